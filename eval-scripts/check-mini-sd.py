@@ -1,0 +1,75 @@
+"""The figures of the embedded model's card: how well it draws its world, and how well its autoencoder keeps pictures.
+
+Draws style_classify.csv, object_classify.csv and watermark.csv, counts them by the classifiers, compares the watermarks
+with their pictures, and encodes painted pictures that training never saw. Goes on where it stopped.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from ldm import cli
+from ldm.concepts import ROOT
+from ldm.images import image_name, read_cases, save_image
+from ldm.metrics.classify import load_classifier
+from ldm.metrics.compare import accuracy_table, to_markdown
+from ldm.metrics.perceptual import distances
+from ldm.mini.paint import watermark
+from ldm.mini.train import paint_world, to_tensor
+from ldm.model import settings
+from ldm.sampling import generate_folder
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    cli.add_model(parser)
+    parser.add_argument("--save_path", type=Path, default=ROOT / "evaluation_folder" / "mini-sd", help="for the images")
+    parser.add_argument("--held_out", type=cli.positive, default=1000, help="painted pictures for the autoencoder")
+    cli.add_sampling(parser, samples=1)
+    cli.add_device(parser)
+    args = parser.parse_args()
+    device = cli.parse_devices(args.device)[0]
+    model = cli.load_model(args, device)
+    cli.fill(args, settings(model.base).sampling)
+    recipe = {"model_digest": model.digest, "ddim_steps": args.ddim_steps, "guidance_scale": args.guidance_scale}
+
+    def draw(name: str) -> Path:
+        cases, folder, start = read_cases(ROOT / "data" / f"{name}.csv"), args.save_path / name, time.perf_counter()
+        drawn = generate_folder(model, cases, folder, recipe, args.num_samples, args.ddim_steps, args.guidance_scale,
+                                args.batch_size)
+        if drawn:
+            print(f"{name}: {drawn} images, {64 * (time.perf_counter() - start) / drawn:.1f} s for 64")
+        return folder
+
+    for category in ("style", "object"):
+        classifier, recipe_of = load_classifier(ROOT / "models" / "classifiers" / f"{category}.safetensors", device)
+        table = accuracy_table(classifier, draw(f"{category}_classify"), category)
+        print(to_markdown(table))
+        print(f"mean {table.accuracy.mean():.2f} %, least {table.accuracy.min():.2f} %; the classifier itself: "
+              f"{100 * recipe_of['accuracy']:.2f} % on held-out painted pictures\n")
+
+    folder, rows = draw("watermark"), []
+    for case in read_cases(ROOT / "data" / "watermark.csv"):
+        if case.prompt:
+            painted = args.save_path / "painted" / image_name(case.number, 0)
+            save_image(painted, Image.fromarray(watermark(case.prompt)))
+            found = distances([painted], [folder / image_name(case.number, 0)], device)
+            rows.append((case.prompt, found["psnr"].item(), found["lpips"].item()))
+    table = pd.DataFrame(rows, columns=["watermark", "psnr", "lpips"]).groupby("watermark", sort=False)
+    print(to_markdown(table.agg(least_psnr=("psnr", "min"), mean_psnr=("psnr", "mean"), mean_lpips=("lpips", "mean")).reset_index()))
+
+    seed = settings(model.base).seed + 1  # training's own pictures are those of the seed
+    pictures = to_tensor(paint_world(args.held_out, seed)[0])
+    psnr = [peak_signal_noise_ratio(model.decode(model.encode_image(part)).cpu().clamp(-1, 1), part, data_range=2.0,
+                                    reduction="none", dim=(1, 2, 3)) for part in pictures.split(100)]
+    values = pd.Series([value for part in psnr for value in part.tolist()])
+    print(f"\nautoencoder on {args.held_out} held-out pictures: {values.mean():.2f} dB PSNR on average, "
+          f"{-10 * math.log10((10 ** (-values / 10)).mean()):.2f} dB of all pixels together")
+
+
+if __name__ == "__main__":
+    cli.run(main)

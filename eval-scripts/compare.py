@@ -1,0 +1,35 @@
+"""Before and after an erasure, image by image: accuracy, LPIPS, largest pixel difference and PSNR for each prompt.
+
+Writes compare.csv into --path2.
+"""
+
+from pathlib import Path
+
+from ldm import cli
+from ldm.concepts import ROOT
+from ldm.images import atomic
+from ldm.metrics.classify import load_classifier
+from ldm.metrics.compare import compare, to_markdown
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    cli.add_category(parser)
+    parser.add_argument("--path1", type=Path, required=True, help="images of the original model")
+    parser.add_argument("--path2", type=Path, required=True, help="images of the changed model")
+    parser.add_argument("--prompts_path", type=Path, default=None, help="their prompt list (default: prompts.csv in path2)")
+    parser.add_argument("--model_path", type=Path, default=None, help="default: models/classifiers/CATEGORY.safetensors")
+    cli.add_device(parser)
+    args = parser.parse_args()
+    device = cli.parse_devices(args.device)[0]
+    path = args.model_path or ROOT / "models" / "classifiers" / f"{args.erase_cat}.safetensors"
+    classifier, _ = load_classifier(path, device, "train it with python train-scripts/artist-cls-train.py")
+    table = compare(args.path1, args.path2, args.prompts_path or args.path2 / "prompts.csv", args.erase_cat, classifier, device)
+    with atomic(args.path2 / "compare.csv") as partial:
+        table.to_csv(partial, index=False)
+    print(to_markdown(table))
+    print(f"-> {args.path2 / 'compare.csv'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

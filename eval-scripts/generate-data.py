@@ -1,0 +1,89 @@
+"""Make pictures of concepts: by a model, or by the painter of the embedded model's world (--model_name paint).
+
+Every concept's pictures go to DATA/<concept>/, for SRS_ME.py, and, split 70 to 30, to DATA/train/<class> and
+DATA/eval/<class>, for artist-cls-train.py; class 0 is the blank concept. For objects the two are in DATA/object.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ldm import cli
+from ldm.concepts import ROOT, Concept, concept_in, erasable
+from ldm.images import Case, image_name, load_batch, save_image, to_images
+from ldm.mini.paint import paint_concept
+from ldm.model import TextToImage, settings
+from ldm.sampling import generate
+
+
+def painted(name: str | None, cases: list[Case], samples: int):
+    """Pictures by the painter, as `generate` yields them from a model."""
+    for case in tqdm(cases, desc="paint", unit="case"):
+        rng = np.random.default_rng(case.seed)
+        for n in range(samples):
+            yield case, n, Image.fromarray(paint_concept(name, rng))
+
+
+def reconstruct(model: TextToImage, paths: list[Path], batch: int = 64) -> None:
+    """Write, beside each picture, what the model's autoencoder makes of it."""
+    for start in tqdm(range(0, len(paths), batch), desc="reconstruct", unit="batch"):
+        part = paths[start:start + batch]
+        for path, image in zip(part, to_images(model.decode(model.encode_image(load_batch(part, model.image_size))))):
+            save_image(path.with_stem(path.stem + "_reconstructed"), image)
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    cli.add_model(parser)
+    cli.add_category(parser)
+    parser.add_argument("--prompt", default=None, help="one concept, '' for the blank one; without it all of the category")
+    parser.add_argument("--model_name", default="0", help="0: the model of --model; paint: the painter")
+    parser.add_argument("--save_path", type=Path, default=ROOT / "data")
+    parser.add_argument("--num_seeds", type=cli.positive, default=50, help="seeds for each concept")
+    parser.add_argument("--seed", type=int, default=0, help="what the seeds are drawn from")
+    parser.add_argument("--reconstruct", action="store_true", help="add each picture's autoencoder reconstruction")
+    cli.add_sampling(parser, samples=1)
+    cli.add_device(parser)
+    args = parser.parse_args()
+    if args.model_name not in ("0", "paint"):
+        raise ValueError(f"--model_name {args.model_name}: give 0 for the model that --model names, or paint")
+    if args.prompt:
+        chosen = [concept_in(args.erase_cat, args.prompt)]
+        if chosen[0] is None:
+            names = ", ".join(concept.name for concept in erasable(args.erase_cat))
+            raise ValueError(f"'{args.prompt}' is no {args.erase_cat} concept: choose from {names}")
+    else:
+        chosen = [None] if args.prompt == "" else [None, *erasable(args.erase_cat)]
+    paint = args.model_name == "paint"
+    model = None
+    if not paint or args.reconstruct:
+        model = cli.load_model(args, cli.parse_devices(args.device)[0])
+        cli.fill(args, settings(model.base).sampling)
+    split = args.save_path if args.erase_cat == "style" else args.save_path / args.erase_cat
+    for concept in chosen:
+        make(args, model, concept, paint, split)
+
+
+def make(args, model: TextToImage | None, concept: Concept | None, paint: bool, split: Path) -> None:
+    """One concept's pictures; None is the blank one."""
+    name, label = (concept.name, concept.index + 1) if concept else ("blank", 0)
+    rng = np.random.default_rng([args.seed, label])
+    seeds = rng.choice(2**31, size=args.num_seeds, replace=False)
+    cases = [Case(concept.prompt if concept else "", int(seed), k) for k, seed in enumerate(seeds)]
+    drawn = (painted(concept and concept.name, cases, args.num_samples) if paint else
+             generate(model, cases, args.num_samples, args.ddim_steps, args.guidance_scale, args.batch_size))
+    paths = []
+    for case, n, image in drawn:
+        part = "train" if case.number < 0.7 * args.num_seeds else "eval"
+        paths.append(split / part / str(label) / image_name(case.number, n))
+        for path in (args.save_path / name / image_name(case.number, n), paths[-1]):
+            save_image(path, image)
+    if args.reconstruct:
+        reconstruct(model, paths)
+    print(f"{name}: {len(paths)} pictures in {args.save_path / name}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,46 @@
+"""Generate the images of a prompt list by the base model with any set of shifts merged in.
+
+Writes SAVE_PATH/012-merge for --merge 0,1,2 and SAVE_PATH/ori-merge for none; images that are there are kept, so a
+stopped run goes on with the same command.
+"""
+
+from pathlib import Path
+
+from ldm import cli
+from ldm.attention import kv_layers
+from ldm.images import read_cases
+from ldm.model import settings
+from ldm.sampling import generate_folder
+from ldm.shift import applied
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    cli.add_model(parser)
+    cli.add_category(parser)
+    cli.add_scene(parser)
+    parser.add_argument("--merge", default="", help="shifts to merge: indexes such as 0,1,2, or shift files; none: original")
+    parser.add_argument("--prompts_path", type=Path, required=True, help="CSV: prompt,evaluation_seed,case_number")
+    parser.add_argument("--save_path", type=Path, required=True, help="folder for the image folders")
+    parser.add_argument("--from_case", type=int, default=0, help="leave out lower case numbers")
+    cli.add_sampling(parser, samples=1)
+    cli.add_device(parser)
+    args = parser.parse_args()
+    cases = [case for case in read_cases(args.prompts_path) if case.number >= args.from_case]
+    model = cli.load_model(args, cli.parse_devices(args.device)[0])
+    cli.fill(args, settings(model.base).sampling)
+    shifts, name = cli.store(args, model.name).load_merge(args.merge)
+    layers = kv_layers(model.unet)
+    for shift in shifts.values():
+        shift.check(model.digest, layers)
+    recipe = {"base_digest": model.digest, "shifts": {label: shift.recipe for label, shift in shifts.items()},
+              "ddim_steps": args.ddim_steps, "guidance_scale": args.guidance_scale, "num_samples": args.num_samples}
+    folder = args.save_path / f"{name}-merge"
+    with applied(layers, list(shifts.values())):
+        drawn = generate_folder(model, cases, folder, recipe, args.num_samples, args.ddim_steps, args.guidance_scale,
+                                args.batch_size)
+    print(f"{drawn} images drawn, {len(cases) * args.num_samples} in {folder}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

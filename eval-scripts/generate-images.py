@@ -1,0 +1,38 @@
+"""Generate the images of a prompt list by one model: a merged one by name, or any model folder.
+
+Writes SAVE_PATH/MODEL_NAME; images that are there are kept, so a stopped run goes on with the same command.
+"""
+
+from pathlib import Path
+
+from ldm import cli
+from ldm.concepts import ROOT
+from ldm.images import read_cases
+from ldm.model import load, settings
+from ldm.sampling import generate_folder
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--model_name", required=True, help="a folder in --models_path, or the path of a diffusers folder")
+    parser.add_argument("--models_path", type=Path, default=ROOT / "models" / "merged", help="where Merge_model.py writes")
+    parser.add_argument("--prompts_path", type=Path, required=True, help="CSV: prompt,evaluation_seed,case_number")
+    parser.add_argument("--save_path", type=Path, required=True, help="folder for the image folder")
+    parser.add_argument("--from_case", type=int, default=0, help="leave out lower case numbers")
+    cli.add_sampling(parser, samples=1)
+    cli.add_device(parser)
+    args = parser.parse_args()
+    cases = [case for case in read_cases(args.prompts_path) if case.number >= args.from_case]
+    merged = args.models_path / args.model_name
+    model = load(merged if merged.is_dir() else args.model_name, cli.parse_devices(args.device)[0])
+    cli.fill(args, settings(model.base).sampling)
+    recipe = {"model_digest": model.digest, "ddim_steps": args.ddim_steps, "guidance_scale": args.guidance_scale,
+              "num_samples": args.num_samples}
+    folder = args.save_path / model.name
+    drawn = generate_folder(model, cases, folder, recipe, args.num_samples, args.ddim_steps, args.guidance_scale,
+                            args.batch_size)
+    print(f"{drawn} images drawn, {len(cases) * args.num_samples} in {folder}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,36 @@
+"""LPIPS (AlexNet) between images of the same name in two folders, for each concept and in all.
+
+Writes lpips.csv into --path2.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+from ldm import cli
+from ldm.images import atomic, case_number, read_cases
+from ldm.metrics.compare import pairs, to_markdown
+from ldm.metrics.perceptual import distances
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--path1", type=Path, required=True, help="images of the original model")
+    parser.add_argument("--path2", type=Path, required=True, help="images of the changed model")
+    parser.add_argument("--image_size", type=cli.positive, default=None, help="scale the images to it first")
+    cli.add_device(parser)
+    args = parser.parse_args()
+    matched = pairs(args.path1, args.path2)
+    found = distances([a for a, _ in matched], [b for _, b in matched], cli.parse_devices(args.device)[0], args.image_size)
+    prompts = args.path2 / "prompts.csv"
+    known = {case.number: case.prompt for case in read_cases(prompts)} if prompts.is_file() else {}
+    table = pd.DataFrame({"image": [b.name for _, b in matched], "lpips": found["lpips"].numpy()})
+    table.insert(1, "prompt", [known.get(case_number(b), b.parent.name) for _, b in matched])
+    with atomic(args.path2 / "lpips.csv") as partial:
+        table.to_csv(partial, index=False)
+    print(to_markdown(table.groupby("prompt", sort=False).lpips.agg(["size", "mean"]).reset_index()))
+    print(f"mean LPIPS {table.lpips.mean():.6f} over {len(table)} pairs -> {args.path2 / 'lpips.csv'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

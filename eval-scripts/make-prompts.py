@@ -1,0 +1,40 @@
+"""Make the prompt list of a category: every concept's prompt at the same number of seeded random seeds.
+
+data/style_classify.csv, data/object_classify.csv and data/watermark.csv are made by this script's defaults.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from ldm import cli
+from ldm.concepts import ROOT, erasable, watermarks
+from ldm.images import Case, write_cases
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--erase_cat", choices=(*cli.CATEGORIES, "watermark"), default="style",
+                        help="whose prompts; watermark: those that every shift leaves alone, with the blank one")
+    parser.add_argument("--num_seeds", type=cli.positive, default=50, help="seeds for each prompt")
+    parser.add_argument("--protected", action="store_true", help="add the watermark prompts and the blank one")
+    parser.add_argument("--held_out", action="store_true", help="use the first template that training never showed")
+    parser.add_argument("--seed", type=int, default=2024)
+    parser.add_argument("--save_path", type=Path, default=None, help="default: data/CATEGORY_classify.csv")
+    args = parser.parse_args()
+    prompts, path = [], ROOT / "data" / "watermark.csv"
+    if args.erase_cat != "watermark":
+        prompts = [concept.held_out[0].format(concept.prompt) if args.held_out else concept.prompt
+                   for concept in erasable(args.erase_cat)]
+        path = path.with_name(f"{args.erase_cat}_{'held_out' if args.held_out else 'classify'}.csv")
+    if args.erase_cat == "watermark" or args.protected:
+        prompts += [*watermarks(), ""]
+    seeds = np.random.default_rng(args.seed).choice(3000, size=(len(prompts), args.num_seeds), replace=False)
+    cases = [Case(prompt, int(seed), k * args.num_seeds + n)
+             for k, prompt in enumerate(prompts) for n, seed in enumerate(seeds[k])]
+    write_cases(args.save_path or path, cases)
+    print(f"{len(cases)} cases of {len(prompts)} prompts -> {args.save_path or path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,71 @@
+"""One picture and one table of several image folders from the same prompts: the first is the original model's.
+
+Each prompt is a row, each folder a column. The table gives every prompt's status, its accuracy in each folder, and the
+last folder's LPIPS and largest pixel difference to the first.
+"""
+
+from pathlib import Path
+
+from ldm import cli
+from ldm.concepts import ROOT, concept_in, parse_indexes
+from ldm.images import atomic, image_name, open_image, read_cases, save_image, sheet
+from ldm.metrics.classify import load_classifier
+from ldm.metrics.compare import compare, to_markdown
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    cli.add_category(parser)
+    parser.add_argument("--paths", type=Path, nargs="+", required=True, help="image folders, the original model's first")
+    parser.add_argument("--titles", nargs="+", default=None, help="their titles (default: the folders' names)")
+    parser.add_argument("--erased", default="", help="concepts erased in the last folder, such as 1,3")
+    parser.add_argument("--restored", default="", help="concepts restored in the last folder, such as 2")
+    parser.add_argument("--num", type=cli.positive, default=4, help="images in a cell of the picture")
+    parser.add_argument("--zoom", type=cli.positive, default=1, help="how much larger to draw each image")
+    parser.add_argument("--save_path", type=Path, required=True, help="the picture; the table goes beside it as .csv and .md")
+    cli.add_device(parser)
+    args = parser.parse_args()
+    titles = args.titles or [path.name for path in args.paths]
+    if len(titles) != len(args.paths) or len(titles) < 2:
+        raise ValueError(f"{len(args.paths)} --paths and {len(titles)} --titles: give two or more, as many of both")
+    erased, restored = (parse_indexes(text, args.erase_cat) for text in (args.erased, args.restored))
+    device = cli.parse_devices(args.device)[0]
+    classifier, _ = load_classifier(ROOT / "models" / "classifiers" / f"{args.erase_cat}.safetensors", device,
+                                    "train it with python train-scripts/artist-cls-train.py")
+    prompts = args.paths[-1] / "prompts.csv"
+
+    tables = [compare(args.paths[0], path, prompts, args.erase_cat, classifier, device) for path in args.paths[1:]]
+    result = tables[0][["prompt"]].copy()
+
+    def status(prompt: str) -> str:
+        concept = concept_in(args.erase_cat, prompt)
+        if concept is None:
+            return "protected"
+        return "erased" if concept.index in erased else "restored" if concept.index in restored else "regular"
+
+    result["status"] = result.prompt.map(status)
+    result[f"accuracy % {titles[0]}"] = tables[0].accuracy_before
+    for title, table in zip(titles[1:], tables):
+        result[f"accuracy % {title}"] = table.accuracy_after
+    result["LPIPS"], result["largest pixel difference"] = tables[-1].lpips, tables[-1].largest_pixel.astype(int)
+    result["order"] = result.status.map(["erased", "restored", "regular", "protected"].index)
+    result = result.sort_values("order", kind="stable").drop(columns="order")
+    result["prompt"] = result.prompt.replace("", "(blank)")
+
+    rows = []
+    for prompt, kind in zip(result.prompt, result.status):
+        cases = [case for case in read_cases(prompts) if (case.prompt or "(blank)") == prompt][:args.num]
+        cells = [[open_image(path / image_name(case.number, 0)) for case in cases] for path in args.paths]
+        rows.append((f"{prompt} ({kind})", cells))
+    save_image(args.save_path, sheet(rows, titles, args.zoom))
+    text = to_markdown(result)
+    with atomic(args.save_path.with_suffix(".csv")) as partial:
+        result.to_csv(partial, index=False)
+    with atomic(args.save_path.with_suffix(".md")) as partial:
+        partial.write_text(text + "\n")
+    print(text)
+    print(f"-> {args.save_path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,120 @@
+"""What all scripts share: arguments, devices, and the one place where an exception becomes a line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ldm.concepts import CATEGORIES, ROOT
+from ldm.store import Store
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str):
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser(description: str) -> Parser:
+    return Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def add_category(parser: Parser) -> None:
+    parser.add_argument("--erase_cat", choices=CATEGORIES, default="style", help="which concepts the indexes count")
+
+
+def add_device(parser: Parser, flag: str = "--device") -> None:
+    parser.add_argument(flag, default=None, help="cpu, cuda:0 or 0; without it CUDA if there is one, else cpu")
+
+
+def add_model(parser: Parser) -> None:
+    """--model and the CompVis pair of the original."""
+    parser.add_argument("--model", default=str(ROOT / "models" / "mini-sd"), help="a diffusers folder or a hub id")
+    parser.add_argument("--config_path", default=None, help="a CompVis config (not loaded by this version)")
+    parser.add_argument("--ckpt_path", default=None, help="a CompVis checkpoint (not loaded by this version)")
+
+
+def add_scene(parser: Parser) -> None:
+    parser.add_argument("--scenei", type=int, default=1, help="scene, part of where bases and shifts are kept")
+    parser.add_argument("--timei", type=int, default=0, help="time in the scene, likewise")
+    parser.add_argument("--shifts_path", type=Path, default=ROOT / "models" / "srs-me", help="where they are kept")
+
+
+def add_sampling(parser: Parser, samples: int) -> None:
+    parser.add_argument("--num_samples", type=positive, default=samples, help="images for each seed")
+    parser.add_argument("--ddim_steps", type=positive, default=None, help="sampler steps (default: the model's config)")
+    parser.add_argument("--guidance_scale", type=float, default=None, help="guidance (default: the model's config)")
+    parser.add_argument("--batch_size", type=positive, default=None, help="images at once (default: the model's config)")
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
+    return int(text)
+
+
+def parse_devices(text: str | None) -> list[torch.device]:
+    """'0,1', 'cuda:0', 'cpu' or None (CUDA if there is one, else CPU) -> devices.
+
+    Raises ValueError for anything else, and for a CUDA device that is not here.
+    """
+    if text is None:
+        return [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+    devices = []
+    for piece in (piece.strip() for piece in text.split(",")):
+        try:
+            device = torch.device(f"cuda:{piece}" if piece.isdigit() else piece)
+        except RuntimeError:
+            raise ValueError(f"'{piece}' is no device: give cpu, or cuda:0 or 0 for the first GPU") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device '{piece}' needs CUDA device {device.index or 0}, and this machine has "
+                             f"{torch.cuda.device_count()}: use cpu")
+        devices.append(device)
+    return devices
+
+
+def load_model(args: argparse.Namespace, device: torch.device):
+    """The model that --model names. Raises ValueError for a CompVis pair, which this version does not load."""
+    from ldm.model import load  # late: --help stays quick
+    if args.config_path or args.ckpt_path:
+        raise ValueError("--config_path and --ckpt_path name a CompVis checkpoint, which this version does not load "
+                         "yet: pass a diffusers folder to --model")
+    return load(args.model, device)
+
+
+def fill(args: argparse.Namespace, settings) -> None:
+    """Give every argument that was left out its value from the model's config."""
+    for name, value in settings.items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
+
+
+def store(args: argparse.Namespace, model_name: str) -> Store:
+    return Store(args.shifts_path, model_name, args.erase_cat, args.scenei, args.timei)
+
+
+def default_data(category: str) -> Path:
+    """Where a category's train and eval folders are: data for styles, else data/CATEGORY."""
+    return ROOT / "data" if category == "style" else ROOT / "data" / category
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main. Bad input ends in one line on stderr and exit code 2; SRSME_TRACEBACK=1 shows where."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        if os.environ.get("SRSME_TRACEBACK"):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

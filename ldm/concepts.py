@@ -1,0 +1,97 @@
+"""The concepts of `configs/concepts.yaml`, by category and index. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+CATEGORIES = ("style", "object", "similar", "nudity")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One concept: `index` in its category, `prompt` (its bare name), other spellings, caption templates with `{}`.
+
+    `held_out` are templates that the embedded model's captions never use.
+    """
+
+    index: int
+    name: str
+    prompt: str
+    aliases: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    watermark: bool = False
+
+
+@cache
+def _config():
+    return OmegaConf.load(ROOT / "configs" / "concepts.yaml")
+
+
+@cache
+def load_concepts(category: str) -> tuple[Concept, ...]:
+    """All concepts of `category` in order of index, the watermark prompts after them.
+
+    Raises ValueError for an unknown category.
+    """
+    if category not in CATEGORIES:
+        raise ValueError(f"unknown category '{category}': choose one of {', '.join(CATEGORIES)}")
+    group = _config().categories[category]
+    concepts = [Concept(index, entry.name, entry.get("prompt", entry.name), tuple(entry.get("aliases", ())),
+                        tuple(group.templates), tuple(group.held_out))
+                for index, entry in enumerate(group.concepts)]
+    marks = [Concept(len(concepts) + k, text, text, watermark=True) for k, text in enumerate(_config().watermarks)]
+    return tuple(concepts + marks)
+
+
+def erasable(category: str) -> tuple[Concept, ...]:
+    """The concepts of `category` without the watermark prompts."""
+    return tuple(concept for concept in load_concepts(category) if not concept.watermark)
+
+
+def watermarks() -> tuple[str, ...]:
+    """The prompts whose pictures prove ownership; every shift leaves them untouched."""
+    return tuple(_config().watermarks)
+
+
+def _listing(category: str) -> str:
+    return ", ".join(f"{concept.index} {concept.name}" for concept in load_concepts(category))
+
+
+def get_concept(category: str, index: int) -> Concept:
+    """The concept with that index. Raises ValueError, listing all names, when there is none."""
+    concepts = load_concepts(category)
+    if not 0 <= index < len(concepts):
+        raise ValueError(f"no {category} concept has index {index}: choose from {_listing(category)}")
+    return concepts[index]
+
+
+def find_concept(category: str, text: str) -> Concept | None:
+    """The concept whose name, prompt or alias is `text`, upper and lower case alike; None when there is none."""
+    wanted = text.strip().lower()
+    for concept in load_concepts(category):
+        if wanted in {spelling.lower() for spelling in (concept.name, concept.prompt, *concept.aliases)}:
+            return concept
+    return None
+
+
+def concept_in(category: str, prompt: str) -> Concept | None:
+    """The concept that a prompt names: all of the prompt, or the longest spelling within it; None when there is none."""
+    inside = [(len(spelling), -concept.index, concept) for concept in erasable(category)
+              for spelling in (concept.prompt, concept.name, *concept.aliases) if spelling.lower() in prompt.lower()]
+    return find_concept(category, prompt) or (max(inside)[2] if inside else None)
+
+
+def parse_indexes(text: str, category: str) -> list[int]:
+    """'0,1,2' -> [0, 1, 2], each checked against `category`; '' -> []. Raises ValueError on anything else."""
+    pieces = [piece.strip() for piece in text.split(",") if piece.strip()]
+    bad = [piece for piece in pieces if not piece.isdigit()]
+    if bad:
+        raise ValueError(f"'{bad[0]}' is not a concept index: give numbers such as 0,1,2 from {_listing(category)}")
+    indexes = [get_concept(category, int(piece)).index for piece in pieces]
+    return list(dict.fromkeys(indexes))

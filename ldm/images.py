@@ -1,0 +1,182 @@
+"""Images and the files around them: tensors, folders, prompt lists, atomic writes, picture sheets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which becomes `path` when the block ends well and vanishes otherwise."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-", suffix=path.suffix)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    with atomic(path) as partial:
+        partial.write_text(text)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image as (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_images(tensor: torch.Tensor) -> list[Image.Image]:
+    """(N, 3, H, W) in [-1, 1] as N images; values outside are clipped."""
+    pixels = ((tensor.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(one) for one in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def open_image(path: Path, size: int | None = None) -> Image.Image:
+    """The image at `path` as RGB, its shorter side scaled to `size` and its middle cut square if `size` is given.
+
+    Raises ValueError, naming the file, when it cannot be read.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {path}: remove it or write it again") from error
+    if size is not None and image.size != (size, size):
+        scale = size / min(image.size)
+        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return image
+
+
+def load_batch(paths: Sequence[Path], size: int | None = None) -> torch.Tensor:
+    """Images at `paths` as one (N, 3, H, W) tensor in [-1, 1]."""
+    return torch.stack([to_tensor(open_image(path, size)) for path in paths])
+
+
+def _natural(path: Path) -> list:
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", str(path))]
+
+
+def list_images(folder: Path, hint: str = "") -> list[Path]:
+    """All images below `folder`, in natural order (2 before 10).
+
+    Raises ValueError when there are none; `hint` then says what to type instead.
+    """
+    folder = Path(folder)
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    if not found:
+        what = "no images in" if folder.is_dir() else "no folder"
+        raise ValueError(f"{what} {folder}" + (f": {hint}" if hint else ""))
+    return sorted(found, key=_natural)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a prompt list: the prompt, the seed of its first noise, the number in its images' names."""
+
+    prompt: str
+    seed: int
+    number: int
+
+
+def read_cases(path: Path) -> list[Case]:
+    """A prompt list: a CSV with columns prompt, evaluation_seed, case_number.
+
+    Raises ValueError when the file, a column or a whole number is missing or a case number stands twice.
+    """
+    try:
+        table = pd.read_csv(path, keep_default_na=False, dtype={"prompt": str})
+    except FileNotFoundError:
+        raise ValueError(f"no prompt list {path}: make one with python eval-scripts/make-prompts.py") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV file with a header line") from error
+    missing = [name for name in ("prompt", "evaluation_seed", "case_number") if name not in table.columns]
+    if missing:
+        raise ValueError(f"{path} lacks the column {', '.join(missing)}: "
+                         "a prompt list has prompt,evaluation_seed,case_number")
+    for name in ("evaluation_seed", "case_number"):
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        bad = table.index[numbers.isna() | (numbers < 0) | (numbers % 1 != 0)]
+        if len(bad):
+            raise ValueError(f"{path} line {bad[0] + 2}: {name} is '{table[name][bad[0]]}', not a whole number from 0")
+    if table.case_number.duplicated().any():
+        raise ValueError(f"{path}: case_number {table.case_number[table.case_number.duplicated()].iloc[0]} stands twice")
+    return [Case(str(row.prompt), int(row.evaluation_seed), int(row.case_number)) for row in table.itertuples()]
+
+
+def write_cases(path: Path, cases: Sequence[Case]) -> None:
+    """Write a prompt list that `read_cases` reads."""
+    table = pd.DataFrame([(case.prompt, case.seed, case.number) for case in cases],
+                         columns=["prompt", "evaluation_seed", "case_number"])
+    with atomic(path) as partial:
+        table.to_csv(partial, index=False)
+
+
+def image_name(case: int, sample: int) -> str:
+    """The file name of a case's n-th image, as in the original repository."""
+    return f"{case}_{sample}.png"
+
+
+def case_number(path: Path) -> int:
+    """The case number in an image's file name. Raises ValueError when the name has none."""
+    head = Path(path).stem.split("_")[0]
+    if not head.isdigit():
+        raise ValueError(f"{path}: an image's name starts with its case number, such as 12_0.png")
+    return int(head)
+
+
+def save_image(path: Path, image: Image.Image) -> None:
+    with atomic(path) as partial:
+        image.save(partial)
+
+
+def sheet(rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]], columns: Sequence[str], zoom: int = 1,
+          title: str = "") -> Image.Image:
+    """A labelled picture sheet: each row is a label and, for every column, a few images side by side."""
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    width, height = (side * zoom for side in rows[0][1][0][0].size)
+    gap, left = 6, 20 + max(int(small.getlength(label)) for label, _ in rows)
+    top = 30 + (24 if title else 0)
+    lengths = [max(len(cells[k]) for _, cells in rows) * width for k in range(len(columns))]
+    starts = [left + sum(lengths[:k]) + gap * 3 * k for k in range(len(columns))]
+    canvas = Image.new("RGB", (starts[-1] + lengths[-1] + gap, top + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((10, 6), title, fill="black", font=font)
+    for start, name in zip(starts, columns):
+        draw.text((start, top - 22), name, fill="black", font=font)
+    for k, (label, cells) in enumerate(rows):
+        y = top + k * (height + gap)
+        draw.text((8, y + height // 2), label, fill="black", font=small, anchor="lm")
+        for start, images in zip(starts, cells):
+            for n, image in enumerate(images):
+                canvas.paste(image.resize((width, height), Image.Resampling.NEAREST), (start + n * width, y))
+    return canvas

@@ -1,0 +1,35 @@
+"""Training latents: endless `(z_t, t)` batches for an erasure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ldm.images import list_images, load_batch
+from ldm.model import TextToImage
+
+
+def from_folder(model: TextToImage, folder: Path, batch: int, seed: int, hint: str = "",
+                most: int = 256) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Noisy latents of the images in `folder` (at most `most` of them), encoded once: z_t (batch, C, h, w), t (batch,).
+
+    Images, steps and noise are drawn uniformly from `seed`. Raises ValueError for a missing or empty folder (`hint`
+    says what makes it) or an unreadable image.
+    """
+    paths = list_images(folder, hint)[:most]
+    latents = torch.cat([model.encode_image(load_batch(paths[k:k + 16], model.image_size))
+                         for k in range(0, len(paths), 16)])
+    return noisy(model, latents, batch, seed)
+
+
+def noisy(model: TextToImage, latents: torch.Tensor, batch: int,
+          seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches of clean `latents` (N, C, h, w) at random steps, the same on every device for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        step = torch.randint(model.steps, (batch,), generator=generator).to(model.device)
+        noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
+        yield model.add_noise(latents[chosen.to(latents.device)], noise, step), step

@@ -1,0 +1,51 @@
+"""Distances between pictures: LPIPS (Zhang et al., arXiv 1801.03924), largest pixel difference, PSNR."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import lpips
+import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from ldm.checkpoint import load_tensors
+from ldm.concepts import ROOT
+from ldm.images import load_batch
+
+KIND = "AlexNet convolutions"
+WEIGHTS = ROOT / "models" / "lpips" / "alexnet.safetensors"
+
+
+@cache
+def network(device: torch.device) -> lpips.LPIPS:
+    """LPIPS 0.1 on AlexNet with torchvision's weights from `models/lpips`, so that nothing is downloaded."""
+    tensors, _ = load_tensors(WEIGHTS, KIND, "make it with python train-scripts/convert-lpips.py")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's notice that no pretrained weights are asked for
+        net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    places = {"0": "slice1.0", "3": "slice2.3", "6": "slice3.6", "8": "slice4.8", "10": "slice5.10"}
+    net.net.load_state_dict({name.replace(f"features.{number}.", f"{place}."): tensor for number, place in places.items()
+                             for name, tensor in tensors.items() if name.startswith(f"features.{number}.")})
+    return net.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def distances(first: Sequence[Path], second: Sequence[Path], device: torch.device,
+              size: int | None = None, batch: int = 32) -> dict[str, torch.Tensor]:
+    """For each pair of image files: `lpips`, `pixel` (largest difference of any channel, of 255) and `psnr` in dB.
+
+    Equal pictures have an infinite PSNR. Raises ValueError when a pair differs in size.
+    """
+    net, rows = network(device), []
+    for start in range(0, len(first), batch):
+        pair = [load_batch(paths[start:start + batch], size) for paths in (first, second)]
+        if pair[0].shape != pair[1].shape:
+            raise ValueError(f"{first[start]} and {second[start]} differ in size: pass --image_size to scale both")
+        a, b = (images.to(device) for images in pair)
+        rows.append((net(a, b).view(-1).cpu(), ((a - b).abs().amax((1, 2, 3)) * 127.5).round().cpu(),
+                     peak_signal_noise_ratio(a, b, data_range=2.0, reduction="none", dim=(1, 2, 3)).cpu()))
+    values = (torch.cat(column) for column in zip(*rows))
+    return dict(zip(("lpips", "pixel", "psnr"), values))

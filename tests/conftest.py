@@ -1,0 +1,81 @@
+"""A tiny random model of the real classes, and a way to run scripts in this process."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from omegaconf import OmegaConf
+
+from ldm.mini.captions import build_tokenizer
+from ldm.mini.train import Denoiser, assemble
+from ldm.model import load
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+TINY = OmegaConf.create({
+    "text_encoder": {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "vae": {"sample_size": 16, "latent_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4,
+            "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
+    "unet": {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1,
+             "cross_attention_dim": 96, "attention_head_dim": 2, "norm_num_groups": 4,
+             "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]},
+    "scheduler": {"num_train_timesteps": 1000, "timestep_spacing": "trailing", "steps_offset": 1},
+})
+
+
+def make_model(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(folder / "tokenizer", 16)
+    vae = AutoencoderKL(**OmegaConf.to_container(TINY.vae))
+    assemble(TINY, vae, Denoiser(TINY, tokenizer), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny", 0)
+
+
+@pytest.fixture(scope="session")
+def other_path(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "other", 1)
+
+
+@pytest.fixture
+def tiny(tiny_path):
+    return load(tiny_path, CPU)
+
+
+@pytest.fixture
+def script(monkeypatch, capsys, tmp_path):
+    """Run `script("train-scripts/x.py", *arguments)` from a foreign folder; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / name), *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+            code = 0
+        except SystemExit as error:
+            code = error.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def is_error(result: tuple[int, str, str], *words: str) -> None:
+    """A run that ended in exit code 2 and one line on stderr (after any progress bar) that holds all `words`."""
+    code, _, err = result
+    lines = [line for line in err.replace("\r", "\n").splitlines() if "error:" in line]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
+    for word in words:
+        assert word in lines[0], lines[0]

@@ -1,0 +1,157 @@
+"""Bad input to the scripts, one line each; and the whole path on a tiny model."""
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from ldm import cli
+from ldm.attention import kv_layers
+from ldm.checkpoint import file_digest
+from ldm.model import load
+from ldm.shift import NullSpaceBasis
+
+from conftest import CPU, is_error
+
+SOLVE, ERASE, MERGE = "train-scripts/SRSME_Solution.py", "train-scripts/SRS_ME.py", "train-scripts/Merge_model.py"
+DATA, DRAW = "eval-scripts/generate-data.py", "eval-scripts/generate-images-merge.py"
+
+
+@pytest.fixture
+def flags(tiny_path, tmp_path):
+    return ["--model", tiny_path, "--shifts_path", tmp_path / "shifts"]
+
+
+@pytest.fixture
+def solved(script, flags, tmp_path):
+    """A basis for VanGogh and a picture to erase it with."""
+    assert script(SOLVE, *flags, "--erased_index", "1", "--em_indexes", "1,2", "--device", "cpu")[0] == 0
+    (tmp_path / "data" / "VanGogh").mkdir(parents=True)
+    Image.new("RGB", (16, 16), "blue").save(tmp_path / "data" / "VanGogh" / "0_0.png")
+    return [*flags, "--data_path", tmp_path / "data", "--erased_index", "1", "--devices", "cpu", "--lr", "0.1",
+            "--scale_factor", "1", "--iter_break", "12", "--threshold", "-1"]
+
+
+def test_erase_merge_restore_and_measure(script, flags, solved, tmp_path, tiny_path):
+    before = file_digest(tiny_path)
+    code, out, err = script(ERASE, *solved, "--max_base", "691")
+    assert code == 0 and "all are used" in out and "was not reached" in out and "| VanGogh | 12 |" in out
+    assert "there already" in script(ERASE, *solved, "--max_base", "691")[1]
+    curve = pd.read_csv(next(tmp_path.rglob("shift-1.csv")))
+    assert len(curve) == 12 and curve.correlation.iloc[-1] < curve.correlation.iloc[0]
+
+    prompts = tmp_path / "list.csv"
+    prompts.write_text("prompt,evaluation_seed,case_number\nVanGogh,1,0\nPicasso,2,1\n,3,2\nCCS 2024,4,3\n")
+    common = ["--prompts_path", prompts, "--save_path", tmp_path / "out", "--ddim_steps", 3, "--device", "cpu"]
+    assert script(DRAW, *flags, *common)[0] == 0
+    assert script(DRAW, *flags, *common, "--merge", "1")[0] == 0
+    code, out, _ = script("eval-scripts/lpips_eval.py", "--path1", tmp_path / "out/ori-merge", "--path2",
+                          tmp_path / "out/1-merge", "--image_size", 64, "--device", "cpu")
+    lpips = pd.read_csv(tmp_path / "out/1-merge/lpips.csv", keep_default_na=False).set_index("prompt").lpips
+    assert code == 0 and lpips["VanGogh"] > 0.001 and lpips.drop("VanGogh").max() < 1e-4
+
+    code, out, _ = script(MERGE, *flags, "--merge", "1", "--save_path", tmp_path / "merged")
+    assert code == 0 and "| Picasso |" in out
+    merged, base = load(tmp_path / "merged" / "tiny-1", CPU), load(tiny_path, CPU)
+    assert merged.base == "tiny" and merged.digest != base.digest
+    changed = {name for name, weight in base.unet.state_dict().items() if not torch.equal(weight, merged.unet.state_dict()[name])}
+    assert changed == {f"{name}.weight" for name in kv_layers(base.unet)}
+    code, out, _ = script("eval-scripts/generate-images.py", "--model_name", "tiny-1", "--models_path",
+                          tmp_path / "merged", *common)
+    assert code == 0
+    assert file_digest(tiny_path) == before
+
+
+def test_unknown_index_lists_the_names(script, flags):
+    is_error(script(SOLVE, *flags, "--erased_index", "12"), "12", "1 VanGogh", "10 CCS 2024")
+    is_error(script(MERGE, *flags, "--merge", "12"), "12", "1 VanGogh")
+
+
+def test_missing_data_names_the_command(script, solved, tmp_path):
+    (tmp_path / "data" / "VanGogh" / "0_0.png").unlink()
+    is_error(script(ERASE, *solved), "VanGogh", "generate-data.py")
+
+
+def test_missing_and_foreign_bases(script, flags, solved, tmp_path, other_path):
+    others = ["--model", other_path, *solved[2:]]
+    path = next(tmp_path.rglob("basis-1.safetensors"))
+    foreign = tmp_path / "shifts" / "other" / path.relative_to(tmp_path / "shifts" / "tiny")
+    is_error(script(ERASE, *others), "basis-1.safetensors", "SRSME_Solution.py")
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(path.read_bytes())
+    is_error(script(ERASE, *others), "another base model")
+    basis = NullSpaceBasis.load(path)
+    NullSpaceBasis(basis.vectors[:, :5], basis.recipe).save(path)
+    is_error(script(ERASE, *solved), "5 dimensions", "SRSME_Solution.py")
+    path.write_bytes(b"nothing")
+    is_error(script(ERASE, *solved), "damaged")
+    assert not list(tmp_path.rglob("shift-*"))
+
+
+def test_missing_and_foreign_shifts(script, flags, solved, tmp_path, other_path):
+    merge = ["--save_path", tmp_path / "merged"]
+    is_error(script(MERGE, *flags, *merge, "--merge", "1"), "no shift that erases 1 VanGogh", "SRS_ME.py")
+    is_error(script(MERGE, *flags, *merge, "--merge", next(tmp_path.rglob("basis-1.safetensors"))), "not a weight shift")
+    assert script(ERASE, *solved)[0] == 0
+    shift = next(tmp_path.rglob("shift-1.safetensors"))
+    is_error(script(MERGE, "--model", other_path, *merge, "--merge", shift), "another base model")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_nan_in_the_loss_saves_nothing(script, solved, tmp_path):
+    is_error(script(ERASE, *solved[:-6], "--scale_factor", "1e30", "--lr", "1e30", "--iter_break", "5"), "nan", "nothing was saved")
+    assert not list(tmp_path.rglob("shift-*")) and not list(tmp_path.rglob(".partial*"))
+
+
+def test_no_null_space_left(script, flags):
+    result = script(SOLVE, *flags, "--erased_index", "0", "--em_indexes", "1,2,3,4,5,6,7", "--tolerance", "1e-9")
+    is_error(result, "no null space left", "fit", "--tolerance")
+
+
+def test_a_csv_without_a_column_and_an_unreadable_image(script, flags, solved, tmp_path):
+    (tmp_path / "list.csv").write_text("prompt,seed\nVanGogh,1\n")
+    is_error(script(DRAW, *flags, "--prompts_path", tmp_path / "list.csv", "--save_path", tmp_path / "out"),
+             "evaluation_seed, case_number")
+    (tmp_path / "data" / "VanGogh" / "0_0.png").write_text("no picture")
+    is_error(script(ERASE, *solved), "0_0.png")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_devices_without_cuda(script, solved):
+    at = solved.index("--devices")
+    is_error(script(ERASE, *solved[:at], "--devices", "0,1", *solved[at + 2:]), "CUDA", "use cpu")
+    assert cli.parse_devices(None) == [CPU] and cli.parse_devices("cpu, cpu") == [CPU, CPU]
+    with pytest.raises(ValueError, match="no device"):
+        cli.parse_devices("gpu one")
+
+
+def test_compvis_checkpoints_wait_for_a_later_version(script, flags):
+    is_error(script(SOLVE, *flags, "--erased_index", "0", "--ckpt_path", "sd.ckpt"), "--model")
+
+
+def test_wrong_flags_are_one_line(script):
+    is_error(script(SOLVE), "--erased_index")
+    is_error(script(DRAW, "--num_samples", "0", "--prompts_path", "a", "--save_path", "b"), "whole number from 1")
+
+
+def test_generated_data_is_split_and_blank_is_class_0(script, tmp_path):
+    assert script(DATA, "--model_name", "paint", "--save_path", tmp_path, "--num_seeds", "10", "--prompt", "van gogh")[0] == 0
+    assert script(DATA, "--model_name", "paint", "--save_path", tmp_path, "--num_seeds", "10", "--prompt", "")[0] == 0
+    count = {folder: len(list((tmp_path / folder).glob("*.png"))) for folder in
+             ("VanGogh", "train/2", "eval/2", "blank", "train/0", "eval/0")}
+    assert list(count.values()) == [10, 7, 3, 10, 7, 3]
+    is_error(script(DATA, "--prompt", "Monet"), "Monet", "VanGogh")
+    is_error(script(DATA, "--model_name", "SD-v2"), "paint")
+
+
+def test_images_are_sorted_by_prompt_or_by_number(script, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for case in range(4):
+            Image.new("RGB", (4, 4)).save(tmp_path / folder / f"{case}_0.png")
+    (tmp_path / "a" / "prompts.csv").write_text("prompt,evaluation_seed,case_number\nPicasso,1,0\nVanGogh,2,1\nPicasso,3,2\n,4,3\n")
+    assert script("train-scripts/move_image.py", "--path", tmp_path / "a")[0] == 0
+    assert script("train-scripts/move_image.py", "--path", tmp_path / "b", "--num", "3")[0] == 0
+    names = lambda pattern: sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob(pattern))  # noqa: E731
+    assert names("a/**/*.png") == ["a/1/1_0.png", "a/2/0_0.png", "a/2/2_0.png", "a/3_0.png"]
+    assert names("b/**/*.png") == ["b/0/0_0.png", "b/0/1_0.png", "b/0/2_0.png", "b/1/3_0.png"]

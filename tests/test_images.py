@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.images import Case, atomic, case_number, list_images, open_image, read_cases, sheet, to_images, to_tensor, write_cases
+
+
+def test_pixels_survive_the_way_to_a_tensor_and_back():
+    pixels = np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    tensor = to_tensor(Image.fromarray(pixels))
+    assert tensor.shape == (3, 16, 16) and tensor.min() == -1 and tensor.max() == 1
+    assert np.array_equal(np.asarray(to_images(tensor[None])[0]), pixels)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_images_are_listed_in_natural_order(tmp_path):
+    for name in ("10_0.png", "2_1.png", "2_0.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    assert [path.name for path in list_images(tmp_path)] == ["2_0.png", "2_1.png", "10_0.png"]
+    assert case_number(tmp_path / "10_0.png") == 10
+    with pytest.raises(ValueError, match="no folder .*make it so"):
+        list_images(tmp_path / "none", "make it so")
+
+
+def test_opening_scales_the_short_side_and_cuts_the_middle(tmp_path):
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (10, 0, 30, 20))
+    image.save(tmp_path / "wide.png")
+    assert open_image(tmp_path / "wide.png", 20).getcolors() == [(400, (0, 0, 255))]
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="broken.png"):
+        open_image(tmp_path / "broken.png")
+
+
+def test_prompt_lists_keep_the_blank_prompt(tmp_path):
+    cases = [Case("", 3, 0), Case("Kilian Eng, again", 5, 7)]
+    write_cases(tmp_path / "list.csv", cases)
+    assert read_cases(tmp_path / "list.csv") == cases
+
+
+@pytest.mark.parametrize("text, words", [
+    ("prompt,evaluation_seed\na,1\n", "lacks the column case_number"),
+    ("prompt,evaluation_seed,case_number\na,1,../x\n", "line 2: case_number is '../x'"),
+    ("prompt,evaluation_seed,case_number\na,1.5,0\n", "evaluation_seed is '1.5'"),
+    ("prompt,evaluation_seed,case_number\na,1,0\nb,1,0\n", "case_number 0 stands twice"),
+    ("", "not a CSV"),
+])
+def test_bad_prompt_lists_say_what_is_wrong(tmp_path, text, words):
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(ValueError, match=words.replace(".", r"\.")):
+        read_cases(tmp_path / "list.csv")
+
+
+def test_a_sheet_has_room_for_every_row_and_column():
+    red = Image.new("RGB", (10, 10), "red")
+    picture = sheet([("first", [[red], [red, red]]), ("second", [[red], [red]])], ["a", "b"], zoom=2)
+    pixels = torch.from_numpy(np.asarray(picture).copy()).long()
+    assert int((pixels == torch.tensor([255, 0, 0])).all(-1).sum()) == 5 * 400

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from lightning_fabric import Fabric
+from omegaconf import OmegaConf
+from transformers import CLIPTokenizer
+
+from ldm.concepts import erasable, load_concepts
+from ldm.mini.captions import build_tokenizer, draw
+from ldm.mini.paint import STYLES, paint, paint_concept, watermark
+from ldm.mini.scenery import OBJECTS, SCENES
+from ldm.mini.train import train_autoencoder
+
+from conftest import TINY
+
+
+def test_the_world_has_the_papers_concepts():
+    assert list(STYLES) == [concept.name for concept in erasable("style")]
+    assert list(OBJECTS) == [concept.name for concept in erasable("object")]
+
+
+@pytest.mark.parametrize("style", [None, *STYLES])
+def test_pictures_are_seeded_and_endless(style):
+    for subject in SCENES + OBJECTS:
+        first, again, other = (paint(subject, style, np.random.default_rng(seed)) for seed in (1, 1, 2))
+        assert first.shape == (64, 64, 3) and first.dtype == np.uint8
+        assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_watermarks_are_fixed_and_unlike_each_other():
+    marks = [watermark(concept.prompt) for concept in load_concepts("style") if concept.watermark]
+    assert np.array_equal(paint_concept("CCS 2024", np.random.default_rng(3)), marks[1])
+    assert abs(marks[0].astype(int) - marks[1]).mean() > 40
+
+
+def test_captions_are_often_blank_and_never_held_out():
+    rng = np.random.default_rng(0)
+    drawn = [draw(rng) for _ in range(4000)]
+    blank = sum(not item.caption for item in drawn) / len(drawn)
+    assert 0.10 <= blank <= 0.15
+    assert all(item.style is None for item in drawn if not item.caption)
+    held_out = {template.format(name) for concept in (*erasable("style"), *erasable("object"))
+                for template in concept.held_out for name in (concept.name, *concept.aliases)}
+    captions = {item.caption for item in drawn}
+    assert not captions & held_out
+    assert {"VanGogh", "Van Gogh", "KeithHaring", "Keith Haring"} <= captions
+
+
+def test_a_training_stopped_and_started_again_is_the_same_training(tmp_path):
+    config = OmegaConf.create({"seed": 3, "train": {"save_every": 2, "autoencoder":
+                               {"steps": 4, "batch": 2, "lr": 1e-3, "warmup": 2, "kl": 1e-5}}})
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+
+    def run(path, stop=None):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(**OmegaConf.to_container(TINY.vae))
+        fabric = Fabric(accelerator="cpu", devices=1)
+        losses = []
+        for step, loss in train_autoencoder(fabric, config, vae, pictures, path):
+            losses.append(loss)
+            if step == stop:
+                break
+        return losses, vae.state_dict()
+
+    whole, weights = run(tmp_path / "whole.ckpt")
+    first, _ = run(tmp_path / "parts.ckpt", stop=1)
+    rest, resumed = run(tmp_path / "parts.ckpt")
+    assert first + rest == whole and all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def test_the_tokenizer_is_clips_and_has_a_token_for_every_word_and_byte(tmp_path):
+    build_tokenizer(tmp_path, 16)
+    assert {"vocab.json", "merges.txt"} <= {path.name for path in tmp_path.iterdir()}
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.tokenize("a landscape by VanGogh") == ["a</w>", "landscape</w>", "by</w>", "vangogh</w>"]
+    tokens = tokenizer("zebra ü @", padding="max_length", max_length=16).input_ids
+    assert len(tokens) == 16 and tokenizer.unk_token_id not in tokens[1:8]

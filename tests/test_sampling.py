@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from ldm.images import Case
+from ldm.sampling import first_noise, generate, generate_folder
+
+CASES = [Case("VanGogh", 3, 0), Case("", 4, 1), Case("Picasso", 3, 2)]
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image, dtype=int)
+
+
+def test_the_pipeline_of_diffusers_draws_the_same_picture(tiny, tiny_path):
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_path, safety_checker=None, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe("VanGogh", num_inference_steps=3, guidance_scale=4.0, latents=first_noise(tiny, 3, 1)).images[0]
+    (_, _, ours), = generate(tiny, CASES[:1], 1, 3, 4.0, 8)
+    assert abs(pixels(theirs) - pixels(ours)).max() <= 1
+
+
+def test_a_picture_depends_on_its_seed_alone_not_on_its_batch(tiny):
+    one = [image for _, _, image in generate(tiny, CASES, 2, 3, 4.0, 1)]
+    many = [image for _, _, image in generate(tiny, CASES, 2, 3, 4.0, 6)]
+    assert max(abs(pixels(a) - pixels(b)).max() for a, b in zip(one, many)) <= 1
+    assert abs(pixels(one[0]) - pixels(one[1])).max() > 1
+    assert torch.equal(first_noise(tiny, 3, 2)[:1], first_noise(tiny, 3, 1))
+
+
+def test_a_folder_goes_on_where_it_stopped_and_refuses_another_run(tiny, tmp_path):
+    settings = {"samples": 2, "steps": 2, "guidance": 4.0, "batch": 4}
+    assert generate_folder(tiny, CASES, tmp_path / "a", {"run": 1}, **settings) == 6
+    first = (tmp_path / "a" / "2_1.png").read_bytes()
+    (tmp_path / "a" / "2_1.png").unlink()
+    assert generate_folder(tiny, CASES, tmp_path / "a", {"run": 1}, **settings) == 1
+    assert (tmp_path / "a" / "2_1.png").read_bytes() == first
+    with pytest.raises(ValueError, match="another run"):
+        generate_folder(tiny, CASES, tmp_path / "a", {"run": 2}, **settings)

@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from ldm.shift import WeightShift
+from ldm.store import Store
+
+
+def put(path, index):
+    WeightShift({"a": torch.zeros(2, 1)}, torch.ones(1, 3), 1.0).save(path, {"erased_index": index})
+
+
+def test_a_shift_once_made_serves_later_times_but_not_earlier_ones(tmp_path):
+    early, late = (Store(tmp_path, "m", "style", 3, time) for time in (0, 2))
+    put(early.shift(0), 0)
+    put(late.shift(2), 2)
+    assert late.find_shift(0) == early.shift(0)
+    with pytest.raises(ValueError, match="2 Picasso.*SRS_ME.py --erase_cat style --erased_index 2 --scenei 3 --timei 0"):
+        early.find_shift(2)
+
+
+def test_a_merge_is_named_by_its_indexes_and_takes_files_too(tmp_path):
+    store = Store(tmp_path, "m", "style", 1, 0)
+    put(store.shift(0), 0)
+    put(store.shift(2), 2)
+    shifts, name = store.load_merge(f"0, {store.shift(2)}")
+    assert list(shifts) == ["0", "2"] and name == "02"
+    assert store.load_merge("") == ({}, "ori")
+    with pytest.raises(ValueError, match="twice"):
+        store.load_merge(f"0,{store.shift(0)}")

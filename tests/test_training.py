@@ -1,0 +1,33 @@
+import itertools
+
+import pytest
+import torch
+
+from ldm.losses import Terms
+from ldm.training import MomentumStop, Step, erase
+
+
+def quadratic(weight):
+    return lambda latents, step: Terms((weight - 3).square().sum(), weight.detach().sum())
+
+
+def test_it_minimises_and_yields_what_it_saw_before_each_update():
+    weight = torch.zeros(1, requires_grad=True)
+    steps = list(itertools.islice(erase(quadratic(weight), [weight], itertools.repeat((None, None)), 0.5), 40))
+    assert steps[0] == Step(1, 9.0, 0.0) and abs(weight.item() - 3) < 0.5
+
+
+def test_a_loss_of_nan_stops_before_the_weights_are_touched():
+    weight = torch.ones(1, requires_grad=True)
+    with pytest.raises(FloatingPointError, match="step 1.*nothing was saved"):
+        next(erase(lambda *_: Terms(weight.sum() * float("nan"), weight.sum()), [weight], [(None, None)], 0.5))
+    assert weight.item() == 1
+
+
+def test_the_momentum_starts_at_the_first_value_and_waits_for_ten_steps():
+    stop = MomentumStop(threshold=0.5)
+    assert [stop.update(Step(n, 0, 0.0)) for n in range(1, 11)] == [False] * 9 + [True]
+    stop = MomentumStop(threshold=0.5)
+    stop.update(Step(1, 0, 1.0))
+    stop.update(Step(2, 0, 0.0))
+    assert stop.momentum == pytest.approx(0.9)

@@ -1,0 +1,52 @@
+"""Merge any set of shifts into a copy of the base model and write it as a diffusers folder.
+
+Reports how far each shift moves what the other concepts' prompts see. A concept left out of --merge is restored.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+from ldm import cli
+from ldm.attention import kv_layers
+from ldm.concepts import ROOT, load_concepts
+from ldm.images import write_json
+from ldm.metrics.compare import to_markdown
+from ldm.model import RECIPE, save
+from ldm.shift import applied, leaks
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    cli.add_model(parser)
+    cli.add_category(parser)
+    cli.add_scene(parser)
+    parser.add_argument("--merge", required=True, help="shifts to merge: indexes such as 0,1,2, or shift files")
+    parser.add_argument("--save_path", type=Path, default=ROOT / "models" / "merged", help="the folder NAME goes here")
+    cli.add_device(parser)
+    args = parser.parse_args()
+    model = cli.load_model(args, cli.parse_devices(args.device)[0])
+    shifts, name = cli.store(args, model.name).load_merge(args.merge)
+    layers, digest = kv_layers(model.unet), model.digest
+    for shift in shifts.values():
+        shift.check(digest, layers)
+    prompts = ["", *(concept.prompt for concept in load_concepts(args.erase_cat))]
+    table = pd.DataFrame(leaks(layers, shifts, {prompt: model.encode_prompt([prompt])[0] for prompt in prompts}))
+    target = args.save_path / f"{model.name}-{name}"
+    args.save_path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.save_path, prefix=".partial-") as partial:
+        with applied(layers, list(shifts.values())):
+            save(model, Path(partial) / "model")
+        write_json(Path(partial) / "model" / RECIPE,
+                   {"made_by": "Merge_model.py", "base": model.base, "base_digest": digest,
+                    "merged": {label: shift.recipe for label, shift in shifts.items()}})
+        shutil.rmtree(target, ignore_errors=True)
+        (Path(partial) / "model").rename(target)
+    print(to_markdown(table.pivot(index="prompt", columns="shift", values="leak").loc[prompts].reset_index()))
+    print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+../eval-scripts/cate-cls-test.py

