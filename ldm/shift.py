@@ -114,6 +114,19 @@ class NullSpaceBasis:
             raise ValueError(f"{path} holds no basis of shape (k, d): make it again with SRSME_Solution.py")
         return cls(tensors["basis"].double(), recipe)
 
+    def directions(self, concept: torch.Tensor, most: int | None) -> torch.Tensor:
+        """At most `most` directions (k, d) of the null space: all as they are, or those that `concept` reaches most.
+
+        A gradient on the concept's prompts (P, tokens, d) acts only where their embeddings reach, yet Adam moves every
+        coefficient alike; directions beyond those cost other concepts and erase nothing. So when there is a choice the
+        basis is turned to the right singular vectors of the embeddings within it, the strongest first.
+        """
+        if most is None or most >= len(self.vectors):
+            return self.vectors
+        orthonormal = torch.linalg.qr(self.vectors.T).Q.T  # (k, d)
+        reach = concept.flatten(0, 1).cpu().double() @ orthonormal.T  # (P * tokens, k)
+        return torch.linalg.svd(reach, full_matrices=True).Vh[:most] @ orthonormal
+
     def check(self, digest: str, width: int, path: Path) -> None:
         """Raises ValueError unless the basis was made for the base model with that digest."""
         _check_base(self.recipe, digest, path)

@@ -50,6 +50,19 @@ def test_no_room_says_how_many_prompts_fit():
         NullSpaceBasis.solve(prompts, list("abcde"), 1e-7, "svd", {})
 
 
+def test_fewer_directions_are_those_that_the_concept_reaches_most():
+    protected, concept = torch.randn(2, 2, 9), torch.randn(1, 2, 9)
+    for method in METHODS:
+        basis = NullSpaceBasis.solve(protected, ["a", "b"], 1e-7, method, {})
+        assert basis.directions(concept, 5) is basis.vectors and basis.directions(concept, None) is basis.vectors
+        few = basis.directions(concept, 2)
+        assert torch.allclose(few @ few.T, torch.eye(2, dtype=torch.float64), atol=1e-10)
+        assert (protected.flatten(0, 1).double() @ few.T).abs().max() < 1e-6
+        within = basis.vectors.T @ torch.linalg.pinv(basis.vectors.T)  # the projection onto the null space
+        seen = concept[0].double() @ within
+        assert torch.allclose(seen @ few.T @ few, seen, atol=1e-8)  # two tokens, so two directions hold all of it
+
+
 def random_shift(model, protected, seed=0, scale=0.5) -> WeightShift:
     basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, 1e-7, "svd", {})
     generator = torch.Generator().manual_seed(seed)

@@ -26,13 +26,14 @@ from ldm.training import MomentumStop, erase
 
 def learn(model, args, concept, basis, recipe, path) -> dict:
     """Learn and save one concept's shift; returns a row for the table."""
-    directions = basis.vectors[:args.max_base] if args.max_base else basis.vectors
+    prompts = [concept.prompt] + [template.format(concept.prompt) for template in concept.templates[:args.templates]]
+    embeddings = model.encode_prompt(prompts)
+    directions = basis.directions(embeddings, args.max_base)
     if args.max_base and args.max_base > len(directions):
         print(f"--max_base {args.max_base}: the basis has {len(directions)} directions, and all are used")
     layers = kv_layers(model.unet)
     shift = WeightShift.zeros(layers, directions, args.scale_factor)
-    prompts = [concept.prompt] + [template.format(concept.prompt) for template in concept.templates[:args.templates]]
-    loss = SeparableErasure(model, layers, shift, model.encode_prompt(prompts), model.encode_prompt([""]), args.reg_beta)
+    loss = SeparableErasure(model, layers, shift, embeddings, model.encode_prompt([""]), args.reg_beta)
     batches = from_folder(model, args.data_path / concept.name, args.batch_size, args.seed,
                           f"make it with python eval-scripts/generate-data.py --erase_cat {args.erase_cat} "
                           f"--prompt '{concept.name}' --model_name '0'")
@@ -69,7 +70,7 @@ def main() -> None:
     for flag, kind, text in (("--lr", float, "Adam's rate"), ("--scale_factor", float, "beta, the basis' scale"),
                              ("--threshold", float, "stop when the momentum of the correlation falls to it"),
                              ("--reg_beta", float, "weight of |dW|_1"), ("--iter_break", cli.positive, "most steps"),
-                             ("--max_base", cli.positive, "most basis vectors"),
+                             ("--max_base", cli.positive, "most basis vectors, those that the concept reaches most"),
                              ("--batch_size", cli.positive, "latents a step"),
                              ("--templates", int, "caption templates to erase beside the bare name")):
         parser.add_argument(flag, type=kind, default=None, help=f"{text} (default: the model's config)")

@@ -3,7 +3,6 @@
 Stopped and started again with the same command, it goes on from its last checkpoint in --work_path.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from lightning_fabric import Fabric, seed_everything
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from ldm import cli
 from ldm.concepts import ROOT
 from ldm.mini import train
 from ldm.mini.captions import build_tokenizer
@@ -29,10 +29,10 @@ def show(steps, total: int, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "mini-sd.yaml")
-    parser.add_argument("--save_path", type=Path, default=ROOT / "models" / "mini-sd")
-    parser.add_argument("--work_path", type=Path, default=ROOT / "models" / "mini-sd-training")
+    parser = cli.parser(__doc__)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "mini-sd.yaml", help="what to train, and how")
+    parser.add_argument("--save_path", type=Path, default=ROOT / "models" / "mini-sd", help="the model")
+    parser.add_argument("--work_path", type=Path, default=ROOT / "models" / "mini-sd-training", help="checkpoints")
     args = parser.parse_args()
     config = OmegaConf.load(args.config)
     work = args.work_path
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
