@@ -39,7 +39,7 @@ def main() -> None:
 
     def status(prompt: str) -> str:
         concept = concept_in(args.erase_cat, prompt)
-        if concept is None:
+        if concept is None or concept.watermark:
             return "protected"
         return "erased" if concept.index in erased else "restored" if concept.index in restored else "regular"
 

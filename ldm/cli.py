@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ldm.concepts import CATEGORIES, ROOT
+from ldm.model import TextToImage, load
 from ldm.store import Store
 
 
@@ -81,9 +82,8 @@ def parse_devices(text: str | None) -> list[torch.device]:
     return devices
 
 
-def load_model(args: argparse.Namespace, device: torch.device):
+def load_model(args: argparse.Namespace, device: torch.device) -> TextToImage:
     """The model that --model names. Raises ValueError for a CompVis pair, which this version does not load."""
-    from ldm.model import load  # late: --help stays quick
     if args.config_path or args.ckpt_path:
         raise ValueError("--config_path and --ckpt_path name a CompVis checkpoint, which this version does not load "
                          "yet: pass a diffusers folder to --model")

@@ -63,7 +63,8 @@ def generate_folder(model: TextToImage, cases: Sequence[Case], folder: Path, rec
     The folder gets `prompts.csv` and `recipe.json` too. Raises ValueError when it holds the images of another recipe.
     """
     check_recipe(folder, recipe)
-    missing = [(case, n) for case in cases for n in range(samples) if not (folder / image_name(case.number, n)).exists()]
+    there = {path.name for path in folder.rglob("*.png")}  # sorted into class folders or not
+    missing = [(case, n) for case in cases for n in range(samples) if image_name(case.number, n) not in there]
     write_cases(folder / "prompts.csv", cases)
     write_json(folder / "recipe.json", recipe)
     for case, n, image in generate(model, cases, samples, steps, guidance, batch, wanted=missing):

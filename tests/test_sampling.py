@@ -34,6 +34,8 @@ def test_a_folder_goes_on_where_it_stopped_and_refuses_another_run(tiny, tmp_pat
     assert generate_folder(tiny, CASES, tmp_path / "a", {"run": 1}, **settings) == 6
     first = (tmp_path / "a" / "2_1.png").read_bytes()
     (tmp_path / "a" / "2_1.png").unlink()
+    (tmp_path / "a" / "0").mkdir()
+    (tmp_path / "a" / "0_0.png").rename(tmp_path / "a" / "0" / "0_0.png")
     assert generate_folder(tiny, CASES, tmp_path / "a", {"run": 1}, **settings) == 1
     assert (tmp_path / "a" / "2_1.png").read_bytes() == first
     with pytest.raises(ValueError, match="another run"):

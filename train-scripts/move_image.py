@@ -25,8 +25,8 @@ def main() -> None:
     for path in sorted(path for path in args.path.iterdir() if path.suffix.lower() in SUFFIXES):
         case = case_number(path)
         concept = known.get(case) if known else None
-        label = case // args.num if not known else concept and concept.index
-        if label is None:
+        label = concept.index if concept else case // args.num
+        if known and (concept is None or concept.watermark):
             left += 1
             continue
         target = args.path / str(label) / path.name

@@ -21,11 +21,13 @@ from ldm.mini.captions import build_tokenizer
 
 def show(steps, total: int, name: str) -> None:
     mean = None
-    with tqdm(steps, total=total, desc=name, unit="step") as bar:
-        for step, loss in bar:
-            bar.n = step
+    with tqdm(total=total, desc=name, unit="step") as bar:
+        for step, loss in steps:
+            if mean is None:
+                bar.initial = bar.n = step  # where the checkpoint was
             mean = loss if mean is None else 0.98 * mean + 0.02 * loss
             bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+            bar.update()
 
 
 def main() -> None:

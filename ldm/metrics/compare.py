@@ -53,11 +53,11 @@ def by_concept(folder: Path, category: str, prompts: Path | None = None) -> dict
 
 def _index(category: str, prompt: str) -> int | None:
     concept = concept_in(category, prompt)
-    return None if concept is None else concept.index
+    return None if concept is None or concept.watermark else concept.index
 
 
 def compare(before: Path, after: Path, prompts: Path, category: str,
-            classifier: Classifier | None, device: torch.device) -> pd.DataFrame:
+            classifier: Classifier, device: torch.device) -> pd.DataFrame:
     """One row per prompt: images, accuracy before and after (in per cent), mean LPIPS, largest pixel difference, PSNR.
 
     `prompts` is the prompt list of both. Prompts of no concept of `category`, such as watermarks, have no accuracy.
@@ -67,17 +67,14 @@ def compare(before: Path, after: Path, prompts: Path, category: str,
     measured = distances([a for a, _ in matched], [b for _, b in matched], device)
     table = pd.DataFrame({"prompt": [prompt_of[case_number(a)] for a, _ in matched],
                           **{name: values.numpy() for name, values in measured.items()}})
-    if classifier is not None:
-        label_of = {prompt: _index(category, prompt) for prompt in table.prompt.unique()}
-        table["label"] = [-1 if label_of[prompt] is None else label_of[prompt] + 1 for prompt in table.prompt]
-        for name, side in (("accuracy_before", 0), ("accuracy_after", 1)):
-            hit = predict(classifier, [pair[side] for pair in matched]).numpy() == table.label
-            table[name] = (hit * 100.0).where(table.label > 0)
-    columns = {"images": ("lpips", "size")}
-    if classifier is not None:
-        columns |= {name: (name, "mean") for name in ("accuracy_before", "accuracy_after")}
-    columns |= {"lpips": ("lpips", "mean"), "largest_pixel": ("pixel", "max"), "psnr": ("psnr", "mean")}
-    return table.groupby("prompt", sort=False).agg(**columns).reset_index()
+    label_of = {prompt: _index(category, prompt) for prompt in table.prompt.unique()}
+    table["label"] = [-1 if label_of[prompt] is None else label_of[prompt] + 1 for prompt in table.prompt]
+    for name, side in (("accuracy_before", 0), ("accuracy_after", 1)):
+        hit = predict(classifier, [pair[side] for pair in matched]).numpy() == table.label
+        table[name] = (hit * 100.0).where(table.label > 0)
+    return table.groupby("prompt", sort=False).agg(
+        images=("lpips", "size"), accuracy_before=("accuracy_before", "mean"), accuracy_after=("accuracy_after", "mean"),
+        lpips=("lpips", "mean"), largest_pixel=("pixel", "max"), psnr=("psnr", "mean")).reset_index()
 
 
 def accuracy_table(classifier: Classifier, folder: Path, category: str, prompts: Path | None = None) -> pd.DataFrame:
