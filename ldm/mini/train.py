@@ -126,6 +126,9 @@ def train_denoiser(fabric: Fabric, config: DictConfig, denoiser: Denoiser, avera
     """Predict the noise in scaled `latents` (N, C, h, w) given `tokens` (N, length); `average` follows `denoiser`."""
     settings = config.train.denoiser
     scheduler = DDPMScheduler(**config.scheduler)  # a solver's add_noise counts its own steps, not training's
+    # Errors of the noise count most where little signal is left: there they are what decides a picture's colours and
+    # shapes. 1 / a_t is the weight of velocity prediction (Salimans and Ho, arXiv 2202.00512), bounded here.
+    weight = 1 / (scheduler.alphas_cumprod + 0.02)
 
     def loss_of(module, step):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -135,7 +138,8 @@ def train_denoiser(fabric: Fabric, config: DictConfig, denoiser: Denoiser, avera
         when = torch.randint(scheduler.config.num_train_timesteps, (settings.batch,), generator=generator)
         noisy = scheduler.add_noise(clean, noise, when).contiguous(memory_format=torch.channels_last)
         noisy, when, noise, words = (fabric.to_device(x) for x in (noisy, when, noise, tokens[chosen]))
-        return F.mse_loss(module(noisy, when, words).float(), noise)
+        error = (module(noisy, when, words).float() - noise).square().mean((1, 2, 3))  # (N,)
+        return (error * weight[when.cpu()].to(error)).mean()
 
     denoiser.to(memory_format=torch.channels_last)
     return _fit(fabric, denoiser, loss_of, settings, config.train.save_every, path, average)
