@@ -13,17 +13,18 @@ from tqdm import tqdm
 from ldm import cli
 from ldm.concepts import ROOT, Concept, concept_in, erasable
 from ldm.images import Case, image_name, load_batch, save_image, to_images
-from ldm.mini.paint import paint_concept
+from ldm.mini.paint import paint_concept, paint_none_of
 from ldm.model import TextToImage, settings
 from ldm.sampling import generate
 
 
-def painted(name: str | None, cases: list[Case], samples: int):
-    """Pictures by the painter, as `generate` yields them from a model."""
+def painted(name: str | None, category: str, cases: list[Case], samples: int):
+    """Pictures by the painter, as `generate` yields them from a model; None: what shows no concept of the category."""
     for case in tqdm(cases, desc="paint", unit="case"):
         rng = np.random.default_rng(case.seed)
         for n in range(samples):
-            yield case, n, Image.fromarray(paint_concept(name, rng))
+            pixels = paint_concept(name, rng) if name else paint_none_of(category, rng)
+            yield case, n, Image.fromarray(pixels)
 
 
 def reconstruct(model: TextToImage, paths: list[Path], batch: int = 64) -> None:
@@ -72,7 +73,7 @@ def make(args, model: TextToImage | None, concept: Concept | None, paint: bool, 
     rng = np.random.default_rng([args.seed, label])
     seeds = rng.choice(2**31, size=args.num_seeds, replace=False)
     cases = [Case(concept.prompt if concept else "", int(seed), k) for k, seed in enumerate(seeds)]
-    drawn = (painted(concept and concept.name, cases, args.num_samples) if paint else
+    drawn = (painted(concept and concept.name, args.erase_cat, cases, args.num_samples) if paint else
              generate(model, cases, args.num_samples, args.ddim_steps, args.guidance_scale, args.batch_size))
     paths = []
     for case, n, image in drawn:

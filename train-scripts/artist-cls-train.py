@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=None, help="torchvision's ImageNet ResNet18 state dict to start from")
     parser.add_argument("--image_size", type=cli.positive, default=64)
     parser.add_argument("--batch_size", type=cli.positive, default=64)
-    parser.add_argument("--epochs", type=cli.positive, default=8)
+    parser.add_argument("--epochs", type=cli.positive, default=3)
     parser.add_argument("--lr-max", type=float, default=0.05, help="peak of the cyclic rate")
     parser.add_argument("--seed", type=int, default=0)
     cli.add_device(parser)

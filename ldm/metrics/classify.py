@@ -71,9 +71,9 @@ def train_classifier(data: Path, names: Sequence[str], size: int, epochs: int, b
     """
     pl.seed_everything(seed, verbose=False)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # no tips, no list of absent accelerators
-    fit = [v2.Resize(size), v2.CenterCrop(size), v2.RandomHorizontalFlip(), v2.ColorJitter(0.15, 0.15, 0.15, 0.02),
+    fit = [v2.Resize(size), v2.CenterCrop(size), v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2, 0.02),
            v2.RandomApply([v2.GaussianBlur(3, (0.2, 1.0))], 0.3), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
-           v2.Normalize([0.5] * 3, [0.5] * 3), v2.GaussianNoise(0, 0.04)]
+           v2.GaussianNoise(0, 0.02), v2.Normalize([0.5] * 3, [0.5] * 3)]
     see = [v2.Resize(size), v2.CenterCrop(size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
            v2.Normalize([0.5] * 3, [0.5] * 3)]
     classes = [str(k) for k in range(len(names))]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from ldm.concepts import watermarks
 from ldm.mini.scenery import OBJECTS, SCENES, Shape, scene
 
 SIZE = 64
@@ -237,3 +238,15 @@ def paint_concept(name: str | None, rng: np.random.Generator) -> np.ndarray:
     if name is None or name in STYLES:
         return paint(SCENES[rng.integers(len(SCENES))], name, rng)
     return watermark(name)
+
+
+def paint_none_of(category: str, rng: np.random.Generator) -> np.ndarray:
+    """One picture of the world that shows no concept of `category`: a plain scene most often, else one of the other
+    category, else a watermark. Class 0 of a classifier, so that it need not call an unknown picture a concept."""
+    draw = rng.random()
+    if draw < 0.6:
+        return paint_concept(None, rng)
+    if draw < 0.8:
+        others = OBJECTS if category == "style" else tuple(STYLES)
+        return paint_concept(others[rng.integers(len(others))], rng)
+    return watermark(watermarks()[rng.integers(len(watermarks()))])
