@@ -242,11 +242,18 @@ def paint_concept(name: str | None, rng: np.random.Generator) -> np.ndarray:
 
 def paint_none_of(category: str, rng: np.random.Generator) -> np.ndarray:
     """One picture of the world that shows no concept of `category`: a plain scene most often, else one of the other
-    category, else a watermark. Class 0 of a classifier, so that it need not call an unknown picture a concept."""
+    category, else a watermark; half of them soft and faded, as a model's weak pictures are. Class 0 of a classifier,
+    so that it need not call an unknown picture a concept."""
     draw = rng.random()
     if draw < 0.6:
-        return paint_concept(None, rng)
-    if draw < 0.8:
+        picture = paint_concept(None, rng)
+    elif draw < 0.8:
         others = OBJECTS if category == "style" else tuple(STYLES)
-        return paint_concept(others[rng.integers(len(others))], rng)
-    return watermark(watermarks()[rng.integers(len(watermarks()))])
+        picture = paint_concept(others[rng.integers(len(others))], rng)
+    else:
+        picture = watermark(watermarks()[rng.integers(len(watermarks()))])
+    if rng.random() < 0.5:
+        return picture
+    soft = _blur(_to_pixels(Image.fromarray(picture)), rng.uniform(0, 1.5))
+    fade = rng.uniform(0, 0.7)
+    return np.asarray(_to_image((1 - fade) * soft + fade * rng.uniform(0.4, 0.8, 3)))
