@@ -62,7 +62,7 @@ def main() -> None:
     if not paint or args.reconstruct:
         model = cli.load_model(args, cli.parse_devices(args.device)[0])
         cli.fill(args, settings(model.base).sampling)
-    split = args.save_path if args.erase_cat == "style" else args.save_path / args.erase_cat
+    split = cli.default_data(args.erase_cat, args.save_path)
     for concept in chosen:
         make(args, model, concept, paint, split)
 

@@ -101,9 +101,9 @@ def store(args: argparse.Namespace, model_name: str) -> Store:
     return Store(args.shifts_path, model_name, args.erase_cat, args.scenei, args.timei)
 
 
-def default_data(category: str) -> Path:
-    """Where a category's train and eval folders are: data for styles, else data/CATEGORY."""
-    return ROOT / "data" if category == "style" else ROOT / "data" / category
+def default_data(category: str, root: Path = ROOT / "data") -> Path:
+    """Where a category's train and eval folders are: `root` for styles, else root/CATEGORY."""
+    return root if category == "style" else root / category
 
 
 def run(main: Callable[[], None]) -> None:
