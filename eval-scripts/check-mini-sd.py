@@ -4,13 +4,11 @@ Draws style_classify.csv, object_classify.csv and watermark.csv, counts them by 
 with their pictures, and encodes painted pictures that training never saw. Goes on where it stopped.
 """
 
-import math
 import time
 from pathlib import Path
 
 import pandas as pd
 from PIL import Image
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ldm import cli
 from ldm.concepts import ROOT
@@ -19,7 +17,7 @@ from ldm.metrics.classify import load_classifier
 from ldm.metrics.compare import accuracy_table, to_markdown
 from ldm.metrics.perceptual import distances
 from ldm.mini.paint import watermark
-from ldm.mini.train import paint_world, to_tensor
+from ldm.mini.train import paint_world, reconstruction_psnr
 from ldm.model import settings
 from ldm.sampling import generate_folder
 
@@ -35,11 +33,13 @@ def main() -> None:
     device = cli.parse_devices(args.device)[0]
     model = cli.load_model(args, device)
     cli.fill(args, settings(model.base).sampling)
-    recipe = {"model_digest": model.digest, "ddim_steps": args.ddim_steps, "guidance_scale": args.guidance_scale}
+    seed = settings(model.base).get("seed")
+    if seed is None:
+        raise ValueError(f"{args.model} was not made by train-mini-sd.py: pass --model a folder that it wrote")
 
     def draw(name: str) -> Path:
         cases, folder, start = read_cases(ROOT / "data" / f"{name}.csv"), args.save_path / name, time.perf_counter()
-        drawn = generate_folder(model, cases, folder, recipe, args.num_samples, args.ddim_steps, args.guidance_scale,
+        drawn = generate_folder(model, cases, folder, model.drawn_by, args.num_samples, args.ddim_steps, args.guidance_scale,
                                 args.batch_size)
         if drawn:
             print(f"{name}: {drawn} images, {64 * (time.perf_counter() - start) / drawn:.1f} s for 64")
@@ -62,13 +62,9 @@ def main() -> None:
     table = pd.DataFrame(rows, columns=["watermark", "psnr", "lpips"]).groupby("watermark", sort=False)
     print(to_markdown(table.agg(least_psnr=("psnr", "min"), mean_psnr=("psnr", "mean"), mean_lpips=("lpips", "mean")).reset_index()))
 
-    seed = settings(model.base).seed + 1  # training's own pictures are those of the seed
-    pictures = to_tensor(paint_world(args.held_out, seed)[0])
-    psnr = [peak_signal_noise_ratio(model.decode(model.encode_image(part)).cpu().clamp(-1, 1), part, data_range=2.0,
-                                    reduction="none", dim=(1, 2, 3)) for part in pictures.split(100)]
-    values = pd.Series([value for part in psnr for value in part.tolist()])
-    print(f"\nautoencoder on {args.held_out} held-out pictures: {values.mean():.2f} dB PSNR on average, "
-          f"{-10 * math.log10((10 ** (-values / 10)).mean()):.2f} dB of all pixels together")
+    psnr = reconstruction_psnr(model.vae, paint_world(args.held_out, seed + 1)[0])  # training's pictures are the seed's
+    print(f"\nautoencoder on {args.held_out} held-out pictures: {psnr.mean():.2f} dB PSNR on average, "
+          f"{-10 * (10 ** (-psnr / 10)).mean().log10():.2f} dB of all pixels together")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Before and after an erasure, image by image: accuracy, LPIPS, largest pixel difference and PSNR for each prompt.
 
-Writes compare.csv into --path2.
+Writes compare-PATH1.csv into --path2.
 """
 
 from pathlib import Path
@@ -25,10 +25,11 @@ def main() -> None:
     path = args.model_path or ROOT / "models" / "classifiers" / f"{args.erase_cat}.safetensors"
     classifier, _ = load_classifier(path, device, "train it with python train-scripts/artist-cls-train.py")
     table = compare(args.path1, args.path2, args.prompts_path or args.path2 / "prompts.csv", args.erase_cat, classifier, device)
-    with atomic(args.path2 / "compare.csv") as partial:
+    written = args.path2 / f"compare-{args.path1.resolve().name}.csv"
+    with atomic(written) as partial:
         table.to_csv(partial, index=False)
     print(to_markdown(table))
-    print(f"-> {args.path2 / 'compare.csv'}")
+    print(f"-> {written}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Make pictures of concepts: by a model, or by the painter of the embedded model's world (--model_name paint).
 
 Every concept's pictures go to DATA/<concept>/, for SRS_ME.py, and, split 70 to 30, to DATA/train/<class> and
-DATA/eval/<class>, for artist-cls-train.py; class 0 is the blank concept. For objects the two are in DATA/object.
+DATA/eval/<class>, for artist-cls-train.py; class 0 is the blank concept. For objects the two are in DATA/object. Goes on
+where it stopped.
 """
 
+import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +15,22 @@ from tqdm import tqdm
 
 from ldm import cli
 from ldm.concepts import ROOT, Concept, concept_in, erasable
-from ldm.images import Case, image_name, load_batch, save_image, to_images
+from ldm.images import RECIPE, Case, atomic, check_recipe, image_name, load_batch, save_image, to_images, write_json
 from ldm.mini.paint import paint_concept, paint_none_of
 from ldm.model import TextToImage, settings
-from ldm.sampling import generate
+from ldm.sampling import generate_folder
 
 
-def painted(name: str | None, category: str, cases: list[Case], samples: int):
-    """Pictures by the painter, as `generate` yields them from a model; None: what shows no concept of the category."""
+def paint_folder(name: str | None, category: str, cases: list[Case], folder: Path, recipe: dict, samples: int) -> None:
+    """Pictures by the painter, as `generate_folder` draws them by a model; None: what shows no concept of `category`."""
+    check_recipe(folder, recipe)
+    write_json(folder / RECIPE, recipe)
     for case in tqdm(cases, desc="paint", unit="case"):
         rng = np.random.default_rng(case.seed)
         for n in range(samples):
             pixels = paint_concept(name, rng) if name else paint_none_of(category, rng)
-            yield case, n, Image.fromarray(pixels)
+            if not (folder / image_name(case.number, n)).exists():
+                save_image(folder / image_name(case.number, n), Image.fromarray(pixels))
 
 
 def reconstruct(model: TextToImage, paths: list[Path], batch: int = 64) -> None:
@@ -52,7 +58,7 @@ def main() -> None:
         raise ValueError(f"--model_name {args.model_name}: give 0 for the model that --model names, or paint")
     if args.prompt:
         chosen = [concept_in(args.erase_cat, args.prompt)]
-        if chosen[0] is None:
+        if chosen[0] is None or chosen[0].watermark:
             names = ", ".join(concept.name for concept in erasable(args.erase_cat))
             raise ValueError(f"'{args.prompt}' is no {args.erase_cat} concept: choose from {names}")
     else:
@@ -73,17 +79,24 @@ def make(args, model: TextToImage | None, concept: Concept | None, paint: bool, 
     rng = np.random.default_rng([args.seed, label])
     seeds = rng.choice(2**31, size=args.num_seeds, replace=False)
     cases = [Case(concept.prompt if concept else "", int(seed), k) for k, seed in enumerate(seeds)]
-    drawn = (painted(concept and concept.name, args.erase_cat, cases, args.num_samples) if paint else
-             generate(model, cases, args.num_samples, args.ddim_steps, args.guidance_scale, args.batch_size))
+    folder = (args.save_path if concept else split) / name
+    recipe = {"made_by": "generate-data.py", "num_seeds": args.num_seeds, "seed": args.seed, "painted": paint}
+    if paint:
+        paint_folder(concept and concept.name, args.erase_cat, cases, folder, recipe, args.num_samples)
+    else:
+        generate_folder(model, cases, folder, recipe | model.drawn_by, args.num_samples, args.ddim_steps,
+                        args.guidance_scale, args.batch_size)
+    for part in ("train", "eval"):  # what an earlier run with another number of seeds left there
+        shutil.rmtree(split / part / str(label), ignore_errors=True)
     paths = []
-    for case, n, image in drawn:
+    for case, n in itertools.product(cases, range(args.num_samples)):
         part = "train" if case.number < 0.7 * args.num_seeds else "eval"
         paths.append(split / part / str(label) / image_name(case.number, n))
-        for path in (args.save_path / name / image_name(case.number, n), paths[-1]):
-            save_image(path, image)
+        with atomic(paths[-1]) as partial:
+            shutil.copyfile(folder / paths[-1].name, partial)
     if args.reconstruct:
         reconstruct(model, paths)
-    print(f"{name}: {len(paths)} pictures in {args.save_path / name}")
+    print(f"{name}: {len(paths)} pictures in {folder}")
 
 
 if __name__ == "__main__":

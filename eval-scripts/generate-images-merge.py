@@ -33,8 +33,7 @@ def main() -> None:
     layers = kv_layers(model.unet)
     for shift in shifts.values():
         shift.check(model.digest, layers)
-    recipe = {"base_digest": model.digest, "shifts": {label: shift.recipe for label, shift in shifts.items()},
-              "ddim_steps": args.ddim_steps, "guidance_scale": args.guidance_scale, "num_samples": args.num_samples}
+    recipe = model.drawn_by | {"shifts": {label: shift.recipe for label, shift in shifts.items()}}
     folder = args.save_path / f"{name}-merge"
     with applied(layers, list(shifts.values())):
         drawn = generate_folder(model, cases, folder, recipe, args.num_samples, args.ddim_steps, args.guidance_scale,

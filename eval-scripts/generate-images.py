@@ -26,10 +26,8 @@ def main() -> None:
     merged = args.models_path / args.model_name
     model = load(merged if merged.is_dir() else args.model_name, cli.parse_devices(args.device)[0])
     cli.fill(args, settings(model.base).sampling)
-    recipe = {"model_digest": model.digest, "ddim_steps": args.ddim_steps, "guidance_scale": args.guidance_scale,
-              "num_samples": args.num_samples}
     folder = args.save_path / model.name
-    drawn = generate_folder(model, cases, folder, recipe, args.num_samples, args.ddim_steps, args.guidance_scale,
+    drawn = generate_folder(model, cases, folder, model.drawn_by, args.num_samples, args.ddim_steps, args.guidance_scale,
                             args.batch_size)
     print(f"{drawn} images drawn, {len(cases) * args.num_samples} in {folder}")
 

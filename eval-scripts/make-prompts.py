@@ -1,6 +1,7 @@
 """Make the prompt list of a category: every concept's prompt at the same number of seeded random seeds.
 
-data/style_classify.csv, data/object_classify.csv and data/watermark.csv are made by this script's defaults.
+data/style_classify.csv and data/object_classify.csv are made by this script's defaults, data/watermark.csv by
+`--erase_cat watermark --num_seeds 10`, and data/*_held_out.csv by `--held_out`.
 """
 
 from pathlib import Path
@@ -24,6 +25,8 @@ def main() -> None:
     args = parser.parse_args()
     prompts, path = [], ROOT / "data" / "watermark.csv"
     if args.erase_cat != "watermark":
+        if args.held_out and not erasable(args.erase_cat)[0].held_out:
+            raise ValueError(f"category {args.erase_cat} has no held_out template in configs/concepts.yaml: leave out --held_out")
         prompts = [concept.held_out[0].format(concept.prompt) if args.held_out else concept.prompt
                    for concept in erasable(args.erase_cat)]
         path = path.with_name(f"{args.erase_cat}_{'held_out' if args.held_out else 'classify'}.csv")

@@ -6,11 +6,15 @@ last folder's LPIPS and largest pixel difference to the first.
 
 from pathlib import Path
 
+import pandas as pd
+
 from ldm import cli
 from ldm.concepts import ROOT, concept_in, parse_indexes
-from ldm.images import atomic, image_name, open_image, read_cases, save_image, sheet
+from ldm.images import atomic, image_name, open_image, read_cases, save_image, sheet, write_text
 from ldm.metrics.classify import load_classifier
-from ldm.metrics.compare import compare, to_markdown
+from ldm.metrics.compare import accuracy_by_prompt, by_name, compare, pairs, prompts_of, to_markdown
+
+ORDER, BLANK = ["erased", "restored", "regular", "protected"], "(blank)"
 
 
 def main() -> None:
@@ -34,8 +38,8 @@ def main() -> None:
                                     "train it with python train-scripts/artist-cls-train.py")
     prompts = args.paths[-1] / "prompts.csv"
 
-    tables = [compare(args.paths[0], path, prompts, args.erase_cat, classifier, device) for path in args.paths[1:]]
-    result = tables[0][["prompt"]].copy()
+    table = compare(args.paths[0], args.paths[-1], prompts, args.erase_cat, classifier, device).set_index("prompt")
+    result = pd.DataFrame(index=table.index)
 
     def status(prompt: str) -> str:
         concept = concept_in(args.erase_cat, prompt)
@@ -43,26 +47,26 @@ def main() -> None:
             return "protected"
         return "erased" if concept.index in erased else "restored" if concept.index in restored else "regular"
 
-    result["status"] = result.prompt.map(status)
-    result[f"accuracy % {titles[0]}"] = tables[0].accuracy_before
-    for title, table in zip(titles[1:], tables):
-        result[f"accuracy % {title}"] = table.accuracy_after
-    result["LPIPS"], result["largest pixel difference"] = tables[-1].lpips, tables[-1].largest_pixel.astype(int)
-    result["order"] = result.status.map(["erased", "restored", "regular", "protected"].index)
-    result = result.sort_values("order", kind="stable").drop(columns="order")
-    result["prompt"] = result.prompt.replace("", "(blank)")
+    result["status"] = result.index.map(status)
+    result[f"accuracy % {titles[0]}"] = table.accuracy_before
+    for title, folder in zip(titles[1:-1], args.paths[1:-1]):
+        images = [after for _, after in pairs(args.paths[0], folder)]
+        result[f"accuracy % {title}"] = accuracy_by_prompt(classifier, images, prompts_of(images, prompts), args.erase_cat)
+    result[f"accuracy % {titles[-1]}"] = table.accuracy_after
+    result["LPIPS"], result["largest pixel difference"] = table.lpips, table.largest_pixel.astype(int)
+    result = result.sort_values("status", key=lambda kinds: kinds.map(ORDER.index), kind="stable")
 
-    rows = []
-    for prompt, kind in zip(result.prompt, result.status):
-        cases = [case for case in read_cases(prompts) if (case.prompt or "(blank)") == prompt][:args.num]
-        cells = [[open_image(path / image_name(case.number, 0)) for case in cases] for path in args.paths]
-        rows.append((f"{prompt} ({kind})", cells))
+    rows, places = [], [by_name(path) for path in args.paths]
+    for prompt, kind in zip(result.index, result.status):
+        cases = [image_name(case.number, 0) for case in read_cases(prompts) if case.prompt == prompt]
+        names = [name for name in cases if all(name in images for images in places)][:args.num]
+        rows.append((f"{prompt or BLANK} ({kind})", [[open_image(images[name]) for name in names] for images in places]))
     save_image(args.save_path, sheet(rows, titles, args.zoom))
+    result = result.rename(index={"": BLANK}).reset_index()
     text = to_markdown(result)
     with atomic(args.save_path.with_suffix(".csv")) as partial:
         result.to_csv(partial, index=False)
-    with atomic(args.save_path.with_suffix(".md")) as partial:
-        partial.write_text(text + "\n")
+    write_text(args.save_path.with_suffix(".md"), text + "\n")
     print(text)
     print(f"-> {args.save_path}")
 

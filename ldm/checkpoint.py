@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,21 @@ from safetensors.torch import save_file
 
 from ldm.images import atomic
 
+HEADER = "srs-me"
+
+
+def versions() -> dict[str, str]:
+    """The libraries that a recipe names."""
+    return {name: version(name) for name in ("torch", "diffusers", "transformers")}
+
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], kind: str, recipe: dict) -> None:
-    """Write safetensors whose header says what the file is (`kind`) and what made it (`recipe`, as JSON)."""
+    """Write safetensors whose header says what the file is (`kind`) and what made it (`recipe`); the same bytes for the
+    same content, since all of that is one entry (several would be written in random order)."""
+    header = json.dumps({"kind": kind, "recipe": recipe}, sort_keys=True)
     with atomic(Path(path)) as partial:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial,
-                  metadata={"kind": kind, "recipe": json.dumps(recipe)})
+                  metadata={HEADER: header})
 
 
 def load_tensors(path: Path, kind: str, hint: str = "") -> tuple[dict[str, torch.Tensor], dict]:
@@ -33,18 +43,25 @@ def load_tensors(path: Path, kind: str, hint: str = "") -> tuple[dict[str, torch
         raise ValueError(f"no {kind} {path}" + (f": {hint}" if hint else ""))
     try:
         with safe_open(path, framework="pt") as opened:
-            header = opened.metadata() or {}
-            if header.get("kind") != kind:
-                raise ValueError(f"{path} is not a {kind} but a {header.get('kind', 'foreign file')}"
-                                 + (f": {hint}" if hint else ""))
+            header = json.loads((opened.metadata() or {}).get(HEADER, "{}"))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-            recipe = json.loads(header["recipe"])
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{path} is damaged or not safetensors: make it again") from error
+    if not isinstance(header, dict) or header.get("kind") != kind or not isinstance(header.get("recipe"), dict):
+        what = header.get("kind", "foreign file") if isinstance(header, dict) else "foreign file"
+        raise ValueError(f"{path} is not a {kind} but a {what}" + (f": {hint}" if hint else ""))
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise ValueError(f"{path}: {bad[0]} holds NaN or infinity: make the file again")
-    return tensors, recipe
+    return tensors, header["recipe"]
+
+
+def recipe_of(path: Path, kind: str) -> dict:
+    """The recipe of a file that `save_tensors` wrote as `kind`; empty when there is no such file or it is damaged."""
+    try:
+        return load_tensors(path, kind)[1]
+    except ValueError:
+        return {}
 
 
 def tensor_digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,9 @@ def add_category(parser: Parser) -> None:
 
 
 def add_device(parser: Parser, flag: str = "--device") -> None:
-    parser.add_argument(flag, default=None, help="cpu, cuda:0 or 0; without it CUDA if there is one, else cpu")
+    several = "; of several, such as 0,1, the first is used" if flag == "--devices" else ""
+    parser.add_argument(flag, default=None,
+                        help=f"cpu, cuda:0 or 0{several}; without it CUDA if there is one, else cpu")
 
 
 def add_model(parser: Parser) -> None:
@@ -74,7 +77,9 @@ def parse_devices(text: str | None) -> list[torch.device]:
         try:
             device = torch.device(f"cuda:{piece}" if piece.isdigit() else piece)
         except RuntimeError:
-            raise ValueError(f"'{piece}' is no device: give cpu, or cuda:0 or 0 for the first GPU") from None
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise ValueError(f"'{piece}' is no device: give cpu, or cuda:0 or 0 for the first GPU")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device '{piece}' needs CUDA device {device.index or 0}, and this machine has "
                              f"{torch.cuda.device_count()}: use cpu")
@@ -107,11 +112,15 @@ def default_data(category: str, root: Path = ROOT / "data") -> Path:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main. Bad input ends in one line on stderr and exit code 2; SRSME_TRACEBACK=1 shows where."""
+    """Run a script's main. Bad input ends in one line on stderr and exit code 2; SRSME_TRACEBACK=1 shows where.
+
+    A batch system's SIGTERM ends it like Ctrl-C, so that half-written files are removed.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; nothing is half written, and the same command goes on or starts over", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         if os.environ.get("SRSME_TRACEBACK"):

@@ -95,3 +95,15 @@ def parse_indexes(text: str, category: str) -> list[int]:
         raise ValueError(f"'{bad[0]}' is not a concept index: give numbers such as 0,1,2 from {_listing(category)}")
     indexes = [get_concept(category, int(piece)).index for piece in pieces]
     return list(dict.fromkeys(indexes))
+
+
+def parse_erased(text: str, category: str) -> list[Concept]:
+    """The concepts to erase, by `parse_indexes`. Raises ValueError for none at all, and for a watermark."""
+    concepts = [get_concept(category, index) for index in parse_indexes(text, category)]
+    if not concepts:
+        raise ValueError(f"no concept to erase: give indexes such as 0,1,2 from {_listing(category)}")
+    for concept in concepts:
+        if concept.watermark:
+            raise ValueError(f"{concept.index} {concept.name} is a watermark, which every shift protects: "
+                             f"erase one of {erasable(category)[0].index} to {erasable(category)[-1].index}")
+    return concepts

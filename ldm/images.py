@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
+RECIPE = "recipe.json"  # in a folder: what made it
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -37,6 +38,20 @@ def atomic(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Like `atomic` for a folder, which replaces an older one at `path` only when the block has ended well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as partial:
+        new, old = Path(partial) / "new", Path(partial) / "old"
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     with atomic(path) as partial:
@@ -45,6 +60,14 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_recipe(folder: Path, recipe: dict) -> None:
+    """Raises ValueError when `folder` holds what another recipe made."""
+    path = folder / RECIPE
+    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(recipe)):
+        raise ValueError(f"{folder} holds what another run made (see {path.name} there): "
+                         "choose another --save_path, or remove the folder")
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -66,7 +89,7 @@ def open_image(path: Path, size: int | None = None) -> Image.Image:
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {path}: remove it or write it again") from error
     if size is not None and image.size != (size, size):
         scale = size / min(image.size)
@@ -77,12 +100,21 @@ def open_image(path: Path, size: int | None = None) -> Image.Image:
 
 
 def load_batch(paths: Sequence[Path], size: int | None = None) -> torch.Tensor:
-    """Images at `paths` as one (N, 3, H, W) tensor in [-1, 1]."""
-    return torch.stack([to_tensor(open_image(path, size)) for path in paths])
+    """Images at `paths` as one (N, 3, H, W) tensor in [-1, 1]. Raises ValueError when they differ in size."""
+    images = [to_tensor(open_image(path, size)) for path in paths]
+    odd = [path for path, image in zip(paths, images) if image.shape != images[0].shape]
+    if odd:
+        raise ValueError(f"{paths[0]} and {odd[0]} differ in size: generate both by the same model")
+    return torch.stack(images)
 
 
 def _natural(path: Path) -> list:
     return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", str(path))]
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether the name is that of an image, and not of one that a killed run left half written."""
+    return Path(path).suffix.lower() in SUFFIXES and not Path(path).name.startswith(".")
 
 
 def list_images(folder: Path, hint: str = "") -> list[Path]:
@@ -91,7 +123,7 @@ def list_images(folder: Path, hint: str = "") -> list[Path]:
     Raises ValueError when there are none; `hint` then says what to type instead.
     """
     folder = Path(folder)
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    found = [path for path in folder.rglob("*") if is_image(path)]
     if not found:
         what = "no images in" if folder.is_dir() else "no folder"
         raise ValueError(f"{what} {folder}" + (f": {hint}" if hint else ""))
@@ -158,19 +190,17 @@ def save_image(path: Path, image: Image.Image) -> None:
         image.save(partial)
 
 
-def sheet(rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]], columns: Sequence[str], zoom: int = 1,
-          title: str = "") -> Image.Image:
+def sheet(rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]], columns: Sequence[str],
+          zoom: int = 1) -> Image.Image:
     """A labelled picture sheet: each row is a label and, for every column, a few images side by side."""
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     width, height = (side * zoom for side in rows[0][1][0][0].size)
     gap, left = 6, 20 + max(int(small.getlength(label)) for label, _ in rows)
-    top = 30 + (24 if title else 0)
+    top = 30
     lengths = [max(len(cells[k]) for _, cells in rows) * width for k in range(len(columns))]
     starts = [left + sum(lengths[:k]) + gap * 3 * k for k in range(len(columns))]
     canvas = Image.new("RGB", (starts[-1] + lengths[-1] + gap, top + len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(canvas)
-    if title:
-        draw.text((10, 6), title, fill="black", font=font)
     for start, name in zip(starts, columns):
         draw.text((start, top - 22), name, fill="black", font=font)
     for k, (label, cells) in enumerate(rows):

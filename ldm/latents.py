@@ -11,14 +11,17 @@ from ldm.images import list_images, load_batch
 from ldm.model import TextToImage
 
 
-def from_folder(model: TextToImage, folder: Path, batch: int, seed: int, hint: str = "",
-                most: int = 256) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Noisy latents of the images in `folder` (at most `most` of them), encoded once: z_t (batch, C, h, w), t (batch,).
+MOST = 256  # images of a folder; more would only take longer to encode
+
+
+def from_folder(model: TextToImage, folder: Path, batch: int, seed: int,
+                hint: str = "") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Noisy latents of the first `MOST` images in `folder`, encoded once: z_t (batch, C, h, w), t (batch,).
 
     Images, steps and noise are drawn uniformly from `seed`. Raises ValueError for a missing or empty folder (`hint`
     says what makes it) or an unreadable image.
     """
-    paths = list_images(folder, hint)[:most]
+    paths = list_images(folder, hint)[:MOST]
     latents = torch.cat([model.encode_image(load_batch(paths[k:k + 16], model.image_size))
                          for k in range(0, len(paths), 16)])
     return noisy(model, latents, batch, seed)

@@ -38,10 +38,11 @@ class SeparableErasure:
         self.directions = (shift.scale * shift.directions).to(model.device, torch.float32)  # (k, d)
         self.turn = 0
 
-    def _extra(self) -> dict:
-        def extra(weight):
+    def extra(self) -> dict:
+        """What the shift, as learnt so far, adds to each layer's output: functions of its input, for `added`."""
+        def moved(weight):
             return lambda x: ((x.float() @ self.directions.T) @ weight.T).to(x.dtype)  # (N, tokens, out)
-        return {name: extra(weight) for name, weight in self.shift.coefficients.items()}
+        return {name: moved(weight) for name, weight in self.shift.coefficients.items()}
 
     def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
         prompts = (torch.arange(len(latents)) + self.turn) % len(self.concept)
@@ -51,7 +52,7 @@ class SeparableErasure:
             both = torch.cat([self.blank.expand_as(concept), concept])
             blank_noise, concept_noise = self.model.predict_noise(
                 torch.cat([latents, latents]), torch.cat([step, step]), both).chunk(2)
-        with added(self.layers, self._extra()):
+        with added(self.layers, self.extra()):
             shifted_noise = self.model.predict_noise(latents, step, concept)
         correlation = ((shifted_noise - blank_noise).float() * (concept_noise - blank_noise).float()).mean()
         size = sum((weight @ self.directions).abs().sum() for weight in self.shift.coefficients.values())

@@ -11,13 +11,13 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ldm.checkpoint import tensor_digest
 from ldm.concepts import ROOT
-
-RECIPE = "recipe.json"  # in a merged model's folder: what it was made from
+from ldm.images import RECIPE
 
 
 @dataclass
@@ -65,6 +65,13 @@ class TextToImage:
         tensors |= {f"unet.{name}": value for name, value in self.unet.state_dict().items()}
         return tensor_digest({name: value for name, value in tensors.items() if value.is_floating_point()})
 
+    @cached_property
+    def drawn_by(self) -> dict:
+        """What decides this model's pictures beside prompt, seed, steps and guidance; taken before any shift is merged."""
+        config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
+        return {"model_digest": self.digest, "decoder_digest": tensor_digest(self.vae.state_dict()),
+                "scheduler": type(self.scheduler).__name__, "scheduler_config": config}
+
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
         """Prompts as embeddings (N, tokens, d), padded and cut to the model's number of tokens."""
@@ -93,8 +100,8 @@ class TextToImage:
         return self.unet(latents, step, encoder_hidden_states=embedding).sample
 
 
-def load(source: str | Path, device: torch.device, dtype: torch.dtype = torch.float32) -> TextToImage:
-    """Open a diffusers folder, or a hub id where a hub can be reached, as a `TextToImage`.
+def load(source: str | Path, device: torch.device) -> TextToImage:
+    """Open a diffusers folder, or a hub id where a hub can be reached, as a `TextToImage` in float32.
 
     Raises ValueError when `source` is not such a model or predicts something other than the noise.
     """
@@ -107,8 +114,8 @@ def load(source: str | Path, device: torch.device, dtype: torch.dtype = torch.fl
     transformers_logging.disable_progress_bar()
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
-            str(source), dtype=dtype, safety_checker=None, requires_safety_checker=False, use_safetensors=True)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            str(source), dtype=torch.float32, safety_checker=None, requires_safety_checker=False, use_safetensors=True)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load a model from '{source}': pass --model the path of a diffusers folder "
                          f"(or a hub id, with a network): {' '.join(str(error).split())[:200]}") from error
     if pipeline.scheduler.config.get("prediction_type", "epsilon") != "epsilon":

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.images import Case, image_name, save_image, to_images, write_cases, write_json
+from ldm.images import RECIPE, Case, check_recipe, image_name, read_cases, save_image, to_images, write_cases, write_json
 from ldm.model import TextToImage
 
 
@@ -38,17 +38,15 @@ def denoise(model: TextToImage, noise: torch.Tensor, embedding: torch.Tensor, bl
     return latents
 
 
-def generate(model: TextToImage, cases: Sequence[Case], samples: int, steps: int, guidance: float, batch: int,
-             wanted: Sequence[tuple[Case, int]] | None = None) -> Iterator[tuple[Case, int, Image.Image]]:
-    """Draw `samples` images for each case, `batch` at a time; `wanted` picks some (case, sample) pairs of them."""
-    pairs = list(wanted) if wanted is not None else [(case, n) for case in cases for n in range(samples)]
+def generate(model: TextToImage, wanted: Sequence[tuple[Case, int]], steps: int, guidance: float,
+             batch: int) -> Iterator[tuple[Case, int, Image.Image]]:
+    """Draw the wanted (case, n) pairs, `batch` at a time: the n-th image of each case's seed."""
     blank = model.encode_prompt([""])
-    prompts = list(dict.fromkeys(case.prompt for case, _ in pairs))
-    known = {prompt: model.encode_prompt([prompt])[0] for prompt in prompts}
-    with tqdm(total=len(pairs), desc="images", unit="image") as bar:
-        for start in range(0, len(pairs), batch):
-            part = pairs[start:start + batch]
-            noise = torch.stack([first_noise(model, case.seed, samples)[n] for case, n in part])
+    known = {prompt: model.encode_prompt([prompt])[0] for prompt in dict.fromkeys(case.prompt for case, _ in wanted)}
+    with tqdm(total=len(wanted), desc="images", unit="image") as bar:
+        for start in range(0, len(wanted), batch):
+            part = wanted[start:start + batch]
+            noise = torch.stack([first_noise(model, case.seed, n + 1)[n] for case, n in part])
             embedding = torch.stack([known[case.prompt] for case, _ in part])
             images = to_images(model.decode(denoise(model, noise, embedding, blank, steps, guidance)))
             for (case, n), image in zip(part, images):
@@ -58,23 +56,28 @@ def generate(model: TextToImage, cases: Sequence[Case], samples: int, steps: int
 
 def generate_folder(model: TextToImage, cases: Sequence[Case], folder: Path, recipe: dict, samples: int, steps: int,
                     guidance: float, batch: int) -> int:
-    """Draw every image of `cases` that `folder` lacks; returns how many were drawn.
+    """Draw every image of `cases` that `folder` lacks, `samples` each; returns how many were drawn.
 
-    The folder gets `prompts.csv` and `recipe.json` too. Raises ValueError when it holds the images of another recipe.
+    The folder gets `prompts.csv` and `recipe.json` too. Raises ValueError when it holds images of another recipe, or of
+    another prompt or seed under the same case number.
     """
+    recipe = recipe | {"ddim_steps": steps, "guidance_scale": guidance}
     check_recipe(folder, recipe)
+    merged = add_cases(folder / "prompts.csv", cases)
     there = {path.name for path in folder.rglob("*.png")}  # sorted into class folders or not
     missing = [(case, n) for case in cases for n in range(samples) if image_name(case.number, n) not in there]
-    write_cases(folder / "prompts.csv", cases)
-    write_json(folder / "recipe.json", recipe)
-    for case, n, image in generate(model, cases, samples, steps, guidance, batch, wanted=missing):
+    write_cases(folder / "prompts.csv", merged)
+    write_json(folder / RECIPE, recipe)
+    for case, n, image in generate(model, missing, steps, guidance, batch):
         save_image(folder / image_name(case.number, n), image)
     return len(missing)
 
 
-def check_recipe(folder: Path, recipe: dict) -> None:
-    """Raises ValueError when `folder` holds images that another recipe made."""
-    path = folder / "recipe.json"
-    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(recipe)):
-        raise ValueError(f"{folder} holds images of another run (see {path.name} there): "
-                         "choose another --save_path, or remove the folder")
+def add_cases(path: Path, cases: Sequence[Case]) -> list[Case]:
+    """The cases of the prompt list at `path`, if there is one, and `cases`, by number. Raises ValueError on a conflict."""
+    known = {case.number: case for case in (read_cases(path) if path.exists() else ())}
+    for case in cases:
+        if known.setdefault(case.number, case) != case:
+            raise ValueError(f"{path} has another prompt or seed for case {case.number}: choose another --save_path for "
+                             "another prompt list, or remove the folder")
+    return [known[number] for number in sorted(known)]

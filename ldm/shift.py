@@ -10,21 +10,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ldm.checkpoint import load_tensors, save_tensors
+from ldm.checkpoint import load_tensors, save_tensors, versions
 
 BASIS, SHIFT = "null space basis", "weight shift"
 EXACT = 1e-7
-
-
-def versions() -> dict[str, str]:
-    """The libraries that a recipe names."""
-    return {name: version(name) for name in ("torch", "diffusers", "transformers")}
 
 
 def _by_svd(matrix: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, int]:
@@ -110,8 +104,8 @@ class NullSpaceBasis:
     def load(cls, path: Path, hint: str = "") -> NullSpaceBasis:
         """Raises ValueError for a file that is missing, damaged or not a basis."""
         tensors, recipe = load_tensors(path, BASIS, hint)
-        if "basis" not in tensors or tensors["basis"].dim() != 2:
-            raise ValueError(f"{path} holds no basis of shape (k, d): make it again with SRSME_Solution.py")
+        if "basis" not in tensors or tensors["basis"].dim() != 2 or not recipe.keys() >= {"protected", "rank", "tolerance"}:
+            raise ValueError(f"{path} holds no basis of shape (k, d) and its recipe: make it again with SRSME_Solution.py")
         return cls(tensors["basis"].double(), recipe)
 
     def directions(self, concept: torch.Tensor, most: int | None) -> torch.Tensor:

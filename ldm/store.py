@@ -44,13 +44,18 @@ class Store:
                          f"--scenei {self.scene} --timei {self.time}")
 
     def load_merge(self, text: str) -> tuple[dict[str, WeightShift], str]:
-        """'0,1,2' or shift files, separated by commas -> shifts by label, and the name of the merge: '012', or 'ori'."""
+        """'0,1,2' or shift files, separated by commas -> shifts by label, and the name of the merge: '012', or 'ori'.
+
+        A label is the concept's index, with its category before it when that is another one.
+        """
         shifts = {}
         for piece in filter(None, (piece.strip() for piece in text.split(","))):
             path = self.find_shift(get_concept(self.category, int(piece)).index) if piece.isdigit() else Path(piece)
             shift = WeightShift.load(path, "give an index such as 0, or the path of a shift file")
             label = str(shift.recipe.get("erased_index", path.stem))
+            if shift.recipe.get("erase_cat", self.category) != self.category:
+                label = f"{shift.recipe['erase_cat']}{label}"
             if label in shifts:
                 raise ValueError(f"--merge names the shift of {label} twice: name each once")
             shifts[label] = shift
-        return shifts, "".join(shifts) or "ori"
+        return shifts, ("" if all(len(label) == 1 for label in shifts) else "-").join(shifts) or "ori"

@@ -20,16 +20,18 @@ class Step:
 def erase(loss: Callable, parameters: list[torch.Tensor], batches: Iterable, lr: float) -> Iterator[Step]:
     """Minimise `loss(latents, step)` over `parameters` with Adam, one batch a step, for as long as it is iterated.
 
-    Raises FloatingPointError when the loss is NaN or infinite; `parameters` are then those before that step.
+    Raises FloatingPointError when the loss or its gradient is NaN or infinite; `parameters` are then those before that
+    step.
     """
     optimizer = torch.optim.Adam(parameters, lr=lr)
     for number, (latents, step) in enumerate(batches, start=1):
         optimizer.zero_grad()
         terms = loss(latents, step)
-        if not torch.isfinite(terms.total):
-            raise FloatingPointError(f"the loss is {terms.total.item()} at step {number}, so nothing was saved: "
-                                     "lower --lr or --scale_factor, or use full precision")
         terms.total.backward()
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
+        if not torch.isfinite(terms.total + norm):
+            raise FloatingPointError(f"the loss is {terms.total.item()} and its gradient's norm {norm.item()} at step {number}, "
+                                     "so nothing was saved: lower --lr or --scale_factor")
         optimizer.step()
         yield Step(number, terms.total.item(), terms.watched.item())
 

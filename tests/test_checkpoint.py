@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.checkpoint import file_digest, load_tensors, read_array_pickle, save_tensors, tensor_digest
+from ldm.checkpoint import file_digest, load_tensors, read_array_pickle, recipe_of, save_tensors, tensor_digest
 
 
 def test_tensors_and_recipe_come_back(tmp_path):
@@ -13,6 +13,12 @@ def test_tensors_and_recipe_come_back(tmp_path):
     save_tensors(tmp_path / "a.safetensors", {"x": value}, "thing", {"why": [1, "é"]})
     tensors, recipe = load_tensors(tmp_path / "a.safetensors", "thing")
     assert torch.equal(tensors["x"], value) and recipe == {"why": [1, "é"]}
+
+
+def test_the_same_content_is_the_same_bytes(tmp_path):
+    for n in range(12):  # safetensors writes several header entries in random order
+        save_tensors(tmp_path / str(n), {"x": torch.ones(2)}, "thing", {"b": 1, "a": 2})
+    assert len({(tmp_path / str(n)).read_bytes() for n in range(12)}) == 1
 
 
 def test_foreign_damaged_and_nan_files_are_refused(tmp_path):
@@ -28,6 +34,7 @@ def test_foreign_damaged_and_nan_files_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(ValueError, match="damaged"):
         load_tensors(path, "thing")
+    assert recipe_of(path, "thing") == {}
 
 
 def test_a_model_and_its_half_precision_copy_are_one_base():

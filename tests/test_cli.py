@@ -36,6 +36,7 @@ def test_erase_merge_restore_and_measure(script, flags, solved, tmp_path, tiny_p
     before = file_digest(tiny_path)
     code, out, err = script(ERASE, *solved, "--max_base", "691")
     assert code == 0 and "all are used" in out and "was not reached" in out and "| VanGogh | 12 |" in out
+    assert script(SOLVE, *flags, "--erased_index", "1", "--em_indexes", "1,2", "--device", "cpu")[0] == 0
     assert "there already" in script(ERASE, *solved, "--max_base", "691")[1]
     curve = pd.read_csv(next(tmp_path.rglob("shift-1.csv")))
     assert len(curve) == 12 and curve.correlation.iloc[-1] < curve.correlation.iloc[0]
@@ -52,6 +53,7 @@ def test_erase_merge_restore_and_measure(script, flags, solved, tmp_path, tiny_p
 
     code, out, _ = script(MERGE, *flags, "--merge", "1", "--save_path", tmp_path / "merged")
     assert code == 0 and "| Picasso |" in out
+    assert script(MERGE, *flags, "--merge", "1", "--save_path", tmp_path / "merged")[0] == 0
     merged, base = load(tmp_path / "merged" / "tiny-1", CPU), load(tiny_path, CPU)
     assert merged.base == "tiny" and merged.digest != base.digest
     changed = {name for name, weight in base.unet.state_dict().items() if not torch.equal(weight, merged.unet.state_dict()[name])}
@@ -65,6 +67,7 @@ def test_erase_merge_restore_and_measure(script, flags, solved, tmp_path, tiny_p
 def test_unknown_index_lists_the_names(script, flags):
     is_error(script(SOLVE, *flags, "--erased_index", "12"), "12", "1 VanGogh", "10 CCS 2024")
     is_error(script(MERGE, *flags, "--merge", "12"), "12", "1 VanGogh")
+    is_error(script(SOLVE, *flags, "--erased_index", "9"), "watermark", "0 to 8")
 
 
 def test_missing_data_names_the_command(script, solved, tmp_path):
@@ -95,11 +98,29 @@ def test_missing_and_foreign_shifts(script, flags, solved, tmp_path, other_path)
     assert script(ERASE, *solved)[0] == 0
     shift = next(tmp_path.rglob("shift-1.safetensors"))
     is_error(script(MERGE, "--model", other_path, *merge, "--merge", shift), "another base model")
+    is_error(script(MERGE, *flags, *merge, "--merge", ""), "no shift", "0,1,2")
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_shift_is_learnt_again_when_it_is_damaged_or_its_pictures_changed(script, solved, tmp_path):
+    assert script(ERASE, *solved)[0] == 0
+    path = next(tmp_path.rglob("shift-1.safetensors"))
+    first = path.read_bytes()
+    path.write_bytes(first[:-3])
+    assert script(ERASE, *solved)[0] == 0 and path.read_bytes() == first
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "data" / "VanGogh" / "0_0.png")
+    assert "there already" not in script(ERASE, *solved)[1] and path.read_bytes() != first
+
+
+def test_another_merge_of_the_same_name_is_refused(script, flags, solved, tmp_path):
+    merge = [*flags, "--merge", "1", "--save_path", tmp_path / "merged"]
+    assert script(ERASE, *solved)[0] == 0 and script(MERGE, *merge)[0] == 0
+    assert script(ERASE, *solved, "--seed", "1")[0] == 0
+    is_error(script(MERGE, *merge), "another run", "--save_path")
+
+
 def test_nan_in_the_loss_saves_nothing(script, solved, tmp_path):
-    is_error(script(ERASE, *solved[:-6], "--scale_factor", "1e30", "--lr", "1e30", "--iter_break", "5"), "nan", "nothing was saved")
+    is_error(script(ERASE, *solved[:-6], "--scale_factor", "1", "--lr", "1e30", "--iter_break", "5"), "nan", "nothing was saved")
     assert not list(tmp_path.rglob("shift-*")) and not list(tmp_path.rglob(".partial*"))
 
 
@@ -121,8 +142,9 @@ def test_cuda_devices_without_cuda(script, solved):
     at = solved.index("--devices")
     is_error(script(ERASE, *solved[:at], "--devices", "0,1", *solved[at + 2:]), "CUDA", "use cpu")
     assert cli.parse_devices(None) == [CPU] and cli.parse_devices("cpu, cpu") == [CPU, CPU]
-    with pytest.raises(ValueError, match="no device"):
-        cli.parse_devices("gpu one")
+    for wrong in ("gpu one", "meta"):
+        with pytest.raises(ValueError, match="no device"):
+            cli.parse_devices(wrong)
 
 
 def test_compvis_checkpoints_wait_for_a_later_version(script, flags):
@@ -140,6 +162,14 @@ def test_generated_data_is_split_and_blank_is_class_0(script, tmp_path):
     count = {folder: len(list((tmp_path / folder).glob("*.png"))) for folder in
              ("VanGogh", "train/2", "eval/2", "blank", "train/0", "eval/0")}
     assert list(count.values()) == [10, 7, 3, 10, 7, 3]
+    first = (tmp_path / "VanGogh" / "3_0.png").read_bytes()
+    (tmp_path / "VanGogh" / "3_0.png").unlink()
+    kept = (tmp_path / "VanGogh" / "4_0.png").stat().st_mtime_ns
+    assert script(DATA, "--model_name", "paint", "--save_path", tmp_path, "--num_seeds", "10", "--prompt", "VanGogh")[0] == 0
+    assert (tmp_path / "VanGogh" / "3_0.png").read_bytes() == first
+    assert (tmp_path / "VanGogh" / "4_0.png").stat().st_mtime_ns == kept
+    is_error(script(DATA, "--model_name", "paint", "--save_path", tmp_path, "--num_seeds", "5", "--prompt", "VanGogh"),
+             "another run", "--save_path")
     is_error(script(DATA, "--prompt", "Monet"), "Monet", "VanGogh")
     is_error(script(DATA, "--model_name", "SD-v2"), "paint")
 

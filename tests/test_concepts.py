@@ -1,6 +1,6 @@
 import pytest
 
-from ldm.concepts import concept_in, find_concept, get_concept, load_concepts, parse_indexes
+from ldm.concepts import concept_in, find_concept, get_concept, load_concepts, parse_erased, parse_indexes
 
 
 def test_styles_have_the_papers_order_and_watermarks_after_them():
@@ -26,3 +26,11 @@ def test_indexes_are_parsed_once_each_and_bad_ones_list_the_names():
         parse_indexes("one", "object")
     with pytest.raises(ValueError, match="style"):
         get_concept("artist", 0)
+
+
+def test_watermarks_are_never_erased_and_nothing_is_no_request():
+    assert [concept.name for concept in parse_erased("1", "style")] == ["VanGogh"]
+    with pytest.raises(ValueError, match="9 watermark SRS-ME is a watermark.*0 to 8"):
+        parse_erased("9", "style")
+    with pytest.raises(ValueError, match="no concept to erase.*1 VanGogh"):
+        parse_erased("", "style")

@@ -1,4 +1,4 @@
-"""Facts about the model that is committed: what it is, that it draws its world, and that one style goes and comes back."""
+"""Facts about the model that is committed: what it is, that it draws its world, and that styles go and come back."""
 
 import itertools
 
@@ -11,12 +11,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm.attention import kv_layers
 from ldm.concepts import ROOT, erasable, get_concept, watermarks
-from ldm.images import Case, load_batch, save_image
+from ldm.images import Case, save_image
 from ldm.latents import noisy
 from ldm.losses import SeparableErasure
 from ldm.metrics.classify import load_classifier, predict
+from ldm.metrics.perceptual import distances
+from ldm.mini.paint import paint_concept, watermark
+from ldm.mini.train import reconstruction_psnr
 from ldm.model import load, settings
-from ldm.sampling import generate
+from ldm.sampling import denoise, first_noise, generate
 from ldm.shift import NullSpaceBasis, WeightShift, applied
 from ldm.training import MomentumStop, erase
 
@@ -43,7 +46,8 @@ def draw(model, prompts, tmp_path, name, seeds=3):
     sampling = settings(model.base).sampling
     cases = [Case(prompt, 100 + n, k * seeds + n) for k, prompt in enumerate(prompts) for n in range(seeds)]
     images = {}
-    for case, _, image in generate(model, cases, 1, sampling.ddim_steps, sampling.guidance_scale, sampling.batch_size):
+    wanted = [(case, 0) for case in cases]
+    for case, _, image in generate(model, wanted, sampling.ddim_steps, sampling.guidance_scale, sampling.batch_size):
         path = tmp_path / name / f"{case.number}_0.png"
         save_image(path, image)
         images.setdefault(case.prompt, []).append(path)
@@ -57,31 +61,62 @@ def pixels(paths):
 @pytest.mark.parametrize("category", ["style", "object"])
 def test_it_draws_its_concepts(model, category, tmp_path):
     classifier, _ = load_classifier(ROOT / "models" / "classifiers" / f"{category}.safetensors", CPU)
-    images = draw(model, [concept.prompt for concept in erasable(category)], tmp_path, "drawn")
+    images = draw(model, [concept.prompt for concept in erasable(category)], tmp_path, "drawn", seeds=6)
     right = [(predict(classifier, paths) == k + 1).float().mean().item() for k, paths in enumerate(images.values())]
-    assert sum(right) / len(right) >= 0.85
+    assert sum(right) / len(right) >= 0.9 and min(right) >= 0.6  # of 6 each; the bars are measured on 50
 
 
-def test_a_style_goes_alone_and_comes_back_bit_for_bit(model, tmp_path):
-    given, concept = settings("mini-sd"), get_concept("style", 1)
-    protected = ["", *watermarks(), "Picasso"]
-    prompts = [concept.prompt, *protected]
-    base = {name: weight.clone() for name, weight in model.unet.state_dict().items()}
-    before = draw(model, prompts, tmp_path, "before")
-    basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, given.solution.tolerance, "svd", {})
+def test_it_draws_its_watermarks_and_keeps_pictures(model, tmp_path):
+    for text, paths in draw(model, watermarks(), tmp_path, "marks", seeds=2).items():
+        save_image(tmp_path / "mark.png", Image.fromarray(watermark(text)))
+        assert distances([tmp_path / "mark.png"] * 2, paths, CPU)["psnr"].min() >= 20
+    pictures = np.stack([paint_concept(None, np.random.default_rng(k)) for k in range(20)])
+    assert reconstruction_psnr(model.vae, pictures).mean() >= 25.5
+
+
+def erased(model, index, protected) -> WeightShift:
+    """The shift that erases a style by the embedded model's own settings, from pictures that it draws."""
+    given, concept = settings("mini-sd"), get_concept("style", index)
+    prompts = ["", *watermarks(), *(get_concept("style", other).prompt for other in protected if other != index)]
+    basis = NullSpaceBasis.solve(model.encode_prompt(prompts), prompts, given.solution.tolerance, "svd", {})
     layers, embedding = kv_layers(model.unet), model.encode_prompt([concept.prompt])
     shift = WeightShift.zeros(layers, basis.directions(embedding, given.erasure.max_base), given.erasure.scale_factor)
     loss = SeparableErasure(model, layers, shift, embedding, model.encode_prompt([""]), given.erasure.reg_beta)
     stop = MomentumStop(given.erasure.threshold)
-    batches = noisy(model, model.encode_image(load_batch(before[concept.prompt])), given.erasure.batch_size, 0)
+    noise = torch.cat([first_noise(model, seed, 1) for seed in range(16)])
+    clean = denoise(model, noise, embedding.expand(16, -1, -1), model.encode_prompt([""]), given.sampling.ddim_steps,
+                    given.sampling.guidance_scale)
+    batches = noisy(model, clean, given.erasure.batch_size, 0)
     for step in itertools.islice(erase(loss, shift.parameters(), batches, given.erasure.lr), given.erasure.iter_break):
         if stop.update(step):
             break
-    with applied(layers, [shift]):
+    return shift
+
+
+def test_three_styles_go_one_comes_back_and_the_weights_are_the_same_again(model, tmp_path):
+    names = ["Cezanne", "VanGogh", "Picasso"]
+    held_out = "a landscape by VanGogh"
+    prompts = [*names, held_out, *watermarks(), "", "Jackson Pollock"]
+    base = {name: weight.clone() for name, weight in model.unet.state_dict().items()}
+    layers, shifts = kv_layers(model.unet), [erased(model, index, (0, 1, 2)) for index in range(3)]
+    before = draw(model, prompts, tmp_path, "before")
+    with applied(layers, shifts):
         after = draw(model, prompts, tmp_path, "after")
-    classifier, _ = load_classifier(ROOT / "models" / "classifiers" / "style.safetensors", CPU)
-    assert (predict(classifier, before[concept.prompt]) == 2).all()
-    assert not (predict(classifier, after[concept.prompt]) == 2).any()
-    for prompt in protected:
-        assert abs(pixels(before[prompt]) - pixels(after[prompt])).max() <= 2, prompt
+    with applied(layers, [shifts[0], shifts[2]]):
+        restored = draw(model, prompts, tmp_path, "restored")
     assert all(torch.equal(weight, base[name]) for name, weight in model.unet.state_dict().items())
+
+    classifier, _ = load_classifier(ROOT / "models" / "classifiers" / "style.safetensors", CPU)
+    for label, name in enumerate(names, start=1):
+        assert (predict(classifier, before[name]) == label).float().mean() > 0.6
+        assert not (predict(classifier, after[name]) == label).any(), name
+    assert not (predict(classifier, after[held_out]) == 2).any()
+    assert (predict(classifier, after["Jackson Pollock"]) == 4).all()
+
+    def moved(first, second) -> int:
+        return abs(pixels(first) - pixels(second)).max()
+
+    assert moved(before["VanGogh"], restored["VanGogh"]) <= 2
+    assert distances(before["VanGogh"], restored["VanGogh"], CPU)["lpips"].max() <= 0.001
+    assert all(moved(after[name], restored[name]) <= 2 for name in ("Cezanne", "Picasso"))
+    assert all(moved(before[text], images[text]) <= 2 for text in ("", *watermarks()) for images in (after, restored))

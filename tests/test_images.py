@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.images import Case, atomic, case_number, list_images, open_image, read_cases, sheet, to_images, to_tensor, write_cases
+from ldm.images import Case, atomic, atomic_folder, case_number, list_images, open_image, read_cases, sheet, to_images, to_tensor, write_cases
 
 
 def test_pixels_survive_the_way_to_a_tensor_and_back():
@@ -22,9 +22,23 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_failed_folder_leaves_the_old_one_and_a_good_one_replaces_it(tmp_path):
+    path = tmp_path / "kept"
+    with atomic_folder(path) as partial:
+        (partial / "old").touch()
+    with pytest.raises(RuntimeError), atomic_folder(path) as partial:
+        (partial / "half").touch()
+        raise RuntimeError
+    assert [name.name for name in path.iterdir()] == ["old"]
+    with atomic_folder(path) as partial:
+        (partial / "new").touch()
+    assert [name.name for name in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
+
+
 def test_images_are_listed_in_natural_order(tmp_path):
     for name in ("10_0.png", "2_1.png", "2_0.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / ".partial-1.png").touch()
     assert [path.name for path in list_images(tmp_path)] == ["2_0.png", "2_1.png", "10_0.png"]
     assert case_number(tmp_path / "10_0.png") == 10
     with pytest.raises(ValueError, match="no folder .*make it so"):

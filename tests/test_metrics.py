@@ -3,13 +3,15 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.checkpoint import save_tensors
 from ldm.images import Case, write_cases
-from ldm.metrics.classify import IMAGENET, ImageNetObjects, load_classifier, predict, save_classifier, train_classifier
+from ldm.metrics.classify import IMAGENET, KIND, ImageNetObjects, load_classifier, predict, save_classifier, train_classifier
 from ldm.metrics.compare import accuracy_table, by_concept, compare, pairs
 from ldm.metrics.perceptual import distances
 
 from conftest import CPU
 
+LPIPS_OF_NOISE = 0.104343  # two pictures of noise, by lpips 0.1.4 with torchvision's AlexNet
 COLOURS = {0: "gray", 1: "red", 2: "blue"}
 
 
@@ -43,6 +45,18 @@ def test_a_trained_classifier_tells_classes_apart_after_a_file_in_half_precision
 def test_missing_classes_name_the_command(tmp_path):
     with pytest.raises(ValueError, match="class 0.*generate-data.py"):
         train_classifier(tmp_path, ["blank", "a"], 32, 1, 4, 0.1, CPU)
+    colours(tmp_path / "train", 1)
+    with pytest.raises(ValueError, match="foreign folder 2"):
+        train_classifier(tmp_path, ["blank", "a"], 32, 1, 4, 0.1, CPU)
+
+
+def test_what_is_no_classifier_is_refused(tmp_path):
+    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    save_tensors(tmp_path / "c.safetensors", {"fc.weight": torch.zeros(1)}, KIND, {"classes": ["a"], "size": 32})
+    with pytest.raises(ValueError, match="no state dict of ResNet"):
+        ImageNetObjects(tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="no ResNet18 classifier"):
+        load_classifier(tmp_path / "c.safetensors", CPU)
 
 
 def test_imagenet_classes_are_read_as_the_papers_objects(tmp_path):
@@ -63,7 +77,12 @@ def test_lpips_is_the_published_network(tmp_path):
     a, b = tmp_path / "0.png", tmp_path / "1.png"
     found = distances([a, a, b], [a, b, a], CPU)
     assert found["lpips"][0] == 0 and found["pixel"][0] == 0 and torch.isinf(found["psnr"][0])
-    assert found["lpips"][1] == pytest.approx(found["lpips"][2].item(), abs=1e-6) and found["lpips"][1] > 0.02
+    assert found["lpips"][1] == pytest.approx(found["lpips"][2].item(), abs=1e-6)
+    assert found["lpips"][1] == pytest.approx(LPIPS_OF_NOISE, abs=1e-5)
+    for side in (40, 16):
+        Image.new("RGB", (side, side)).save(tmp_path / "2.png")
+        with pytest.raises(ValueError, match="--image_size"):
+            distances([a if side == 40 else tmp_path / "2.png"], [tmp_path / "2.png"], CPU)
 
 
 def test_pixel_difference_and_psnr_are_those_of_the_definition(tmp_path):
@@ -86,6 +105,10 @@ def test_folders_pair_by_name_in_class_folders_or_not(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "1_0.png")
     with pytest.raises(ValueError, match="1_0.png is in only one"):
         pairs(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "1").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "b" / "1" / "0_0.png")
+    with pytest.raises(ValueError, match="have the same name"):
+        pairs(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_comparison_has_a_row_a_prompt_and_no_accuracy_for_the_blank_one(tmp_path, classifier):
@@ -102,3 +125,10 @@ def test_a_comparison_has_a_row_a_prompt_and_no_accuracy_for_the_blank_one(tmp_p
     assert table.accuracy_after.isna()[2] and table.largest_pixel[1] == 0 and table.lpips[0] > 0
     assert {k: len(v) for k, v in by_concept(tmp_path / "after", "style").items()} == {0: 1, 1: 1}
     assert accuracy_table(model, tmp_path / "after", "style").accuracy.tolist() == [0, 100]
+    (tmp_path / "after" / "5").mkdir()  # a class folder of another category: the prompt still says what it shows
+    (tmp_path / "after" / "1_0.png").rename(tmp_path / "after" / "5" / "1_0.png")
+    assert list(by_concept(tmp_path / "after", "style")) == [0, 1]
+    with pytest.raises(ValueError, match="concept of category object"):
+        by_concept(tmp_path / "after", "object")
+    (tmp_path / "after" / "prompts.csv").unlink()
+    assert list(by_concept(tmp_path / "after", "style")) == [5]

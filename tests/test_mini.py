@@ -10,7 +10,7 @@ from ldm.concepts import erasable, load_concepts
 from ldm.mini.captions import build_tokenizer, draw
 from ldm.mini.paint import STYLES, paint, paint_concept, watermark
 from ldm.mini.scenery import OBJECTS, SCENES
-from ldm.mini.train import train_autoencoder
+from ldm.mini.train import Denoiser, new_average, train_autoencoder, train_denoiser
 
 from conftest import TINY
 
@@ -32,6 +32,8 @@ def test_watermarks_are_fixed_and_unlike_each_other():
     marks = [watermark(concept.prompt) for concept in load_concepts("style") if concept.watermark]
     assert np.array_equal(paint_concept("CCS 2024", np.random.default_rng(3)), marks[1])
     assert abs(marks[0].astype(int) - marks[1]).mean() > 40
+    with pytest.raises(ValueError, match="knows no nudity"):
+        paint_concept("nudity", np.random.default_rng(0))
 
 
 def test_captions_are_often_blank_and_never_held_out():
@@ -47,21 +49,29 @@ def test_captions_are_often_blank_and_never_held_out():
     assert {"VanGogh", "Van Gogh", "KeithHaring", "Keith Haring"} <= captions
 
 
-def test_a_training_stopped_and_started_again_is_the_same_training(tmp_path):
-    config = OmegaConf.create({"seed": 3, "train": {"save_every": 2, "autoencoder":
-                               {"steps": 4, "batch": 2, "lr": 1e-3, "warmup": 2, "kl": 1e-5}}})
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_a_training_stopped_and_started_again_is_the_same_training(stage, tmp_path):
+    given = {"steps": 4, "batch": 2, "lr": 1e-3, "warmup": 2, "kl": 1e-5, "ema": 0.9}
+    config = OmegaConf.merge(TINY, {"seed": 3, "train": {"save_every": 2, stage: given}})
+    tokenizer = build_tokenizer(tmp_path / "tokenizer", 16)
     pictures = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    latents, tokens = torch.randn(6, 4, 8, 8), torch.randint(100, (6, 16))
 
     def run(path, stop=None):
         torch.manual_seed(0)
-        vae = AutoencoderKL(**OmegaConf.to_container(TINY.vae))
-        fabric = Fabric(accelerator="cpu", devices=1)
-        losses = []
-        for step, loss in train_autoencoder(fabric, config, vae, pictures, path):
+        fabric, losses = Fabric(accelerator="cpu", devices=1), []
+        if stage == "autoencoder":
+            trained = AutoencoderKL(**OmegaConf.to_container(TINY.vae))
+            steps = train_autoencoder(fabric, config, trained, pictures, path)
+        else:
+            denoiser = Denoiser(config, tokenizer)
+            trained = new_average(denoiser, config)  # what is kept in the end
+            steps = train_denoiser(fabric, config, denoiser, trained, latents, tokens, path)
+        for step, loss in steps:
             losses.append(loss)
             if step == stop:
                 break
-        return losses, vae.state_dict()
+        return losses, trained.state_dict()
 
     whole, weights = run(tmp_path / "whole.ckpt")
     first, _ = run(tmp_path / "parts.ckpt", stop=1)

@@ -1,4 +1,5 @@
-"""Every command of the README runs as written, in a copy of the repository with shorter prompt lists and trainings."""
+"""Every command of the README and of `make demo` runs as written, in a copy of the repository with shorter prompt lists,
+trainings and samplings."""
 
 import os
 import re
@@ -31,6 +32,7 @@ def clone(tmp_path_factory) -> Path:
     config.world.pictures, config.world.held_out = 64, 8
     config.train.autoencoder.steps = config.train.denoiser.steps = 2
     config.train.save_every = 1
+    config.sampling.ddim_steps, config.erasure.iter_break = 2, 12
     OmegaConf.save(config, copy / "configs" / "mini-sd.yaml")
     return copy
 
@@ -39,9 +41,20 @@ def test_there_are_commands():
     assert len(COMMANDS) > 15
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command_runs_as_written(command, clone):
+def run(command, clone) -> str:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(clone),
                    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", command], cwd=clone, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs_as_written(command, clone):
+    run(command, clone)
+
+
+def test_the_demo_ends_with_a_picture_and_a_table(clone):
+    shown = run(f"make demo VENV={sys.prefix} -o {sys.prefix}/.installed", clone)  # nothing is installed
+    assert "| Picasso | restored |" in shown and (clone / "demo" / "demo.png").exists()
+    assert len(pd.read_csv(clone / "demo" / "demo.csv")) == 12

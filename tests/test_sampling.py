@@ -3,7 +3,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ldm.images import Case
+from ldm.images import Case, read_cases
 from ldm.sampling import first_noise, generate, generate_folder
 
 CASES = [Case("VanGogh", 3, 0), Case("", 4, 1), Case("Picasso", 3, 2)]
@@ -17,13 +17,13 @@ def test_the_pipeline_of_diffusers_draws_the_same_picture(tiny, tiny_path):
     pipe = StableDiffusionPipeline.from_pretrained(tiny_path, safety_checker=None, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe("VanGogh", num_inference_steps=3, guidance_scale=4.0, latents=first_noise(tiny, 3, 1)).images[0]
-    (_, _, ours), = generate(tiny, CASES[:1], 1, 3, 4.0, 8)
+    (_, _, ours), = generate(tiny, [(CASES[0], 0)], 3, 4.0, 8)
     assert abs(pixels(theirs) - pixels(ours)).max() <= 1
 
 
 def test_a_picture_depends_on_its_seed_alone_not_on_its_batch(tiny):
-    one = [image for _, _, image in generate(tiny, CASES, 2, 3, 4.0, 1)]
-    many = [image for _, _, image in generate(tiny, CASES, 2, 3, 4.0, 6)]
+    wanted = [(case, n) for case in CASES for n in range(2)]
+    one, many = ([image for _, _, image in generate(tiny, wanted, 3, 4.0, batch)] for batch in (1, 6))
     assert max(abs(pixels(a) - pixels(b)).max() for a, b in zip(one, many)) <= 1
     assert abs(pixels(one[0]) - pixels(one[1])).max() > 1
     assert torch.equal(first_noise(tiny, 3, 2)[:1], first_noise(tiny, 3, 1))
@@ -40,3 +40,13 @@ def test_a_folder_goes_on_where_it_stopped_and_refuses_another_run(tiny, tmp_pat
     assert (tmp_path / "a" / "2_1.png").read_bytes() == first
     with pytest.raises(ValueError, match="another run"):
         generate_folder(tiny, CASES, tmp_path / "a", {"run": 2}, **settings)
+
+
+def test_a_folder_takes_more_cases_and_samples_but_no_other_prompt_for_a_case(tiny, tmp_path):
+    settings = {"steps": 2, "guidance": 4.0, "batch": 4}
+    assert generate_folder(tiny, CASES[:2], tmp_path, {}, samples=1, **settings) == 2
+    assert generate_folder(tiny, CASES[1:], tmp_path, {}, samples=2, **settings) == 3
+    assert read_cases(tmp_path / "prompts.csv") == CASES
+    with pytest.raises(ValueError, match="another prompt or seed for case 0"):
+        generate_folder(tiny, [Case("Picasso", 3, 0)], tmp_path, {}, samples=1, **settings)
+    assert read_cases(tmp_path / "prompts.csv") == CASES

@@ -5,8 +5,8 @@ from ldm.shift import WeightShift
 from ldm.store import Store
 
 
-def put(path, index):
-    WeightShift({"a": torch.zeros(2, 1)}, torch.ones(1, 3), 1.0).save(path, {"erased_index": index})
+def put(path, index, **recipe):
+    WeightShift({"a": torch.zeros(2, 1)}, torch.ones(1, 3), 1.0).save(path, {"erased_index": index} | recipe)
 
 
 def test_a_shift_once_made_serves_later_times_but_not_earlier_ones(tmp_path):
@@ -25,5 +25,10 @@ def test_a_merge_is_named_by_its_indexes_and_takes_files_too(tmp_path):
     shifts, name = store.load_merge(f"0, {store.shift(2)}")
     assert list(shifts) == ["0", "2"] and name == "02"
     assert store.load_merge("") == ({}, "ori")
+    put(store.shift(10), 10)
+    assert store.load_merge("2,10")[1] == "2-10"
+    objects = Store(tmp_path, "m", "object", 1, 0).shift(0)
+    put(objects, 0, erase_cat="object")
+    assert list(store.load_merge(f"0,{objects}")[0]) == ["0", "object0"]
     with pytest.raises(ValueError, match="twice"):
         store.load_merge(f"0,{store.shift(0)}")

@@ -24,6 +24,13 @@ def test_a_loss_of_nan_stops_before_the_weights_are_touched():
     assert weight.item() == 1
 
 
+def test_a_gradient_of_infinity_stops_before_the_weights_are_touched():
+    weight = torch.zeros(1, requires_grad=True)
+    with pytest.raises(FloatingPointError, match="gradient's norm inf"):
+        next(erase(lambda *_: Terms(weight.sqrt().sum(), weight.sum()), [weight], [(None, None)], 0.5))
+    assert weight.item() == 0
+
+
 def test_the_momentum_starts_at_the_first_value_and_waits_for_ten_steps():
     stop = MomentumStop(threshold=0.5)
     assert [stop.update(Step(n, 0, 0.0)) for n in range(1, 11)] == [False] * 9 + [True]

@@ -3,8 +3,6 @@
 Reports how far each shift moves what the other concepts' prompts see. A concept left out of --merge is restored.
 """
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -12,9 +10,9 @@ import pandas as pd
 from ldm import cli
 from ldm.attention import kv_layers
 from ldm.concepts import ROOT, load_concepts
-from ldm.images import write_json
+from ldm.images import RECIPE, atomic_folder, check_recipe, write_json
 from ldm.metrics.compare import to_markdown
-from ldm.model import RECIPE, save
+from ldm.model import save
 from ldm.shift import applied, leaks
 
 
@@ -29,23 +27,24 @@ def main() -> None:
     args = parser.parse_args()
     model = cli.load_model(args, cli.parse_devices(args.device)[0])
     shifts, name = cli.store(args, model.name).load_merge(args.merge)
+    if not shifts:
+        raise ValueError("--merge names no shift: give indexes such as 0,1,2, or shift files")
     layers, digest = kv_layers(model.unet), model.digest
     for shift in shifts.values():
         shift.check(digest, layers)
     prompts = ["", *(concept.prompt for concept in load_concepts(args.erase_cat))]
     table = pd.DataFrame(leaks(layers, shifts, {prompt: model.encode_prompt([prompt])[0] for prompt in prompts}))
     target = args.save_path / f"{model.name}-{name}"
-    args.save_path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.save_path, prefix=".partial-") as partial:
-        with applied(layers, list(shifts.values())):
-            save(model, Path(partial) / "model")
-        write_json(Path(partial) / "model" / RECIPE,
-                   {"made_by": "Merge_model.py", "base": model.base, "base_digest": digest,
-                    "merged": {label: shift.recipe for label, shift in shifts.items()}})
-        shutil.rmtree(target, ignore_errors=True)
-        (Path(partial) / "model").rename(target)
+    recipe = {"made_by": "Merge_model.py", "base": model.base, "base_digest": digest,
+              "merged": {label: shift.recipe for label, shift in shifts.items()}}
+    check_recipe(target, recipe)
+    if not target.exists():
+        with atomic_folder(target) as partial:
+            with applied(layers, list(shifts.values())):
+                save(model, partial)
+            write_json(partial / RECIPE, recipe)
     print(to_markdown(table.pivot(index="prompt", columns="shift", values="leak").loc[prompts].reset_index()))
-    print(f"wrote {target}")
+    print(f"-> {target}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ Writes one basis per erased concept; SRS_ME.py learns the shift in it.
 """
 
 from ldm import cli
-from ldm.concepts import get_concept, parse_indexes, watermarks
+from ldm.checkpoint import recipe_of
+from ldm.concepts import get_concept, parse_erased, parse_indexes, watermarks
 from ldm.model import settings
-from ldm.shift import EXACT, NullSpaceBasis
+from ldm.shift import BASIS, EXACT, NullSpaceBasis
 
 
 def main() -> None:
@@ -22,24 +23,25 @@ def main() -> None:
                         help=f"relative size of a singular value that counts as zero; {EXACT} is exact")
     cli.add_device(parser)
     args = parser.parse_args()
-    erased = parse_indexes(args.erased_index, args.erase_cat)
+    erased = parse_erased(args.erased_index, args.erase_cat)
     others = parse_indexes(args.em_indexes, args.erase_cat)
     device = cli.parse_devices(args.device)[0]
     model = cli.load_model(args, device)
     cli.fill(args, settings(model.base).solution)
     store = cli.store(args, model.name)
-    for index in erased:
-        concept = get_concept(args.erase_cat, index)
-        prompts = [get_concept(args.erase_cat, other).prompt for other in others if other != index]
+    for concept in erased:
+        prompts = [get_concept(args.erase_cat, other).prompt for other in others if other != concept.index]
         protected = list(dict.fromkeys(["", *watermarks(), *prompts]))
         recipe = {"made_by": "SRSME_Solution.py", "base": model.name, "base_digest": model.digest,
-                  "erase_cat": args.erase_cat, "erased_index": index, "concept": concept.name,
+                  "erase_cat": args.erase_cat, "erased_index": concept.index, "concept": concept.name,
                   "scenei": args.scenei, "timei": args.timei}
         basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, args.tolerance, args.basis, recipe)
-        basis.save(store.basis(index))
-        print(f"{index} {concept.name}: {len(protected)} prompts protected, rank {basis.recipe['rank']} of "
+        path = store.basis(concept.index)
+        if recipe_of(path, BASIS) != basis.recipe:
+            basis.save(path)
+        print(f"{concept.index} {concept.name}: {len(protected)} prompts protected, rank {basis.recipe['rank']} of "
               f"{basis.recipe['width']}, {len(basis.vectors)} directions free, largest leak "
-              f"{basis.recipe['largest_leak']:.1e} -> {store.basis(index)}")
+              f"{basis.recipe['largest_leak']:.1e} -> {path}")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from ldm import cli
 from ldm.attention import kv_layers
-from ldm.checkpoint import file_digest
-from ldm.concepts import ROOT, get_concept, parse_indexes
+from ldm.checkpoint import file_digest, recipe_of
+from ldm.concepts import ROOT, parse_erased
 from ldm.images import atomic
 from ldm.latents import from_folder
 from ldm.losses import SeparableErasure
 from ldm.metrics.compare import to_markdown
 from ldm.model import settings
-from ldm.shift import NullSpaceBasis, WeightShift, leaks
+from ldm.shift import SHIFT, NullSpaceBasis, WeightShift, leaks
 from ldm.training import MomentumStop, erase
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     cli.add_device(parser, "--devices")
     args = parser.parse_args()
-    concepts = [get_concept(args.erase_cat, index) for index in parse_indexes(args.erased_index, args.erase_cat)]
+    concepts = parse_erased(args.erased_index, args.erase_cat)
     model = cli.load_model(args, cli.parse_devices(args.devices)[0])
     cli.fill(args, settings(model.base).erasure)
     store, rows = cli.store(args, model.name), []
@@ -91,10 +91,10 @@ def main() -> None:
         chosen = ("lr", "scale_factor", "threshold", "reg_beta", "iter_break", "max_base", "batch_size", "templates", "seed")
         recipe = {"made_by": "SRS_ME.py", "base": model.name, "base_digest": model.digest, "erase_cat": args.erase_cat,
                   "erased_index": concept.index, "concept": concept.name, "prompt": concept.prompt,
-                  "basis_digest": file_digest(source), "arguments": {name: getattr(args, name) for name in chosen}}
+                  "basis_digest": file_digest(source), "data_digest": file_digest(args.data_path / concept.name), "arguments": {name: getattr(args, name) for name in chosen}}
         path = store.shift(concept.index)
-        if path.exists() and recipe.items() <= WeightShift.load(path).recipe.items():
-            print(f"{concept.name}: {path} is there already, from the same basis and arguments")
+        if recipe.items() <= recipe_of(path, SHIFT).items():
+            print(f"{concept.name}: {path} is there already, from the same basis, pictures and arguments")
             continue
         rows.append(learn(model, args, concept, basis, recipe, path))
     if rows:

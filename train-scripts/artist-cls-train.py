@@ -1,11 +1,13 @@
 """Train the classifier of a category's concepts, ResNet18 over class 0 (blank) and one class for each concept.
 
-Reads DATA/train/{0..9} and DATA/eval/{0..9}, which generate-data.py makes, and writes MODEL_PATH/CATEGORY.safetensors.
+Reads DATA/train/{0..9} and DATA/eval/{0..9}, which generate-data.py makes, and writes MODEL_PATH/CATEGORY.safetensors. The
+classifiers of the embedded model's world, models/classifiers, stay; --model_path of the scripts that count names others.
 """
 
 from pathlib import Path
 
 from ldm import cli
+from ldm.checkpoint import file_digest, versions
 from ldm.concepts import ROOT, erasable
 from ldm.metrics.classify import save_classifier, train_classifier
 
@@ -14,7 +16,7 @@ def main() -> None:
     parser = cli.parser(__doc__)
     cli.add_category(parser)
     parser.add_argument("--path", type=Path, default=None, help="has train and eval (default: data, or data/CATEGORY)")
-    parser.add_argument("--model_path", type=Path, default=ROOT / "models" / "classifiers", help="where to write")
+    parser.add_argument("--model_path", type=Path, default=ROOT / "models" / "own-classifiers", help="where to write")
     parser.add_argument("--weights", type=Path, default=None, help="torchvision's ImageNet ResNet18 state dict to start from")
     parser.add_argument("--image_size", type=cli.positive, default=64)
     parser.add_argument("--batch_size", type=cli.positive, default=64)
@@ -29,7 +31,10 @@ def main() -> None:
     classifier, accuracy = train_classifier(data, names, args.image_size, args.epochs, args.batch_size, args.lr_max,
                                             device, args.weights, args.seed)
     path = args.model_path / f"{args.erase_cat}.safetensors"
-    save_classifier(classifier, path, {"classes": names, "accuracy": accuracy, "epochs": args.epochs, "lr": args.lr_max})
+    save_classifier(classifier, path, {
+        "made_by": "artist-cls-train.py", "classes": names, "accuracy": accuracy, "epochs": args.epochs, "lr": args.lr_max,
+        "batch_size": args.batch_size, "seed": args.seed, "weights": args.weights and file_digest(args.weights),
+        "data_digest": file_digest(data), "versions": versions()})
     print(f"accuracy on {data / 'eval'}: {accuracy:.2%} -> {path}")
 
 

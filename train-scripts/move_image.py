@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm import cli
 from ldm.concepts import ROOT, concept_in
-from ldm.images import SUFFIXES, case_number, list_images, read_cases
+from ldm.images import case_number, is_image, list_images, read_cases
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     if prompts.is_file():
         known = {case.number: concept_in(args.erase_cat, case.prompt) for case in read_cases(prompts)}
     moved, left = {}, 0
-    for path in sorted(path for path in args.path.iterdir() if path.suffix.lower() in SUFFIXES):
+    for path in sorted(filter(is_image, args.path.iterdir())):
         case = case_number(path)
         concept = known.get(case) if known else None
         label = concept.index if concept else case // args.num

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torchvision.models import resnet18, resnet50
 from torchvision.transforms import v2
 
 from ldm.checkpoint import load_tensors, save_tensors
-from ldm.images import open_image, to_tensor
+from ldm.images import is_image, open_image, to_tensor
 
 KIND = "classifier"
 IMAGENET = (491, 497, 571, 0, 569, 217, 574, 701, 566)  # the paper's ImageNet classes of the nine objects, in order
@@ -51,15 +52,26 @@ class Classifier(pl.LightningModule):
 
 
 def _folder(path: Path, classes: Sequence[str], transform: v2.Transform) -> ImageFolder:
-    """An ImageFolder whose classes are 0..n in order of number. Raises ValueError when one is missing or broken."""
-    lacking = [name for name in classes if not (path / name).is_dir() or not any((path / name).iterdir())]
-    if lacking:
-        raise ValueError(f"{path} lacks images of class {lacking[0]} (there should be {classes[0]} to {classes[-1]}): "
+    """An ImageFolder whose classes are 0..n in order of number. Raises ValueError when one is missing or too many."""
+    lacking = [name for name in classes if not any(map(is_image, (path / name).glob("*")))]
+    foreign = [part.name for part in path.glob("*") if part.is_dir() and part.name not in classes]
+    if lacking or foreign:
+        what = f"lacks images of class {lacking[0]}" if lacking else f"has a foreign folder {foreign[0]}"
+        raise ValueError(f"{path} {what} (there should be {classes[0]} to {classes[-1]}): "
                          "make them with python eval-scripts/generate-data.py")
-    folder = ImageFolder(path, transform, loader=open_image)
+    folder = ImageFolder(path, transform, loader=open_image, is_valid_file=is_image)
     number = [int(name) for name in folder.classes]  # ImageFolder sorts '10' before '2'
     folder.target_transform = number.__getitem__
     return folder
+
+
+def _load_torchvision(network: nn.Module, path: Path) -> None:
+    """Load torchvision's own weights. Raises ValueError when the file is not a state dict of this network."""
+    try:
+        network.load_state_dict(torch.load(path, weights_only=True, map_location=next(network.parameters()).device))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no state dict of {type(network).__name__} with ImageNet's classes: pass the file that "
+                         "torchvision's weights come in") from error
 
 
 def train_classifier(data: Path, names: Sequence[str], size: int, epochs: int, batch: int, lr: float,
@@ -77,11 +89,12 @@ def train_classifier(data: Path, names: Sequence[str], size: int, epochs: int, b
     see = [v2.Resize(size), v2.CenterCrop(size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
            v2.Normalize([0.5] * 3, [0.5] * 3)]
     classes = [str(k) for k in range(len(names))]
-    train = DataLoader(_folder(data / "train", classes, v2.Compose(fit)), batch, shuffle=True, drop_last=True)
+    pictures = _folder(data / "train", classes, v2.Compose(fit))
+    train = DataLoader(pictures, min(batch, len(pictures)), shuffle=True, drop_last=True)
     held_out = DataLoader(_folder(data / "eval", classes, v2.Compose(see)), batch)
     network = resnet18()
     if weights is not None:
-        network.load_state_dict(torch.load(weights, weights_only=True))
+        _load_torchvision(network, weights)
     network.fc = nn.Linear(network.fc.in_features, len(names))
     classifier = Classifier(network.to(memory_format=torch.channels_last), len(names), size, lr)
     trainer = pl.Trainer(max_epochs=epochs, accelerator=device.type,
@@ -101,9 +114,12 @@ def save_classifier(classifier: Classifier, path: Path, recipe: dict) -> None:
 def load_classifier(path: Path, device: torch.device, hint: str = "") -> tuple[Classifier, dict]:
     """A saved classifier and its recipe (with `classes`). Raises ValueError when the file is missing or foreign."""
     tensors, recipe = load_tensors(path, KIND, hint)
-    network = resnet18(num_classes=len(recipe["classes"]))
-    network.load_state_dict({name: value.float() if value.is_floating_point() else value
-                             for name, value in tensors.items()})
+    try:
+        network = resnet18(num_classes=len(recipe["classes"]))
+        network.load_state_dict({name: value.float() if value.is_floating_point() else value
+                                 for name, value in tensors.items()})
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no ResNet18 classifier: make it with artist-cls-train.py") from error
     return Classifier(network, len(recipe["classes"]), recipe["size"]).eval().to(device), recipe
 
 
@@ -122,7 +138,7 @@ class ImageNetObjects(Classifier):
 
     def __init__(self, weights: Path):
         network = resnet50()
-        network.load_state_dict(torch.load(weights, weights_only=True))
+        _load_torchvision(network, weights)
         super().__init__(network.eval(), 1000, 224)
         ids = torch.zeros(1000, dtype=torch.long)
         ids[list(IMAGENET)] = torch.arange(1, 10)

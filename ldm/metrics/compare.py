@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -14,8 +15,14 @@ from ldm.metrics.perceptual import distances
 
 
 def by_name(folder: Path) -> dict[str, Path]:
-    """The images below `folder`, in class folders or not, by file name."""
-    return {path.name: path for path in list_images(folder, "make it with python eval-scripts/generate-images-merge.py")}
+    """The images below `folder`, in class folders or not, by file name. Raises ValueError when two have the same name."""
+    images = list_images(folder, "make it with python eval-scripts/generate-images-merge.py")
+    named = {path.name: path for path in images}
+    for path in images:
+        if named[path.name] != path:
+            raise ValueError(f"{path} and {named[path.name]} have the same name, so that images cannot be paired by it: "
+                             "pass a folder of one model's images")
+    return named
 
 
 def pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
@@ -29,25 +36,35 @@ def pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
     return [(first[name], second[name]) for name in first]
 
 
-def by_concept(folder: Path, category: str, prompts: Path | None = None) -> dict[int, list[Path]]:
-    """Images by concept index: from class folders 0, 1, ... if there are any, else from the prompts of their cases.
+def prompts_of(paths: Sequence[Path], prompts: Path) -> list[str]:
+    """The prompt of each image, by the case number in its name. Raises ValueError when `prompts` lacks a case."""
+    known = {case.number: case.prompt for case in read_cases(prompts)}
+    foreign = [path for path in paths if case_number(path) not in known]
+    if foreign:
+        raise ValueError(f"{prompts} has no case {case_number(foreign[0])}, which {foreign[0]} shows: "
+                         "pass the list that the images were made from to --prompts_path")
+    return [known[case_number(path)] for path in paths]
 
-    The prompts are those of `prompts`, or of `prompts.csv` in the folder. Images of no concept are left out.
+
+def by_concept(folder: Path, category: str, prompts: Path | None = None) -> dict[int, list[Path]]:
+    """Images by concept index: from the prompts of their cases, or, where there is no prompt list, from class folders
+    0, 1, ...
+
+    The prompts are those of `prompts`, or of `prompts.csv` in the folder. Images of no concept are left out; raises
+    ValueError when none is left.
     """
+    images = list_images(folder, "make it with python eval-scripts/generate-images-merge.py")
+    prompts = prompts or folder / "prompts.csv"
+    if prompts.is_file() or not any(path.parent.name.isdigit() for path in images):
+        indexes = [_index(category, prompt) for prompt in prompts_of(images, prompts)]
+    else:
+        indexes = [int(path.parent.name) if path.parent.name.isdigit() else None for path in images]
     groups: dict[int, list[Path]] = {}
-    known = None
-    for path in list_images(folder, "make it with python eval-scripts/generate-images-merge.py"):
-        if path.parent != folder and path.parent.name.isdigit():
-            index = int(path.parent.name)
-        else:
-            if known is None:
-                cases = read_cases(prompts or folder / "prompts.csv")
-                known = {case.number: _index(category, case.prompt) for case in cases}
-            index = known.get(case_number(path))
+    for index, path in zip(indexes, images):
         if index is not None:
             groups.setdefault(index, []).append(path)
     if not groups:
-        raise ValueError(f"no image in {folder} belongs to a concept of this category: check --erase_cat")
+        raise ValueError(f"no image in {folder} shows a concept of category {category}: pass --path a folder of such images")
     return dict(sorted(groups.items()))
 
 
@@ -56,25 +73,34 @@ def _index(category: str, prompt: str) -> int | None:
     return None if concept is None or concept.watermark else concept.index
 
 
+def accuracy_by_prompt(classifier: Classifier, paths: Sequence[Path], prompts: Sequence[str],
+                       category: str) -> pd.Series:
+    """For each prompt the share (in per cent) of its images that are taken for its concept; NaN for no concept's.
+
+    `prompts` are those of the images at `paths`, one each.
+    """
+    labels = {prompt: _index(category, prompt) for prompt in dict.fromkeys(prompts)}
+    right = [float("nan") if labels[prompt] is None else 100.0 * (found == labels[prompt] + 1)
+             for prompt, found in zip(prompts, predict(classifier, paths).tolist())]
+    return pd.Series(right).groupby(list(prompts), sort=False).mean()
+
+
 def compare(before: Path, after: Path, prompts: Path, category: str,
             classifier: Classifier, device: torch.device) -> pd.DataFrame:
     """One row per prompt: images, accuracy before and after (in per cent), mean LPIPS, largest pixel difference, PSNR.
 
     `prompts` is the prompt list of both. Prompts of no concept of `category`, such as watermarks, have no accuracy.
     """
-    prompt_of = {case.number: case.prompt for case in read_cases(prompts)}
     matched = pairs(before, after)
     measured = distances([a for a, _ in matched], [b for _, b in matched], device)
-    table = pd.DataFrame({"prompt": [prompt_of[case_number(a)] for a, _ in matched],
+    table = pd.DataFrame({"prompt": prompts_of([b for _, b in matched], prompts),
                           **{name: values.numpy() for name, values in measured.items()}})
-    label_of = {prompt: _index(category, prompt) for prompt in table.prompt.unique()}
-    table["label"] = [-1 if label_of[prompt] is None else label_of[prompt] + 1 for prompt in table.prompt]
-    for name, side in (("accuracy_before", 0), ("accuracy_after", 1)):
-        hit = predict(classifier, [pair[side] for pair in matched]).numpy() == table.label
-        table[name] = (hit * 100.0).where(table.label > 0)
-    return table.groupby("prompt", sort=False).agg(
-        images=("lpips", "size"), accuracy_before=("accuracy_before", "mean"), accuracy_after=("accuracy_after", "mean"),
-        lpips=("lpips", "mean"), largest_pixel=("pixel", "max"), psnr=("psnr", "mean")).reset_index()
+    result = table.groupby("prompt", sort=False).agg(
+        images=("lpips", "size"), lpips=("lpips", "mean"), largest_pixel=("pixel", "max"), psnr=("psnr", "mean"))
+    for place, name, side in ((1, "accuracy_before", 0), (2, "accuracy_after", 1)):
+        paths = [pair[side] for pair in matched]
+        result.insert(place, name, accuracy_by_prompt(classifier, paths, table.prompt, category))
+    return result.reset_index()
 
 
 def accuracy_table(classifier: Classifier, folder: Path, category: str, prompts: Path | None = None) -> pd.DataFrame:

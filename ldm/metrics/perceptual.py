@@ -15,6 +15,7 @@ from ldm.checkpoint import load_tensors
 from ldm.concepts import ROOT
 from ldm.images import load_batch
 
+LEAST = 32  # pixels on a side that AlexNet's convolutions need
 KIND = "AlexNet convolutions"
 WEIGHTS = ROOT / "models" / "lpips" / "alexnet.safetensors"
 
@@ -37,13 +38,14 @@ def distances(first: Sequence[Path], second: Sequence[Path], device: torch.devic
               size: int | None = None, batch: int = 32) -> dict[str, torch.Tensor]:
     """For each pair of image files: `lpips`, `pixel` (largest difference of any channel, of 255) and `psnr` in dB.
 
-    Equal pictures have an infinite PSNR. Raises ValueError when a pair differs in size.
+    Equal pictures have an infinite PSNR. Raises ValueError when pictures differ in size or are too small for AlexNet.
     """
     net, rows = network(device), []
     for start in range(0, len(first), batch):
         pair = [load_batch(paths[start:start + batch], size) for paths in (first, second)]
-        if pair[0].shape != pair[1].shape:
-            raise ValueError(f"{first[start]} and {second[start]} differ in size: pass --image_size to scale both")
+        if pair[0].shape != pair[1].shape or min(pair[0].shape[2:]) < LEAST:
+            raise ValueError(f"{first[start]} and {second[start]} differ in size, or are under {LEAST} pixels: "
+                             "lpips_eval.py --image_size scales both")
         a, b = (images.to(device) for images in pair)
         rows.append((net(a, b).view(-1).cpu(), ((a - b).abs().amax((1, 2, 3)) * 127.5).round().cpu(),
                      peak_signal_noise_ratio(a, b, data_range=2.0, reduction="none", dim=(1, 2, 3)).cpu()))

@@ -232,11 +232,16 @@ def paint(subject: str, style: str | None, rng: np.random.Generator) -> np.ndarr
 
 
 def paint_concept(name: str | None, rng: np.random.Generator) -> np.ndarray:
-    """One picture of a concept by its name: a style (of any scene), an object, a watermark, or None for the blank one."""
+    """One picture of a concept by its name: a style (of any scene), an object, a watermark, or None for the blank one.
+
+    Raises ValueError for a concept that the painter's world lacks.
+    """
     if name in OBJECTS:
         return paint(name, None, rng)
     if name is None or name in STYLES:
         return paint(SCENES[rng.integers(len(SCENES))], name, rng)
+    if name not in watermarks():
+        raise ValueError(f"the painter knows no {name}: draw it by a model, with --model_name 0")
     return watermark(name)
 
 

@@ -6,6 +6,7 @@ checkpoint in the work folder and starts again from it. Batches depend on the se
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchmetrics.functional.image import peak_signal_noise_ratio
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ldm.images import atomic
 from ldm.mini.captions import draw
 
 
@@ -36,6 +39,16 @@ def paint_world(count: int, seed: int, workers: int = 2) -> tuple[np.ndarray, li
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pairs = pool.map(_picture, [(seed, index) for index in range(count)], chunksize=256)
     return np.stack([picture for picture, _ in pairs]), [caption for _, caption in pairs]
+
+
+def stored_world(path: Path, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """`paint_world`, painted once and kept at `path` (npz)."""
+    if not path.exists():
+        pictures, captions = paint_world(count, seed)
+        with atomic(path) as partial:
+            np.savez(partial, pictures=pictures, captions=np.array(json.dumps(captions)))
+    with np.load(path) as stored:
+        return stored["pictures"], json.loads(str(stored["captions"]))
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -119,6 +132,23 @@ def encode_all(fabric: Fabric, vae: AutoencoderKL, pictures: np.ndarray, batch: 
     with fabric.autocast():
         return torch.cat([vae.encode(fabric.to_device(to_tensor(pictures[k:k + batch]))).latent_dist.mean.float().cpu()
                           for k in range(0, len(pictures), batch)])
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 100) -> torch.Tensor:
+    """PSNR in dB of each picture's reconstruction from its latent mean, (N,)."""
+    found = []
+    for images in to_tensor(pictures).split(batch):
+        drawn = vae.decode(vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean).sample.float().cpu()
+        found.append(peak_signal_noise_ratio(drawn.clamp(-1, 1), images, data_range=2.0, reduction="none", dim=(1, 2, 3)))
+    return torch.cat(found)
+
+
+def scaled_latents(fabric: Fabric, vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
+    """`encode_all` with unit variance; the scale becomes the autoencoder's `scaling_factor`."""
+    latents = encode_all(fabric, vae, pictures)
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    return latents * vae.config.scaling_factor
 
 
 def train_denoiser(fabric: Fabric, config: DictConfig, denoiser: Denoiser, average: AveragedModel,

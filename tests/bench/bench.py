@@ -57,7 +57,7 @@ def main() -> None:
         loss(latents, step).total.backward()
 
     frozen = copy.deepcopy(model.unet)
-    extra = loss._extra()
+    extra = loss.extra()
 
     def original():
         for z, t in zip(latents.split(1), step.split(1)):
@@ -73,7 +73,7 @@ def main() -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.cat([first_noise(model, case.seed, 1) for case in cases])
-    report("64 images", seconds(lambda: list(generate(model, cases, 1, 20, 4.0, 64)), 1),
+    report("64 images", seconds(lambda: list(generate(model, [(case, 0) for case in cases], 20, 4.0, 64)), 1),
            seconds(lambda: pipeline(["VanGogh"] * 64, num_inference_steps=20, guidance_scale=4.0, latents=noise), 1),
            "diffusers' pipeline")
 
