@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldm import cli
 from ldm.concepts import ROOT
-from ldm.metrics.classify import load_classifier
+from ldm.metrics.classify import classifier_path, load_classifier
 from ldm.metrics.compare import accuracy_table, to_markdown
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--model_path", type=Path, default=None, help="default: models/classifiers/CATEGORY.safetensors")
     cli.add_device(parser)
     args = parser.parse_args()
-    path = args.model_path or ROOT / "models" / "classifiers" / f"{args.erase_cat}.safetensors"
+    path = args.model_path or classifier_path(args.erase_cat)
     classifier, _ = load_classifier(path, cli.parse_devices(args.device)[0],
                                     f"train it with python train-scripts/artist-cls-train.py --erase_cat {args.erase_cat}")
     table = accuracy_table(classifier, args.path, args.erase_cat, args.prompts_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm import cli
 from ldm.concepts import ROOT
-from ldm.metrics.classify import ImageNetObjects, load_classifier
+from ldm.metrics.classify import ImageNetObjects, classifier_path, load_classifier
 from ldm.metrics.compare import accuracy_table, to_markdown
 
 
@@ -16,7 +16,7 @@ def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--path", type=Path, default=ROOT / "evaluation_folder" / "ori-merge", help="the images")
     parser.add_argument("--prompts_path", type=Path, default=None, help="their prompt list (default: prompts.csv there)")
-    parser.add_argument("--model_path", type=Path, default=ROOT / "models" / "classifiers" / "object.safetensors")
+    parser.add_argument("--model_path", type=Path, default=classifier_path("object"))
     parser.add_argument("--imagenet_path", type=Path, default=None, help="a state dict of torchvision's ResNet50")
     cli.add_device(parser)
     args = parser.parse_args()

@@ -13,7 +13,7 @@ from PIL import Image
 from ldm import cli
 from ldm.concepts import ROOT
 from ldm.images import image_name, read_cases, save_image
-from ldm.metrics.classify import load_classifier
+from ldm.metrics.classify import classifier_path, load_classifier
 from ldm.metrics.compare import accuracy_table, to_markdown
 from ldm.metrics.perceptual import distances
 from ldm.mini.paint import watermark
@@ -46,7 +46,7 @@ def main() -> None:
         return folder
 
     for category in ("style", "object"):
-        classifier, recipe_of = load_classifier(ROOT / "models" / "classifiers" / f"{category}.safetensors", device)
+        classifier, recipe_of = load_classifier(classifier_path(category), device)
         table = accuracy_table(classifier, draw(f"{category}_classify"), category)
         print(to_markdown(table))
         print(f"mean {table.accuracy.mean():.2f} %, least {table.accuracy.min():.2f} %; the classifier itself: "

@@ -6,9 +6,8 @@ Writes compare-PATH1.csv into --path2.
 from pathlib import Path
 
 from ldm import cli
-from ldm.concepts import ROOT
 from ldm.images import atomic
-from ldm.metrics.classify import load_classifier
+from ldm.metrics.classify import classifier_path, load_classifier
 from ldm.metrics.compare import compare, to_markdown
 
 
@@ -22,7 +21,7 @@ def main() -> None:
     cli.add_device(parser)
     args = parser.parse_args()
     device = cli.parse_devices(args.device)[0]
-    path = args.model_path or ROOT / "models" / "classifiers" / f"{args.erase_cat}.safetensors"
+    path = args.model_path or classifier_path(args.erase_cat)
     classifier, _ = load_classifier(path, device, "train it with python train-scripts/artist-cls-train.py")
     table = compare(args.path1, args.path2, args.prompts_path or args.path2 / "prompts.csv", args.erase_cat, classifier, device)
     written = args.path2 / f"compare-{args.path1.resolve().name}.csv"

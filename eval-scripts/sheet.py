@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from ldm import cli
-from ldm.concepts import ROOT, concept_in, parse_indexes
+from ldm.concepts import concept_in, parse_indexes
 from ldm.images import atomic, image_name, open_image, read_cases, save_image, sheet, write_text
-from ldm.metrics.classify import load_classifier
+from ldm.metrics.classify import classifier_path, load_classifier
 from ldm.metrics.compare import accuracy_by_prompt, by_name, compare, pairs, prompts_of, to_markdown
 
 ORDER, BLANK = ["erased", "restored", "regular", "protected"], "(blank)"
@@ -34,7 +34,7 @@ def main() -> None:
         raise ValueError(f"{len(args.paths)} --paths and {len(titles)} --titles: give two or more, as many of both")
     erased, restored = (parse_indexes(text, args.erase_cat) for text in (args.erased, args.restored))
     device = cli.parse_devices(args.device)[0]
-    classifier, _ = load_classifier(ROOT / "models" / "classifiers" / f"{args.erase_cat}.safetensors", device,
+    classifier, _ = load_classifier(classifier_path(args.erase_cat), device,
                                     "train it with python train-scripts/artist-cls-train.py")
     prompts = args.paths[-1] / "prompts.csv"
 

@@ -14,7 +14,7 @@ from ldm.concepts import ROOT, erasable, get_concept, watermarks
 from ldm.images import Case, save_image
 from ldm.latents import noisy
 from ldm.losses import SeparableErasure
-from ldm.metrics.classify import load_classifier, predict
+from ldm.metrics.classify import classifier_path, load_classifier, predict
 from ldm.metrics.perceptual import distances
 from ldm.mini.paint import paint_concept, watermark
 from ldm.mini.train import reconstruction_psnr
@@ -60,7 +60,7 @@ def pixels(paths):
 
 @pytest.mark.parametrize("category", ["style", "object"])
 def test_it_draws_its_concepts(model, category, tmp_path):
-    classifier, _ = load_classifier(ROOT / "models" / "classifiers" / f"{category}.safetensors", CPU)
+    classifier, _ = load_classifier(classifier_path(category), CPU)
     images = draw(model, [concept.prompt for concept in erasable(category)], tmp_path, "drawn", seeds=6)
     right = [(predict(classifier, paths) == k + 1).float().mean().item() for k, paths in enumerate(images.values())]
     assert sum(right) / len(right) >= 0.9 and min(right) >= 0.6  # of 6 each; the bars are measured on 50
@@ -106,7 +106,7 @@ def test_three_styles_go_one_comes_back_and_the_weights_are_the_same_again(model
         restored = draw(model, prompts, tmp_path, "restored")
     assert all(torch.equal(weight, base[name]) for name, weight in model.unet.state_dict().items())
 
-    classifier, _ = load_classifier(ROOT / "models" / "classifiers" / "style.safetensors", CPU)
+    classifier, _ = load_classifier(classifier_path("style"), CPU)
     for label, name in enumerate(names, start=1):
         assert (predict(classifier, before[name]) == label).float().mean() > 0.6
         assert not (predict(classifier, after[name]) == label).any(), name

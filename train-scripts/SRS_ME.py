@@ -91,7 +91,8 @@ def main() -> None:
         chosen = ("lr", "scale_factor", "threshold", "reg_beta", "iter_break", "max_base", "batch_size", "templates", "seed")
         recipe = {"made_by": "SRS_ME.py", "base": model.name, "base_digest": model.digest, "erase_cat": args.erase_cat,
                   "erased_index": concept.index, "concept": concept.name, "prompt": concept.prompt,
-                  "basis_digest": file_digest(source), "data_digest": file_digest(args.data_path / concept.name), "arguments": {name: getattr(args, name) for name in chosen}}
+                  "basis_digest": file_digest(source), "data_digest": file_digest(args.data_path / concept.name),
+                  "arguments": {name: getattr(args, name) for name in chosen}}
         path = store.shift(concept.index)
         if recipe.items() <= recipe_of(path, SHIFT).items():
             print(f"{concept.name}: {path} is there already, from the same basis, pictures and arguments")

@@ -18,6 +18,7 @@ from torchvision.models import resnet18, resnet50
 from torchvision.transforms import v2
 
 from ldm.checkpoint import load_tensors, save_tensors
+from ldm.concepts import ROOT
 from ldm.images import is_image, open_image, to_tensor
 
 KIND = "classifier"
@@ -109,6 +110,11 @@ def save_classifier(classifier: Classifier, path: Path, recipe: dict) -> None:
     tensors = {name: value.half() if value.is_floating_point() else value
                for name, value in classifier.network.state_dict().items()}
     save_tensors(path, tensors, KIND, recipe | {"size": classifier.size})
+
+
+def classifier_path(category: str) -> Path:
+    """Where the committed classifier of the embedded model's world is."""
+    return ROOT / "models" / "classifiers" / f"{category}.safetensors"
 
 
 def load_classifier(path: Path, device: torch.device, hint: str = "") -> tuple[Classifier, dict]:
