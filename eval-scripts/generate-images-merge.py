@@ -1,13 +1,12 @@
 """Generate the images of a prompt list by the base model with any set of shifts merged in.
 
-Writes SAVE_PATH/012-merge for --merge 0,1,2 and SAVE_PATH/ori-merge for none; images that are there are kept, so a
-stopped run goes on with the same command.
+Writes SAVE_PATH/012-merge for --merge 0,1,2 (FMN-012-merge with --method FMN) and SAVE_PATH/ori-merge for none; images
+that are there are kept, so a stopped run goes on with the same command.
 """
 
 from pathlib import Path
 
 from ldm import cli
-from ldm.attention import kv_layers
 from ldm.images import read_cases
 from ldm.model import settings
 from ldm.sampling import generate_folder
@@ -19,7 +18,7 @@ def main() -> None:
     cli.add_model(parser)
     cli.add_category(parser)
     cli.add_scene(parser)
-    parser.add_argument("--merge", default="", help="shifts to merge: indexes such as 0,1,2, or shift files; none: original")
+    cli.add_merge(parser)
     parser.add_argument("--prompts_path", type=Path, required=True, help="CSV: prompt,evaluation_seed,case_number")
     parser.add_argument("--save_path", type=Path, required=True, help="folder for the image folders")
     parser.add_argument("--from_case", type=int, default=0, help="leave out lower case numbers")
@@ -29,13 +28,12 @@ def main() -> None:
     cases = [case for case in read_cases(args.prompts_path) if case.number >= args.from_case]
     model = cli.load_model(args, cli.parse_devices(args.device)[0])
     cli.fill(args, settings(model.base).sampling)
-    shifts, name = cli.store(args, model.name).load_merge(args.merge)
-    layers = kv_layers(model.unet)
+    shifts, name = cli.store(args, model.name, args.method).load_merge(args.merge)
     for shift in shifts.values():
-        shift.check(model.digest, layers)
+        shift.check(model.digest, model.unet)
     recipe = model.drawn_by | {"shifts": {label: shift.recipe for label, shift in shifts.items()}}
     folder = args.save_path / f"{name}-merge"
-    with applied(layers, list(shifts.values())):
+    with applied(model.unet, list(shifts.values())):
         drawn = generate_folder(model, cases, folder, recipe, args.num_samples, args.ddim_steps, args.guidance_scale,
                                 args.batch_size)
     print(f"{drawn} images drawn, {len(cases) * args.num_samples} in {folder}")

@@ -9,7 +9,7 @@ import pandas as pd
 
 from ldm import cli
 from ldm.images import atomic
-from ldm.metrics.compare import pairs, prompts_of, to_markdown
+from ldm.metrics.compare import pairs, shown_by, to_markdown
 from ldm.metrics.perceptual import distances
 
 
@@ -22,9 +22,9 @@ def main() -> None:
     args = parser.parse_args()
     matched = pairs(args.path1, args.path2)
     found = distances([a for a, _ in matched], [b for _, b in matched], cli.parse_devices(args.device)[0], args.image_size)
-    images, prompts = [b for _, b in matched], args.path2 / "prompts.csv"
-    shown = prompts_of(images, prompts) if prompts.is_file() else [path.parent.name for path in images]
-    table = pd.DataFrame({"image": [path.name for path in images], "prompt": shown, "lpips": found["lpips"].numpy()})
+    images = [b for _, b in matched]
+    table = pd.DataFrame({"image": [path.name for path in images], "prompt": shown_by(args.path2, images),
+                          "lpips": found["lpips"].numpy()})
     with atomic(args.path2 / "lpips.csv") as partial:
         table.to_csv(partial, index=False)
     print(to_markdown(table.groupby("prompt", sort=False).lpips.agg(["size", "mean"]).reset_index()))

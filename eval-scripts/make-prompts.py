@@ -6,11 +6,9 @@ data/style_classify.csv and data/object_classify.csv are made by this script's d
 
 from pathlib import Path
 
-import numpy as np
-
 from ldm import cli
 from ldm.concepts import ROOT, erasable, watermarks
-from ldm.images import Case, write_cases
+from ldm.images import seeded_cases, write_cases
 
 
 def main() -> None:
@@ -32,9 +30,7 @@ def main() -> None:
         path = path.with_name(f"{args.erase_cat}_{'held_out' if args.held_out else 'classify'}.csv")
     if args.erase_cat == "watermark" or args.protected:
         prompts += [*watermarks(), ""]
-    seeds = np.random.default_rng(args.seed).choice(3000, size=(len(prompts), args.num_seeds), replace=False)
-    cases = [Case(prompt, int(seed), k * args.num_seeds + n)
-             for k, prompt in enumerate(prompts) for n, seed in enumerate(seeds[k])]
+    cases = seeded_cases(prompts, args.num_seeds, args.seed)
     write_cases(args.save_path or path, cases)
     print(f"{len(cases)} cases of {len(prompts)} prompts -> {args.save_path or path}")
 

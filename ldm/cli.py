@@ -9,11 +9,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import torch
+from omegaconf import OmegaConf
 
-from ldm.concepts import CATEGORIES, ROOT
-from ldm.model import TextToImage, load
-from ldm.store import Store
+from ldm import ablation
+from ldm.ablation import Variant
+from ldm.attention import TRAIN_METHODS
+from ldm.concepts import CATEGORIES, ROOT, parse_erased
+from ldm.erasure import make_shifts
+from ldm.experiment import Experiment
+from ldm.metrics.classify import classifier_path, load_classifier
+from ldm.metrics.compare import to_markdown
+from ldm.metrics.frechet import column
+from ldm.model import TextToImage, load, settings
+from ldm.store import METHODS, Store
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,14 +58,65 @@ def add_model(parser: Parser) -> None:
 def add_scene(parser: Parser) -> None:
     parser.add_argument("--scenei", type=int, default=1, help="scene, part of where bases and shifts are kept")
     parser.add_argument("--timei", type=int, default=0, help="time in the scene, likewise")
-    parser.add_argument("--shifts_path", type=Path, default=ROOT / "models" / "srs-me", help="where they are kept")
+    parser.add_argument("--shifts_path", type=Path, default=ROOT / "models", help="where they are kept, by method")
 
 
-def add_sampling(parser: Parser, samples: int) -> None:
-    parser.add_argument("--num_samples", type=positive, default=samples, help="images for each seed")
+def add_merge(parser: Parser, required: bool = False) -> None:
+    """--merge and the method whose shifts its indexes mean."""
+    parser.add_argument("--merge", default="", required=required,
+                        help="shifts to merge: indexes such as 0,1,2, or shift files" + ("" if required else "; none: original"))
+    parser.add_argument("--method", choices=METHODS, default="SRS-ME", help="whose shifts the indexes mean")
+
+
+# A method's settings that are flags of its script; where one is left out, the model's config gives the value.
+SETTINGS = {
+    "lr": (float, "Adam's rate"), "iter_break": (None, "most steps"), "batch_size": (None, "latents a step"),
+    "scale_factor": (float, "beta, the basis' scale"), "reg_beta": (float, "weight of |dW|_1"),
+    "threshold": (float, "stop when the momentum of the correlation falls to it"),
+    "max_base": (None, "most basis vectors, those that the concept reaches most"),
+    "templates": (int, "caption templates to erase beside the bare name"),
+    "train_method": (str, f"which weights to train: {', '.join(TRAIN_METHODS)}"),
+    "start_guidance": (float, "guidance with which the training latents are drawn"),
+    "negative_guidance": (float, "eta, how far to turn away from the concept"),
+    "ddim_steps": (None, "sampler steps of the training latents")}
+
+
+def add_erasure(parser: Parser, *flags: str) -> None:
+    """What every erasure takes, and those of a method's settings that `flags` names."""
+    add_model(parser)
+    add_category(parser)
+    parser.add_argument("--erased_index", required=True, help="concepts to erase, such as 0 or 0,1,2")
+    add_scene(parser)
+    for flag in flags:
+        kind, text = SETTINGS[flag]
+        parser.add_argument(f"--{flag}", type=kind or positive, default=None, help=f"{text} (default: the model's config)")
+    parser.add_argument("--data_path", type=Path, default=ROOT / "data", help="has a folder of images per concept")
+    parser.add_argument("--seed", type=int, default=0)
+    add_device(parser, "--devices")
+
+
+def erase(args: argparse.Namespace, method: str) -> None:
+    """Run a method on the concepts of --erased_index, and print what it took."""
+    concepts = parse_erased(args.erased_index, args.erase_cat)
+    model = load_model(args, parse_devices(args.devices)[0])
+    given = OmegaConf.to_container(settings(model.base).erasure[method]) | {"seed": args.seed}
+    given |= {name: value for name, value in vars(args).items() if name in given and value is not None}
+    rows = make_shifts(model, store(args, model.name, method), concepts, given, args.data_path)
+    if rows:
+        print(to_markdown(pd.DataFrame(rows)))
+
+
+def add_sampling(parser: Parser, samples: int | None = None) -> None:
+    if samples:
+        parser.add_argument("--num_samples", type=positive, default=samples, help="images for each seed")
     parser.add_argument("--ddim_steps", type=positive, default=None, help="sampler steps (default: the model's config)")
     parser.add_argument("--guidance_scale", type=float, default=None, help="guidance (default: the model's config)")
     parser.add_argument("--batch_size", type=positive, default=None, help="images at once (default: the model's config)")
+
+
+def add_inception(parser: Parser) -> None:
+    parser.add_argument("--inception_path", type=Path, default=None,
+                        help="FID's Inception weights (torch-fidelity's .pth); without them AlexNet's features")
 
 
 def positive(text: str) -> int:
@@ -87,6 +148,75 @@ def parse_devices(text: str | None) -> list[torch.device]:
     return devices
 
 
+def add_experiment(parser: Parser, folder: str) -> None:
+    """What scenes and ablations share: how much is drawn, by what, and where it goes."""
+    add_model(parser)
+    add_category(parser)
+    parser.add_argument("--num_seeds", type=positive, default=20, help="images of each prompt for each set of weights")
+    parser.add_argument("--num_pictures", type=positive, default=50, help="pictures to learn each erasure from")
+    parser.add_argument("--save_path", type=Path, default=ROOT / "evaluation_folder" / folder)
+    parser.add_argument("--shifts_path", type=Path, default=None, help="where shifts are kept (default: SAVE_PATH/shifts)")
+    add_sampling(parser)
+    add_inception(parser)
+    add_device(parser)
+
+
+def experiment(args: argparse.Namespace) -> Experiment:
+    """The experiment that `add_experiment`'s arguments describe, with the category's classifier if it has one."""
+    device = parse_devices(args.device)[0]
+    path = classifier_path(args.erase_cat)
+    classifier = load_classifier(path, device)[0] if path.is_file() else None
+    model = load_model(args, device)
+    fill(args, settings(model.base).sampling)
+    args.shifts_path = args.shifts_path or args.save_path / "shifts"
+    return Experiment(model, args.erase_cat, args.save_path / args.erase_cat, classifier, vars(args), args.num_seeds,
+                      args.num_pictures, args.inception_path)
+
+
+def add_ablation(parser: Parser, values: str, text: str) -> None:
+    """An experiment's arguments, the concepts to erase, and the values to compare."""
+    add_experiment(parser, "ablations")
+    parser.add_argument("--erased_index", default="0,1,2", help="concepts to erase and merge, such as 0,1,2")
+    parser.add_argument("--values", default=values, help=text)
+
+
+def ablate(args: argparse.Namespace, name: str, setting: str, log: bool = False) -> None:
+    """Erase and measure with each of --values for one of SRS-ME's settings, the erased concepts protecting each other."""
+    erased = [concept.index for concept in parse_erased(args.erased_index, args.erase_cat)]
+    values = parse_numbers(args.values)
+    tried = experiment(args)
+    given = OmegaConf.to_container(settings(tried.model.base).erasure["SRS-ME"]) | {"seed": 0}
+    variants = [Variant(value, given | {setting: value}, erased) for value in values]
+    finish(args, ablation.ablate(tried, args.shifts_path, name, erased, variants), "status", setting, name, log)
+
+
+def finish(args: argparse.Namespace, table: pd.DataFrame, by: str, x: str, name: str, log: bool = False) -> None:
+    """Write an ablation's table and plot, and print the means."""
+    path = args.save_path / args.erase_cat / name
+    print(ablation.write(table, by, x, column(args.inception_path), path, log))
+    print(f"-> {path}.png, .md, .csv")
+
+
+def parse_numbers(text: str) -> list[float]:
+    """'0,1e-6' -> numbers. Raises ValueError for anything else, or fewer than two."""
+    try:
+        numbers = [float(piece) for piece in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--values {text}: give numbers such as 0,1e-6") from None
+    if len(set(numbers)) < 2:
+        raise ValueError(f"--values {text}: give two different numbers or more, such as 0,1e-6")
+    return list(dict.fromkeys(numbers))
+
+
+def parse_methods(text: str) -> list[str]:
+    """'SRS-ME,FMN' -> names of methods. Raises ValueError for an unknown name, or none."""
+    names = list(dict.fromkeys(filter(None, (piece.strip() for piece in text.split(",")))))
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise ValueError(f"'{(unknown or [text])[0]}' is no method: choose from {','.join(METHODS)}")
+    return names
+
+
 def load_model(args: argparse.Namespace, device: torch.device) -> TextToImage:
     """The model that --model names. Raises ValueError for a CompVis pair, which this version does not load."""
     if args.config_path or args.ckpt_path:
@@ -102,8 +232,8 @@ def fill(args: argparse.Namespace, settings) -> None:
             setattr(args, name, value)
 
 
-def store(args: argparse.Namespace, model_name: str) -> Store:
-    return Store(args.shifts_path, model_name, args.erase_cat, args.scenei, args.timei)
+def store(args: argparse.Namespace, model_name: str, method: str) -> Store:
+    return Store(args.shifts_path, method, model_name, args.erase_cat, args.scenei, args.timei)
 
 
 def default_data(category: str, root: Path = ROOT / "data") -> Path:

@@ -16,7 +16,8 @@ CATEGORIES = ("style", "object", "similar", "nudity")
 class Concept:
     """One concept: `index` in its category, `prompt` (its bare name), other spellings, caption templates with `{}`.
 
-    `held_out` are templates that the embedded model's captions never use.
+    `held_out` are templates that the embedded model's captions never use. `anchor` is the first template without the
+    concept, to which some methods pull it.
     """
 
     index: int
@@ -25,7 +26,13 @@ class Concept:
     aliases: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
+    anchor: str = ""
     watermark: bool = False
+
+    @property
+    def captions(self) -> list[str]:
+        """Each template with the concept in it; without templates, the bare name."""
+        return [template.format(self.prompt) for template in self.templates] or [self.prompt]
 
 
 @cache
@@ -43,7 +50,7 @@ def load_concepts(category: str) -> tuple[Concept, ...]:
         raise ValueError(f"unknown category '{category}': choose one of {', '.join(CATEGORIES)}")
     group = _config().categories[category]
     concepts = [Concept(index, entry.name, entry.get("prompt", entry.name), tuple(entry.get("aliases", ())),
-                        tuple(group.templates), tuple(group.held_out))
+                        tuple(group.templates), tuple(group.held_out), group.anchor)
                 for index, entry in enumerate(group.concepts)]
     marks = [Concept(len(concepts) + k, text, text, watermark=True) for k, text in enumerate(_config().watermarks)]
     return tuple(concepts + marks)
@@ -107,3 +114,36 @@ def parse_erased(text: str, category: str) -> list[Concept]:
             raise ValueError(f"{concept.index} {concept.name} is a watermark, which every shift protects: "
                              f"erase one of {erasable(category)[0].index} to {erasable(category)[-1].index}")
     return concepts
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One time of a scene: what is erased just then, and what stands erased, and restored, from then on."""
+
+    time: int
+    new: tuple[int, ...]
+    erased: tuple[int, ...]
+    restored: tuple[int, ...]
+
+    def status(self, index: int) -> str:
+        """erased, restored, or regular, which is every other concept."""
+        return "erased" if index in self.erased else "restored" if index in self.restored else "regular"
+
+
+def load_scene(number: int) -> list[Moment]:
+    """One scene of `configs/scenes.yaml`, time by time.
+
+    Raises ValueError when there is none of that number, and for a time that erases what is erased or restores what is not.
+    """
+    scenes = OmegaConf.load(ROOT / "configs" / "scenes.yaml").scenes
+    if number not in scenes:
+        raise ValueError(f"no scene {number} in configs/scenes.yaml: choose from {', '.join(map(str, scenes))}")
+    erased, restored, moments = set(), set(), []
+    for time, change in enumerate(scenes[number]):
+        new, back = set(change.get("erase", ())), set(change.get("restore", ()))
+        if new & erased or not back <= erased:
+            raise ValueError(f"configs/scenes.yaml, scene {number}, time {time}: it erases what is erased already, or "
+                             "restores what is not erased: correct the file")
+        erased, restored = erased - back | new, restored - new | back
+        moments.append(Moment(time, tuple(sorted(new)), tuple(sorted(erased)), tuple(sorted(restored))))
+    return moments

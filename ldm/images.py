@@ -164,6 +164,12 @@ def read_cases(path: Path) -> list[Case]:
     return [Case(str(row.prompt), int(row.evaluation_seed), int(row.case_number)) for row in table.itertuples()]
 
 
+def seeded_cases(prompts: Sequence[str], number: int, seed: int) -> list[Case]:
+    """`number` cases of each prompt, no evaluation seed twice among them, all drawn from `seed`."""
+    seeds = np.random.default_rng(seed).choice(3000, size=(len(prompts), number), replace=False)
+    return [Case(prompt, int(own), k * number + n) for k, prompt in enumerate(prompts) for n, own in enumerate(seeds[k])]
+
+
 def write_cases(path: Path, cases: Sequence[Case]) -> None:
     """Write a prompt list that `read_cases` reads."""
     table = pd.DataFrame([(case.prompt, case.seed, case.number) for case in cases],
@@ -190,23 +196,30 @@ def save_image(path: Path, image: Image.Image) -> None:
         image.save(partial)
 
 
-def sheet(rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]], columns: Sequence[str],
-          zoom: int = 1) -> Image.Image:
-    """A labelled picture sheet: each row is a label and, for every column, a few images side by side."""
+def sheet(rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]], columns: Sequence[str], zoom: int = 1,
+          frames: Sequence[Sequence[str | None]] = ()) -> Image.Image:
+    """A labelled picture sheet: each row is a label and, for every column, a few images side by side.
+
+    `frames` may give the colour of a frame for each cell.
+    """
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     width, height = (side * zoom for side in rows[0][1][0][0].size)
     gap, left = 6, 20 + max(int(small.getlength(label)) for label, _ in rows)
     top = 30
     lengths = [max(len(cells[k]) for _, cells in rows) * width for k in range(len(columns))]
-    starts = [left + sum(lengths[:k]) + gap * 3 * k for k in range(len(columns))]
-    canvas = Image.new("RGB", (starts[-1] + lengths[-1] + gap, top + len(rows) * (height + gap)), "white")
+    steps = [max(length, int(font.getlength(name))) for length, name in zip(lengths, columns)]
+    starts = [left + sum(steps[:k]) + gap * 3 * k for k in range(len(columns))]
+    canvas = Image.new("RGB", (starts[-1] + steps[-1] + gap, top + len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(canvas)
     for start, name in zip(starts, columns):
         draw.text((start, top - 22), name, fill="black", font=font)
     for k, (label, cells) in enumerate(rows):
         y = top + k * (height + gap)
         draw.text((8, y + height // 2), label, fill="black", font=small, anchor="lm")
-        for start, images in zip(starts, cells):
+        for column, (start, images) in enumerate(zip(starts, cells)):
             for n, image in enumerate(images):
                 canvas.paste(image.resize((width, height), Image.Resampling.NEAREST), (start + n * width, y))
+            if frames and frames[k][column]:
+                box = (start - 3, y - 3, start + len(images) * width + 2, y + height + 2)
+                draw.rectangle(box, outline=frames[k][column], width=3)
     return canvas

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 
 from ldm.images import list_images, load_batch
 from ldm.model import TextToImage
-
+from ldm.sampling import denoise, schedule
 
 MOST = 256  # images of a folder; more would only take longer to encode
 
@@ -36,3 +37,20 @@ def noisy(model: TextToImage, latents: torch.Tensor, batch: int,
         step = torch.randint(model.steps, (batch,), generator=generator).to(model.device)
         noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
         yield model.add_noise(latents[chosen.to(latents.device)], noise, step), step
+
+
+def sampled(model: TextToImage, embedding: torch.Tensor, batch: int, steps: int, guidance: float, seed: int,
+            scope: Callable[[], AbstractContextManager]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches that the model draws under one prompt (1, tokens, d), stopped before a random one of `steps` steps.
+
+    `scope()` is entered while it draws, so that a student's weights can be the ones that draw. Noise and steps come from
+    `seed`, the same on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    blank, timesteps = model.encode_prompt([""]), schedule(model, steps).timesteps
+    while True:
+        stop = int(torch.randint(len(timesteps), (), generator=generator))
+        noise = torch.randn((batch, *model.latent_shape), generator=generator)
+        with scope():
+            latents = denoise(model, noise, embedding.expand(batch, -1, -1), blank, steps, guidance, stop)
+        yield latents, timesteps[stop].expand(batch)

@@ -1,16 +1,21 @@
-"""One class per erasure method; each is called with noisy latents and their steps and returns `Terms`."""
+"""One class per erasure method: called with noisy latents and their steps it returns `Terms`.
+
+Each has `parameters()`, what is learnt, and `shift()`, what has been learnt so far.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ldm.attention import added
+from ldm.attention import added, score_differences, swapped, trained
 from ldm.model import TextToImage
-from ldm.shift import WeightShift
+from ldm.shift import DenseShift, SeparableShift
 
 
 @dataclass(frozen=True)
@@ -31,29 +36,184 @@ class SeparableErasure:
     `concept` (P, tokens, d) are the concept's prompts, used in turn; `blank` is (1, tokens, d).
     """
 
-    def __init__(self, model: TextToImage, layers: Mapping[str, nn.Linear], shift: WeightShift,
+    def __init__(self, model: TextToImage, layers: Mapping[str, nn.Linear], learnt: SeparableShift,
                  concept: torch.Tensor, blank: torch.Tensor, reg_beta: float):
-        self.model, self.layers, self.shift = model, layers, shift
+        self.model, self.layers, self.learnt = model, layers, learnt
         self.concept, self.blank, self.reg_beta = concept, blank, reg_beta
-        self.directions = (shift.scale * shift.directions).to(model.device, torch.float32)  # (k, d)
+        self.directions = (learnt.scale * learnt.directions).to(model.device, torch.float32)  # (k, d)
         self.turn = 0
+
+    def parameters(self) -> list[torch.Tensor]:
+        return self.learnt.parameters()
+
+    def shift(self) -> SeparableShift:
+        return self.learnt
 
     def extra(self) -> dict:
         """What the shift, as learnt so far, adds to each layer's output: functions of its input, for `added`."""
         def moved(weight):
             return lambda x: ((x.float() @ self.directions.T) @ weight.T).to(x.dtype)  # (N, tokens, out)
-        return {name: moved(weight) for name, weight in self.shift.coefficients.items()}
+        return {name: moved(weight) for name, weight in self.learnt.coefficients.items()}
 
     def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
         prompts = (torch.arange(len(latents)) + self.turn) % len(self.concept)
         self.turn += len(latents)
         concept = self.concept[prompts]  # (N, tokens, d)
         with torch.no_grad():
-            both = torch.cat([self.blank.expand_as(concept), concept])
-            blank_noise, concept_noise = self.model.predict_noise(
-                torch.cat([latents, latents]), torch.cat([step, step]), both).chunk(2)
+            blank_noise, concept_noise = _two(self.model, latents, step, self.blank, concept)
         with added(self.layers, self.extra()):
             shifted_noise = self.model.predict_noise(latents, step, concept)
         correlation = ((shifted_noise - blank_noise).float() * (concept_noise - blank_noise).float()).mean()
-        size = sum((weight @ self.directions).abs().sum() for weight in self.shift.coefficients.values())
+        size = sum((weight @ self.directions).abs().sum() for weight in self.learnt.coefficients.values())
         return Terms(correlation + self.reg_beta * size / len(self.layers), correlation)
+
+
+class JointErasure:
+    """SRS-ME-dagger: all concepts' shifts at once, their losses L_i weighted by `eta_i = max_k |L_k| / |L_i|`.
+
+    The weights need every L_i before any gradient is used, yet gradients are linear: that of L_i / |L_i| is taken and its
+    graph freed concept by concept, and the sum scaled by max_k |L_k| in the end, so that memory is that of one concept.
+    `floor` bounds the weights: an L_i smaller than it counts as `floor`.
+
+    Called with one batch of latents, and of steps, per concept; `watched` is the largest of the concepts' own.
+    """
+
+    def __init__(self, losses: Sequence[SeparableErasure], floor: float):
+        self.losses, self.floor = list(losses), floor
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [weight for loss in self.losses for weight in loss.parameters()]
+
+    def shifts(self) -> list[SeparableShift]:
+        return [loss.shift() for loss in self.losses]
+
+    def __call__(self, latents: Sequence[torch.Tensor], step: Sequence[torch.Tensor]) -> Terms:
+        sizes, watched, value = [], [], 0.0
+        gradients = [torch.zeros_like(weight) for weight in self.parameters()]
+        place = 0
+        for loss, z, t in zip(self.losses, latents, step):
+            terms, own = loss(z, t), loss.parameters()
+            size = terms.total.detach().abs().clamp_min(self.floor)
+            for k, gradient in enumerate(torch.autograd.grad(terms.total / size, own), start=place):
+                gradients[k] += gradient
+            place += len(own)
+            sizes.append(size)
+            watched.append(terms.watched.detach())
+            value = value + terms.total.detach() / size
+        largest = torch.stack(sizes).max()
+        linear = largest * sum((weight * gradient).sum() for weight, gradient in zip(self.parameters(), gradients))
+        return Terms(largest * value + linear - linear.detach(), torch.stack(watched).max())
+
+
+class _Student:
+    """What the methods that train the U-Net's own weights share: a student of them beside the frozen base."""
+
+    def __init__(self, model: TextToImage, train_method: str):
+        self.model = model
+        self.student = {name: nn.Parameter(model.unet.get_parameter(name).detach().clone())
+                        for name in trained(model.unet, train_method)}
+
+    def parameters(self) -> list[torch.Tensor]:
+        return list(self.student.values())
+
+    def shift(self) -> DenseShift:
+        return DenseShift.between(self.model.unet, self.student)
+
+    def active(self) -> AbstractContextManager:
+        """While the block runs, the model predicts with the student's weights."""
+        return swapped(self.model.unet, self.student)
+
+
+class CorrelationErasure(_Student):
+    """SRS-ME-double-dagger: SRS-ME's loss on all cross-attention weights, for what must never come back.
+
+    `mean(r(theta') r(theta)) + reg_beta (sum over weights of |theta' - theta|_1) / weights` with SRS-ME's r; no null
+    space holds the blank prompt, so that its prediction moves too. `concept` and `blank` are (1, tokens, d).
+    """
+
+    def __init__(self, model: TextToImage, concept: torch.Tensor, blank: torch.Tensor, reg_beta: float,
+                 train_method: str = "xattn"):
+        super().__init__(model, train_method)
+        self.concept, self.blank, self.reg_beta = concept, blank, reg_beta
+
+    def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
+        with torch.no_grad():
+            blank_noise, concept_noise = _two(self.model, latents, step, self.blank, self.concept)
+        with self.active():
+            moved_blank, moved_concept = _two(self.model, latents, step, self.blank, self.concept)
+        correlation = ((moved_concept - moved_blank).float() * (concept_noise - blank_noise).float()).mean()
+        size = sum((weight - self.model.unet.get_parameter(name)).abs().sum() for name, weight in self.student.items())
+        return Terms(correlation + self.reg_beta * size / len(self.student), correlation)
+
+
+class AttentionErasure(_Student):
+    """FMN, Forget-Me-Not (Zhang et al., arXiv 2303.17591): the cross-attention layers' scores under the prompt with the
+    concept become those under the prompt without it.
+
+    The sum over layers of the mean square of `scale q (k(c) - k(a))^T`, the difference of the scores of the same queries.
+    It moves queries and keys alone. `concept` and `anchor` are (1, tokens, d).
+    """
+
+    def __init__(self, model: TextToImage, concept: torch.Tensor, anchor: torch.Tensor, train_method: str = "xattn"):
+        super().__init__(model, train_method)
+        self.concept, self.anchor = concept, anchor
+
+    def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
+        with self.active(), score_differences(self.model.unet, self.anchor) as differences:
+            self.model.predict_noise(latents, step, self.concept.expand(len(latents), -1, -1))
+        total = torch.stack([difference.float().square().mean() for difference in differences]).sum()
+        return Terms(total, total.detach())
+
+
+class AnchorErasure(_Student):
+    """AbConcept, Ablating Concepts (Kumari et al., arXiv 2303.13516): the concept's noise becomes the anchor's.
+
+    `mse(eps(c; theta'), eps(a; theta)) + 10 mse(eps(a; theta'), eps(a; theta))`; `concept` and `anchor` (1, tokens, d).
+    """
+
+    KEEP = 10.0  # the weight of the anchor's own drift
+
+    def __init__(self, model: TextToImage, concept: torch.Tensor, anchor: torch.Tensor, train_method: str = "xattn"):
+        super().__init__(model, train_method)
+        self.concept, self.anchor = concept, anchor
+
+    def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
+        with torch.no_grad():
+            target = self.model.predict_noise(latents, step, self.anchor.expand(len(latents), -1, -1)).float()
+        with self.active():
+            concept_noise, anchor_noise = _two(self.model, latents, step, self.concept, self.anchor)
+        total = F.mse_loss(concept_noise.float(), target) + self.KEEP * F.mse_loss(anchor_noise.float(), target)
+        return Terms(total, total.detach())
+
+
+class NegativeGuidance(_Student):
+    """ESD, Erased Stable Diffusion (Gandikota et al., arXiv 2303.07345): the concept's noise turns away from the concept.
+
+    `mse(eps(c; theta'), eps("") - eta (eps(c) - eps("")))`, the target by the frozen model, eta = `negative_guidance`;
+    `concept` and `blank` are (1, tokens, d). Its latents are drawn by the student itself (`ldm.latents.sampled`).
+    """
+
+    def __init__(self, model: TextToImage, concept: torch.Tensor, blank: torch.Tensor, negative_guidance: float,
+                 train_method: str = "xattn"):
+        super().__init__(model, train_method)
+        self.concept, self.blank, self.negative_guidance = concept, blank, negative_guidance
+
+    def target(self, latents: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """The noise (N, C, h, w) that the concept's prompt shall predict."""
+        with torch.no_grad():
+            blank_noise, concept_noise = _two(self.model, latents, step, self.blank, self.concept)
+        return blank_noise - self.negative_guidance * (concept_noise - blank_noise)
+
+    def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
+        target = self.target(latents, step)
+        with self.active():
+            noise = self.model.predict_noise(latents, step, self.concept.expand(len(latents), -1, -1))
+        total = F.mse_loss(noise.float(), target.float())
+        return Terms(total, total.detach())
+
+
+def _two(model: TextToImage, latents: torch.Tensor, step: torch.Tensor, first: torch.Tensor,
+         second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The noise (N, C, h, w) under each of two prompts, one (1 or N, tokens, d) for all latents or for each, in one pass."""
+    both = torch.cat([prompt.expand(len(latents), -1, -1) for prompt in (first, second)])
+    return model.predict_noise(torch.cat([latents, latents]), torch.cat([step, step]), both).chunk(2)

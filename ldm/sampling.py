@@ -19,18 +19,25 @@ def first_noise(model: TextToImage, seed: int, samples: int) -> torch.Tensor:
     return torch.randn((samples, *model.latent_shape), generator=torch.Generator().manual_seed(seed))
 
 
-@torch.no_grad()
-def denoise(model: TextToImage, noise: torch.Tensor, embedding: torch.Tensor, blank: torch.Tensor, steps: int,
-            guidance: float) -> torch.Tensor:
-    """From noise (N, C, h, w) to clean latents under prompts `embedding` (N, tokens, d), by the model's own scheduler.
-
-    The guided noise is `eps("") + guidance (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598).
-    """
+def schedule(model: TextToImage, steps: int):
+    """A fresh scheduler of the model's own kind, set to `steps` steps."""
     scheduler = type(model.scheduler).from_config(model.scheduler.config)
     scheduler.set_timesteps(steps, device=model.device)
+    return scheduler
+
+
+@torch.no_grad()
+def denoise(model: TextToImage, noise: torch.Tensor, embedding: torch.Tensor, blank: torch.Tensor, steps: int,
+            guidance: float, stop: int | None = None) -> torch.Tensor:
+    """From noise (N, C, h, w) to clean latents under prompts `embedding` (N, tokens, d), by the model's own scheduler.
+
+    The guided noise is `eps("") + guidance (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598). With `stop` only the
+    first `stop` of the `steps` steps are taken, which leaves latents as noisy as the next step expects them.
+    """
+    scheduler = schedule(model, steps)
     latents = noise.to(model.device, model.dtype) * scheduler.init_noise_sigma
     both = torch.cat([blank.expand_as(embedding), embedding])  # (2N, tokens, d)
-    for step in scheduler.timesteps:
+    for step in scheduler.timesteps[:stop]:
         doubled = scheduler.scale_model_input(torch.cat([latents, latents]), step)
         unconditional, conditional = model.predict_noise(doubled, step, both).chunk(2)
         noise = unconditional + guidance * (conditional - unconditional)

@@ -7,6 +7,7 @@ images as they were. Such dW have rows in the null space of E. (Separable Multi-
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ldm.attention import swapped
 from ldm.checkpoint import load_tensors, save_tensors, versions
 
 BASIS, SHIFT = "null space basis", "weight shift"
@@ -135,19 +137,65 @@ def _check_base(recipe: Mapping, digest: str, path: Path | str) -> None:
                          f"{str(recipe.get('base_digest'))[:12]}, not {digest[:12]}): pass --model that one, or make it again")
 
 
-class WeightShift:
+class WeightShift(ABC):
+    """A change of the U-Net's weights that erases a concept, kept beside them: one dW for each parameter it changes."""
+
+    def __init__(self, recipe: dict | None = None):
+        self.recipe = recipe or {}
+        self.path: Path | str = "this shift"
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The parameters that it changes."""
+
+    @abstractmethod
+    def delta(self, name: str) -> torch.Tensor:
+        """dW of one parameter, in its shape, float64 on the CPU."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one parameter's dW."""
+
+    @abstractmethod
+    def save(self, path: Path, recipe: dict) -> None:
+        """Write the shift, and `recipe` beside what the kind of shift adds to it, as safetensors."""
+
+    def moved(self, name: str, seen: torch.Tensor) -> torch.Tensor:
+        """What inputs (tokens, d) float64 get added by a linear layer's dW: (tokens, out)."""
+        return seen @ self.delta(name).T
+
+    @staticmethod
+    def load(path: Path, hint: str = "") -> WeightShift:
+        """Raises ValueError for a file that is missing, damaged, of wrong shapes or not a shift."""
+        tensors, recipe = load_tensors(path, SHIFT, hint)
+        shift = SeparableShift.read(tensors, recipe) if "directions" in tensors else DenseShift.read(tensors, recipe)
+        if shift is None:
+            raise ValueError(f"{path} has tensors of wrong names or shapes for a weight shift: make it again")
+        shift.path = path
+        return shift
+
+    def check(self, digest: str, unet: nn.Module) -> None:
+        """Raises ValueError unless the shift was made for the base model with that digest and its weights."""
+        _check_base(self.recipe, digest, self.path)
+        weights = dict(unet.named_parameters())
+        for name in self.names:
+            if name not in weights or weights[name].shape != self.shape(name):
+                raise ValueError(f"{self.path}: {name} does not fit the model's layer: make it again")
+
+
+class SeparableShift(WeightShift):
     """`dW = w (scale * S)` for every key and value layer: coefficients w (out, k) a layer, directions S (k, d) shared."""
 
     def __init__(self, coefficients: Mapping[str, torch.Tensor], directions: torch.Tensor, scale: float,
                  recipe: dict | None = None):
+        super().__init__(recipe)
         self.coefficients = dict(coefficients)
         self.directions = directions.detach().double().cpu()
         self.scale = scale
-        self.recipe = recipe or {}
-        self.path: Path | str = "this shift"
 
     @classmethod
-    def zeros(cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float) -> WeightShift:
+    def zeros(cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float) -> SeparableShift:
         """A shift of nothing, ready to be learnt: its coefficients are leaf tensors with gradients."""
         weights = {name: torch.zeros(layer.out_features, len(directions), device=layer.weight.device,
                                      requires_grad=True) for name, layer in layers.items()}
@@ -156,77 +204,105 @@ class WeightShift:
     def parameters(self) -> list[torch.Tensor]:
         return list(self.coefficients.values())
 
+    @property
+    def names(self) -> list[str]:
+        return [f"{layer}.weight" for layer in self.coefficients]
+
+    def _weight(self, name: str) -> torch.Tensor:
+        return self.coefficients[name.removesuffix(".weight")].detach().cpu().double()
+
     def delta(self, name: str) -> torch.Tensor:
-        """dW of one layer, (out, d) float64 on the CPU."""
-        return self.coefficients[name].detach().cpu().double() @ (self.scale * self.directions)
+        return self._weight(name) @ (self.scale * self.directions)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return len(self._weight(name)), self.directions.shape[1]
+
+    def moved(self, name: str, seen: torch.Tensor) -> torch.Tensor:
+        return (seen @ (self.scale * self.directions).T) @ self._weight(name).T  # (tokens, k) @ (k, out)
 
     def save(self, path: Path, recipe: dict) -> None:
-        """Write coefficients (float32), the basis once, and `recipe` as safetensors."""
+        """Coefficients (float32), and the basis once."""
         tensors = {f"w.{name}": value.float() for name, value in self.coefficients.items()}
         save_tensors(path, tensors | {"directions": self.directions}, SHIFT,
                      recipe | {"scale": self.scale, "versions": versions()})
 
     @classmethod
-    def load(cls, path: Path, hint: str = "") -> WeightShift:
-        """Raises ValueError for a file that is missing, damaged, of wrong shapes or not a shift."""
-        tensors, recipe = load_tensors(path, SHIFT, hint)
-        directions = tensors.pop("directions", None)
-        weights = {name.removeprefix("w."): value for name, value in tensors.items() if name.startswith("w.")}
-        good = directions is not None and directions.dim() == 2 and weights and all(
-            value.dim() == 2 and value.shape[1] == len(directions) for value in weights.values())
-        if not good or not isinstance(recipe.get("scale"), (int, float)) or not math.isfinite(recipe["scale"]):
-            raise ValueError(f"{path} has tensors of wrong shapes for a weight shift: make it again with SRS_ME.py")
-        shift = cls(weights, directions, recipe["scale"], recipe)
-        shift.path = path
-        return shift
-
-    def check(self, digest: str, layers: Mapping[str, nn.Linear]) -> None:
-        """Raises ValueError unless the shift was made for the base model with that digest and its layers."""
-        _check_base(self.recipe, digest, self.path)
-        for name, weight in self.coefficients.items():
-            expected = (layers[name].out_features, layers[name].in_features) if name in layers else None
-            if expected != (weight.shape[0], self.directions.shape[1]):
-                raise ValueError(f"{self.path}: {name} does not fit the model's layer: make it again with SRS_ME.py")
+    def read(cls, tensors: dict[str, torch.Tensor], recipe: dict) -> SeparableShift | None:
+        """None when the tensors do not belong together."""
+        directions, scale = tensors.pop("directions"), recipe.get("scale")
+        good = directions.dim() == 2 and tensors and all(name.startswith("w.") and value.dim() == 2 and
+                                                         value.shape[1] == len(directions) for name, value in tensors.items())
+        if not good or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            return None
+        return cls({name.removeprefix("w."): value for name, value in tensors.items()}, directions, scale, recipe)
 
 
-def merge(layers: Mapping[str, nn.Linear], shifts: Sequence[WeightShift]) -> dict[str, torch.Tensor]:
-    """`W + sum of dW` for the layers that any shift changes: summed in float64, rounded once. No layer is changed."""
-    changed = [name for name in layers if any(name in shift.coefficients for shift in shifts)]
+class DenseShift(WeightShift):
+    """dW as it is, for a method that trains the weights themselves."""
+
+    def __init__(self, deltas: Mapping[str, torch.Tensor], recipe: dict | None = None):
+        super().__init__(recipe)
+        self.deltas = dict(deltas)
+
+    @classmethod
+    def between(cls, unet: nn.Module, student: Mapping[str, torch.Tensor]) -> DenseShift:
+        """What leads from the U-Net's weights to those of `student`; weights that are the same are left out."""
+        moved = {name: weight.detach() - unet.get_parameter(name).detach() for name, weight in student.items()}
+        return cls({name: delta for name, delta in moved.items() if delta.any()})
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.deltas)
+
+    def delta(self, name: str) -> torch.Tensor:
+        return self.deltas[name].cpu().double()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.deltas[name].shape)
+
+    def save(self, path: Path, recipe: dict) -> None:
+        """All dW in float32."""
+        save_tensors(path, {f"d.{name}": value.float() for name, value in self.deltas.items()}, SHIFT,
+                     recipe | {"versions": versions()})
+
+    @classmethod
+    def read(cls, tensors: dict[str, torch.Tensor], recipe: dict) -> DenseShift | None:
+        """None when the tensors are not named as those of such a shift."""
+        if not all(name.startswith("d.") for name in tensors):
+            return None
+        return cls({name.removeprefix("d."): value for name, value in tensors.items()}, recipe)
+
+
+def merge(unet: nn.Module, shifts: Sequence[WeightShift]) -> dict[str, torch.Tensor]:
+    """`W + sum of dW` for the parameters that any shift changes: summed in float64, rounded once. Nothing is changed."""
     merged = {}
-    for name in changed:
-        weight = layers[name].weight
-        total = sum((shift.delta(name) for shift in shifts if name in shift.coefficients), weight.cpu().double())
+    for name in dict.fromkeys(name for shift in shifts for name in shift.names):
+        weight = unet.get_parameter(name)
+        total = sum((shift.delta(name) for shift in shifts if name in shift.names), weight.detach().cpu().double())
         merged[name] = total.to(weight.device, weight.dtype)
     return merged
 
 
 @contextmanager
-def applied(layers: Mapping[str, nn.Linear], shifts: Sequence[WeightShift]) -> Iterator[None]:
-    """While the block runs, the layers hold the merged weights; then the very same base tensors are back."""
-    merged = merge(layers, shifts)
-    base = {name: layers[name].weight for name in merged}
-    try:
-        for name, weight in merged.items():
-            layers[name].weight = nn.Parameter(weight, requires_grad=False)
+def applied(unet: nn.Module, shifts: Sequence[WeightShift]) -> Iterator[None]:
+    """While the block runs, the U-Net holds the merged weights; then the very same base tensors are back."""
+    merged = {name: nn.Parameter(weight, requires_grad=False) for name, weight in merge(unet, shifts).items()}
+    with swapped(unet, merged):
         yield
-    finally:
-        for name, weight in base.items():
-            layers[name].weight = weight
 
 
 def leaks(layers: Mapping[str, nn.Linear], shifts: Mapping[str, WeightShift],
           embeddings: Mapping[str, torch.Tensor]) -> list[dict]:
-    """How far each shift moves what each prompt's embedding (tokens, d) puts out: |e dW^T| / |e W^T| over all layers.
-
-    One row per pair: shift, prompt, leak.
+    """How far each shift moves what each prompt's embedding (tokens, d) puts out: |e dW^T| / |e W^T| over the key and
+    value `layers`. One row per pair: shift, prompt, leak.
     """
     rows = []
     for prompt, embedding in embeddings.items():
         seen = embedding.cpu().double()
         base = math.hypot(*((seen @ layer.weight.cpu().double().T).norm().item() for layer in layers.values()))
         for label, shift in shifts.items():
-            reach = seen @ (shift.scale * shift.directions).T  # (tokens, k)
-            moved = math.hypot(*((reach @ weight.detach().cpu().double().T).norm().item()
-                                 for weight in shift.coefficients.values()))
+            changed = set(shift.names)
+            moved = math.hypot(*(shift.moved(f"{name}.weight", seen).norm().item() for name in layers
+                                 if f"{name}.weight" in changed))
             rows.append({"shift": label, "prompt": prompt, "leak": moved / base})
     return rows

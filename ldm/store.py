@@ -1,4 +1,4 @@
-"""Where bases and shifts are kept: `ROOT/MODEL/CATEGORY/sceneI/timeT/{basis,shift}-INDEX.safetensors`.
+"""Where bases and shifts are kept: `ROOT/METHOD/MODEL/CATEGORY/sceneI/timeT/{basis,shift}-INDEX.safetensors`.
 
 A shift made at one time of a scene serves all later ones: looking one up takes the newest up to the time asked for.
 """
@@ -13,40 +13,61 @@ from ldm.shift import WeightShift
 
 
 @dataclass(frozen=True)
+class Method:
+    """The script that makes a method's shifts, and what it needs and does."""
+
+    script: str
+    null_space: bool = False  # its shifts live in a basis that SRSME_Solution.py finds
+    joint: bool = False  # all concepts' shifts are learnt at once
+    pictures: bool = True  # it learns from pictures of the concept; otherwise from what the model draws on the way
+
+
+METHODS = {"SRS-ME": Method("SRS_ME.py", null_space=True),
+           "SRS-ME-dagger": Method("SRS_ME.py --joint", null_space=True, joint=True),
+           "SRS-ME-double-dagger": Method("CiE.py"),
+           "FMN": Method("FMN.py"),
+           "AbConcept": Method("Abconcept.py"),
+           "ESD": Method("Esd.py", pictures=False)}
+
+
+@dataclass(frozen=True)
 class Store:
-    """One scene and time of one model and category below `root`."""
+    """One scene and time of one method, model and category below `root`."""
 
     root: Path
+    method: str
     model: str
     category: str
     scene: int
     time: int
 
-    def _folder(self, time: int) -> Path:
-        return self.root / self.model / self.category / f"scene{self.scene}" / f"time{time}"
+    def _folder(self, time: int, method: str) -> Path:
+        return self.root / method.lower() / self.model / self.category / f"scene{self.scene}" / f"time{time}"
 
     def basis(self, index: int) -> Path:
-        return self._folder(self.time) / f"basis-{index}.safetensors"
+        """SRS-ME and its joint variant share their bases."""
+        return self._folder(self.time, "SRS-ME") / f"basis-{index}.safetensors"
 
     def shift(self, index: int) -> Path:
         """Where this time's own shift of a concept is written."""
-        return self._folder(self.time) / f"shift-{index}.safetensors"
+        return self._folder(self.time, self.method) / f"shift-{index}.safetensors"
 
     def find_shift(self, index: int) -> Path:
         """The newest shift of a concept up to this time. Raises ValueError, saying what makes it, when there is none."""
         for time in range(self.time, -1, -1):
-            path = self._folder(time) / f"shift-{index}.safetensors"
+            path = self._folder(time, self.method) / f"shift-{index}.safetensors"
             if path.is_file():
                 return path
         name = get_concept(self.category, index).name
         raise ValueError(f"no shift that erases {index} {name} at {self.shift(index)}: make it with "
-                         f"python train-scripts/SRS_ME.py --erase_cat {self.category} --erased_index {index} "
-                         f"--scenei {self.scene} --timei {self.time}")
+                         f"python train-scripts/{METHODS[self.method].script} --erase_cat {self.category} "
+                         f"--erased_index {index} --scenei {self.scene} --timei {self.time}")
 
     def load_merge(self, text: str) -> tuple[dict[str, WeightShift], str]:
         """'0,1,2' or shift files, separated by commas -> shifts by label, and the name of the merge: '012', or 'ori'.
 
-        A label is the concept's index, with its category before it when that is another one.
+        A label is the concept's index, with its category before it when that is another one. Shifts of another method
+        than SRS-ME put its name before that of the merge: 'FMN-012'.
         """
         shifts = {}
         for piece in filter(None, (piece.strip() for piece in text.split(","))):
@@ -58,4 +79,6 @@ class Store:
             if label in shifts:
                 raise ValueError(f"--merge names the shift of {label} twice: name each once")
             shifts[label] = shift
-        return shifts, ("" if all(len(label) == 1 for label in shifts) else "-").join(shifts) or "ori"
+        made_by = dict.fromkeys(shift.recipe.get("method", "SRS-ME") for shift in shifts.values())
+        prefix = "".join(f"{method}-" for method in made_by) if list(made_by) != ["SRS-ME"] else ""
+        return shifts, prefix + ("" if all(len(label) == 1 for label in shifts) else "-").join(shifts) or "ori"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,22 @@ class MomentumStop:
     def update(self, step: Step) -> bool:
         self.momentum = step.watched if self.momentum is None else 0.9 * self.momentum + 0.1 * step.watched
         return step.number >= self.least and self.momentum <= self.threshold
+
+
+def learn(loss: Callable, batches: Iterable, lr: float, most: int, threshold: float | None, title: str) -> pd.DataFrame:
+    """Run `erase` on the loss' own parameters, with progress, until `threshold` stops it or `most` steps are done.
+
+    Returns one row per step: step, loss, watched, momentum.
+    """
+    stop, curve = MomentumStop(float("-inf") if threshold is None else threshold), []
+    with tqdm(total=most, desc=title, unit="step") as bar:
+        for step in itertools.islice(erase(loss, loss.parameters(), batches, lr), most):
+            reached = stop.update(step)
+            curve.append((step.number, step.loss, step.watched, stop.momentum))
+            bar.set_postfix(momentum=f"{stop.momentum:.2e}", refresh=False)
+            bar.update()
+            if reached:
+                break
+    if threshold is not None and not reached:
+        tqdm.write(f"{title}: --threshold {threshold} was not reached within --iter_break {most}")
+    return pd.DataFrame(curve, columns=["step", "loss", "watched", "momentum"])

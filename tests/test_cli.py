@@ -9,7 +9,7 @@ from ldm import cli
 from ldm.attention import kv_layers
 from ldm.checkpoint import file_digest
 from ldm.model import load
-from ldm.shift import NullSpaceBasis
+from ldm.shift import NullSpaceBasis, WeightShift
 
 from conftest import CPU, is_error
 
@@ -39,7 +39,7 @@ def test_erase_merge_restore_and_measure(script, flags, solved, tmp_path, tiny_p
     assert script(SOLVE, *flags, "--erased_index", "1", "--em_indexes", "1,2", "--device", "cpu")[0] == 0
     assert "there already" in script(ERASE, *solved, "--max_base", "691")[1]
     curve = pd.read_csv(next(tmp_path.rglob("shift-1.csv")))
-    assert len(curve) == 12 and curve.correlation.iloc[-1] < curve.correlation.iloc[0]
+    assert len(curve) == 12 and curve.watched.iloc[-1] < curve.watched.iloc[0]
 
     prompts = tmp_path / "list.csv"
     prompts.write_text("prompt,evaluation_seed,case_number\nVanGogh,1,0\nPicasso,2,1\n,3,2\nCCS 2024,4,3\n")
@@ -64,6 +64,39 @@ def test_erase_merge_restore_and_measure(script, flags, solved, tmp_path, tiny_p
     assert file_digest(tiny_path) == before
 
 
+@pytest.mark.parametrize("name, method", [("FMN.py", "FMN"), ("Abconcept.py", "AbConcept"), ("Esd.py", "ESD"),
+                                          ("CiE.py", "SRS-ME-double-dagger")])
+def test_each_other_method_saves_a_dense_shift_that_merges(script, flags, solved, tmp_path, name, method):
+    given = [*solved[:-6], "--iter_break", "2", "--lr", "1e-3", "--train_method", "selfattn" if name == "Esd.py" else "xattn"]
+    code, out, _ = script(f"train-scripts/{name}", *given)
+    assert code == 0 and "| VanGogh | 2 |" in out
+    assert "there already" in script(f"train-scripts/{name}", *given)[1]
+    shift = WeightShift.load(next(tmp_path.rglob("shift-1.safetensors")))
+    assert shift.recipe["method"] == method and shift.recipe["made_by"] == name
+    assert all(("attn1" if name == "Esd.py" else "attn2") in changed for changed in shift.names) and shift.names
+    assert script(MERGE, *flags, "--method", method, "--merge", "1", "--save_path", tmp_path / "merged")[0] == 0
+    assert (tmp_path / "merged" / f"tiny-{method}-1").is_dir()
+    is_error(script(MERGE, *flags, "--method", method, "--merge", "0", "--save_path", tmp_path), name, "--erased_index 0")
+
+
+def test_joint_erasure_learns_all_at_once_and_both_or_none_again(script, flags, solved, tmp_path):
+    assert script(SOLVE, *flags, "--erased_index", "2", "--em_indexes", "1,2", "--device", "cpu")[0] == 0
+    (tmp_path / "data" / "Picasso").mkdir()
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "data" / "Picasso" / "0_0.png")
+    given = [*solved[:solved.index("--erased_index")], "--erased_index", "1,2", "--joint", "--iter_break", "3"]
+    code, out, err = script(ERASE, *given)
+    assert code == 0 and "erase VanGogh, Picasso" in err and "| Picasso | 3 |" in out
+    shifts = sorted((tmp_path / "shifts" / "srs-me-dagger").rglob("shift-*.safetensors"))
+    assert [WeightShift.load(path).recipe["together"] for path in shifts] == [[1, 2], [1, 2]]
+    assert "| concept |" not in script(ERASE, *given)[1]
+    shifts[0].unlink()
+    assert "| Picasso | 3 |" in script(ERASE, *given)[1]
+
+
+def test_unknown_train_method_lists_them(script, solved):
+    is_error(script("train-scripts/Esd.py", *solved[:-6], "--train_method", "x"), "unknown train method 'x'", "selflayer")
+
+
 def test_unknown_index_lists_the_names(script, flags):
     is_error(script(SOLVE, *flags, "--erased_index", "12"), "12", "1 VanGogh", "10 CCS 2024")
     is_error(script(MERGE, *flags, "--merge", "12"), "12", "1 VanGogh")
@@ -78,7 +111,8 @@ def test_missing_data_names_the_command(script, solved, tmp_path):
 def test_missing_and_foreign_bases(script, flags, solved, tmp_path, other_path):
     others = ["--model", other_path, *solved[2:]]
     path = next(tmp_path.rglob("basis-1.safetensors"))
-    foreign = tmp_path / "shifts" / "other" / path.relative_to(tmp_path / "shifts" / "tiny")
+    kept = tmp_path / "shifts" / "srs-me"
+    foreign = kept / "other" / path.relative_to(kept / "tiny")
     is_error(script(ERASE, *others), "basis-1.safetensors", "SRSME_Solution.py")
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes(path.read_bytes())

@@ -20,7 +20,7 @@ from ldm.mini.paint import paint_concept, watermark
 from ldm.mini.train import reconstruction_psnr
 from ldm.model import load, settings
 from ldm.sampling import denoise, first_noise, generate
-from ldm.shift import NullSpaceBasis, WeightShift, applied
+from ldm.shift import NullSpaceBasis, SeparableShift, applied
 from ldm.training import MomentumStop, erase
 
 from conftest import CPU
@@ -74,20 +74,21 @@ def test_it_draws_its_watermarks_and_keeps_pictures(model, tmp_path):
     assert reconstruction_psnr(model.vae, pictures).mean() >= 25.5
 
 
-def erased(model, index, protected) -> WeightShift:
+def erased(model, index, protected) -> SeparableShift:
     """The shift that erases a style by the embedded model's own settings, from pictures that it draws."""
     given, concept = settings("mini-sd"), get_concept("style", index)
+    erasure = given.erasure["SRS-ME"]
     prompts = ["", *watermarks(), *(get_concept("style", other).prompt for other in protected if other != index)]
     basis = NullSpaceBasis.solve(model.encode_prompt(prompts), prompts, given.solution.tolerance, "svd", {})
     layers, embedding = kv_layers(model.unet), model.encode_prompt([concept.prompt])
-    shift = WeightShift.zeros(layers, basis.directions(embedding, given.erasure.max_base), given.erasure.scale_factor)
-    loss = SeparableErasure(model, layers, shift, embedding, model.encode_prompt([""]), given.erasure.reg_beta)
-    stop = MomentumStop(given.erasure.threshold)
+    shift = SeparableShift.zeros(layers, basis.directions(embedding, erasure.max_base), erasure.scale_factor)
+    loss = SeparableErasure(model, layers, shift, embedding, model.encode_prompt([""]), erasure.reg_beta)
+    stop = MomentumStop(erasure.threshold)
     noise = torch.cat([first_noise(model, seed, 1) for seed in range(16)])
     clean = denoise(model, noise, embedding.expand(16, -1, -1), model.encode_prompt([""]), given.sampling.ddim_steps,
                     given.sampling.guidance_scale)
-    batches = noisy(model, clean, given.erasure.batch_size, 0)
-    for step in itertools.islice(erase(loss, shift.parameters(), batches, given.erasure.lr), given.erasure.iter_break):
+    batches = noisy(model, clean, erasure.batch_size, 0)
+    for step in itertools.islice(erase(loss, shift.parameters(), batches, erasure.lr), erasure.iter_break):
         if stop.update(step):
             break
     return shift
@@ -98,11 +99,11 @@ def test_three_styles_go_one_comes_back_and_the_weights_are_the_same_again(model
     held_out = "a landscape by VanGogh"
     prompts = [*names, held_out, *watermarks(), "", "Jackson Pollock"]
     base = {name: weight.clone() for name, weight in model.unet.state_dict().items()}
-    layers, shifts = kv_layers(model.unet), [erased(model, index, (0, 1, 2)) for index in range(3)]
+    shifts = [erased(model, index, (0, 1, 2)) for index in range(3)]
     before = draw(model, prompts, tmp_path, "before")
-    with applied(layers, shifts):
+    with applied(model.unet, shifts):
         after = draw(model, prompts, tmp_path, "after")
-    with applied(layers, [shifts[0], shifts[2]]):
+    with applied(model.unet, [shifts[0], shifts[2]]):
         restored = draw(model, prompts, tmp_path, "restored")
     assert all(torch.equal(weight, base[name]) for name, weight in model.unet.state_dict().items())
 

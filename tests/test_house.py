@@ -12,7 +12,7 @@ LDM = sorted((ROOT / "ldm").rglob("*.py"))
 SCRIPTS = sorted([*(ROOT / "train-scripts").glob("*.py"), *(ROOT / "eval-scripts").glob("*.py")])
 # Bottom to top: a module imports only from lines above its own.
 ORDER = ["concepts", "images", "checkpoint", "model", "attention", "shift", "store", "sampling", "latents", "losses",
-         "training", "metrics", "mini", "cli"]
+         "training", "erasure", "metrics", "mini", "plots", "experiment", "scenes", "ablation", "cli"]
 
 
 def imports(path: Path) -> set[str]:

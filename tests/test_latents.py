@@ -1,10 +1,13 @@
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from PIL import Image
 
-from ldm.latents import from_folder, noisy
+from ldm.latents import from_folder, noisy, sampled
+from ldm.sampling import denoise, schedule
+from ldm.shift import DenseShift, applied
 
 
 def test_batches_are_the_same_for_the_same_seed_and_hold_the_images(tiny, tmp_path):
@@ -24,3 +27,23 @@ def test_at_the_first_step_a_latent_is_almost_clean(tiny):
 def test_a_missing_folder_says_what_makes_it(tiny, tmp_path):
     with pytest.raises(ValueError, match="run that"):
         from_folder(tiny, tmp_path / "none", 1, 0, "run that")
+
+
+def test_sampled_latents_are_drawn_within_the_scope_and_stand_at_their_step(tiny):
+    embedding, blank = tiny.encode_prompt(["VanGogh"]), tiny.encode_prompt([""])
+    shift = DenseShift({"conv_in.weight": torch.ones_like(tiny.unet.conv_in.weight)})
+
+    def draw(scope):
+        return list(itertools.islice(sampled(tiny, embedding, 2, 4, 3.0, 7, scope), 6))
+
+    plain, again, shifted = draw(nullcontext), draw(nullcontext), draw(lambda: applied(tiny.unet, [shift]))
+    timesteps = schedule(tiny, 4).timesteps.tolist()
+    stops = [timesteps.index(int(step[0])) for _, step in plain]
+    assert len(set(stops)) > 1 and all(step.shape == (2,) and len(set(step.tolist())) == 1 for _, step in plain)
+    generator = torch.Generator().manual_seed(7)
+    for k, stop in enumerate(stops):
+        torch.randint(4, (), generator=generator)
+        noise = torch.randn((2, *tiny.latent_shape), generator=generator)
+        expected = denoise(tiny, noise, embedding.expand(2, -1, -1), blank, 4, 3.0, stop)
+        assert torch.equal(plain[k][0], expected) and torch.equal(plain[k][0], again[k][0])
+        assert torch.equal(plain[k][0], shifted[k][0]) == (stop == 0)

@@ -1,16 +1,16 @@
 import pytest
 import torch
 
-from ldm.shift import WeightShift
+from ldm.shift import SeparableShift
 from ldm.store import Store
 
 
 def put(path, index, **recipe):
-    WeightShift({"a": torch.zeros(2, 1)}, torch.ones(1, 3), 1.0).save(path, {"erased_index": index} | recipe)
+    SeparableShift({"a": torch.zeros(2, 1)}, torch.ones(1, 3), 1.0).save(path, {"erased_index": index} | recipe)
 
 
 def test_a_shift_once_made_serves_later_times_but_not_earlier_ones(tmp_path):
-    early, late = (Store(tmp_path, "m", "style", 3, time) for time in (0, 2))
+    early, late = (Store(tmp_path, "SRS-ME", "m", "style", 3, time) for time in (0, 2))
     put(early.shift(0), 0)
     put(late.shift(2), 2)
     assert late.find_shift(0) == early.shift(0)
@@ -19,7 +19,7 @@ def test_a_shift_once_made_serves_later_times_but_not_earlier_ones(tmp_path):
 
 
 def test_a_merge_is_named_by_its_indexes_and_takes_files_too(tmp_path):
-    store = Store(tmp_path, "m", "style", 1, 0)
+    store = Store(tmp_path, "SRS-ME", "m", "style", 1, 0)
     put(store.shift(0), 0)
     put(store.shift(2), 2)
     shifts, name = store.load_merge(f"0, {store.shift(2)}")
@@ -27,8 +27,12 @@ def test_a_merge_is_named_by_its_indexes_and_takes_files_too(tmp_path):
     assert store.load_merge("") == ({}, "ori")
     put(store.shift(10), 10)
     assert store.load_merge("2,10")[1] == "2-10"
-    objects = Store(tmp_path, "m", "object", 1, 0).shift(0)
+    objects = Store(tmp_path, "SRS-ME", "m", "object", 1, 0).shift(0)
     put(objects, 0, erase_cat="object")
     assert list(store.load_merge(f"0,{objects}")[0]) == ["0", "object0"]
+    dense = Store(tmp_path, "FMN", "m", "style", 1, 0)
+    put(dense.shift(1), 1, method="FMN")
+    assert dense.load_merge("1")[1] == "FMN-1" and dense.load_merge(f"1,{store.shift(0)}")[1] == "FMN-SRS-ME-10"
+    assert dense.basis(1) == store.basis(1)  # the null space is one method's
     with pytest.raises(ValueError, match="twice"):
         store.load_merge(f"0,{store.shift(0)}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.losses import Terms
-from ldm.training import MomentumStop, Step, erase
+from ldm.training import MomentumStop, Step, erase, learn
 
 
 def quadratic(weight):
@@ -38,3 +38,26 @@ def test_the_momentum_starts_at_the_first_value_and_waits_for_ten_steps():
     stop.update(Step(1, 0, 1.0))
     stop.update(Step(2, 0, 0.0))
     assert stop.momentum == pytest.approx(0.9)
+
+
+class Falling:
+    """A quadratic whose watched value is its parameter."""
+
+    def __init__(self):
+        self.weight = torch.ones(1, requires_grad=True)
+
+    def parameters(self):
+        return [self.weight]
+
+    def __call__(self, latents, step):
+        return Terms((self.weight + 3).square().sum(), self.weight.detach().sum())
+
+
+def test_learning_stops_at_the_threshold_or_after_the_last_step(capsys):
+    curve = learn(Falling(), itertools.repeat((None, None)), 0.3, 50, 0.0, "x")
+    assert 10 <= len(curve) < 50 and curve.momentum.iloc[-1] <= 0 < curve.momentum.iloc[-2]
+    assert "not reached" not in capsys.readouterr().out
+    assert len(learn(Falling(), itertools.repeat((None, None)), 0.3, 7, 0.0, "x")) == 7
+    assert "x: --threshold 0.0 was not reached" in capsys.readouterr().out
+    assert len(learn(Falling(), itertools.repeat((None, None)), 0.3, 50, None, "x")) == 50
+    assert "not reached" not in capsys.readouterr().out

@@ -21,17 +21,17 @@ def main() -> None:
     cli.add_model(parser)
     cli.add_category(parser)
     cli.add_scene(parser)
-    parser.add_argument("--merge", required=True, help="shifts to merge: indexes such as 0,1,2, or shift files")
+    cli.add_merge(parser, required=True)
     parser.add_argument("--save_path", type=Path, default=ROOT / "models" / "merged", help="the folder NAME goes here")
     cli.add_device(parser)
     args = parser.parse_args()
     model = cli.load_model(args, cli.parse_devices(args.device)[0])
-    shifts, name = cli.store(args, model.name).load_merge(args.merge)
+    shifts, name = cli.store(args, model.name, args.method).load_merge(args.merge)
     if not shifts:
         raise ValueError("--merge names no shift: give indexes such as 0,1,2, or shift files")
     layers, digest = kv_layers(model.unet), model.digest
     for shift in shifts.values():
-        shift.check(digest, layers)
+        shift.check(digest, model.unet)
     prompts = ["", *(concept.prompt for concept in load_concepts(args.erase_cat))]
     table = pd.DataFrame(leaks(layers, shifts, {prompt: model.encode_prompt([prompt])[0] for prompt in prompts}))
     target = args.save_path / f"{model.name}-{name}"
@@ -40,7 +40,7 @@ def main() -> None:
     check_recipe(target, recipe)
     if not target.exists():
         with atomic_folder(target) as partial:
-            with applied(layers, list(shifts.values())):
+            with applied(model.unet, list(shifts.values())):
                 save(model, partial)
             write_json(partial / RECIPE, recipe)
     print(to_markdown(table.pivot(index="prompt", columns="shift", values="leak").loc[prompts].reset_index()))

@@ -5,10 +5,10 @@ Writes one basis per erased concept; SRS_ME.py learns the shift in it.
 """
 
 from ldm import cli
-from ldm.checkpoint import recipe_of
-from ldm.concepts import get_concept, parse_erased, parse_indexes, watermarks
+from ldm.concepts import parse_erased, parse_indexes
+from ldm.erasure import solve
 from ldm.model import settings
-from ldm.shift import BASIS, EXACT, NullSpaceBasis
+from ldm.shift import EXACT
 
 
 def main() -> None:
@@ -28,18 +28,10 @@ def main() -> None:
     device = cli.parse_devices(args.device)[0]
     model = cli.load_model(args, device)
     cli.fill(args, settings(model.base).solution)
-    store = cli.store(args, model.name)
+    store = cli.store(args, model.name, "SRS-ME")
     for concept in erased:
-        prompts = [get_concept(args.erase_cat, other).prompt for other in others if other != concept.index]
-        protected = list(dict.fromkeys(["", *watermarks(), *prompts]))
-        recipe = {"made_by": "SRSME_Solution.py", "base": model.name, "base_digest": model.digest,
-                  "erase_cat": args.erase_cat, "erased_index": concept.index, "concept": concept.name,
-                  "scenei": args.scenei, "timei": args.timei}
-        basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, args.tolerance, args.basis, recipe)
-        path = store.basis(concept.index)
-        if recipe_of(path, BASIS) != basis.recipe:
-            basis.save(path)
-        print(f"{concept.index} {concept.name}: {len(protected)} prompts protected, rank {basis.recipe['rank']} of "
+        basis, path = solve(model, store, concept, others, args.tolerance, args.basis), store.basis(concept.index)
+        print(f"{concept.index} {concept.name}: {len(basis.recipe['protected'])} prompts protected, rank {basis.recipe['rank']} of "
               f"{basis.recipe['width']}, {len(basis.vectors)} directions free, largest leak "
               f"{basis.recipe['largest_leak']:.1e} -> {path}")
 

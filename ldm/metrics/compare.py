@@ -10,6 +10,7 @@ import torch
 
 from ldm.concepts import concept_in, get_concept
 from ldm.images import case_number, list_images, read_cases
+from ldm.metrics import frechet
 from ldm.metrics.classify import Classifier, predict
 from ldm.metrics.perceptual import distances
 
@@ -46,6 +47,12 @@ def prompts_of(paths: Sequence[Path], prompts: Path) -> list[str]:
     return [known[case_number(path)] for path in paths]
 
 
+def shown_by(folder: Path, paths: Sequence[Path]) -> list[str]:
+    """What each image of `folder` shows: its prompt where `prompts.csv` is there, else the name of its class folder."""
+    prompts = folder / "prompts.csv"
+    return prompts_of(paths, prompts) if prompts.is_file() else [path.parent.name for path in paths]
+
+
 def by_concept(folder: Path, category: str, prompts: Path | None = None) -> dict[int, list[Path]]:
     """Images by concept index: from the prompts of their cases, or, where there is no prompt list, from class folders
     0, 1, ...
@@ -73,21 +80,25 @@ def _index(category: str, prompt: str) -> int | None:
     return None if concept is None or concept.watermark else concept.index
 
 
-def accuracy_by_prompt(classifier: Classifier, paths: Sequence[Path], prompts: Sequence[str],
+def accuracy_by_prompt(classifier: Classifier | None, paths: Sequence[Path], prompts: Sequence[str],
                        category: str) -> pd.Series:
-    """For each prompt the share (in per cent) of its images that are taken for its concept; NaN for no concept's.
+    """For each prompt the share (in per cent) of its images that are taken for its concept; NaN for no concept's, and
+    without a classifier.
 
     `prompts` are those of the images at `paths`, one each.
     """
+    if classifier is None:
+        return pd.Series(float("nan"), index=list(dict.fromkeys(prompts)))
     labels = {prompt: _index(category, prompt) for prompt in dict.fromkeys(prompts)}
     right = [float("nan") if labels[prompt] is None else 100.0 * (found == labels[prompt] + 1)
              for prompt, found in zip(prompts, predict(classifier, paths).tolist())]
     return pd.Series(right).groupby(list(prompts), sort=False).mean()
 
 
-def compare(before: Path, after: Path, prompts: Path, category: str,
-            classifier: Classifier, device: torch.device) -> pd.DataFrame:
-    """One row per prompt: images, accuracy before and after (in per cent), mean LPIPS, largest pixel difference, PSNR.
+def compare(before: Path, after: Path, prompts: Path, category: str, classifier: Classifier | None, device: torch.device,
+            inception: Path | None = None) -> pd.DataFrame:
+    """One row per prompt: images, accuracy before and after (in per cent), mean LPIPS, largest pixel difference, PSNR in
+    dB, and the Frechet distance, `fid` where `inception` has its weights, else `fd_alexnet`.
 
     `prompts` is the prompt list of both. Prompts of no concept of `category`, such as watermarks, have no accuracy.
     """
@@ -100,7 +111,18 @@ def compare(before: Path, after: Path, prompts: Path, category: str,
     for place, name, side in ((1, "accuracy_before", 0), (2, "accuracy_after", 1)):
         paths = [pair[side] for pair in matched]
         result.insert(place, name, accuracy_by_prompt(classifier, paths, table.prompt, category))
+    result[frechet.column(inception)] = frechet_by_prompt(matched, table.prompt, device, inception)
     return result.reset_index()
+
+
+def frechet_by_prompt(matched: Sequence[tuple[Path, Path]], prompts: Sequence[str], device: torch.device,
+                      inception: Path | None = None) -> pd.Series:
+    """For each prompt the Frechet distance between the first and the second pictures of its pairs; `prompts` has one for
+    each pair."""
+    sides = [frechet.features([pair[side] for pair in matched], device, inception) for side in (0, 1)]
+    places = pd.Series(range(len(matched))).groupby(list(prompts), sort=False).indices
+    return pd.Series({prompt: frechet.frechet(*(side[torch.from_numpy(rows)] for side in sides))
+                      for prompt, rows in places.items()})
 
 
 def accuracy_table(classifier: Classifier, folder: Path, category: str, prompts: Path | None = None) -> pd.DataFrame:

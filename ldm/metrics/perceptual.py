@@ -33,6 +33,17 @@ def network(device: torch.device) -> lpips.LPIPS:
     return net.eval().requires_grad_(False).to(device)
 
 
+def layers(images: torch.Tensor) -> list[torch.Tensor]:
+    """What AlexNet's five convolutions make of images (N, 3, H, W) in [-1, 1]: (N, C, h, w) each, after ReLU.
+
+    Raises ValueError when the images are too small for it.
+    """
+    if min(images.shape[2:]) < LEAST:
+        raise ValueError(f"images of {tuple(images.shape[2:])} pixels are too small for AlexNet, which needs {LEAST}")
+    net = network(images.device)
+    return list(net.net(net.scaling_layer(images)))
+
+
 @torch.no_grad()
 def distances(first: Sequence[Path], second: Sequence[Path], device: torch.device,
               size: int | None = None, batch: int = 32) -> dict[str, torch.Tensor]:

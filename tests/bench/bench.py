@@ -20,7 +20,7 @@ from ldm.latents import noisy
 from ldm.losses import SeparableErasure
 from ldm.model import load
 from ldm.sampling import first_noise, generate
-from ldm.shift import NullSpaceBasis, WeightShift, null_space
+from ldm.shift import NullSpaceBasis, SeparableShift, null_space
 
 MODEL = ROOT / "models" / "mini-sd"
 
@@ -48,7 +48,7 @@ def main() -> None:
     layers = kv_layers(model.unet)
     protected = ["", "watermark SRS-ME", "CCS 2024", "Picasso"]
     basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, 1e-3, "svd", {})
-    shift = WeightShift.zeros(layers, basis.vectors, 0.05)
+    shift = SeparableShift.zeros(layers, basis.vectors, 0.05)
     concept, blank = model.encode_prompt(["VanGogh"]), model.encode_prompt([""])
     loss = SeparableErasure(model, layers, shift, concept, blank, 1e-6)
     latents, step = next(noisy(model, torch.randn(4, *model.latent_shape), 4, 0))

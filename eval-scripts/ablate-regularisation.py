@@ -1,0 +1,16 @@
+"""The paper's Table 4: erasure with and without the regularisation of |dW|_1.
+
+Writes regularisation.csv, regularisation.md and the plot regularisation.png into SAVE_PATH/CATEGORY.
+"""
+
+from ldm import cli
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    cli.add_ablation(parser, "0,1e-6", "weights of |dW|_1 to compare")
+    cli.ablate(parser.parse_args(), "regularisation", "reg_beta")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,31 @@
+"""The paper's Figure 23: what erasing Cezanne does to concepts that resemble it, protected or not.
+
+The category `similar` has Cezanne, Cezanne's painting, painting, cat and Picasso. Writes similar.csv, similar.md and the plot
+similar.png into SAVE_PATH/CATEGORY.
+"""
+
+from omegaconf import OmegaConf
+
+from ldm import cli
+from ldm.ablation import Variant, ablate
+from ldm.concepts import erasable, parse_erased
+from ldm.model import settings
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    cli.add_experiment(parser, "ablations")
+    parser.set_defaults(erase_cat="similar")
+    parser.add_argument("--erased_index", default="0", help="concepts to erase and merge, such as 0")
+    args = parser.parse_args()
+    erased = [concept.index for concept in parse_erased(args.erased_index, args.erase_cat)]
+    everything = [concept.index for concept in erasable(args.erase_cat)]
+    experiment = cli.experiment(args)
+    given = OmegaConf.to_container(settings(experiment.model.base).erasure["SRS-ME"]) | {"seed": 0}
+    variants = [Variant("nothing else", given, erased), Variant("all others", given, everything)]
+    table = ablate(experiment, args.shifts_path, "similar", erased, variants)
+    cli.finish(args, table, "prompt", "protected", "similar")
+
+
+if __name__ == "__main__":
+    cli.run(main)

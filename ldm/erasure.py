@@ -1,0 +1,140 @@
+"""From a method's name and concepts to saved shifts: what each method is given, and the recipe that goes into the file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ldm.attention import kv_layers
+from ldm.checkpoint import file_digest, recipe_of
+from ldm.concepts import Concept, get_concept, watermarks
+from ldm.images import atomic
+from ldm.latents import from_folder, sampled
+from ldm.losses import (AnchorErasure, AttentionErasure, CorrelationErasure, JointErasure, NegativeGuidance,
+                        SeparableErasure)
+from ldm.model import TextToImage
+from ldm.shift import BASIS, SHIFT, NullSpaceBasis, SeparableShift, leaks
+from ldm.store import METHODS, Store
+from ldm.training import learn
+
+
+def solve(model: TextToImage, store: Store, concept: Concept, others: Sequence[int], tolerance: float,
+          method: str) -> NullSpaceBasis:
+    """The basis in which `concept` can be erased, kept in `store`: it protects the blank prompt, the watermarks and the
+    concepts `others`, less the erased one. Raises ValueError when they leave no room."""
+    prompts = [get_concept(store.category, other).prompt for other in others if other != concept.index]
+    protected = list(dict.fromkeys(["", *watermarks(), *prompts]))
+    recipe = {"made_by": "SRSME_Solution.py", "base": model.name, "base_digest": model.digest,
+              "erase_cat": store.category, "erased_index": concept.index, "concept": concept.name}
+    basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, tolerance, method, recipe)
+    if recipe_of(store.basis(concept.index), BASIS) != basis.recipe:
+        basis.save(store.basis(concept.index))
+    return basis
+
+
+def make_shifts(model: TextToImage, store: Store, concepts: Sequence[Concept], given: Mapping, data: Path) -> list[dict]:
+    """Learn and save the shift of each concept by the method of `store`, but for those that are there from the same
+    inputs already; returns a row for each that was learnt.
+
+    `given` holds the method's settings, `seed` among them; `data` has a folder of pictures per concept. A curve
+    goes beside each shift as CSV. Raises ValueError for a missing basis or folder.
+    """
+    bases = {concept.index: _basis(model, store, concept) for concept in concepts if METHODS[store.method].null_space}
+    recipes = {concept.index: _recipe(model, store, concept, given, data) for concept in concepts}
+    if METHODS[store.method].joint:
+        for recipe in recipes.values():
+            recipe["together"] = [concept.index for concept in concepts]
+    missing = [concept for concept in concepts
+               if not recipes[concept.index].items() <= recipe_of(store.shift(concept.index), SHIFT).items()]
+    for concept in concepts:
+        if concept not in missing:
+            print(f"{concept.name}: {store.shift(concept.index)} is there already, from the same inputs")
+    rounds = [[concept] for concept in missing]
+    if METHODS[store.method].joint and missing:
+        rounds = [list(concepts)]
+    return [row for together in rounds for row in _learn(model, store, together, given, data, bases, recipes)]
+
+
+def _basis(model: TextToImage, store: Store, concept: Concept) -> NullSpaceBasis:
+    source = store.basis(concept.index)
+    basis = NullSpaceBasis.load(source, f"make it with python train-scripts/SRSME_Solution.py --erase_cat {store.category} "
+                                        f"--erased_index {concept.index} --scenei {store.scene} --timei {store.time} "
+                                        "--em_indexes ...")
+    basis.check(model.digest, model.text_encoder.config.hidden_size, source)
+    return basis
+
+
+def _recipe(model: TextToImage, store: Store, concept: Concept, given: Mapping, data: Path) -> dict:
+    """What a shift's file says that it was made from, as far as it is known before it is learnt."""
+    recipe = {"made_by": METHODS[store.method].script, "method": store.method, "base": model.name,
+              "base_digest": model.digest, "erase_cat": store.category, "erased_index": concept.index,
+              "concept": concept.name, "prompt": concept.prompt, "arguments": dict(given)}
+    if METHODS[store.method].null_space:
+        recipe["basis_digest"] = file_digest(store.basis(concept.index))
+    if METHODS[store.method].pictures:
+        recipe["data_digest"] = file_digest(data / concept.name)
+    return recipe
+
+
+def _learn(model: TextToImage, store: Store, concepts: Sequence[Concept], given: Mapping, data: Path,
+           bases: Mapping[int, NullSpaceBasis], recipes: Mapping[int, dict]) -> Iterator[dict]:
+    losses = [_loss(model, store.method, concept, given, bases.get(concept.index)) for concept in concepts]
+    batches = [_batches(model, store, concept, given, data, loss) for concept, loss in zip(concepts, losses)]
+    if METHODS[store.method].joint:
+        loss = JointErasure(losses, given["threshold"])
+        batch = (tuple(zip(*parts)) for parts in zip(*batches))
+    else:
+        loss, batch = losses[0], batches[0]
+    start = time.perf_counter()
+    curve = learn(loss, batch, given["lr"], given["iter_break"], given.get("threshold"),
+                  "erase " + ", ".join(concept.name for concept in concepts))
+    seconds = time.perf_counter() - start
+    for concept, own in zip(concepts, losses):
+        basis, shift, path = bases.get(concept.index), own.shift(), store.shift(concept.index)
+        with atomic(path.with_suffix(".csv")) as partial:
+            curve.to_csv(partial, index=False)
+        protected = basis.recipe["protected"] if basis else ["", *watermarks()]
+        seen = {prompt: model.encode_prompt([prompt])[0] for prompt in [concept.prompt, *protected]}
+        moved = {row["prompt"]: row["leak"] for row in leaks(kv_layers(model.unet), {"": shift}, seen)}
+        within = {name: basis.recipe[name] for name in ("protected", "rank", "tolerance")} if basis else {}
+        shift.save(path, recipes[concept.index] | {"steps": len(curve)} | within)
+        yield {"concept": concept.name, "steps": len(curve), "seconds": round(seconds, 1),
+               "momentum": curve.momentum.iloc[-1], "moves own prompt": moved.pop(concept.prompt),
+               "moves blank, watermarks, protected": max(moved.values())}
+
+
+def _loss(model: TextToImage, method: str, concept: Concept, given: Mapping, basis: NullSpaceBasis | None):
+    """The loss of one concept, on the prompts that the method uses."""
+    def encode(*prompts: str) -> torch.Tensor:
+        return model.encode_prompt(list(prompts))
+
+    match method:
+        case "SRS-ME" | "SRS-ME-dagger":
+            embeddings = encode(concept.prompt, *concept.captions[:given["templates"]])
+            layers, directions = kv_layers(model.unet), basis.directions(embeddings, given["max_base"])
+            if given["max_base"] and given["max_base"] > len(directions):
+                print(f"--max_base {given['max_base']}: the basis has {len(directions)} directions, and all are used")
+            shift = SeparableShift.zeros(layers, directions, given["scale_factor"])
+            return SeparableErasure(model, layers, shift, embeddings, encode(""), given["reg_beta"])
+        case "SRS-ME-double-dagger":
+            return CorrelationErasure(model, encode(concept.prompt), encode(""), given["reg_beta"],
+                                      given["train_method"])
+        case "FMN":
+            return AttentionErasure(model, encode(concept.captions[0]), encode(concept.anchor), given["train_method"])
+        case "AbConcept":
+            return AnchorErasure(model, encode(concept.captions[0]), encode(concept.anchor), given["train_method"])
+        case "ESD":
+            return NegativeGuidance(model, encode(concept.captions[0]), encode(""), given["negative_guidance"],
+                                    given["train_method"])
+
+
+def _batches(model: TextToImage, store: Store, concept: Concept, given: Mapping, data: Path, loss) -> Iterator:
+    if METHODS[store.method].pictures:
+        return from_folder(model, data / concept.name, given["batch_size"], given["seed"],
+                           f"make it with python eval-scripts/generate-data.py --erase_cat {store.category} "
+                           f"--prompt '{concept.name}' --model_name '0'")
+    return sampled(model, loss.concept, given["batch_size"], given["ddim_steps"], given["start_guidance"],
+                   given["seed"], loss.active)
