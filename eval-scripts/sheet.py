@@ -1,7 +1,7 @@
 """One picture and one table of several image folders from the same prompts: the first is the original model's.
 
 Each prompt is a row, each folder a column. The table gives every prompt's status, its accuracy in each folder, and the
-last folder's LPIPS and largest pixel difference to the first.
+last folder's LPIPS, PSNR and largest pixel difference to the first.
 """
 
 from pathlib import Path
@@ -53,7 +53,8 @@ def main() -> None:
         images = [after for _, after in pairs(args.paths[0], folder)]
         result[f"accuracy % {title}"] = accuracy_by_prompt(classifier, images, prompts_of(images, prompts), args.erase_cat)
     result[f"accuracy % {titles[-1]}"] = table.accuracy_after
-    result["LPIPS"], result["largest pixel difference"] = table.lpips, table.largest_pixel.astype(int)
+    result["LPIPS"], result["PSNR dB"] = table.lpips, table.psnr
+    result["largest pixel difference"] = table.largest_pixel.astype(int)
     result = result.sort_values("status", key=lambda kinds: kinds.map(ORDER.index), kind="stable")
 
     rows, places = [], [by_name(path) for path in args.paths]

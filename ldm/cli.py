@@ -16,14 +16,15 @@ from omegaconf import OmegaConf
 from ldm import ablation
 from ldm.ablation import Variant
 from ldm.attention import TRAIN_METHODS
-from ldm.concepts import CATEGORIES, ROOT, parse_erased
+from ldm.concepts import CATEGORIES, ROOT, load_scene, parse_erased
 from ldm.erasure import make_shifts
 from ldm.experiment import Experiment
+from ldm.losses import METHODS
 from ldm.metrics.classify import classifier_path, load_classifier
 from ldm.metrics.compare import to_markdown
 from ldm.metrics.frechet import column
 from ldm.model import TextToImage, load, settings
-from ldm.store import METHODS, Store
+from ldm.store import Store
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,8 +153,9 @@ def add_experiment(parser: Parser, folder: str) -> None:
     """What scenes and ablations share: how much is drawn, by what, and where it goes."""
     add_model(parser)
     add_category(parser)
-    parser.add_argument("--num_seeds", type=positive, default=20, help="images of each prompt for each set of weights")
-    parser.add_argument("--num_pictures", type=positive, default=50, help="pictures to learn each erasure from")
+    for flag, text in (("--num_seeds", "images of each prompt for each set of weights"),
+                       ("--num_pictures", "pictures to learn each erasure from")):
+        parser.add_argument(flag, type=positive, default=None, help=f"{text} (default: the model's config)")
     parser.add_argument("--save_path", type=Path, default=ROOT / "evaluation_folder" / folder)
     parser.add_argument("--shifts_path", type=Path, default=None, help="where shifts are kept (default: SAVE_PATH/shifts)")
     add_sampling(parser)
@@ -168,6 +170,7 @@ def experiment(args: argparse.Namespace) -> Experiment:
     classifier = load_classifier(path, device)[0] if path.is_file() else None
     model = load_model(args, device)
     fill(args, settings(model.base).sampling)
+    fill(args, settings(model.base).evaluation)
     args.shifts_path = args.shifts_path or args.save_path / "shifts"
     return Experiment(model, args.erase_cat, args.save_path / args.erase_cat, classifier, vars(args), args.num_seeds,
                       args.num_pictures, args.inception_path)
@@ -215,6 +218,16 @@ def parse_methods(text: str) -> list[str]:
     if unknown or not names:
         raise ValueError(f"'{(unknown or [text])[0]}' is no method: choose from {','.join(METHODS)}")
     return names
+
+
+def parse_scenes(text: str) -> list[int]:
+    """'1,2' -> scenes of configs/scenes.yaml. Raises ValueError for anything that is none."""
+    pieces = [piece.strip() for piece in text.split(",")]
+    for piece in pieces:
+        if not piece.isdigit():
+            raise ValueError(f"--scene {text}: give numbers of configs/scenes.yaml, such as 4 or 1,2,3,4")
+        load_scene(int(piece))  # before any work, so that a wrong number costs none
+    return [int(piece) for piece in dict.fromkeys(pieces)]
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> TextToImage:

@@ -6,18 +6,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from ldm.attention import kv_layers
 from ldm.checkpoint import file_digest, recipe_of
 from ldm.concepts import Concept, get_concept, watermarks
 from ldm.images import atomic
 from ldm.latents import from_folder, sampled
-from ldm.losses import (AnchorErasure, AttentionErasure, CorrelationErasure, JointErasure, NegativeGuidance,
-                        SeparableErasure)
+from ldm.losses import METHODS, JointErasure
 from ldm.model import TextToImage
-from ldm.shift import BASIS, SHIFT, NullSpaceBasis, SeparableShift, leaks
-from ldm.store import METHODS, Store
+from ldm.shift import BASIS, SHIFT, NullSpaceBasis, leaks
+from ldm.store import Store
 from ldm.training import learn
 
 
@@ -81,7 +78,7 @@ def _recipe(model: TextToImage, store: Store, concept: Concept, given: Mapping, 
 
 def _learn(model: TextToImage, store: Store, concepts: Sequence[Concept], given: Mapping, data: Path,
            bases: Mapping[int, NullSpaceBasis], recipes: Mapping[int, dict]) -> Iterator[dict]:
-    losses = [_loss(model, store.method, concept, given, bases.get(concept.index)) for concept in concepts]
+    losses = [METHODS[store.method].of(model, concept, given, bases.get(concept.index)) for concept in concepts]
     batches = [_batches(model, store, concept, given, data, loss) for concept, loss in zip(concepts, losses)]
     if METHODS[store.method].joint:
         loss = JointErasure(losses, given["threshold"])
@@ -104,31 +101,6 @@ def _learn(model: TextToImage, store: Store, concepts: Sequence[Concept], given:
         yield {"concept": concept.name, "steps": len(curve), "seconds": round(seconds, 1),
                "momentum": curve.momentum.iloc[-1], "moves own prompt": moved.pop(concept.prompt),
                "moves blank, watermarks, protected": max(moved.values())}
-
-
-def _loss(model: TextToImage, method: str, concept: Concept, given: Mapping, basis: NullSpaceBasis | None):
-    """The loss of one concept, on the prompts that the method uses."""
-    def encode(*prompts: str) -> torch.Tensor:
-        return model.encode_prompt(list(prompts))
-
-    match method:
-        case "SRS-ME" | "SRS-ME-dagger":
-            embeddings = encode(concept.prompt, *concept.captions[:given["templates"]])
-            layers, directions = kv_layers(model.unet), basis.directions(embeddings, given["max_base"])
-            if given["max_base"] and given["max_base"] > len(directions):
-                print(f"--max_base {given['max_base']}: the basis has {len(directions)} directions, and all are used")
-            shift = SeparableShift.zeros(layers, directions, given["scale_factor"])
-            return SeparableErasure(model, layers, shift, embeddings, encode(""), given["reg_beta"])
-        case "SRS-ME-double-dagger":
-            return CorrelationErasure(model, encode(concept.prompt), encode(""), given["reg_beta"],
-                                      given["train_method"])
-        case "FMN":
-            return AttentionErasure(model, encode(concept.captions[0]), encode(concept.anchor), given["train_method"])
-        case "AbConcept":
-            return AnchorErasure(model, encode(concept.captions[0]), encode(concept.anchor), given["train_method"])
-        case "ESD":
-            return NegativeGuidance(model, encode(concept.captions[0]), encode(""), given["negative_guidance"],
-                                    given["train_method"])
 
 
 def _batches(model: TextToImage, store: Store, concept: Concept, given: Mapping, data: Path, loss) -> Iterator:

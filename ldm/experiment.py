@@ -13,12 +13,13 @@ from ldm.checkpoint import file_digest
 from ldm.concepts import Concept, load_concepts
 from ldm.erasure import make_shifts, solve
 from ldm.images import Case, seeded_cases
+from ldm.losses import METHODS
 from ldm.metrics.classify import Classifier
 from ldm.metrics.compare import compare
 from ldm.model import TextToImage, settings
 from ldm.sampling import generate_folder
 from ldm.shift import WeightShift, applied
-from ldm.store import METHODS, Store
+from ldm.store import Store
 
 UNSEEN = 10_000  # added to the seeds of pictures to learn from: none of them is evaluated
 

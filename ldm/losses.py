@@ -1,6 +1,7 @@
 """One class per erasure method: called with noisy latents and their steps it returns `Terms`.
 
-Each has `parameters()`, what is learnt, and `shift()`, what has been learnt so far.
+Each has `parameters()`, what is learnt, `shift()`, what has been learnt so far, and `of()`, which makes it for a concept of
+`configs/concepts.yaml` with the settings of a model's config. `METHODS` at the end names them all.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.attention import added, score_differences, swapped, trained
+from ldm.attention import added, kv_layers, score_differences, swapped, trained
+from ldm.concepts import Concept
 from ldm.model import TextToImage
-from ldm.shift import DenseShift, SeparableShift
+from ldm.shift import DenseShift, NullSpaceBasis, SeparableShift
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,16 @@ class Terms:
     watched: torch.Tensor
 
 
-class SeparableErasure:
+class Erasure:
+    """What a method says about itself: the script that makes its shifts, and what it needs."""
+
+    script: str
+    null_space = False  # its shifts live in a basis that SRSME_Solution.py finds
+    joint = False  # all concepts' shifts are learnt at once
+    pictures = True  # it learns from pictures of the concept; otherwise from what the model draws on the way
+
+
+class SeparableErasure(Erasure):
     """SRS-ME: make the concept's representation uncorrelated with the original one, inside the null space.
 
     With r(theta) = eps(z_t, t, c; theta) - eps(z_t, t, ""; theta) the loss is `mean(r(theta + dW) r(theta)) +
@@ -36,12 +47,24 @@ class SeparableErasure:
     `concept` (P, tokens, d) are the concept's prompts, used in turn; `blank` is (1, tokens, d).
     """
 
+    script, null_space = "SRS_ME.py", True
+
     def __init__(self, model: TextToImage, layers: Mapping[str, nn.Linear], learnt: SeparableShift,
                  concept: torch.Tensor, blank: torch.Tensor, reg_beta: float):
         self.model, self.layers, self.learnt = model, layers, learnt
         self.concept, self.blank, self.reg_beta = concept, blank, reg_beta
         self.directions = (learnt.scale * learnt.directions).to(model.device, torch.float32)  # (k, d)
         self.turn = 0
+
+    @classmethod
+    def of(cls, model: TextToImage, concept: Concept, given: Mapping, basis: NullSpaceBasis) -> SeparableErasure:
+        embeddings = model.encode_prompt([concept.prompt, *concept.captions[:given["templates"]]])
+        directions = basis.directions(embeddings, given["max_base"])
+        if given["max_base"] and given["max_base"] > len(directions):
+            print(f"--max_base {given['max_base']}: the basis has {len(directions)} directions, and all are used")
+        layers = kv_layers(model.unet)
+        learnt = SeparableShift.zeros(layers, directions, given["scale_factor"])
+        return cls(model, layers, learnt, embeddings, model.encode_prompt([""]), given["reg_beta"])
 
     def parameters(self) -> list[torch.Tensor]:
         return self.learnt.parameters()
@@ -68,15 +91,19 @@ class SeparableErasure:
         return Terms(correlation + self.reg_beta * size / len(self.layers), correlation)
 
 
-class JointErasure:
+class JointErasure(Erasure):
     """SRS-ME-dagger: all concepts' shifts at once, their losses L_i weighted by `eta_i = max_k |L_k| / |L_i|`.
 
     The weights need every L_i before any gradient is used, yet gradients are linear: that of L_i / |L_i| is taken and its
     graph freed concept by concept, and the sum scaled by max_k |L_k| in the end, so that memory is that of one concept.
     `floor` bounds the weights: an L_i smaller than it counts as `floor`.
 
-    Called with one batch of latents, and of steps, per concept; `watched` is the largest of the concepts' own.
+    Called with one batch of latents, and of steps, per concept; `watched` is the largest of the concepts' own. `of` makes
+    one concept's part.
     """
+
+    script, null_space, joint = "SRS_ME.py --joint", True, True
+    of = SeparableErasure.of
 
     def __init__(self, losses: Sequence[SeparableErasure], floor: float):
         self.losses, self.floor = list(losses), floor
@@ -84,28 +111,20 @@ class JointErasure:
     def parameters(self) -> list[torch.Tensor]:
         return [weight for loss in self.losses for weight in loss.parameters()]
 
-    def shifts(self) -> list[SeparableShift]:
-        return [loss.shift() for loss in self.losses]
-
     def __call__(self, latents: Sequence[torch.Tensor], step: Sequence[torch.Tensor]) -> Terms:
-        sizes, watched, value = [], [], 0.0
-        gradients = [torch.zeros_like(weight) for weight in self.parameters()]
-        place = 0
+        gradients, sizes, watched, value = [], [], [], 0.0
         for loss, z, t in zip(self.losses, latents, step):
-            terms, own = loss(z, t), loss.parameters()
-            size = terms.total.detach().abs().clamp_min(self.floor)
-            for k, gradient in enumerate(torch.autograd.grad(terms.total / size, own), start=place):
-                gradients[k] += gradient
-            place += len(own)
-            sizes.append(size)
+            terms = loss(z, t)
+            sizes.append(terms.total.detach().abs().clamp_min(self.floor))
+            gradients += torch.autograd.grad(terms.total / sizes[-1], loss.parameters())  # and its graph is free again
             watched.append(terms.watched.detach())
-            value = value + terms.total.detach() / size
+            value += terms.total.detach() / sizes[-1]
         largest = torch.stack(sizes).max()
         linear = largest * sum((weight * gradient).sum() for weight, gradient in zip(self.parameters(), gradients))
         return Terms(largest * value + linear - linear.detach(), torch.stack(watched).max())
 
 
-class _Student:
+class _Student(Erasure):
     """What the methods that train the U-Net's own weights share: a student of them beside the frozen base."""
 
     def __init__(self, model: TextToImage, train_method: str):
@@ -131,10 +150,17 @@ class CorrelationErasure(_Student):
     space holds the blank prompt, so that its prediction moves too. `concept` and `blank` are (1, tokens, d).
     """
 
+    script = "CiE.py"
+
     def __init__(self, model: TextToImage, concept: torch.Tensor, blank: torch.Tensor, reg_beta: float,
                  train_method: str = "xattn"):
         super().__init__(model, train_method)
         self.concept, self.blank, self.reg_beta = concept, blank, reg_beta
+
+    @classmethod
+    def of(cls, model: TextToImage, concept: Concept, given: Mapping, _) -> CorrelationErasure:
+        return cls(model, model.encode_prompt([concept.prompt]), model.encode_prompt([""]), given["reg_beta"],
+                   given["train_method"])
 
     def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
         with torch.no_grad():
@@ -154,9 +180,15 @@ class AttentionErasure(_Student):
     It moves queries and keys alone. `concept` and `anchor` are (1, tokens, d).
     """
 
+    script = "FMN.py"
+
     def __init__(self, model: TextToImage, concept: torch.Tensor, anchor: torch.Tensor, train_method: str = "xattn"):
         super().__init__(model, train_method)
         self.concept, self.anchor = concept, anchor
+
+    @classmethod
+    def of(cls, model: TextToImage, concept: Concept, given: Mapping, _) -> AttentionErasure:
+        return cls(model, *_in_context(model, concept), given["train_method"])
 
     def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
         with self.active(), score_differences(self.model.unet, self.anchor) as differences:
@@ -171,11 +203,16 @@ class AnchorErasure(_Student):
     `mse(eps(c; theta'), eps(a; theta)) + 10 mse(eps(a; theta'), eps(a; theta))`; `concept` and `anchor` (1, tokens, d).
     """
 
+    script = "Abconcept.py"
     KEEP = 10.0  # the weight of the anchor's own drift
 
     def __init__(self, model: TextToImage, concept: torch.Tensor, anchor: torch.Tensor, train_method: str = "xattn"):
         super().__init__(model, train_method)
         self.concept, self.anchor = concept, anchor
+
+    @classmethod
+    def of(cls, model: TextToImage, concept: Concept, given: Mapping, _) -> AnchorErasure:
+        return cls(model, *_in_context(model, concept), given["train_method"])
 
     def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
         with torch.no_grad():
@@ -193,10 +230,17 @@ class NegativeGuidance(_Student):
     `concept` and `blank` are (1, tokens, d). Its latents are drawn by the student itself (`ldm.latents.sampled`).
     """
 
+    script, pictures = "Esd.py", False
+
     def __init__(self, model: TextToImage, concept: torch.Tensor, blank: torch.Tensor, negative_guidance: float,
                  train_method: str = "xattn"):
         super().__init__(model, train_method)
         self.concept, self.blank, self.negative_guidance = concept, blank, negative_guidance
+
+    @classmethod
+    def of(cls, model: TextToImage, concept: Concept, given: Mapping, _) -> NegativeGuidance:
+        return cls(model, _in_context(model, concept)[0], model.encode_prompt([""]), given["negative_guidance"],
+                   given["train_method"])
 
     def target(self, latents: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """The noise (N, C, h, w) that the concept's prompt shall predict."""
@@ -217,3 +261,13 @@ def _two(model: TextToImage, latents: torch.Tensor, step: torch.Tensor, first: t
     """The noise (N, C, h, w) under each of two prompts, one (1 or N, tokens, d) for all latents or for each, in one pass."""
     both = torch.cat([prompt.expand(len(latents), -1, -1) for prompt in (first, second)])
     return model.predict_noise(torch.cat([latents, latents]), torch.cat([step, step]), both).chunk(2)
+
+
+def _in_context(model: TextToImage, concept: Concept) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embeddings (1, tokens, d) of the concept's first caption and of the same without the concept."""
+    return model.encode_prompt([concept.captions[0]]), model.encode_prompt([concept.anchor])
+
+
+METHODS: dict[str, type[Erasure]] = {
+    "SRS-ME": SeparableErasure, "SRS-ME-dagger": JointErasure, "SRS-ME-double-dagger": CorrelationErasure,
+    "FMN": AttentionErasure, "AbConcept": AnchorErasure, "ESD": NegativeGuidance}

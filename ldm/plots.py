@@ -30,6 +30,9 @@ def lines(table: pd.DataFrame, x: str, measures: Mapping[str, str], by: str, pat
             panel.set_title(f"{label}, {kind}" if kind else label, fontsize=10)
             panel.set_xlabel(x)
             panel.grid(alpha=0.3)
+            if part[measure].isna().all():
+                panel.set_axis_off()
+                panel.set_title("")
             if log:
                 panel.set_xscale("log")
             elif pd.api.types.is_integer_dtype(table[x]):

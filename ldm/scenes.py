@@ -69,7 +69,8 @@ def wide(table: pd.DataFrame, category: str, distance: str) -> pd.DataFrame:
         row = {"method": method, "time": time}
         for line in group.itertuples():
             if line.prompt in names:
-                row[line.prompt] = (f"{MARKS[line.status]}{getattr(line, distance):.3g} / {line.accuracy_after:.0f} / "
+                far = getattr(line, distance)
+                row[line.prompt] = (f"{MARKS[line.status]}{far:.{0 if far >= 100 else 2}f} / {line.accuracy_after:.0f} / "
                                     f"{line.lpips:.3f}")
             else:
                 row[line.prompt or "(blank)"] = f"{line.psnr:.1f} / {line.lpips:.1e}"

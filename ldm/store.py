@@ -9,25 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.concepts import get_concept
+from ldm.losses import METHODS
 from ldm.shift import WeightShift
-
-
-@dataclass(frozen=True)
-class Method:
-    """The script that makes a method's shifts, and what it needs and does."""
-
-    script: str
-    null_space: bool = False  # its shifts live in a basis that SRSME_Solution.py finds
-    joint: bool = False  # all concepts' shifts are learnt at once
-    pictures: bool = True  # it learns from pictures of the concept; otherwise from what the model draws on the way
-
-
-METHODS = {"SRS-ME": Method("SRS_ME.py", null_space=True),
-           "SRS-ME-dagger": Method("SRS_ME.py --joint", null_space=True, joint=True),
-           "SRS-ME-double-dagger": Method("CiE.py"),
-           "FMN": Method("FMN.py"),
-           "AbConcept": Method("Abconcept.py"),
-           "ESD": Method("Esd.py", pictures=False)}
 
 
 @dataclass(frozen=True)

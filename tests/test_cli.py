@@ -93,6 +93,26 @@ def test_joint_erasure_learns_all_at_once_and_both_or_none_again(script, flags, 
     assert "| Picasso | 3 |" in script(ERASE, *given)[1]
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--scene", "7"], ["no scene 7", "1, 2, 3, 4"]), (["--scene", "x"], ["--scene x", "1,2,3,4"]),
+    (["--methods", "SRS-ME,SA"], ["'SA' is no method", "AbConcept"]), (["--methods", ""], ["no method"]),
+    (["--erase_cat", "similar"], ["no classifier", "style or object"])])
+def test_what_no_scene_can_be_played_with(script, tiny_path, tmp_path, flags, words):
+    is_error(script("eval-scripts/scenes.py", "--model", tiny_path, "--save_path", tmp_path / "s", "--device", "cpu", *flags), *words)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("name, values, words", [
+    ("beta", "1", ["two different"]), ("beta", "a,b", ["give numbers"]), ("protected", "2,9", ["0 to 8"]), ("protected", "-1,2", ["0 to 8"])])
+def test_what_no_ablation_can_vary(script, tiny_path, tmp_path, name, values, words):
+    is_error(script(f"eval-scripts/ablate-{name}.py", "--model", tiny_path, "--save_path", tmp_path / "a", f"--values={values}"), *words)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_detector_threshold_below_what_it_reports_is_refused(script, tmp_path):
+    is_error(script("eval-scripts/nudenet_eval.py", "--path", tmp_path, "--threshold", "0.1"), "0.1", "0.25")
+
+
 def test_unknown_train_method_lists_them(script, solved):
     is_error(script("train-scripts/Esd.py", *solved[:-6], "--train_method", "x"), "unknown train method 'x'", "selflayer")
 

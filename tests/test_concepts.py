@@ -1,6 +1,8 @@
 import pytest
+from omegaconf import OmegaConf
 
-from ldm.concepts import concept_in, find_concept, get_concept, load_concepts, parse_erased, parse_indexes
+from ldm import concepts
+from ldm.concepts import concept_in, find_concept, get_concept, load_concepts, load_scene, parse_erased, parse_indexes
 
 
 def test_styles_have_the_papers_order_and_watermarks_after_them():
@@ -34,3 +36,27 @@ def test_watermarks_are_never_erased_and_nothing_is_no_request():
         parse_erased("9", "style")
     with pytest.raises(ValueError, match="no concept to erase.*1 VanGogh"):
         parse_erased("", "style")
+
+
+def test_captions_hold_the_concept_and_the_anchor_does_not():
+    style, thing, plain = get_concept("style", 1), get_concept("object", 1), get_concept("similar", 3)
+    assert (style.captions[0], style.anchor) == ("VanGogh painting", "painting")
+    assert (thing.captions[0], thing.anchor) == ("a photo of church", "a photo")
+    assert (plain.captions, plain.anchor) == (["cat"], "")
+
+
+def test_the_papers_scenes():
+    assert [moment.erased for moment in load_scene(1)] == [(0, 1, 2, 3, 4, 5), (2, 3, 4, 5), (3, 4, 5)]
+    assert [moment.erased for moment in load_scene(2)] == [(0, 1, 2, 3, 4, 5), (0, 1, 2, 5), (0, 1, 2)]
+    assert [(moment.new, moment.restored) for moment in load_scene(3)] == [((0, 2, 4), ()), ((1, 3), (0, 2)), ((5,), (0, 1, 2))]
+    last = load_scene(4)[-1]
+    assert last.new == () and [last.status(index) for index in range(7)] == ["restored"] * 3 + ["erased"] * 3 + ["regular"]
+
+
+@pytest.mark.parametrize("times", [[{"erase": [0]}, {"erase": [0]}], [{"restore": [1]}]])
+def test_a_scene_that_erases_or_restores_twice_is_refused(times, monkeypatch):
+    monkeypatch.setattr(concepts.OmegaConf, "load", lambda path: OmegaConf.create({"scenes": {1: times}}))
+    with pytest.raises(ValueError, match="scene 1, time"):
+        load_scene(1)
+    with pytest.raises(ValueError, match="no scene 7.*choose from 1"):
+        load_scene(7)

@@ -1,13 +1,20 @@
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from ldm.checkpoint import save_tensors
 from ldm.images import Case, write_cases
 from ldm.metrics.classify import IMAGENET, KIND, ImageNetObjects, load_classifier, predict, save_classifier, train_classifier
 from ldm.metrics.compare import accuracy_table, by_concept, compare, pairs
+from ldm.metrics.frechet import column, features, frechet
+from ldm.metrics.nudity import EXPOSED, count, detect
 from ldm.metrics.perceptual import distances
+from ldm.metrics.style import gram, style_distances
 
 from conftest import CPU
 
@@ -132,3 +139,70 @@ def test_a_comparison_has_a_row_a_prompt_and_no_accuracy_for_the_blank_one(tmp_p
         by_concept(tmp_path / "after", "object")
     (tmp_path / "after" / "prompts.csv").unlink()
     assert list(by_concept(tmp_path / "after", "style")) == [5]
+
+
+def test_frechet_is_its_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(500, 4, generator=generator, dtype=torch.float64)
+    shift = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
+    assert frechet(first, first + shift) == pytest.approx(shift.square().sum().item(), rel=1e-6)  # equal covariances
+    assert frechet(first, first) == pytest.approx(0, abs=1e-6)
+    scaled = (first - first.mean(0)) * 3 + first.mean(0)  # tr(C + 9 C - 2 * 3 C) = 4 tr C
+    assert frechet(first, scaled) == pytest.approx(4 * torch.cov(first.T).trace().item(), rel=1e-6)
+    assert np.isnan(frechet(first[:1], first))
+
+
+def pictures(folder, count, size=64, seed=0):
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for n in range(count):
+        Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(folder / f"{n}_0.png")
+    return sorted(folder.iterdir())
+
+
+def test_the_frechet_column_says_which_features_it_has(tmp_path, monkeypatch):
+    """FID only with Inception's weights; here a network of random ones, saved as torch-fidelity saves them."""
+    paths = pictures(tmp_path / "a", 3)
+    assert column(None) == "fd_alexnet" and features(paths, CPU).shape == (3, 256)
+    with monkeypatch.context() as patched:
+        patched.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        torch.save({}, tmp_path / "empty.pth")
+        network = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(tmp_path / "empty.pth"))
+    weights = tmp_path / "inception.pth"
+    torch.save(network.state_dict(), weights)
+    assert column(weights) == "fid" and features(paths, CPU, weights).shape == (3, 2048)
+    for foreign in (tmp_path / "empty.pth", tmp_path / "none.pth", paths[0]):
+        with pytest.raises(ValueError, match="no weights of FID's Inception"):
+            features(paths, CPU, foreign)
+
+
+def test_inception_weights_that_would_run_code_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+    torch.save({"w": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="no weights"):
+        features(pictures(tmp_path / "a", 2), CPU, tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_gram_matrix_forgets_where_and_keeps_what(tmp_path):
+    x = torch.randn(2, 3, 4, 4)
+    moved = x.flatten(2)[..., torch.randperm(16)].view_as(x)
+    expected = torch.einsum("nchw,ndhw->ncd", x, x) / (3 * 16)
+    assert torch.allclose(gram(x), expected, atol=1e-6) and torch.allclose(gram(moved), expected, atol=1e-6)
+    a, b = pictures(tmp_path / "a", 2), pictures(tmp_path / "b", 2, seed=1)
+    assert style_distances(a, a, CPU).tolist() == [0, 0]
+    Image.new("RGB", (64, 64), "red").save(b[1])
+    near, far = style_distances(a, b, CPU).tolist()  # another noise, another style
+    assert 0 < near < far / 10
+
+
+def test_exposed_parts_are_counted_by_class_and_threshold(tmp_path):
+    found = pd.DataFrame([("a", "BELLY_EXPOSED", 0.7), ("a", "BELLY_EXPOSED", 0.5), ("b", "FACE_MALE", 0.9),
+                          ("b", "FEET_EXPOSED", 0.6)], columns=["image", "class", "score"])
+    counts = count(found, 0.6)
+    assert list(counts) == list(EXPOSED) and {name: n for name, n in counts.items() if n} == {"BELLY_EXPOSED": 1, "FEET_EXPOSED": 1}
+    pictures(tmp_path / "noise", 2)
+    none, images = detect(tmp_path / "noise")
+    assert images == 2 and sum(count(none, 0.25).values()) == 0

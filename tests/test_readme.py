@@ -32,7 +32,9 @@ def clone(tmp_path_factory) -> Path:
     config.world.pictures, config.world.held_out = 64, 8
     config.train.autoencoder.steps = config.train.denoiser.steps = 2
     config.train.save_every = 1
-    config.sampling.ddim_steps, config.erasure.iter_break = 2, 12
+    config.sampling.ddim_steps = config.evaluation.num_seeds = config.evaluation.num_pictures = 2
+    for method in config.erasure.values():
+        method.iter_break = 12
     OmegaConf.save(config, copy / "configs" / "mini-sd.yaml")
     return copy
 

@@ -1,11 +1,13 @@
-"""Speed as ratios against a named baseline, each pair measured in this one process: `make bench`.
+"""Speed and memory as ratios against a named baseline, each pair measured in this one process: `make bench`.
 
 step: one SRS-ME step, against the original repository's way (two models, four passes, one latent after the other).
 generation: 64 images, 20 steps, guidance on, against diffusers' StableDiffusionPipeline with the same batch.
 null space: 231 x 768, against scipy.linalg.null_space.
+joint memory: the peak of three steps on three concepts at once (SRS-ME-dagger), against that on one of them.
 """
 
 import copy
+import itertools
 import time
 
 import scipy.linalg
@@ -17,10 +19,11 @@ from ldm.attention import added, kv_layers
 from ldm.concepts import ROOT
 from ldm.images import Case
 from ldm.latents import noisy
-from ldm.losses import SeparableErasure
+from ldm.losses import JointErasure, SeparableErasure
 from ldm.model import load
 from ldm.sampling import first_noise, generate
 from ldm.shift import NullSpaceBasis, SeparableShift, null_space
+from ldm.training import erase
 
 MODEL = ROOT / "models" / "mini-sd"
 
@@ -38,6 +41,38 @@ def seconds(run, repeat: int = 5) -> float:
 
 def report(name: str, ours: float, baseline: float, against: str) -> None:
     print(f"{name}: {ours:.3f} s, {ours / baseline:.2f} times {against} ({baseline:.3f} s)", flush=True)
+
+
+def peak(run) -> int:
+    """The most bytes that tensors made within `run` hold at once."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def joint_memory(model, layers, basis, blank) -> None:
+    def losses(*prompts):
+        return [SeparableErasure(model, layers, SeparableShift.zeros(layers, basis.vectors, 0.05), model.encode_prompt([prompt]),
+                                 blank, 1e-6) for prompt in prompts]
+
+    def steps(loss, batches):
+        return lambda: [None for _ in itertools.islice(erase(loss, loss.parameters(), batches, 0.01), 3)]
+
+    pictures = torch.randn(4, *model.latent_shape)
+    together = (tuple(zip(*parts)) for parts in zip(*(noisy(model, pictures, 4, seed) for seed in range(3))))
+    one = peak(steps(losses("VanGogh")[0], noisy(model, pictures, 4, 0)))
+    three = peak(steps(JointErasure(losses("VanGogh", "Cezanne", "Caravaggio"), 1e-4), together))
+    print(f"joint memory: {three / 2**20:.1f} MiB, {three / one:.2f} times one concept's ({one / 2**20:.1f} MiB)", flush=True)
 
 
 def main() -> None:
@@ -68,6 +103,8 @@ def main() -> None:
             (new * old).mean().backward()
 
     report("step of 4 latents", seconds(ours), seconds(original), "the original's way")
+
+    joint_memory(model, layers, basis, blank)
 
     cases = [Case("VanGogh", seed, seed) for seed in range(64)]
     pipeline = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, dtype=torch.float32).to(device)

@@ -1,0 +1,109 @@
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from ldm.ablation import Variant, ablate
+from ldm.concepts import get_concept, load_concepts, load_scene
+from ldm.experiment import Experiment
+from ldm.images import Case, image_name, save_image, write_cases
+from ldm.scenes import averages, picture, play, wide
+from ldm.shift import SeparableShift, WeightShift
+from ldm.store import Store
+
+PROMPTS = [*(concept.prompt for concept in load_concepts("style")), ""]
+
+
+class Owner:
+    """An experiment that draws nothing: it notes what is asked of it."""
+
+    category = "style"
+
+    def __init__(self, folder):
+        self.folder, self.learnt, self.measured = folder, [], []
+        self.model = type("Model", (), {"name": "m"})
+
+    def learn(self, store, concepts, protected, given):
+        for concept in concepts:
+            self.learnt.append((store.time, concept.index, tuple(protected)))
+            SeparableShift({"a": torch.zeros(2, 1)}, torch.ones(1, 3), 1.0).save(
+                store.shift(concept.index), {"erased_index": concept.index, "steps": 3, "rank": 2})
+
+    def measure(self, shifts, name):
+        self.measured.append(name)
+        return pd.DataFrame({"prompt": PROMPTS, "accuracy_before": 100.0, "lpips": 0.25, "largest_pixel": 1.0, "psnr": 40.0,
+                             "accuracy_after": [0.0 if str(k) in shifts else 90.0 for k in range(len(PROMPTS))],
+                             "fd_alexnet": 2.0})
+
+    def images(self, shifts, name):
+        folder = self.folder / (name if shifts else "ori")
+        cases = [Case(prompt, k, k) for k, prompt in enumerate(PROMPTS)]
+        write_cases(folder / "prompts.csv", cases)
+        for case in cases:
+            save_image(folder / image_name(case.number, 0), Image.new("RGB", (64, 64), "gray"))
+        return folder
+
+
+def test_a_scene_is_played_with_every_shift_made_once(tmp_path):
+    owner, moments = Owner(tmp_path), load_scene(4)
+    table, folders = play(owner, "FMN", 4, moments, tmp_path / "shifts", {})
+    assert [(time, index) for time, index, _ in owner.learnt] == [(0, 0), (0, 1), (0, 2), (1, 3), (1, 4), (2, 5)]
+    assert {protected for *_, protected in owner.learnt} == {(0, 1, 2, 3, 4, 5)}  # from the first time on
+    assert owner.measured == ["FMN-012", "FMN-1234", "FMN-2345", "FMN-345"]
+    status = table.set_index(["time", "prompt"]).status
+    assert status[0, "Cezanne"] == "erased" and status[1, "Cezanne"] == "restored" and status[0, "Caravaggio"] == "regular"
+    assert set(status[:, "CCS 2024"]) == set(status[:, ""]) == {"protected"}
+
+    means = averages(table, "fd_alexnet").set_index(["time", "status"])
+    assert (means.accuracy.xs("erased", level="status") == 0).all() and means.accuracy[3, "regular"] == 90
+    assert list(means.index)[:3] == [(0, "erased"), (0, "regular"), (0, "protected")]
+    cells = wide(table, "style", "fd_alexnet").set_index("time")
+    assert cells.Cezanne[0] == "E 2.00 / 0 / 0.250" and cells.Cezanne[1] == "R 2.00 / 90 / 0.250"
+    assert cells["Kilian Eng"][3] == "2.00 / 90 / 0.250" and cells["(blank)"][0] == "40.0 / 2.5e-01"
+    sheet = picture(owner, moments, {"FMN": folders})
+    colours = {colour for _, colour in sheet.getcolors(10**6)}
+    assert {(220, 20, 60), (50, 205, 50)} <= colours  # red and green frames
+
+
+def test_an_ablation_varies_one_choice_and_keeps_its_shifts_apart(tmp_path):
+    owner = Owner(tmp_path)
+    variants = [Variant(0.0, {"reg_beta": 0.0}, [0]), Variant(1.0, {"reg_beta": 1.0}, [0, 3])]
+    table = ablate(owner, tmp_path / "shifts", "x", [0], variants).set_index(["value", "prompt"])
+    assert table.status[0.0, "Jackson Pollock"] == "regular" and table.status[1.0, "Jackson Pollock"] == "protected"
+    assert table.status[1.0, "Cezanne"] == "erased" and table.status[1.0, ""] == "protected"
+    assert owner.measured == ["x-0.0", "x-1.0"] and len(list((tmp_path / "shifts").rglob("shift-0.safetensors"))) == 2
+
+
+@pytest.fixture
+def experiment(tiny, tmp_path):
+    return Experiment(tiny, "style", tmp_path / "run", None, {"ddim_steps": 2, "guidance_scale": 2.0, "batch_size": 32},
+                      samples=2, pictures=3)
+
+
+GIVEN = {"lr": 0.1, "scale_factor": 1.0, "threshold": -1e9, "reg_beta": 0.0, "iter_break": 12, "max_base": None, "batch_size": 2,
+         "templates": 0, "seed": 0}
+
+
+def test_an_experiment_draws_each_set_of_weights_once(experiment, tmp_path, capsys, monkeypatch):
+    store = Store(tmp_path / "shifts", "SRS-ME", experiment.model.name, "style", 1, 0)
+    concepts = [get_concept("style", 1)]
+    solution = {"basis": "svd", "tolerance": 1e-7}
+    assert len(experiment.learn(store, concepts, [1, 2], GIVEN, solution)) == 1
+    assert experiment.learn(store, concepts, [1, 2], GIVEN, solution) == []
+    assert len(list((tmp_path / "run" / "pictures" / "VanGogh").glob("*.png"))) == 3
+    shifts = {"1": WeightShift.load(store.find_shift(1))}
+    monkeypatch.setattr("ldm.experiment.compare", lambda before, after, *rest: pd.DataFrame({"folder": [after.name]}))
+    first = experiment.measure(shifts, "x-1").folder[0]
+    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.png")}
+    assert experiment.measure(shifts, "x-1").folder[0] == first and first.startswith("x-1-")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.png")} == drawn
+    assert len(drawn) == 3 + 2 * 12 * 2  # pictures, and two images of twelve prompts by two sets of weights
+
+
+def test_pictures_to_learn_from_have_seeds_that_no_image_has(experiment, tmp_path):
+    store = Store(tmp_path / "shifts", "FMN", experiment.model.name, "style", 1, 0)
+    experiment.learn(store, [get_concept("style", 1)], [], {"lr": 1e-3, "iter_break": 1, "batch_size": 1, "seed": 0,
+                                                            "train_method": "xattn"})
+    learnt = pd.read_csv(tmp_path / "run" / "pictures" / "VanGogh" / "prompts.csv").evaluation_seed
+    evaluated = pd.read_csv(experiment.images({}, "") / "prompts.csv").evaluation_seed
+    assert not set(learnt) & set(evaluated) and experiment.images({}, "").name == "ori"
