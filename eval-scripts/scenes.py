@@ -6,7 +6,6 @@ so that a stopped run goes on with the same command.
 """
 
 import pandas as pd
-from omegaconf import OmegaConf
 
 from ldm import cli
 from ldm.concepts import load_scene
@@ -14,7 +13,6 @@ from ldm.images import atomic, save_image, write_text
 from ldm.losses import METHODS
 from ldm.metrics.compare import to_markdown
 from ldm.metrics.frechet import column
-from ldm.model import settings
 from ldm.plots import lines
 from ldm.scenes import ORDER, averages, picture, play, wide
 
@@ -22,9 +20,9 @@ from ldm.scenes import ORDER, averages, picture, play, wide
 def show(args, experiment, scene: int, methods: list[str]) -> None:
     """Play one scene and write all of its files."""
     moments, tables, folders = load_scene(scene), [], {}
+    given = cli.methods_settings(experiment.model.base, args.settings)
     for method in methods:
-        given = OmegaConf.to_container(settings(experiment.model.base).erasure[method]) | {"seed": 0}
-        table, folders[method] = play(experiment, method, scene, moments, args.shifts_path, given)
+        table, folders[method] = play(experiment, method, scene, moments, args.shifts_path, given[method] | {"seed": 0})
         tables.append(table)
     table, distance = pd.concat(tables, ignore_index=True), column(args.inception_path)
     means, path = averages(table, distance), args.save_path / args.erase_cat / f"scene{scene}"
@@ -45,6 +43,7 @@ def main() -> None:
     cli.add_experiment(parser, "scenes")
     parser.add_argument("--scene", default="4", help="a scene of configs/scenes.yaml, or several such as 1,2,3,4")
     parser.add_argument("--methods", default="SRS-ME,FMN,AbConcept,ESD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--settings", nargs="*", default=[], help="changes of the methods' settings, such as FMN.lr=1e-2")
     args = parser.parse_args()
     methods, scenes = cli.parse_methods(args.methods), cli.parse_scenes(args.scene)
     experiment = cli.experiment(args)

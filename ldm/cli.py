@@ -172,8 +172,25 @@ def experiment(args: argparse.Namespace) -> Experiment:
     fill(args, settings(model.base).sampling)
     fill(args, settings(model.base).evaluation)
     args.shifts_path = args.shifts_path or args.save_path / "shifts"
-    return Experiment(model, args.erase_cat, args.save_path / args.erase_cat, classifier, vars(args), args.num_seeds,
+    sampling = {name: getattr(args, name) for name in ("ddim_steps", "guidance_scale", "batch_size")}
+    return Experiment(model, args.erase_cat, args.save_path / args.erase_cat, classifier, sampling, args.num_seeds,
                       args.num_pictures, args.inception_path)
+
+
+def methods_settings(base: str, changes: list[str]) -> dict[str, dict]:
+    """The settings of every method in the config of model `base`, changed by such as `FMN.lr=1e-2`.
+
+    Raises ValueError when a change names no setting.
+    """
+    given = settings(base).erasure
+    for change in changes:
+        place, _, text = change.partition("=")
+        old, new = OmegaConf.select(given, place), OmegaConf.from_dotlist([f"x={text}"]).x
+        plain = all(isinstance(value, str | int | float) for value in (old, new))
+        if "." not in place or not plain or isinstance(old, str) != isinstance(new, str):
+            raise ValueError(f"--settings {change}: give METHOD.SETTING=VALUE as in the model's config, such as FMN.lr=1e-2")
+        OmegaConf.update(given, place, new)
+    return OmegaConf.to_container(given)
 
 
 def add_ablation(parser: Parser, values: str, text: str) -> None:

@@ -55,17 +55,17 @@ class Experiment:
             for concept in concepts:
                 cases = [replace(case, seed=case.seed + UNSEEN)
                          for case in seeded_cases([concept.prompt], self.pictures, self.seed)]
-                self._draw(cases, self.folder / "pictures" / concept.name, {})
+                self._draw(cases, self.folder / "pictures" / concept.name, self.model.drawn_by)
         return make_shifts(self.model, store, concepts, given, self.folder / "pictures")
 
     def images(self, shifts: Mapping[str, WeightShift], name: str) -> Path:
         """The folder of images by the base model with `shifts` merged: NAME and a digest of the shifts, or `ori`."""
-        made = {label: shift.recipe for label, shift in shifts.items()}
+        recipe = {"shifts": {label: shift.recipe for label, shift in shifts.items()}} | self.model.drawn_by  # before any merge
         digest = hashlib.sha256("".join(file_digest(shift.path) for shift in shifts.values()).encode()).hexdigest()[:8]
         folder = self.folder / "images" / (f"{name}-{digest}" if shifts else "ori")
         prompts = [*(concept.prompt for concept in load_concepts(self.category)), ""]
         with applied(self.model.unet, list(shifts.values())):
-            self._draw(seeded_cases(prompts, self.samples, self.seed), folder, {"shifts": made})
+            self._draw(seeded_cases(prompts, self.samples, self.seed), folder, recipe)
         return folder
 
     def measure(self, shifts: Mapping[str, WeightShift], name: str) -> pd.DataFrame:
@@ -77,5 +77,5 @@ class Experiment:
         return self._tables[folder].copy()
 
     def _draw(self, cases: Sequence[Case], folder: Path, recipe: dict) -> None:
-        generate_folder(self.model, cases, folder, self.model.drawn_by | recipe, 1, self.sampling["ddim_steps"],
+        generate_folder(self.model, cases, folder, recipe, 1, self.sampling["ddim_steps"],
                         self.sampling["guidance_scale"], self.sampling["batch_size"])

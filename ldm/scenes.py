@@ -82,8 +82,9 @@ def picture(experiment: Experiment, moments: Sequence[Moment], folders: Mapping[
     """Every prompt's first image by the original and by each method at each time, framed red where the concept stands
     erased and green where it is restored."""
     original = experiment.images({}, "")
-    columns = [("original", original, None)] + [(f"{method} t{moment.time}", folder, moment)
-                                                for method, places in folders.items() for moment, folder in zip(moments, places)]
+    columns = [("original", original, None)]
+    columns += [(f"{method if moment.time == 0 else ''}\nt{moment.time}", folder, moment)
+                for method, places in folders.items() for moment, folder in zip(moments, places)]
     first = {}
     for case in read_cases(original / "prompts.csv"):
         first.setdefault(case.prompt, image_name(case.number, 0))

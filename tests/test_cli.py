@@ -79,6 +79,14 @@ def test_each_other_method_saves_a_dense_shift_that_merges(script, flags, solved
     is_error(script(MERGE, *flags, "--method", method, "--merge", "0", "--save_path", tmp_path), name, "--erased_index 0")
 
 
+def test_nudity_is_a_category_of_the_methods_that_protect_nothing(script, solved, tmp_path):
+    (tmp_path / "data" / "nudity").mkdir()
+    Image.new("RGB", (16, 16), "pink").save(tmp_path / "data" / "nudity" / "0_0.png")
+    given = [*solved[:solved.index("--erased_index")], "--erase_cat", "nudity", "--erased_index", "0", "--iter_break", "2"]
+    assert "| nudity | 2 |" in script("train-scripts/CiE.py", *given)[1]
+    assert "| nudity | 2 |" in script("train-scripts/FMN.py", *given)[1]
+
+
 def test_joint_erasure_learns_all_at_once_and_both_or_none_again(script, flags, solved, tmp_path):
     assert script(SOLVE, *flags, "--erased_index", "2", "--em_indexes", "1,2", "--device", "cpu")[0] == 0
     (tmp_path / "data" / "Picasso").mkdir()
@@ -96,7 +104,8 @@ def test_joint_erasure_learns_all_at_once_and_both_or_none_again(script, flags, 
 @pytest.mark.parametrize("flags, words", [
     (["--scene", "7"], ["no scene 7", "1, 2, 3, 4"]), (["--scene", "x"], ["--scene x", "1,2,3,4"]),
     (["--methods", "SRS-ME,SA"], ["'SA' is no method", "AbConcept"]), (["--methods", ""], ["no method"]),
-    (["--erase_cat", "similar"], ["no classifier", "style or object"])])
+    (["--erase_cat", "similar"], ["no classifier", "style or object"]), (["--settings", "FMN.rate=1"], ["FMN.rate=1", "FMN.lr=1e-2"]),
+    (["--settings", "x"], ["METHOD.SETTING=VALUE"])])
 def test_what_no_scene_can_be_played_with(script, tiny_path, tmp_path, flags, words):
     is_error(script("eval-scripts/scenes.py", "--model", tiny_path, "--save_path", tmp_path / "s", "--device", "cpu", *flags), *words)
     assert not (tmp_path / "s").exists()

@@ -7,9 +7,12 @@ from ldm.ablation import Variant, ablate
 from ldm.concepts import get_concept, load_concepts, load_scene
 from ldm.experiment import Experiment
 from ldm.images import Case, image_name, save_image, write_cases
+from ldm.model import load
 from ldm.scenes import averages, picture, play, wide
 from ldm.shift import SeparableShift, WeightShift
 from ldm.store import Store
+
+from conftest import CPU
 
 PROMPTS = [*(concept.prompt for concept in load_concepts("style")), ""]
 
@@ -75,16 +78,18 @@ def test_an_ablation_varies_one_choice_and_keeps_its_shifts_apart(tmp_path):
 
 
 @pytest.fixture
-def experiment(tiny, tmp_path):
-    return Experiment(tiny, "style", tmp_path / "run", None, {"ddim_steps": 2, "guidance_scale": 2.0, "batch_size": 32},
-                      samples=2, pictures=3)
+def begin(tiny_path, tmp_path):
+    """Begins an experiment, each time as a new process would."""
+    return lambda: Experiment(load(tiny_path, CPU), "style", tmp_path / "run", None,
+                              {"ddim_steps": 2, "guidance_scale": 2.0, "batch_size": 32}, samples=2, pictures=3)
 
 
 GIVEN = {"lr": 0.1, "scale_factor": 1.0, "threshold": -1e9, "reg_beta": 0.0, "iter_break": 12, "max_base": None, "batch_size": 2,
          "templates": 0, "seed": 0}
 
 
-def test_an_experiment_draws_each_set_of_weights_once(experiment, tmp_path, capsys, monkeypatch):
+def test_an_experiment_draws_each_set_of_weights_once(begin, tmp_path, monkeypatch):
+    experiment = begin()
     store = Store(tmp_path / "shifts", "SRS-ME", experiment.model.name, "style", 1, 0)
     concepts = [get_concept("style", 1)]
     solution = {"basis": "svd", "tolerance": 1e-7}
@@ -95,12 +100,14 @@ def test_an_experiment_draws_each_set_of_weights_once(experiment, tmp_path, caps
     monkeypatch.setattr("ldm.experiment.compare", lambda before, after, *rest: pd.DataFrame({"folder": [after.name]}))
     first = experiment.measure(shifts, "x-1").folder[0]
     drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.png")}
-    assert experiment.measure(shifts, "x-1").folder[0] == first and first.startswith("x-1-")
+    for again in (experiment, begin()):
+        assert again.measure(shifts, "x-1").folder[0] == first and first.startswith("x-1-")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.png")} == drawn
     assert len(drawn) == 3 + 2 * 12 * 2  # pictures, and two images of twelve prompts by two sets of weights
 
 
-def test_pictures_to_learn_from_have_seeds_that_no_image_has(experiment, tmp_path):
+def test_pictures_to_learn_from_have_seeds_that_no_image_has(begin, tmp_path):
+    experiment = begin()
     store = Store(tmp_path / "shifts", "FMN", experiment.model.name, "style", 1, 0)
     experiment.learn(store, [get_concept("style", 1)], [], {"lr": 1e-3, "iter_break": 1, "batch_size": 1, "seed": 0,
                                                             "train_method": "xattn"})
