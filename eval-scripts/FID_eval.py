@@ -23,10 +23,9 @@ def main() -> None:
     args = parser.parse_args()
     device, matched, name = cli.parse_devices(args.device)[0], pairs(args.path1, args.path2), column(args.inception_path)
     prompts = shown_by(args.path2, [after for _, after in matched])
-    groups = frechet_by_prompt(matched, prompts, device, args.inception_path)
-    whole = frechet_by_prompt(matched, ["all"] * len(matched), device, args.inception_path)
+    found = frechet_by_prompt(matched, prompts, device, args.inception_path, whole=True)
     counts = pd.Series(prompts).value_counts().to_dict() | {"all": len(matched)}
-    table = pd.concat([groups, whole]).rename_axis("prompt").reset_index(name=name)
+    table = found.rename_axis("prompt").reset_index(name=name)
     table.insert(1, "images", table.prompt.map(counts))
     with atomic(args.path2 / f"{name}.csv") as partial:
         table.to_csv(partial, index=False)

@@ -3,12 +3,9 @@
 Writes protected.csv, protected.md and the plot protected.png into SAVE_PATH/CATEGORY.
 """
 
-from omegaconf import OmegaConf
-
 from ldm import cli
 from ldm.ablation import Variant, ablate
 from ldm.concepts import erasable, parse_erased
-from ldm.model import settings
 
 
 def main() -> None:
@@ -18,12 +15,12 @@ def main() -> None:
     args = parser.parse_args()
     erased = [concept.index for concept in parse_erased(args.erased_index, args.erase_cat)]
     others = [concept.index for concept in erasable(args.erase_cat) if concept.index not in erased]
-    numbers = [int(number) for number in cli.parse_numbers(args.values)]
-    if not 0 <= min(numbers) <= max(numbers) <= len(others):
+    numbers = cli.parse_numbers(args.values)
+    if not all(number in range(len(others) + 1) for number in numbers):
         raise ValueError(f"--values {args.values}: there are 0 to {len(others)} other concepts to protect")
     experiment = cli.experiment(args)
-    given = OmegaConf.to_container(settings(experiment.model.base).erasure["SRS-ME"]) | {"seed": 0}
-    variants = [Variant(number, given, [*erased, *others[:number]]) for number in numbers]
+    given = cli.srs_me(args, experiment)
+    variants = [Variant(number, given, [*erased, *others[:number]]) for number in map(int, numbers)]
     table = ablate(experiment, args.shifts_path, "protected", erased, variants)
     cli.finish(args, table, "status", "protected concepts", "protected")
 

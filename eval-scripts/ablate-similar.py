@@ -4,12 +4,9 @@ The category `similar` has Cezanne, Cezanne's painting, painting, cat and Picass
 similar.png into SAVE_PATH/CATEGORY.
 """
 
-from omegaconf import OmegaConf
-
 from ldm import cli
 from ldm.ablation import Variant, ablate
 from ldm.concepts import erasable, parse_erased
-from ldm.model import settings
 
 
 def main() -> None:
@@ -21,7 +18,7 @@ def main() -> None:
     erased = [concept.index for concept in parse_erased(args.erased_index, args.erase_cat)]
     everything = [concept.index for concept in erasable(args.erase_cat)]
     experiment = cli.experiment(args)
-    given = OmegaConf.to_container(settings(experiment.model.base).erasure["SRS-ME"]) | {"seed": 0}
+    given = cli.srs_me(args, experiment)
     variants = [Variant("nothing else", given, erased), Variant("all others", given, everything)]
     table = ablate(experiment, args.shifts_path, "similar", erased, variants)
     cli.finish(args, table, "prompt", "protected", "similar")

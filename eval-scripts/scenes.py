@@ -1,39 +1,42 @@
 """Play the paper's scenes through time with several methods: what is erased, given back and kept, side by side.
 
 Writes into SAVE_PATH/CATEGORY, for each scene N: sceneN.csv and .md (every concept and time), sceneN-averages.csv and .png, and
-the picture sheet sceneN.png. Shifts are kept in SHIFTS_PATH and never computed twice, and images once for each set of weights,
-so that a stopped run goes on with the same command.
+the picture sheet sceneN.png. No shift of a scene is computed twice, and images are drawn once for each set of weights, so that
+a stopped run goes on with the same command. --protect all lets SRS-ME protect every concept of the category, not
+only those that the scene ever erases (sceneN-all.csv and so on).
 """
 
 import pandas as pd
 
 from ldm import cli
-from ldm.concepts import load_scene
+from ldm.concepts import STATUSES, load_scene
 from ldm.images import atomic, save_image, write_text
 from ldm.losses import METHODS
 from ldm.metrics.compare import to_markdown
 from ldm.metrics.frechet import column
 from ldm.plots import lines
-from ldm.scenes import ORDER, averages, picture, play, wide
+from ldm.scenes import averages, picture, play, wide
 
 
 def show(args, experiment, scene: int, methods: list[str]) -> None:
     """Play one scene and write all of its files."""
     moments, tables, folders = load_scene(scene), [], {}
+    everything, name = args.protect == "all", f"scene{scene}" + "-all" * (args.protect == "all")
+    shifts = args.shifts_path / "all" if everything else args.shifts_path
     given = cli.methods_settings(experiment.model.base, args.settings)
     for method in methods:
-        table, folders[method] = play(experiment, method, scene, moments, args.shifts_path, given[method] | {"seed": 0})
+        table, folders[method] = play(experiment, method, scene, moments, shifts, given[method] | {"seed": args.seed}, everything)
         tables.append(table)
     table, distance = pd.concat(tables, ignore_index=True), column(args.inception_path)
-    means, path = averages(table, distance), args.save_path / args.erase_cat / f"scene{scene}"
-    for part, name in ((table, f"{path}.csv"), (means, f"{path}-averages.csv")):
-        with atomic(name) as partial:
+    means, path = averages(table, distance), args.save_path / args.erase_cat / name
+    for part, target in ((table, f"{path}.csv"), (means, f"{path}-averages.csv")):
+        with atomic(target) as partial:
             part.to_csv(partial, index=False)
     text = "\n\n".join([f"Each concept: {distance} / accuracy % / LPIPS (E erased, R restored); the last three: PSNR dB / LPIPS",
                         to_markdown(wide(table, args.erase_cat, distance)), to_markdown(means)])
     write_text(f"{path}.md", text + "\n")
     lines(means, "time", {"accuracy": "accuracy %", distance: distance, "lpips": "LPIPS"}, "method", f"{path}-averages.png",
-          rows="status", order=ORDER, title=f"Scene {scene}, {args.erase_cat}")
+          rows="status", order=STATUSES, title=f"Scene {scene}, {args.erase_cat}")
     save_image(f"{path}.png", picture(experiment, moments, folders))
     print(f"\nScene {scene}. {text}\n-> {path}.png, .md, .csv, -averages.csv, -averages.png")
 
@@ -43,12 +46,12 @@ def main() -> None:
     cli.add_experiment(parser, "scenes")
     parser.add_argument("--scene", default="4", help="a scene of configs/scenes.yaml, or several such as 1,2,3,4")
     parser.add_argument("--methods", default="SRS-ME,FMN,AbConcept,ESD", help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--settings", nargs="*", default=[], help="changes of the methods' settings, such as FMN.lr=1e-2")
+    parser.add_argument("--protect", choices=("scene", "all"), default="scene", help="what SRS-ME's null space protects")
     args = parser.parse_args()
     methods, scenes = cli.parse_methods(args.methods), cli.parse_scenes(args.scene)
     experiment = cli.experiment(args)
     if experiment.classifier is None:
-        raise ValueError(f"category {args.erase_cat} has no classifier in models/classifiers: choose style or object")
+        raise ValueError(f"category {args.erase_cat} has no classifier: choose style or object, or pass --model_path")
     for scene in scenes:
         show(args, experiment, scene, methods)
 

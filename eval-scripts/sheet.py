@@ -9,12 +9,10 @@ from pathlib import Path
 import pandas as pd
 
 from ldm import cli
-from ldm.concepts import concept_in, parse_indexes
+from ldm.concepts import BLANK, STATUSES, parse_indexes, status
 from ldm.images import atomic, image_name, open_image, read_cases, save_image, sheet, write_text
 from ldm.metrics.classify import classifier_path, load_classifier
 from ldm.metrics.compare import accuracy_by_prompt, by_name, compare, pairs, prompts_of, to_markdown
-
-ORDER, BLANK = ["erased", "restored", "regular", "protected"], "(blank)"
 
 
 def main() -> None:
@@ -41,13 +39,7 @@ def main() -> None:
     table = compare(args.paths[0], args.paths[-1], prompts, args.erase_cat, classifier, device).set_index("prompt")
     result = pd.DataFrame(index=table.index)
 
-    def status(prompt: str) -> str:
-        concept = concept_in(args.erase_cat, prompt)
-        if concept is None or concept.watermark:
-            return "protected"
-        return "erased" if concept.index in erased else "restored" if concept.index in restored else "regular"
-
-    result["status"] = result.index.map(status)
+    result["status"] = [status(args.erase_cat, prompt, erased, restored) for prompt in result.index]
     result[f"accuracy % {titles[0]}"] = table.accuracy_before
     for title, folder in zip(titles[1:-1], args.paths[1:-1]):
         images = [after for _, after in pairs(args.paths[0], folder)]
@@ -55,7 +47,7 @@ def main() -> None:
     result[f"accuracy % {titles[-1]}"] = table.accuracy_after
     result["LPIPS"], result["PSNR dB"] = table.lpips, table.psnr
     result["largest pixel difference"] = table.largest_pixel.astype(int)
-    result = result.sort_values("status", key=lambda kinds: kinds.map(ORDER.index), kind="stable")
+    result = result.sort_values("status", key=lambda kinds: kinds.map(STATUSES.index), kind="stable")
 
     rows, places = [], [by_name(path) for path in args.paths]
     for prompt, kind in zip(result.index, result.status):

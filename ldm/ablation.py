@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ldm.concepts import concept_in, get_concept
+from ldm.concepts import BLANK, get_concept, status
 from ldm.experiment import Experiment
 from ldm.images import atomic, write_text
 from ldm.metrics.compare import to_markdown
+from ldm.metrics.perceptual import mean_psnr
 from ldm.plots import lines
 from ldm.shift import WeightShift
 from ldm.store import Store
@@ -37,10 +38,9 @@ def ablate(experiment: Experiment, root: Path, name: str, erased: Sequence[int],
         store = Store(root / f"{name}-{variant.value}", "SRS-ME", experiment.model.name, experiment.category, 0, 0)
         experiment.learn(store, [get_concept(experiment.category, index) for index in erased], variant.protected, variant.given)
         shifts = {str(index): WeightShift.load(store.shift(index)) for index in erased}
-        table = experiment.measure(shifts, f"{name}-{variant.value}")
-        concepts = [concept_in(experiment.category, prompt) for prompt in table.prompt]
-        table.insert(0, "status", ["protected" if concept is None or concept.watermark else "erased" if concept.index in erased
-                                   else "protected" if concept.index in variant.protected else "regular" for concept in concepts])
+        table, _ = experiment.measure(shifts, f"{name}-{variant.value}")
+        table.insert(0, "status", [status(experiment.category, prompt, erased, protected=variant.protected)
+                                   for prompt in table.prompt])
         table.insert(0, "value", variant.value)
         table["steps"] = sum(shift.recipe["steps"] for shift in shifts.values()) / len(shifts)
         table["rank"] = max(shift.recipe["rank"] for shift in shifts.values())
@@ -51,9 +51,10 @@ def ablate(experiment: Experiment, root: Path, name: str, erased: Sequence[int],
 def write(table: pd.DataFrame, by: str, x: str, distance: str, path: Path, log: bool = False) -> str:
     """Write PATH.csv (every row), PATH.md (means over `by`, status or prompt) and PATH.png (their plot over `x`, the
     name of the value). Returns the means as Markdown."""
-    means = table.groupby(["value", by], sort=False).agg(
+    named = table.assign(prompt=table.prompt.replace("", BLANK))
+    means = named.groupby(["value", by], sort=False).agg(
         accuracy_before=("accuracy_before", "mean"), accuracy=("accuracy_after", "mean"), lpips=("lpips", "mean"),
-        psnr=("psnr", "mean"), largest_pixel=("largest_pixel", "max"), steps=("steps", "first"), rank=("rank", "first"),
+        psnr=("psnr", mean_psnr), largest_pixel=("largest_pixel", "max"), steps=("steps", "first"), rank=("rank", "first"),
         **{distance: (distance, "mean")}).reset_index().rename(columns={"value": x})
     text = to_markdown(means)
     with atomic(path.with_suffix(".csv")) as partial:

@@ -40,6 +40,8 @@ def trained(unet: nn.Module, method: str) -> list[str]:
                 blocks.setdefault(found[1], {})[found[0]] = None
         return [list(block) for block in blocks.values()]
 
+    up, down = layers("up"), layers("down")
+
     def chosen(name: str) -> bool:
         match method:
             case "xattn":
@@ -51,10 +53,10 @@ def trained(unet: nn.Module, method: str) -> list[str]:
             case "notime":
                 return not name.startswith(ends)
             case "xlayer":
-                return "attn2" in name and name.startswith(tuple(layer for block in layers("up")[-2:][:1]
+                return "attn2" in name and name.startswith(tuple(layer for block in up[-2:][:1]
                                                                  for layer in (block[0], block[-1])))
             case "selflayer":
-                return "attn1" in name and name.startswith(tuple(block[0] for block in layers("down")[-2:]))
+                return "attn1" in name and name.startswith(tuple(block[0] for block in down[-2:]))
         return True
 
     found = [name for name in names if chosen(name)]

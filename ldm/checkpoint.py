@@ -38,28 +38,33 @@ def load_tensors(path: Path, kind: str, hint: str = "") -> tuple[dict[str, torch
 
     Raises ValueError when it is missing (`hint` says what makes it), foreign, damaged, or holds NaN or infinity.
     """
+    tensors, recipe = _read(path, kind, hint, tensors=True)
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path}: {bad[0]} holds NaN or infinity: make the file again")
+    return tensors, recipe
+
+
+def _read(path: Path, kind: str, hint: str, tensors: bool) -> tuple[dict[str, torch.Tensor], dict]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no {kind} {path}" + (f": {hint}" if hint else ""))
     try:
         with safe_open(path, framework="pt") as opened:
             header = json.loads((opened.metadata() or {}).get(HEADER, "{}"))
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            found = {name: opened.get_tensor(name) for name in opened.keys()} if tensors else {}
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{path} is damaged or not safetensors: make it again") from error
     if not isinstance(header, dict) or header.get("kind") != kind or not isinstance(header.get("recipe"), dict):
         what = header.get("kind", "foreign file") if isinstance(header, dict) else "foreign file"
         raise ValueError(f"{path} is not a {kind} but a {what}" + (f": {hint}" if hint else ""))
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if bad:
-        raise ValueError(f"{path}: {bad[0]} holds NaN or infinity: make the file again")
-    return tensors, header["recipe"]
+    return found, header["recipe"]
 
 
 def recipe_of(path: Path, kind: str) -> dict:
     """The recipe of a file that `save_tensors` wrote as `kind`; empty when there is no such file or it is damaged."""
     try:
-        return load_tensors(path, kind)[1]
+        return _read(path, kind, "", tensors=False)[1]
     except ValueError:
         return {}
 

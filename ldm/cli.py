@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from ldm.concepts import CATEGORIES, ROOT, load_scene, parse_erased
 from ldm.erasure import make_shifts
 from ldm.experiment import Experiment
 from ldm.losses import METHODS
-from ldm.metrics.classify import classifier_path, load_classifier
+from ldm.metrics.classify import ImageNetObjects, classifier_path, load_classifier
 from ldm.metrics.compare import to_markdown
 from ldm.metrics.frechet import column
 from ldm.model import TextToImage, load, settings
@@ -100,7 +101,7 @@ def erase(args: argparse.Namespace, method: str) -> None:
     """Run a method on the concepts of --erased_index, and print what it took."""
     concepts = parse_erased(args.erased_index, args.erase_cat)
     model = load_model(args, parse_devices(args.devices)[0])
-    given = OmegaConf.to_container(settings(model.base).erasure[method]) | {"seed": args.seed}
+    given = methods_settings(model.base, [])[method] | {"seed": args.seed}
     given |= {name: value for name, value in vars(args).items() if name in given and value is not None}
     rows = make_shifts(model, store(args, model.name, method), concepts, given, args.data_path)
     if rows:
@@ -158,6 +159,10 @@ def add_experiment(parser: Parser, folder: str) -> None:
         parser.add_argument(flag, type=positive, default=None, help=f"{text} (default: the model's config)")
     parser.add_argument("--save_path", type=Path, default=ROOT / "evaluation_folder" / folder)
     parser.add_argument("--shifts_path", type=Path, default=None, help="where shifts are kept (default: SAVE_PATH/shifts)")
+    parser.add_argument("--settings", nargs="*", default=[], help="changes of the methods' settings, such as FMN.lr=1e-2")
+    parser.add_argument("--seed", type=int, default=0, help="of the erasures")
+    parser.add_argument("--model_path", type=Path, default=None, help="classifier (default: models/classifiers/CATEGORY.safetensors)")
+    parser.add_argument("--imagenet_path", type=Path, default=None, help="for objects: torchvision's ImageNet ResNet50, as the paper")
     add_sampling(parser)
     add_inception(parser)
     add_device(parser)
@@ -166,8 +171,14 @@ def add_experiment(parser: Parser, folder: str) -> None:
 def experiment(args: argparse.Namespace) -> Experiment:
     """The experiment that `add_experiment`'s arguments describe, with the category's classifier if it has one."""
     device = parse_devices(args.device)[0]
-    path = classifier_path(args.erase_cat)
-    classifier = load_classifier(path, device)[0] if path.is_file() else None
+    path = args.model_path or classifier_path(args.erase_cat)
+    classifier = load_classifier(path, device)[0] if args.model_path or path.is_file() else None
+    if args.imagenet_path:
+        if args.erase_cat != "object":
+            raise ValueError("--imagenet_path goes with --erase_cat object: ImageNet has no other of the categories")
+        classifier = ImageNetObjects(args.imagenet_path).to(device)
+    if args.inception_path and not args.inception_path.is_file():
+        raise ValueError(f"no file {args.inception_path}: pass FID's Inception weights to --inception_path, or leave it out")
     model = load_model(args, device)
     fill(args, settings(model.base).sampling)
     fill(args, settings(model.base).evaluation)
@@ -182,15 +193,17 @@ def methods_settings(base: str, changes: list[str]) -> dict[str, dict]:
 
     Raises ValueError when a change names no setting.
     """
-    given = settings(base).erasure
+    given = OmegaConf.to_container(settings(base).erasure)
     for change in changes:
         place, _, text = change.partition("=")
-        old, new = OmegaConf.select(given, place), OmegaConf.from_dotlist([f"x={text}"]).x
-        plain = all(isinstance(value, str | int | float) for value in (old, new))
-        if "." not in place or not plain or isinstance(old, str) != isinstance(new, str):
-            raise ValueError(f"--settings {change}: give METHOD.SETTING=VALUE as in the model's config, such as FMN.lr=1e-2")
-        OmegaConf.update(given, place, new)
-    return OmegaConf.to_container(given)
+        method, _, name = place.partition(".")
+        try:
+            if name not in given[method]:
+                raise ValueError
+            given[method][name] = (SETTINGS[name][0] or positive)(text)
+        except (KeyError, ValueError, argparse.ArgumentTypeError):
+            raise ValueError(f"--settings {change}: give METHOD.SETTING=VALUE as in the model's config, such as FMN.lr=1e-2") from None
+    return given
 
 
 def add_ablation(parser: Parser, values: str, text: str) -> None:
@@ -204,10 +217,16 @@ def ablate(args: argparse.Namespace, name: str, setting: str, log: bool = False)
     """Erase and measure with each of --values for one of SRS-ME's settings, the erased concepts protecting each other."""
     erased = [concept.index for concept in parse_erased(args.erased_index, args.erase_cat)]
     values = parse_numbers(args.values)
+    if log and min(values) <= 0:
+        raise ValueError(f"--values {args.values}: give numbers above 0, which the plot's axis shows by their logarithm")
     tried = experiment(args)
-    given = OmegaConf.to_container(settings(tried.model.base).erasure["SRS-ME"]) | {"seed": 0}
-    variants = [Variant(value, given | {setting: value}, erased) for value in values]
+    variants = [Variant(value, srs_me(args, tried) | {setting: value}, erased) for value in values]
     finish(args, ablation.ablate(tried, args.shifts_path, name, erased, variants), "status", setting, name, log)
+
+
+def srs_me(args: argparse.Namespace, tried: Experiment) -> dict:
+    """SRS-ME's settings for an ablation."""
+    return methods_settings(tried.model.base, args.settings)["SRS-ME"] | {"seed": args.seed}
 
 
 def finish(args: argparse.Namespace, table: pd.DataFrame, by: str, x: str, name: str, log: bool = False) -> None:
@@ -222,7 +241,9 @@ def parse_numbers(text: str) -> list[float]:
     try:
         numbers = [float(piece) for piece in text.split(",")]
     except ValueError:
-        raise ValueError(f"--values {text}: give numbers such as 0,1e-6") from None
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"--values {text}: give numbers such as 0,1e-6")
     if len(set(numbers)) < 2:
         raise ValueError(f"--values {text}: give two different numbers or more, such as 0,1e-6")
     return list(dict.fromkeys(numbers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,8 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 CATEGORIES = ("style", "object", "similar", "nudity")
+STATUSES = ("erased", "restored", "regular", "protected")
+BLANK = "(blank)"  # what tables and pictures call the blank prompt
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,17 @@ def concept_in(category: str, prompt: str) -> Concept | None:
     return find_concept(category, prompt) or (max(inside)[2] if inside else None)
 
 
+def status(category: str, prompt: str, erased: Collection[int], restored: Collection[int] = (),
+           protected: Collection[int] = ()) -> str:
+    """What a prompt's concept is, given the indexes of those: erased, restored, protected (as the watermarks and the blank
+    prompt always are), or regular."""
+    concept = concept_in(category, prompt)
+    if concept is None or concept.watermark:
+        return "protected"
+    kinds = {"erased": erased, "restored": restored, "protected": protected}
+    return next((kind for kind, indexes in kinds.items() if concept.index in indexes), "regular")
+
+
 def parse_indexes(text: str, category: str) -> list[int]:
     """'0,1,2' -> [0, 1, 2], each checked against `category`; '' -> []. Raises ValueError on anything else."""
     pieces = [piece.strip() for piece in text.split(",") if piece.strip()]
@@ -124,10 +138,6 @@ class Moment:
     new: tuple[int, ...]
     erased: tuple[int, ...]
     restored: tuple[int, ...]
-
-    def status(self, index: int) -> str:
-        """erased, restored, or regular, which is every other concept."""
-        return "erased" if index in self.erased else "restored" if index in self.restored else "regular"
 
 
 def load_scene(number: int) -> list[Moment]:

@@ -17,6 +17,8 @@ from ldm.shift import BASIS, SHIFT, NullSpaceBasis, leaks
 from ldm.store import Store
 from ldm.training import learn
 
+KEYS_AND_VALUES = ("attn2.to_k.weight", "attn2.to_v.weight")
+
 
 def solve(model: TextToImage, store: Store, concept: Concept, others: Sequence[int], tolerance: float,
           method: str) -> NullSpaceBasis:
@@ -27,7 +29,8 @@ def solve(model: TextToImage, store: Store, concept: Concept, others: Sequence[i
     recipe = {"made_by": "SRSME_Solution.py", "base": model.name, "base_digest": model.digest,
               "erase_cat": store.category, "erased_index": concept.index, "concept": concept.name}
     basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, tolerance, method, recipe)
-    if recipe_of(store.basis(concept.index), BASIS) != basis.recipe:
+    kept = recipe_of(store.basis(concept.index), BASIS)
+    if kept | {"largest_leak": basis.recipe["largest_leak"]} != basis.recipe:  # whose last digits depend on the machine
         basis.save(store.basis(concept.index))
     return basis
 
@@ -68,20 +71,28 @@ def _recipe(model: TextToImage, store: Store, concept: Concept, given: Mapping, 
     """What a shift's file says that it was made from, as far as it is known before it is learnt."""
     recipe = {"made_by": METHODS[store.method].script, "method": store.method, "base": model.name,
               "base_digest": model.digest, "erase_cat": store.category, "erased_index": concept.index,
-              "concept": concept.name, "prompt": concept.prompt, "arguments": dict(given)}
+              "concept": concept.name, "prompt": concept.prompt, "captions": concept.captions, "anchor": concept.anchor,
+              "arguments": dict(given)}
     if METHODS[store.method].null_space:
         recipe["basis_digest"] = file_digest(store.basis(concept.index))
     if METHODS[store.method].pictures:
         recipe["data_digest"] = file_digest(data / concept.name)
+    else:
+        recipe |= model.drawn_by
     return recipe
 
 
 def _learn(model: TextToImage, store: Store, concepts: Sequence[Concept], given: Mapping, data: Path,
            bases: Mapping[int, NullSpaceBasis], recipes: Mapping[int, dict]) -> Iterator[dict]:
     losses = [METHODS[store.method].of(model, concept, given, bases.get(concept.index)) for concept in concepts]
+    most = given.get("max_base")
+    for concept in concepts:
+        if most and most > len(bases[concept.index].vectors):
+            print(f"{concept.name}: the basis has {len(bases[concept.index].vectors)} directions, fewer than --max_base {most}, "
+                  "and all are used")
     batches = [_batches(model, store, concept, given, data, loss) for concept, loss in zip(concepts, losses)]
     if METHODS[store.method].joint:
-        loss = JointErasure(losses, given["threshold"])
+        loss = JointErasure(losses)
         batch = (tuple(zip(*parts)) for parts in zip(*batches))
     else:
         loss, batch = losses[0], batches[0]
@@ -96,6 +107,8 @@ def _learn(model: TextToImage, store: Store, concepts: Sequence[Concept], given:
         protected = basis.recipe["protected"] if basis else ["", *watermarks()]
         seen = {prompt: model.encode_prompt([prompt])[0] for prompt in [concept.prompt, *protected]}
         moved = {row["prompt"]: row["leak"] for row in leaks(kv_layers(model.unet), {"": shift}, seen)}
+        if not all(name.endswith(KEYS_AND_VALUES) for name in shift.names):
+            moved = dict.fromkeys(moved, float("nan"))  # keys and values do not say all
         within = {name: basis.recipe[name] for name in ("protected", "rank", "tolerance")} if basis else {}
         shift.save(path, recipes[concept.index] | {"steps": len(curve)} | within)
         yield {"concept": concept.name, "steps": len(curve), "seconds": round(seconds, 1),

@@ -68,13 +68,13 @@ class Experiment:
             self._draw(seeded_cases(prompts, self.samples, self.seed), folder, recipe)
         return folder
 
-    def measure(self, shifts: Mapping[str, WeightShift], name: str) -> pd.DataFrame:
-        """`compare` of the original's images and those with `shifts`, in the categories' order of prompts."""
+    def measure(self, shifts: Mapping[str, WeightShift], name: str) -> tuple[pd.DataFrame, Path]:
+        """`compare` of the original's images and those with `shifts`, and the folder of the latter."""
         folder, original = self.images(shifts, name), self.images({}, "")
         if folder not in self._tables:
             self._tables[folder] = compare(original, folder, folder / "prompts.csv", self.category, self.classifier,
                                            self.model.device, self.inception)
-        return self._tables[folder].copy()
+        return self._tables[folder].copy(), folder
 
     def _draw(self, cases: Sequence[Case], folder: Path, recipe: dict) -> None:
         generate_folder(self.model, cases, folder, recipe, 1, self.sampling["ddim_steps"],

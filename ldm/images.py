@@ -165,7 +165,13 @@ def read_cases(path: Path) -> list[Case]:
 
 
 def seeded_cases(prompts: Sequence[str], number: int, seed: int) -> list[Case]:
-    """`number` cases of each prompt, no evaluation seed twice among them, all drawn from `seed`."""
+    """`number` cases of each prompt, no evaluation seed twice among them, all drawn from `seed`.
+
+    Raises ValueError for more than 3000 cases in all.
+    """
+    if len(prompts) * number > 3000:
+        raise ValueError(f"{len(prompts)} prompts of {number} seeds each: there are 3000 seeds, so that {3000 // len(prompts)} "
+                         "each is the most")
     seeds = np.random.default_rng(seed).choice(3000, size=(len(prompts), number), replace=False)
     return [Case(prompt, int(own), k * number + n) for k, prompt in enumerate(prompts) for n, own in enumerate(seeds[k])]
 

@@ -53,4 +53,4 @@ def sampled(model: TextToImage, embedding: torch.Tensor, batch: int, steps: int,
         noise = torch.randn((batch, *model.latent_shape), generator=generator)
         with scope():
             latents = denoise(model, noise, embedding.expand(batch, -1, -1), blank, steps, guidance, stop)
-        yield latents, timesteps[stop].expand(batch)
+        yield schedule(model, steps).scale_model_input(latents, timesteps[stop]), timesteps[stop].expand(batch)

@@ -1,7 +1,8 @@
 """One class per erasure method: called with noisy latents and their steps it returns `Terms`.
 
 Each has `parameters()`, what is learnt, `shift()`, what has been learnt so far, and `of()`, which makes it for a concept of
-`configs/concepts.yaml` with the settings of a model's config. `METHODS` at the end names them all.
+`configs/concepts.yaml` with the settings of a model's config; the joint one is made of such parts. `METHODS` at the end
+names them all.
 """
 
 from __future__ import annotations
@@ -60,8 +61,6 @@ class SeparableErasure(Erasure):
     def of(cls, model: TextToImage, concept: Concept, given: Mapping, basis: NullSpaceBasis) -> SeparableErasure:
         embeddings = model.encode_prompt([concept.prompt, *concept.captions[:given["templates"]]])
         directions = basis.directions(embeddings, given["max_base"])
-        if given["max_base"] and given["max_base"] > len(directions):
-            print(f"--max_base {given['max_base']}: the basis has {len(directions)} directions, and all are used")
         layers = kv_layers(model.unet)
         learnt = SeparableShift.zeros(layers, directions, given["scale_factor"])
         return cls(model, layers, learnt, embeddings, model.encode_prompt([""]), given["reg_beta"])
@@ -98,14 +97,14 @@ class JointErasure(Erasure):
     graph freed concept by concept, and the sum scaled by max_k |L_k| in the end, so that memory is that of one concept.
     `floor` bounds the weights: an L_i smaller than it counts as `floor`.
 
-    Called with one batch of latents, and of steps, per concept; `watched` is the largest of the concepts' own. `of` makes
-    one concept's part.
+    Called with one batch of latents, and of steps, per concept; `watched` is the largest of the concepts' own. Each part
+    has its own shift, and `of` makes one.
     """
 
     script, null_space, joint = "SRS_ME.py --joint", True, True
     of = SeparableErasure.of
 
-    def __init__(self, losses: Sequence[SeparableErasure], floor: float):
+    def __init__(self, losses: Sequence[SeparableErasure], floor: float = 1e-4):
         self.losses, self.floor = list(losses), floor
 
     def parameters(self) -> list[torch.Tensor]:
@@ -177,7 +176,7 @@ class AttentionErasure(_Student):
     concept become those under the prompt without it.
 
     The sum over layers of the mean square of `scale q (k(c) - k(a))^T`, the difference of the scores of the same queries.
-    It moves queries and keys alone. `concept` and `anchor` are (1, tokens, d).
+    Values and outputs move only where they feed a later layer's queries. `concept` and `anchor` are (1, tokens, d).
     """
 
     script = "FMN.py"

@@ -8,55 +8,53 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from ldm.concepts import Moment, concept_in, erasable, get_concept
+from ldm.concepts import BLANK, STATUSES, Moment, erasable, get_concept, status
 from ldm.experiment import Experiment
 from ldm.images import image_name, open_image, read_cases, sheet
+from ldm.metrics.perceptual import mean_psnr
 from ldm.shift import WeightShift
 from ldm.store import Store
 
-ORDER = ["erased", "restored", "regular", "protected"]
 MARKS = {"erased": "E ", "restored": "R ", "regular": ""}
 FRAMES = {"erased": "crimson", "restored": "limegreen"}
 
 
-def play(experiment: Experiment, method: str, scene: int, moments: Sequence[Moment], root: Path,
-         given: Mapping) -> tuple[pd.DataFrame, list[Path]]:
+def play(experiment: Experiment, method: str, scene: int, moments: Sequence[Moment], root: Path, given: Mapping,
+         everything: bool = False) -> tuple[pd.DataFrame, list[Path]]:
     """One method through a scene: a row for each time and prompt, and the folder of images of each time.
 
-    Columns: method, time, prompt, status, then those of `compare`. Shifts are kept below `root`.
+    Columns: method, time, prompt, status, then those of `compare`. Shifts are kept below `root`. Where the method can
+    protect, it protects the concepts that the scene ever erases, or, with `everything`, all of the category.
     """
     protected = sorted({index for moment in moments for index in moment.new})
+    if everything:
+        protected = [concept.index for concept in erasable(experiment.category)]
+    made: dict[int, WeightShift] = {}
     tables, folders = [], []
     for moment in moments:
         store = Store(root, method, experiment.model.name, experiment.category, scene, moment.time)
-        concepts = [get_concept(experiment.category, index) for index in moment.new]
+        concepts = [get_concept(experiment.category, index) for index in moment.new if index not in made]
         if concepts:
             experiment.learn(store, concepts, protected, given)
-        shifts = {str(index): WeightShift.load(store.find_shift(index)) for index in moment.erased}
-        name = f"{method}-{''.join(shifts)}"
-        table = experiment.measure(shifts, name)
-        folders.append(experiment.images(shifts, name))
-        table.insert(0, "status", [status(experiment.category, moment, prompt) for prompt in table.prompt])
+            made |= {concept.index: WeightShift.load(store.shift(concept.index)) for concept in concepts}
+        shifts = {str(index): made[index] for index in moment.erased}
+        table, folder = experiment.measure(shifts, f"{method}-{''.join(shifts)}")
+        folders.append(folder)
+        table.insert(0, "status", [status(experiment.category, prompt, moment.erased, moment.restored) for prompt in table.prompt])
         table.insert(0, "time", moment.time)
         table.insert(0, "method", method)
         tables.append(table)
     return pd.concat(tables, ignore_index=True), folders
 
 
-def status(category: str, moment: Moment, prompt: str) -> str:
-    """What a prompt's concept is at that moment; the watermarks and the blank prompt are always protected."""
-    concept = concept_in(category, prompt)
-    return "protected" if concept is None or concept.watermark else moment.status(concept.index)
-
-
 def averages(table: pd.DataFrame, distance: str) -> pd.DataFrame:
     """The paper's Figures 8, 9, 13 and 14: means over the erased, restored, regular and protected prompts of each time."""
     groups = table.groupby(["method", "time", "status"], sort=False)
     means = groups.agg(accuracy_before=("accuracy_before", "mean"), accuracy=("accuracy_after", "mean"),
-                       lpips=("lpips", "mean"), largest_pixel=("largest_pixel", "max"), psnr=("psnr", "mean"),
+                       lpips=("lpips", "mean"), largest_pixel=("largest_pixel", "max"), psnr=("psnr", mean_psnr),
                        **{distance: (distance, "mean")}).reset_index()
     return means.sort_values(["method", "time", "status"], kind="stable", ignore_index=True,
-                             key=lambda column: column.map(ORDER.index) if column.name == "status" else
+                             key=lambda column: column.map(STATUSES.index) if column.name == "status" else
                              column.map(list(table.method.unique()).index) if column.name == "method" else column)
 
 
@@ -73,7 +71,7 @@ def wide(table: pd.DataFrame, category: str, distance: str) -> pd.DataFrame:
                 row[line.prompt] = (f"{MARKS[line.status]}{far:.{0 if far >= 100 else 2}f} / {line.accuracy_after:.0f} / "
                                     f"{line.lpips:.3f}")
             else:
-                row[line.prompt or "(blank)"] = f"{line.psnr:.1f} / {line.lpips:.1e}"
+                row[line.prompt or BLANK] = f"{line.psnr:.1f} / {line.lpips:.1e}"
         result.append(row)
     return pd.DataFrame(result)
 
@@ -90,7 +88,7 @@ def picture(experiment: Experiment, moments: Sequence[Moment], folders: Mapping[
         first.setdefault(case.prompt, image_name(case.number, 0))
     rows, frames = [], []
     for prompt, name in first.items():
-        rows.append((prompt or "(blank)", [[open_image(folder / name)] for _, folder, _ in columns]))
-        frames.append([FRAMES.get(status(experiment.category, moment, prompt)) if moment else None
+        rows.append((prompt or BLANK, [[open_image(folder / name)] for _, folder, _ in columns]))
+        frames.append([FRAMES.get(status(experiment.category, prompt, moment.erased, moment.restored)) if moment else None
                        for _, _, moment in columns])
     return sheet(rows, [title for title, _, _ in columns], frames=frames)

@@ -215,7 +215,7 @@ class SeparableShift(WeightShift):
         return self._weight(name) @ (self.scale * self.directions)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return len(self._weight(name)), self.directions.shape[1]
+        return len(self.coefficients[name.removesuffix(".weight")]), self.directions.shape[1]
 
     def moved(self, name: str, seen: torch.Tensor) -> torch.Tensor:
         return (seen @ (self.scale * self.directions).T) @ self._weight(name).T  # (tokens, k) @ (k, out)

@@ -1,5 +1,7 @@
 """Bad input to the scripts, one line each; and the whole path on a tiny model."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from ldm import cli
 from ldm.attention import kv_layers
 from ldm.checkpoint import file_digest
+from ldm.concepts import load_concepts
 from ldm.model import load
 from ldm.shift import NullSpaceBasis, WeightShift
 
@@ -87,6 +90,14 @@ def test_nudity_is_a_category_of_the_methods_that_protect_nothing(script, solved
     assert "| nudity | 2 |" in script("train-scripts/FMN.py", *given)[1]
 
 
+def test_another_anchor_is_another_input(script, solved, monkeypatch):
+    given = [*solved[:-6], "--iter_break", "1"]
+    assert script("train-scripts/Abconcept.py", *given)[0] == 0 and "there already" in script("train-scripts/Abconcept.py", *given)[1]
+    other = [replace(concept, anchor="picture") for concept in load_concepts("style")]
+    monkeypatch.setattr("ldm.concepts.load_concepts", lambda category: tuple(other))
+    assert "| VanGogh | 1 |" in script("train-scripts/Abconcept.py", *given)[1]
+
+
 def test_joint_erasure_learns_all_at_once_and_both_or_none_again(script, flags, solved, tmp_path):
     assert script(SOLVE, *flags, "--erased_index", "2", "--em_indexes", "1,2", "--device", "cpu")[0] == 0
     (tmp_path / "data" / "Picasso").mkdir()
@@ -105,14 +116,16 @@ def test_joint_erasure_learns_all_at_once_and_both_or_none_again(script, flags, 
     (["--scene", "7"], ["no scene 7", "1, 2, 3, 4"]), (["--scene", "x"], ["--scene x", "1,2,3,4"]),
     (["--methods", "SRS-ME,SA"], ["'SA' is no method", "AbConcept"]), (["--methods", ""], ["no method"]),
     (["--erase_cat", "similar"], ["no classifier", "style or object"]), (["--settings", "FMN.rate=1"], ["FMN.rate=1", "FMN.lr=1e-2"]),
-    (["--settings", "x"], ["METHOD.SETTING=VALUE"])])
+    (["--settings", "x"], ["METHOD.SETTING=VALUE"]), (["--settings", "FMN.iter_break=0"], ["FMN.iter_break=0"]),
+    (["--imagenet_path", "x"], ["--erase_cat object"]), (["--inception_path", "x"], ["no file x"])])
 def test_what_no_scene_can_be_played_with(script, tiny_path, tmp_path, flags, words):
     is_error(script("eval-scripts/scenes.py", "--model", tiny_path, "--save_path", tmp_path / "s", "--device", "cpu", *flags), *words)
     assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize("name, values, words", [
-    ("beta", "1", ["two different"]), ("beta", "a,b", ["give numbers"]), ("protected", "2,9", ["0 to 8"]), ("protected", "-1,2", ["0 to 8"])])
+    ("beta", "1", ["two different"]), ("beta", "a,b", ["give numbers"]), ("beta", "0,inf", ["give numbers"]), ("beta", "0,1", ["above 0"]),
+    ("protected", "2,9", ["0 to 8"]), ("protected", "-1,2", ["0 to 8"]), ("protected", "0,2.5", ["0 to 8"])])
 def test_what_no_ablation_can_vary(script, tiny_path, tmp_path, name, values, words):
     is_error(script(f"eval-scripts/ablate-{name}.py", "--model", tiny_path, "--save_path", tmp_path / "a", f"--values={values}"), *words)
     assert not (tmp_path / "a").exists()

@@ -2,7 +2,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm import concepts
-from ldm.concepts import concept_in, find_concept, get_concept, load_concepts, load_scene, parse_erased, parse_indexes
+from ldm.concepts import concept_in, find_concept, get_concept, load_concepts, load_scene, parse_erased, parse_indexes, status
 
 
 def test_styles_have_the_papers_order_and_watermarks_after_them():
@@ -50,7 +50,13 @@ def test_the_papers_scenes():
     assert [moment.erased for moment in load_scene(2)] == [(0, 1, 2, 3, 4, 5), (0, 1, 2, 5), (0, 1, 2)]
     assert [(moment.new, moment.restored) for moment in load_scene(3)] == [((0, 2, 4), ()), ((1, 3), (0, 2)), ((5,), (0, 1, 2))]
     last = load_scene(4)[-1]
-    assert last.new == () and [last.status(index) for index in range(7)] == ["restored"] * 3 + ["erased"] * 3 + ["regular"]
+    assert last.new == () and last.erased == (3, 4, 5) and last.restored == (0, 1, 2)
+
+
+def test_a_prompts_status():
+    assert status("style", "a landscape by VanGogh", [1], [2]) == "erased" and status("style", "Picasso", [1], [2]) == "restored"
+    assert status("style", "Cezanne", [1], protected=[0]) == "protected" and status("style", "Cezanne", [1]) == "regular"
+    assert status("style", "", [1]) == status("style", "CCS 2024", [1]) == "protected"
 
 
 @pytest.mark.parametrize("times", [[{"erase": [0]}, {"erase": [0]}], [{"restore": [1]}]])

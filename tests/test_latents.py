@@ -3,6 +3,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from ldm.latents import from_folder, noisy, sampled
@@ -47,3 +48,10 @@ def test_sampled_latents_are_drawn_within_the_scope_and_stand_at_their_step(tiny
         expected = denoise(tiny, noise, embedding.expand(2, -1, -1), blank, 4, 3.0, stop)
         assert torch.equal(plain[k][0], expected) and torch.equal(plain[k][0], again[k][0])
         assert torch.equal(plain[k][0], shifted[k][0]) == (stop == 0)
+
+
+def test_sampled_latents_are_scaled_as_the_sampler_scales_them(tiny):
+    tiny.scheduler = EulerDiscreteScheduler(num_train_timesteps=1000)
+    embedding = tiny.encode_prompt(["VanGogh"])
+    latents, step = next(sampled(tiny, embedding, 8, 1, 1.0, 0, nullcontext))  # before the first step, that is noise
+    assert 0.9 < latents.std() < 1.1 and step[0] > 900  # Euler's own latents start at a deviation above 14

@@ -92,7 +92,7 @@ def test_esds_first_loss_is_the_guided_difference(tiny):
     assert loss(latents, step).total.item() == pytest.approx(4 * difference.square().mean().item(), rel=1e-4)
 
 
-def test_fmn_is_zero_when_both_prompts_are_the_same_and_touches_queries_and_keys_alone(tiny):
+def test_fmn_is_zero_when_both_prompts_are_the_same_and_reaches_queries_and_keys(tiny):
     latents, step = batch(tiny)
     same = moved(AttentionErasure(tiny, *prompts(tiny, "painting", "painting")))
     assert same(latents, step).total.item() < 1e-12

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ldm.checkpoint import save_tensors
 from ldm.images import Case, write_cases
@@ -13,7 +14,7 @@ from ldm.metrics.classify import IMAGENET, KIND, ImageNetObjects, load_classifie
 from ldm.metrics.compare import accuracy_table, by_concept, compare, pairs
 from ldm.metrics.frechet import column, features, frechet
 from ldm.metrics.nudity import EXPOSED, count, detect
-from ldm.metrics.perceptual import distances
+from ldm.metrics.perceptual import distances, mean_psnr
 from ldm.metrics.style import gram, style_distances
 
 from conftest import CPU
@@ -150,6 +151,24 @@ def test_frechet_is_its_closed_form():
     scaled = (first - first.mean(0)) * 3 + first.mean(0)  # tr(C + 9 C - 2 * 3 C) = 4 tr C
     assert frechet(first, scaled) == pytest.approx(4 * torch.cov(first.T).trace().item(), rel=1e-6)
     assert np.isnan(frechet(first[:1], first))
+
+
+def test_frechet_of_few_pictures_is_what_torchmetrics_finds():
+    class Given(torch.nn.Module):
+        num_features = 30
+
+        def forward(self, given):
+            return given
+    first, second = (torch.randn(n, 30, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (9, 12))
+    metric = FrechetInceptionDistance(feature=Given()).set_dtype(torch.float64)
+    metric.update(first, real=True)
+    metric.update(second, real=False)
+    assert frechet(first, second) == pytest.approx(metric.compute().item(), rel=1e-4)
+
+
+def test_the_mean_psnr_is_that_of_the_mean_error():
+    assert mean_psnr([20.0, float("inf")]) == pytest.approx(10 * np.log10(2 * 100))  # half of the error 0.01
+    assert mean_psnr([float("inf")]) == float("inf") and np.isnan(mean_psnr([]))
 
 
 def pictures(folder, count, size=64, seed=0):

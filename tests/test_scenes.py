@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 
 from ldm.ablation import Variant, ablate
-from ldm.concepts import get_concept, load_concepts, load_scene
+from ldm.checkpoint import file_digest
+from ldm.concepts import Moment, get_concept, load_concepts, load_scene
 from ldm.experiment import Experiment
 from ldm.images import Case, image_name, save_image, write_cases
 from ldm.model import load
@@ -34,6 +35,9 @@ class Owner:
 
     def measure(self, shifts, name):
         self.measured.append(name)
+        return self._table(shifts), self.images(shifts, name)
+
+    def _table(self, shifts):
         return pd.DataFrame({"prompt": PROMPTS, "accuracy_before": 100.0, "lpips": 0.25, "largest_pixel": 1.0, "psnr": 40.0,
                              "accuracy_after": [0.0 if str(k) in shifts else 90.0 for k in range(len(PROMPTS))],
                              "fd_alexnet": 2.0})
@@ -77,6 +81,20 @@ def test_an_ablation_varies_one_choice_and_keeps_its_shifts_apart(tmp_path):
     assert owner.measured == ["x-0.0", "x-1.0"] and len(list((tmp_path / "shifts").rglob("shift-0.safetensors"))) == 2
 
 
+def test_all_of_the_category_can_be_protected(tmp_path):
+    owner = Owner(tmp_path)
+    play(owner, "SRS-ME", 4, load_scene(4)[:1], tmp_path / "shifts", {}, everything=True)
+    assert {protected for *_, protected in owner.learnt} == {tuple(range(9))}
+
+
+def test_a_concept_erased_again_gets_its_first_shift(tmp_path):
+    owner = Owner(tmp_path)
+    moments = [Moment(0, (1,), (1,), ()), Moment(1, (), (), (1,)), Moment(2, (1,), (1,), ())]
+    table, _ = play(owner, "SRS-ME", 9, moments, tmp_path / "shifts", {})
+    assert [(time, index) for time, index, _ in owner.learnt] == [(0, 1)] and owner.measured == ["SRS-ME-1", "SRS-ME-", "SRS-ME-1"]
+    assert list(table[table.prompt == "VanGogh"].status) == ["erased", "restored", "erased"]
+
+
 @pytest.fixture
 def begin(tiny_path, tmp_path):
     """Begins an experiment, each time as a new process would."""
@@ -98,10 +116,12 @@ def test_an_experiment_draws_each_set_of_weights_once(begin, tmp_path, monkeypat
     assert len(list((tmp_path / "run" / "pictures" / "VanGogh").glob("*.png"))) == 3
     shifts = {"1": WeightShift.load(store.find_shift(1))}
     monkeypatch.setattr("ldm.experiment.compare", lambda before, after, *rest: pd.DataFrame({"folder": [after.name]}))
-    first = experiment.measure(shifts, "x-1").folder[0]
+    table, folder = experiment.measure(shifts, "x-1")
+    first = table.folder[0]
+    assert folder.name == first
     drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.png")}
     for again in (experiment, begin()):
-        assert again.measure(shifts, "x-1").folder[0] == first and first.startswith("x-1-")
+        assert again.measure(shifts, "x-1")[0].folder[0] == first and first.startswith("x-1-")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.png")} == drawn
     assert len(drawn) == 3 + 2 * 12 * 2  # pictures, and two images of twelve prompts by two sets of weights
 
@@ -114,3 +134,27 @@ def test_pictures_to_learn_from_have_seeds_that_no_image_has(begin, tmp_path):
     learnt = pd.read_csv(tmp_path / "run" / "pictures" / "VanGogh" / "prompts.csv").evaluation_seed
     evaluated = pd.read_csv(experiment.images({}, "") / "prompts.csv").evaluation_seed
     assert not set(learnt) & set(evaluated) and experiment.images({}, "").name == "ori"
+
+
+def test_a_scene_that_was_cut_off_goes_on_to_the_same_table(begin, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.experiment.compare", lambda before, after, *rest: pd.DataFrame(
+        {"prompt": [""], "images": [sum(file_digest(path) != "" for path in after.glob("*.png"))]}))
+    moments, shifts = [Moment(0, (1,), (1,), ()), Moment(1, (2,), (2,), (1,))], tmp_path / "shifts"
+    given = GIVEN | {"iter_break": 3}
+    table, folders = play(begin(), "SRS-ME", 4, moments, shifts, given)
+    files = {path: path.read_bytes() for path in [*shifts.rglob("*.safetensors"), *(tmp_path / "run").rglob("*.png")]}
+    next(shifts.rglob("time1/shift-2.safetensors")).unlink()
+    (folders[1] / "3_0.png").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in files if path.exists()}
+    again, places = play(begin(), "SRS-ME", 4, moments, shifts, given)
+    assert again.equals(table) and places == folders
+    assert {path: path.read_bytes() for path in files} == files  # the two that were missing are the same again
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # and nothing else was written
+
+
+def test_other_settings_are_another_set_of_weights(begin, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.experiment.compare", lambda before, after, *rest: pd.DataFrame({"prompt": [""]}))
+    moments = [Moment(0, (1,), (1,), ())]
+    places = [play(begin(), "FMN", 4, moments, tmp_path / "shifts", {"lr": lr, "iter_break": 1, "batch_size": 1, "seed": 0,
+                                                                     "train_method": "xattn"})[1][0] for lr in (1e-3, 1e-2)]
+    assert places[0] != places[1] and all(len(list(place.glob("*.png"))) == 24 for place in places)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -12,7 +13,7 @@ from ldm.concepts import concept_in, get_concept
 from ldm.images import case_number, list_images, read_cases
 from ldm.metrics import frechet
 from ldm.metrics.classify import Classifier, predict
-from ldm.metrics.perceptual import distances
+from ldm.metrics.perceptual import distances, mean_psnr
 
 
 def by_name(folder: Path) -> dict[str, Path]:
@@ -107,7 +108,7 @@ def compare(before: Path, after: Path, prompts: Path, category: str, classifier:
     table = pd.DataFrame({"prompt": prompts_of([b for _, b in matched], prompts),
                           **{name: values.numpy() for name, values in measured.items()}})
     result = table.groupby("prompt", sort=False).agg(
-        images=("lpips", "size"), lpips=("lpips", "mean"), largest_pixel=("pixel", "max"), psnr=("psnr", "mean"))
+        images=("lpips", "size"), lpips=("lpips", "mean"), largest_pixel=("pixel", "max"), psnr=("psnr", mean_psnr))
     for place, name, side in ((1, "accuracy_before", 0), (2, "accuracy_after", 1)):
         paths = [pair[side] for pair in matched]
         result.insert(place, name, accuracy_by_prompt(classifier, paths, table.prompt, category))
@@ -116,11 +117,13 @@ def compare(before: Path, after: Path, prompts: Path, category: str, classifier:
 
 
 def frechet_by_prompt(matched: Sequence[tuple[Path, Path]], prompts: Sequence[str], device: torch.device,
-                      inception: Path | None = None) -> pd.Series:
+                      inception: Path | None = None, whole: bool = False) -> pd.Series:
     """For each prompt the Frechet distance between the first and the second pictures of its pairs; `prompts` has one for
-    each pair."""
+    each pair. With `whole` that of all of them too, under `all`."""
     sides = [frechet.features([pair[side] for pair in matched], device, inception) for side in (0, 1)]
-    places = pd.Series(range(len(matched))).groupby(list(prompts), sort=False).indices
+    places = dict(pd.Series(range(len(matched))).groupby(list(prompts), sort=False).indices)
+    if whole:
+        places["all"] = np.arange(len(matched))
     return pd.Series({prompt: frechet.frechet(*(side[torch.from_numpy(rows)] for side in sides))
                       for prompt, rows in places.items()})
 

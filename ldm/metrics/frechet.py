@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.fid import NoTrainInceptionV3
 
 from ldm.images import load_batch
 from ldm.metrics.perceptual import layers
@@ -22,11 +23,12 @@ def column(inception: Path | None) -> str:
     return "fid" if inception else "fd_alexnet"
 
 
+@cache
 def _inception(weights: Path, device: torch.device) -> nn.Module:
     try:
-        torch.load(weights, weights_only=True)  # torch-fidelity would run whatever code a pickle holds
+        torch.load(weights, weights_only=True, map_location=device)  # torch-fidelity would run whatever code a pickle holds
         return NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights)).to(device)
-    except (OSError, RuntimeError, KeyError, AttributeError, TypeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, KeyError, AttributeError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{weights} holds no weights of FID's Inception: pass pt_inception-2015-12-05-6726825d.pth of "
                          "torch-fidelity to --inception_path, or leave it out for AlexNet's features") from error
 
@@ -47,22 +49,15 @@ def features(paths: Sequence[Path], device: torch.device, inception: Path | None
     return torch.cat(found).double().cpu()
 
 
-class _Given(nn.Module):
-    """Features that are there already, in the place of torchmetrics' network."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
-        return given
-
-
 def frechet(first: torch.Tensor, second: torch.Tensor) -> float:
-    """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` of two sets of features (N, F) and (M, F); NaN for fewer than two."""
+    """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` of two sets of features (N, F) and (M, F); NaN for fewer than two.
+
+    With A and B the centred features over sqrt(N - 1) and sqrt(M - 1), C1 = A^T A and C2 = B^T B, so that the eigenvalues
+    of C1 C2 are the squared singular values of A B^T (N, M): exact, and small where F is large.
+    """
     if min(len(first), len(second)) < 2:
         return float("nan")
-    metric = FrechetInceptionDistance(feature=_Given(first.shape[1])).set_dtype(torch.float64)
-    metric.update(first, real=True)
-    metric.update(second, real=False)
-    return max(0.0, metric.compute().item())
+    a, b = ((side - side.mean(0)) / (len(side) - 1) ** 0.5 for side in (first, second))
+    root = torch.linalg.svdvals(a @ b.T).sum()
+    far = (first.mean(0) - second.mean(0)).square().sum() + a.square().sum() + b.square().sum() - 2 * root
+    return max(0.0, far.item())

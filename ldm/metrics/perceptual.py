@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import lpips
+import numpy as np
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -31,6 +33,17 @@ def network(device: torch.device) -> lpips.LPIPS:
     net.net.load_state_dict({name.replace(f"features.{number}.", f"{place}."): tensor for number, place in places.items()
                              for name, tensor in tensors.items() if name.startswith(f"features.{number}.")})
     return net.eval().requires_grad_(False).to(device)
+
+
+def mean_psnr(values) -> float:
+    """The PSNR of the mean squared error of pictures with these PSNRs in dB, so that one equal pair does not make it
+    infinite; NaN for none."""
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan")
+    error = (10 ** (-values / 10)).mean()
+    return -10 * math.log10(error) if error else math.inf
 
 
 def layers(images: torch.Tensor) -> list[torch.Tensor]:
