@@ -65,13 +65,17 @@ def joint_memory(model, layers, basis, blank) -> None:
         return [SeparableErasure(model, layers, SeparableShift.zeros(layers, basis.vectors, 0.05), model.encode_prompt([prompt]),
                                  blank, 1e-6) for prompt in prompts]
 
-    def steps(loss, batches):
-        return lambda: [None for _ in itertools.islice(erase(loss, loss.parameters(), batches, 0.01), 3)]
+    def steps(build, batches):
+        def run():
+            loss = build()  # within, so that its coefficients count
+            for _ in itertools.islice(erase(loss, loss.parameters(), batches, 0.01), 3):
+                pass
+        return run
 
     pictures = torch.randn(4, *model.latent_shape)
     together = (tuple(zip(*parts)) for parts in zip(*(noisy(model, pictures, 4, seed) for seed in range(3))))
-    one = peak(steps(losses("VanGogh")[0], noisy(model, pictures, 4, 0)))
-    three = peak(steps(JointErasure(losses("VanGogh", "Cezanne", "Caravaggio"), 1e-4), together))
+    one = peak(steps(lambda: losses("VanGogh")[0], noisy(model, pictures, 4, 0)))
+    three = peak(steps(lambda: JointErasure(losses("VanGogh", "Cezanne", "Caravaggio")), together))
     print(f"joint memory: {three / 2**20:.1f} MiB, {three / one:.2f} times one concept's ({one / 2**20:.1f} MiB)", flush=True)
 
 
