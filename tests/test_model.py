@@ -59,4 +59,4 @@ def test_what_is_no_model_is_refused(tmp_path, tiny_path):
 
 def test_settings_go_by_name_and_fall_back_to_stable_diffusion():
     assert settings("mini-sd").unet.cross_attention_dim == 256
-    assert settings("anything").erasure.max_base == 691
+    assert settings("anything").erasure["SRS-ME"].max_base == 691
