@@ -17,8 +17,6 @@ from ldm.shift import BASIS, SHIFT, NullSpaceBasis, leaks
 from ldm.store import Store
 from ldm.training import learn
 
-KEYS_AND_VALUES = ("attn2.to_k.weight", "attn2.to_v.weight")
-
 
 def solve(model: TextToImage, store: Store, concept: Concept, others: Sequence[int], tolerance: float,
           method: str) -> NullSpaceBasis:
@@ -99,15 +97,15 @@ def _learn(model: TextToImage, store: Store, concepts: Sequence[Concept], given:
     start = time.perf_counter()
     curve = learn(loss, batch, given["lr"], given["iter_break"], given.get("threshold"),
                   "erase " + ", ".join(concept.name for concept in concepts))
-    seconds = time.perf_counter() - start
+    seconds, layers = time.perf_counter() - start, kv_layers(model.unet)
     for concept, own in zip(concepts, losses):
         basis, shift, path = bases.get(concept.index), own.shift(), store.shift(concept.index)
         with atomic(path.with_suffix(".csv")) as partial:
             curve.to_csv(partial, index=False)
         protected = basis.recipe["protected"] if basis else ["", *watermarks()]
         seen = {prompt: model.encode_prompt([prompt])[0] for prompt in [concept.prompt, *protected]}
-        moved = {row["prompt"]: row["leak"] for row in leaks(kv_layers(model.unet), {"": shift}, seen)}
-        if not all(name.endswith(KEYS_AND_VALUES) for name in shift.names):
+        moved = {row["prompt"]: row["leak"] for row in leaks(layers, {"": shift}, seen)}
+        if not set(shift.names) <= {f"{name}.weight" for name in layers}:
             moved = dict.fromkeys(moved, float("nan"))  # keys and values do not say all
         within = {name: basis.recipe[name] for name in ("protected", "rank", "tolerance")} if basis else {}
         shift.save(path, recipes[concept.index] | {"steps": len(curve)} | within)

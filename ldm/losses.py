@@ -171,7 +171,19 @@ class CorrelationErasure(_Student):
         return Terms(correlation + self.reg_beta * size / len(self.student), correlation)
 
 
-class AttentionErasure(_Student):
+class _Anchored(_Student):
+    """What the methods share that lead a concept to its anchor; `concept` and `anchor` are (1, tokens, d)."""
+
+    def __init__(self, model: TextToImage, concept: torch.Tensor, anchor: torch.Tensor, train_method: str = "xattn"):
+        super().__init__(model, train_method)
+        self.concept, self.anchor = concept, anchor
+
+    @classmethod
+    def of(cls, model: TextToImage, concept: Concept, given: Mapping, _) -> _Anchored:
+        return cls(model, *_in_context(model, concept), given["train_method"])
+
+
+class AttentionErasure(_Anchored):
     """FMN, Forget-Me-Not (Zhang et al., arXiv 2303.17591): the cross-attention layers' scores under the prompt with the
     concept become those under the prompt without it.
 
@@ -181,14 +193,6 @@ class AttentionErasure(_Student):
 
     script = "FMN.py"
 
-    def __init__(self, model: TextToImage, concept: torch.Tensor, anchor: torch.Tensor, train_method: str = "xattn"):
-        super().__init__(model, train_method)
-        self.concept, self.anchor = concept, anchor
-
-    @classmethod
-    def of(cls, model: TextToImage, concept: Concept, given: Mapping, _) -> AttentionErasure:
-        return cls(model, *_in_context(model, concept), given["train_method"])
-
     def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
         with self.active(), score_differences(self.model.unet, self.anchor) as differences:
             self.model.predict_noise(latents, step, self.concept.expand(len(latents), -1, -1))
@@ -196,7 +200,7 @@ class AttentionErasure(_Student):
         return Terms(total, total.detach())
 
 
-class AnchorErasure(_Student):
+class AnchorErasure(_Anchored):
     """AbConcept, Ablating Concepts (Kumari et al., arXiv 2303.13516): the concept's noise becomes the anchor's.
 
     `mse(eps(c; theta'), eps(a; theta)) + 10 mse(eps(a; theta'), eps(a; theta))`; `concept` and `anchor` (1, tokens, d).
@@ -204,14 +208,6 @@ class AnchorErasure(_Student):
 
     script = "Abconcept.py"
     KEEP = 10.0  # the weight of the anchor's own drift
-
-    def __init__(self, model: TextToImage, concept: torch.Tensor, anchor: torch.Tensor, train_method: str = "xattn"):
-        super().__init__(model, train_method)
-        self.concept, self.anchor = concept, anchor
-
-    @classmethod
-    def of(cls, model: TextToImage, concept: Concept, given: Mapping, _) -> AnchorErasure:
-        return cls(model, *_in_context(model, concept), given["train_method"])
 
     def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
         with torch.no_grad():

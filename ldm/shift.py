@@ -275,10 +275,13 @@ class DenseShift(WeightShift):
 
 def merge(unet: nn.Module, shifts: Sequence[WeightShift]) -> dict[str, torch.Tensor]:
     """`W + sum of dW` for the parameters that any shift changes: summed in float64, rounded once. Nothing is changed."""
-    merged = {}
-    for name in dict.fromkeys(name for shift in shifts for name in shift.names):
+    merged, changed = {}, {}
+    for shift in shifts:
+        for name in shift.names:
+            changed.setdefault(name, []).append(shift)
+    for name, those in changed.items():
         weight = unet.get_parameter(name)
-        total = sum((shift.delta(name) for shift in shifts if name in shift.names), weight.detach().cpu().double())
+        total = sum((shift.delta(name) for shift in those), weight.detach().cpu().double())
         merged[name] = total.to(weight.device, weight.dtype)
     return merged
 
