@@ -3,13 +3,13 @@
 Writes beta.csv, beta.md and the plot beta.png into SAVE_PATH/CATEGORY.
 """
 
-from ldm import cli
+from ldm import cli, cli_experiment
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    cli.add_ablation(parser, "0.01,0.02,0.05,0.1,0.2", "scales to compare")
-    cli.ablate(parser.parse_args(), "beta", "scale_factor", log=True)
+    cli_experiment.add_ablation(parser, "0.01,0.02,0.05,0.1,0.2", "scales to compare")
+    cli_experiment.ablate(parser.parse_args(), "beta", "scale_factor", log=True)
 
 
 if __name__ == "__main__":

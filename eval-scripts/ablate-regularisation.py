@@ -3,13 +3,13 @@
 Writes regularisation.csv, regularisation.md and the plot regularisation.png into SAVE_PATH/CATEGORY.
 """
 
-from ldm import cli
+from ldm import cli, cli_experiment
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    cli.add_ablation(parser, "0,1e-6", "weights of |dW|_1 to compare")
-    cli.ablate(parser.parse_args(), "regularisation", "reg_beta")
+    cli_experiment.add_ablation(parser, "0,1e-6", "weights of |dW|_1 to compare")
+    cli_experiment.ablate(parser.parse_args(), "regularisation", "reg_beta")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 Writes threshold.csv, threshold.md and the plot threshold.png into SAVE_PATH/CATEGORY.
 """
 
-from ldm import cli
+from ldm import cli, cli_experiment
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    cli.add_ablation(parser, "3e-2,1e-2,1e-3,1e-4", "thresholds to compare")
-    cli.ablate(parser.parse_args(), "threshold", "threshold", log=True)
+    cli_experiment.add_ablation(parser, "3e-2,1e-2,1e-3,1e-4", "thresholds to compare")
+    cli_experiment.ablate(parser.parse_args(), "threshold", "threshold", log=True)
 
 
 if __name__ == "__main__":

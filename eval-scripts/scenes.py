@@ -8,7 +8,7 @@ only those that the scene ever erases (sceneN-all.csv and so on).
 
 import pandas as pd
 
-from ldm import cli
+from ldm import cli, cli_experiment
 from ldm.concepts import STATUSES, load_scene
 from ldm.images import atomic, save_image, write_text
 from ldm.losses import METHODS
@@ -43,13 +43,13 @@ def show(args, experiment, scene: int, methods: list[str]) -> None:
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    cli.add_experiment(parser, "scenes")
+    cli_experiment.add_experiment(parser, "scenes")
     parser.add_argument("--scene", default="4", help="a scene of configs/scenes.yaml, or several such as 1,2,3,4")
     parser.add_argument("--methods", default="SRS-ME,FMN,AbConcept,ESD", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--protect", choices=("scene", "all"), default="scene", help="what SRS-ME's null space protects")
     args = parser.parse_args()
-    methods, scenes = cli.parse_methods(args.methods), cli.parse_scenes(args.scene)
-    experiment = cli.experiment(args)
+    methods, scenes = cli_experiment.parse_methods(args.methods), cli_experiment.parse_scenes(args.scene)
+    experiment = cli_experiment.experiment(args)
     if experiment.classifier is None:
         raise ValueError(f"category {args.erase_cat} has no classifier: choose style or object, or pass --model_path")
     for scene in scenes:

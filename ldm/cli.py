@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import sys
@@ -14,16 +13,11 @@ import pandas as pd
 import torch
 from omegaconf import OmegaConf
 
-from ldm import ablation
-from ldm.ablation import Variant
 from ldm.attention import TRAIN_METHODS
-from ldm.concepts import CATEGORIES, ROOT, load_scene, parse_erased
+from ldm.concepts import CATEGORIES, ROOT, parse_erased
 from ldm.erasure import make_shifts
-from ldm.experiment import Experiment
 from ldm.losses import METHODS
-from ldm.metrics.classify import ImageNetObjects, classifier_path, load_classifier
 from ldm.metrics.compare import to_markdown
-from ldm.metrics.frechet import column
 from ldm.model import TextToImage, load, settings
 from ldm.store import Store
 
@@ -150,44 +144,6 @@ def parse_devices(text: str | None) -> list[torch.device]:
     return devices
 
 
-def add_experiment(parser: Parser, folder: str) -> None:
-    """What scenes and ablations share: how much is drawn, by what, and where it goes."""
-    add_model(parser)
-    add_category(parser)
-    for flag, text in (("--num_seeds", "images of each prompt for each set of weights"),
-                       ("--num_pictures", "pictures to learn each erasure from")):
-        parser.add_argument(flag, type=positive, default=None, help=f"{text} (default: the model's config)")
-    parser.add_argument("--save_path", type=Path, default=ROOT / "evaluation_folder" / folder)
-    parser.add_argument("--shifts_path", type=Path, default=None, help="where shifts are kept (default: SAVE_PATH/shifts)")
-    parser.add_argument("--settings", nargs="*", default=[], help="changes of the methods' settings, such as FMN.lr=1e-2")
-    parser.add_argument("--seed", type=int, default=0, help="of the erasures")
-    parser.add_argument("--model_path", type=Path, default=None, help="classifier (default: models/classifiers/CATEGORY.safetensors)")
-    parser.add_argument("--imagenet_path", type=Path, default=None, help="for objects: torchvision's ImageNet ResNet50, as the paper")
-    add_sampling(parser)
-    add_inception(parser)
-    add_device(parser)
-
-
-def experiment(args: argparse.Namespace) -> Experiment:
-    """The experiment that `add_experiment`'s arguments describe, with the category's classifier if it has one."""
-    device = parse_devices(args.device)[0]
-    path = args.model_path or classifier_path(args.erase_cat)
-    classifier = load_classifier(path, device)[0] if args.model_path or path.is_file() else None
-    if args.imagenet_path:
-        if args.erase_cat != "object":
-            raise ValueError("--imagenet_path goes with --erase_cat object: ImageNet has no other of the categories")
-        classifier = ImageNetObjects(args.imagenet_path).to(device)
-    if args.inception_path and not args.inception_path.is_file():
-        raise ValueError(f"no file {args.inception_path}: pass FID's Inception weights to --inception_path, or leave it out")
-    model = load_model(args, device)
-    fill(args, settings(model.base).sampling)
-    fill(args, settings(model.base).evaluation)
-    args.shifts_path = args.shifts_path or args.save_path / "shifts"
-    sampling = {name: getattr(args, name) for name in ("ddim_steps", "guidance_scale", "batch_size")}
-    return Experiment(model, args.erase_cat, args.save_path / args.erase_cat, classifier, sampling, args.num_seeds,
-                      args.num_pictures, args.inception_path)
-
-
 def methods_settings(base: str, changes: list[str]) -> dict[str, dict]:
     """The settings of every method in the config of model `base`, changed by such as `FMN.lr=1e-2`.
 
@@ -204,68 +160,6 @@ def methods_settings(base: str, changes: list[str]) -> dict[str, dict]:
         except (KeyError, ValueError, argparse.ArgumentTypeError):
             raise ValueError(f"--settings {change}: give METHOD.SETTING=VALUE as in the model's config, such as FMN.lr=1e-2") from None
     return given
-
-
-def add_ablation(parser: Parser, values: str, text: str) -> None:
-    """An experiment's arguments, the concepts to erase, and the values to compare."""
-    add_experiment(parser, "ablations")
-    parser.add_argument("--erased_index", default="0,1,2", help="concepts to erase and merge, such as 0,1,2")
-    parser.add_argument("--values", default=values, help=text)
-
-
-def ablate(args: argparse.Namespace, name: str, setting: str, log: bool = False) -> None:
-    """Erase and measure with each of --values for one of SRS-ME's settings, the erased concepts protecting each other."""
-    erased = [concept.index for concept in parse_erased(args.erased_index, args.erase_cat)]
-    values = parse_numbers(args.values)
-    if log and min(values) <= 0:
-        raise ValueError(f"--values {args.values}: give numbers above 0, which the plot's axis shows by their logarithm")
-    tried = experiment(args)
-    variants = [Variant(value, srs_me(args, tried) | {setting: value}, erased) for value in values]
-    finish(args, ablation.ablate(tried, args.shifts_path, name, erased, variants), "status", setting, name, log)
-
-
-def srs_me(args: argparse.Namespace, tried: Experiment) -> dict:
-    """SRS-ME's settings for an ablation."""
-    return methods_settings(tried.model.base, args.settings)["SRS-ME"] | {"seed": args.seed}
-
-
-def finish(args: argparse.Namespace, table: pd.DataFrame, by: str, x: str, name: str, log: bool = False) -> None:
-    """Write an ablation's table and plot, and print the means."""
-    path = args.save_path / args.erase_cat / name
-    print(ablation.write(table, by, x, column(args.inception_path), path, log))
-    print(f"-> {path}.png, .md, .csv")
-
-
-def parse_numbers(text: str) -> list[float]:
-    """'0,1e-6' -> numbers. Raises ValueError for anything else, or fewer than two."""
-    try:
-        numbers = [float(piece) for piece in text.split(",")]
-    except ValueError:
-        numbers = [math.nan]
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError(f"--values {text}: give numbers such as 0,1e-6")
-    if len(set(numbers)) < 2:
-        raise ValueError(f"--values {text}: give two different numbers or more, such as 0,1e-6")
-    return list(dict.fromkeys(numbers))
-
-
-def parse_methods(text: str) -> list[str]:
-    """'SRS-ME,FMN' -> names of methods. Raises ValueError for an unknown name, or none."""
-    names = list(dict.fromkeys(filter(None, (piece.strip() for piece in text.split(",")))))
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        raise ValueError(f"'{(unknown or [text])[0]}' is no method: choose from {','.join(METHODS)}")
-    return names
-
-
-def parse_scenes(text: str) -> list[int]:
-    """'1,2' -> scenes of configs/scenes.yaml. Raises ValueError for anything that is none."""
-    pieces = [piece.strip() for piece in text.split(",")]
-    for piece in pieces:
-        if not piece.isdigit():
-            raise ValueError(f"--scene {text}: give numbers of configs/scenes.yaml, such as 4 or 1,2,3,4")
-        load_scene(int(piece))  # before any work, so that a wrong number costs none
-    return [int(piece) for piece in dict.fromkeys(pieces)]
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> TextToImage:
