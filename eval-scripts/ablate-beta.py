@@ -9,7 +9,7 @@ from ldm import cli, cli_experiment
 def main() -> None:
     parser = cli.parser(__doc__)
     cli_experiment.add_ablation(parser, "0.01,0.02,0.05,0.1,0.2", "scales to compare")
-    cli_experiment.ablate(parser.parse_args(), "beta", "scale_factor", log=True)
+    cli_experiment.ablate(parser.parse_args(), "beta", "scale_factor")
 
 
 if __name__ == "__main__":

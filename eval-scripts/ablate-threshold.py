@@ -9,7 +9,7 @@ from ldm import cli, cli_experiment
 def main() -> None:
     parser = cli.parser(__doc__)
     cli_experiment.add_ablation(parser, "3e-2,1e-2,1e-3,1e-4", "thresholds to compare")
-    cli_experiment.ablate(parser.parse_args(), "threshold", "threshold", log=True)
+    cli_experiment.ablate(parser.parse_args(), "threshold", "threshold")
 
 
 if __name__ == "__main__":

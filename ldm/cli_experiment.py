@@ -63,15 +63,15 @@ def add_ablation(parser: cli.Parser, values: str, text: str) -> None:
     parser.add_argument("--values", default=values, help=text)
 
 
-def ablate(args: Namespace, name: str, setting: str, log: bool = False) -> None:
+def ablate(args: Namespace, name: str, setting: str) -> None:
     """Erase and measure with each of --values for one of SRS-ME's settings, the erased concepts protecting each other."""
     erased = [concept.index for concept in parse_erased(args.erased_index, args.erase_cat)]
     values = parse_numbers(args.values)
-    if log and min(values) <= 0:
-        raise ValueError(f"--values {args.values}: give numbers above 0, which the plot's axis shows by their logarithm")
+    if min(values) < 0:
+        raise ValueError(f"--values {args.values}: give numbers from 0")
     tried = experiment(args)
     variants = [Variant(value, srs_me(args, tried) | {setting: value}, erased) for value in values]
-    finish(args, ablation.ablate(tried, args.shifts_path, name, erased, variants), "status", setting, name, log)
+    finish(args, ablation.ablate(tried, args.shifts_path, name, erased, variants), "status", setting, name, log=True)
 
 
 def srs_me(args: Namespace, tried: Experiment) -> dict:

@@ -16,7 +16,7 @@ def lines(table: pd.DataFrame, x: str, measures: Mapping[str, str], by: str, pat
           order: Sequence[str] = (), log: bool = False, title: str = "") -> None:
     """Write a picture with a column of panels for each of `measures` (column -> label) and a row for each value of `rows`.
 
-    Each value of `by` is a line over `x`; `order` puts the rows in order; `log` makes x logarithmic.
+    Each value of `by` is a line over `x`; `order` puts the rows in order; `log` makes x logarithmic, with room for 0.
     """
     kinds = [kind for kind in order or (table[rows].unique() if rows else [""]) if not rows or (table[rows] == kind).any()]
     figure = Figure(figsize=(4.2 * len(measures), 2.6 * len(kinds) + 0.8), layout="constrained")
@@ -24,9 +24,10 @@ def lines(table: pd.DataFrame, x: str, measures: Mapping[str, str], by: str, pat
     for line, kind in zip(panels, kinds):
         part = table[table[rows] == kind] if rows else table
         for panel, (measure, label) in zip(line, measures.items()):
-            for name, group in part.groupby(by, sort=False):
+            for k, (name, group) in enumerate(part.groupby(by, sort=False)):
                 group = group.dropna(subset=[measure])
-                panel.plot(group[x], group[measure], marker="o", markersize=4, label=str(name))
+                style = "--" if k % 2 else "-"  # so that a line below another of the same values shows
+                panel.plot(group[x], group[measure], style, marker="o", markersize=4, label=str(name))
             panel.set_title(f"{label}, {kind}" if kind else label, fontsize=10)
             panel.set_xlabel(x)
             panel.grid(alpha=0.3)
@@ -34,11 +35,11 @@ def lines(table: pd.DataFrame, x: str, measures: Mapping[str, str], by: str, pat
                 panel.set_axis_off()
                 panel.set_title("")
             if log:
-                panel.set_xscale("log")
+                panel.set_xscale("symlog", linthresh=table[x][table[x] > 0].min())
             elif pd.api.types.is_integer_dtype(table[x]):
                 panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(2 * len(measures), len(handles)))
     figure.suptitle(title)
     with atomic(path) as partial:
         figure.savefig(partial, dpi=110)
