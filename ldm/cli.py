@@ -22,6 +22,9 @@ from ldm.model import TextToImage, load, settings
 from ldm.store import Store
 
 
+Namespace = argparse.Namespace
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
@@ -91,7 +94,7 @@ def add_erasure(parser: Parser, *flags: str) -> None:
     add_device(parser, "--devices")
 
 
-def erase(args: argparse.Namespace, method: str) -> None:
+def erase(args: Namespace, method: str) -> None:
     """Run a method on the concepts of --erased_index, and print what it took."""
     concepts = parse_erased(args.erased_index, args.erase_cat)
     model = load_model(args, parse_devices(args.devices)[0])
@@ -162,7 +165,7 @@ def methods_settings(base: str, changes: list[str]) -> dict[str, dict]:
     return given
 
 
-def load_model(args: argparse.Namespace, device: torch.device) -> TextToImage:
+def load_model(args: Namespace, device: torch.device) -> TextToImage:
     """The model that --model names. Raises ValueError for a CompVis pair, which this version does not load."""
     if args.config_path or args.ckpt_path:
         raise ValueError("--config_path and --ckpt_path name a CompVis checkpoint, which this version does not load "
@@ -170,14 +173,14 @@ def load_model(args: argparse.Namespace, device: torch.device) -> TextToImage:
     return load(args.model, device)
 
 
-def fill(args: argparse.Namespace, settings) -> None:
+def fill(args: Namespace, settings) -> None:
     """Give every argument that was left out its value from the model's config."""
     for name, value in settings.items():
         if getattr(args, name, value) is None:
             setattr(args, name, value)
 
 
-def store(args: argparse.Namespace, model_name: str, method: str) -> Store:
+def store(args: Namespace, model_name: str, method: str) -> Store:
     return Store(args.shifts_path, method, model_name, args.erase_cat, args.scenei, args.timei)
 
 

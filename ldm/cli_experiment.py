@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from pathlib import Path
 
 import pandas as pd
@@ -36,7 +35,7 @@ def add_experiment(parser: cli.Parser, folder: str) -> None:
     cli.add_device(parser)
 
 
-def experiment(args: Namespace) -> Experiment:
+def experiment(args: cli.Namespace) -> Experiment:
     """The experiment that `add_experiment`'s arguments describe, with the category's classifier if it has one."""
     device = cli.parse_devices(args.device)[0]
     path = args.model_path or classifier_path(args.erase_cat)
@@ -63,23 +62,24 @@ def add_ablation(parser: cli.Parser, values: str, text: str) -> None:
     parser.add_argument("--values", default=values, help=text)
 
 
-def ablate(args: Namespace, name: str, setting: str) -> None:
-    """Erase and measure with each of --values for one of SRS-ME's settings, the erased concepts protecting each other."""
+def ablate(args: cli.Namespace, name: str, setting: str, zero: bool = False) -> None:
+    """Erase and measure with each of --values for one of SRS-ME's settings, the erased concepts protecting each other; `zero`
+    says whether 0 is a value of it."""
     erased = [concept.index for concept in parse_erased(args.erased_index, args.erase_cat)]
     values = parse_numbers(args.values)
-    if min(values) < 0:
-        raise ValueError(f"--values {args.values}: give numbers from 0")
+    if min(values) < 0 or not zero and 0 in values:
+        raise ValueError(f"--values {args.values}: give numbers above 0" + ", or 0" * zero)
     tried = experiment(args)
     variants = [Variant(value, srs_me(args, tried) | {setting: value}, erased) for value in values]
     finish(args, ablation.ablate(tried, args.shifts_path, name, erased, variants), "status", setting, name, log=True)
 
 
-def srs_me(args: Namespace, tried: Experiment) -> dict:
+def srs_me(args: cli.Namespace, tried: Experiment) -> dict:
     """SRS-ME's settings for an ablation."""
     return cli.methods_settings(tried.model.base, args.settings)["SRS-ME"] | {"seed": args.seed}
 
 
-def finish(args: Namespace, table: pd.DataFrame, by: str, x: str, name: str, log: bool = False) -> None:
+def finish(args: cli.Namespace, table: pd.DataFrame, by: str, x: str, name: str, log: bool = False) -> None:
     """Write an ablation's table and plot, and print the means."""
     path = args.save_path / args.erase_cat / name
     print(ablation.write(table, by, x, column(args.inception_path), path, log))

@@ -124,7 +124,8 @@ def test_what_no_scene_can_be_played_with(script, tiny_path, tmp_path, flags, wo
 
 
 @pytest.mark.parametrize("name, values, words", [
-    ("beta", "1", ["two different"]), ("beta", "a,b", ["give numbers"]), ("beta", "0,inf", ["give numbers"]), ("beta", "-1,1", ["numbers from 0"]),
+    ("beta", "1", ["two different"]), ("beta", "a,b", ["give numbers"]), ("beta", "0,inf", ["give numbers"]), ("beta", "0,1", ["above 0"]),
+    ("regularisation", "-1,1", ["above 0, or 0"]),
     ("protected", "2,9", ["0 to 8"]), ("protected", "-1,2", ["0 to 8"]), ("protected", "0,2.5", ["0 to 8"])])
 def test_what_no_ablation_can_vary(script, tiny_path, tmp_path, name, values, words):
     is_error(script(f"eval-scripts/ablate-{name}.py", "--model", tiny_path, "--save_path", tmp_path / "a", f"--values={values}"), *words)
