@@ -20,11 +20,12 @@ def main() -> None:
     parser.add_argument("--save_path", type=Path, required=True, help="folder for the image folder")
     parser.add_argument("--from_case", type=int, default=0, help="leave out lower case numbers")
     cli.add_sampling(parser, samples=1)
+    cli.add_dtype(parser)
     cli.add_device(parser)
     args = parser.parse_args()
     cases = [case for case in read_cases(args.prompts_path) if case.number >= args.from_case]
     merged = args.models_path / args.model_name
-    model = load(merged if merged.is_dir() else args.model_name, cli.parse_devices(args.device)[0])
+    model = load(merged if merged.is_dir() else args.model_name, cli.parse_devices(args.device)[0], dtype=cli.DTYPES[args.dtype])
     cli.fill(args, settings(model.base).sampling)
     folder = args.save_path / model.name
     drawn = generate_folder(model, cases, folder, model.drawn_by, args.num_samples, args.ddim_steps, args.guidance_scale,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 TRAIN_METHODS = ("xattn", "noxattn", "selfattn", "full", "notime", "xlayer", "selflayer")
 
@@ -90,6 +92,17 @@ def swapped(unet: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[No
         yield
     finally:
         put(base)
+
+
+@contextmanager
+def recomputed(unet: nn.Module, scope: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """While the block runs, the U-Net's blocks keep their inputs alone, and are run again, within `scope()`, when their
+    gradient is wanted: less memory for more time (gradient checkpointing; Chen et al., arXiv 1604.06174)."""
+    unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), scope())))
+    try:
+        yield
+    finally:
+        unet.disable_gradient_checkpointing()
 
 
 @contextmanager

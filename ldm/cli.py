@@ -6,7 +6,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -15,14 +16,17 @@ from omegaconf import OmegaConf
 
 from ldm.attention import TRAIN_METHODS
 from ldm.concepts import CATEGORIES, ROOT, parse_erased
-from ldm.erasure import make_shifts
+from ldm.erasure import Effort, make_shifts
+from ldm.export import FORMATS
 from ldm.losses import METHODS
 from ldm.metrics.compare import to_markdown
-from ldm.model import TextToImage, load, settings
+from ldm.model import TextToImage, folder_of, load, names, settings
+from ldm.plan import plan
 from ldm.store import Store
 
 
 Namespace = argparse.Namespace
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,16 +46,20 @@ def add_category(parser: Parser) -> None:
 
 
 def add_device(parser: Parser, flag: str = "--device") -> None:
-    several = "; of several, such as 0,1, the first is used" if flag == "--devices" else ""
+    several = "; of several, such as 0,1, the second runs the frozen model" if flag == "--devices" else ""
     parser.add_argument(flag, default=None,
                         help=f"cpu, cuda:0 or 0{several}; without it CUDA if there is one, else cpu")
+
+
+def add_dtype(parser: Parser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what the U-Net is held in; shifts are float32")
 
 
 def add_model(parser: Parser) -> None:
     """--model and the CompVis pair of the original."""
     parser.add_argument("--model", default=str(ROOT / "models" / "mini-sd"), help="a diffusers folder or a hub id")
-    parser.add_argument("--config_path", default=None, help="a CompVis config (not loaded by this version)")
-    parser.add_argument("--ckpt_path", default=None, help="a CompVis checkpoint (not loaded by this version)")
+    parser.add_argument("--ckpt_path", default=None, help="instead, a checkpoint in CompVis' layout: .ckpt or .safetensors")
+    parser.add_argument("--config_path", default=None, help="what that is made of (default: Stable Diffusion v1)")
 
 
 def add_scene(parser: Parser) -> None:
@@ -84,25 +92,56 @@ def add_erasure(parser: Parser, *flags: str) -> None:
     """What every erasure takes, and those of a method's settings that `flags` names."""
     add_model(parser)
     add_category(parser)
-    parser.add_argument("--erased_index", required=True, help="concepts to erase, such as 0 or 0,1,2")
+    parser.add_argument("--erased_index", default="", help="concepts to erase, such as 0 or 0,1,2")
     add_scene(parser)
     for flag in flags:
         kind, text = SETTINGS[flag]
         parser.add_argument(f"--{flag}", type=kind or positive, default=None, help=f"{text} (default: the model's config)")
     parser.add_argument("--data_path", type=Path, default=ROOT / "data", help="has a folder of images per concept")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory for a third more time")
     add_device(parser, "--devices")
 
 
 def erase(args: Namespace, method: str) -> None:
     """Run a method on the concepts of --erased_index, and print what it took."""
-    concepts = parse_erased(args.erased_index, args.erase_cat)
-    model = load_model(args, parse_devices(args.devices)[0])
-    given = methods_settings(model.base, [])[method] | {"seed": args.seed}
-    given |= {name: value for name, value in vars(args).items() if name in given and value is not None}
-    rows = make_shifts(model, store(args, model.name, method), concepts, given, args.data_path)
+    concepts, devices = parse_erased(args.erased_index, args.erase_cat), parse_devices(args.devices)
+    effort = Effort(devices[1] if len(devices) > 1 else None, args.gradient_checkpointing)
+    model = load_model(args, devices[0])
+    given = given_settings(args, model.base, method)
+    rows = make_shifts(model, store(args, model.name, method), concepts, given, args.data_path, effort)
     if rows:
         print(to_markdown(pd.DataFrame(rows)))
+
+
+def given_settings(args: Namespace, base: str, method: str) -> dict:
+    """A method's settings in the config of model `base`, with those that flags gave."""
+    given = methods_settings(base, [])[method] | {"seed": args.seed}
+    return given | {name: value for name, value in vars(args).items() if name in given and value is not None}
+
+
+def foresee(args: Namespace, method: str) -> pd.DataFrame:
+    """The table of `plan` for what the arguments say."""
+    source = args.ckpt_path or args.model
+    try:
+        folder = folder_of(source, args.config_path)
+        given = given_settings(args, names(source, args.config_path)[1], method)
+        return plan(folder, parse_devices(args.devices)[0], given["batch_size"], given["max_base"])
+    except (OSError, KeyError) as error:
+        raise ValueError(f"no configs of a model in '{source}': pass --model a diffusers folder, or --ckpt_path a checkpoint") from error
+
+
+@contextmanager
+def memory_explained(args: Namespace, method: str) -> Iterator[None]:
+    """While the block runs, running out of memory ends in the table of `foresee` and a ValueError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(f"predicted peak memory, GiB:\n{to_markdown(foresee(args, method))}")
+        raise ValueError("out of memory, and nothing was lost: choose a smaller row of the table, such as --dtype bfloat16 "
+                         "--gradient_checkpointing, or a smaller --batch_size, or another device") from error
 
 
 def add_sampling(parser: Parser, samples: int | None = None) -> None:
@@ -123,6 +162,20 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
     return int(text)
+
+
+def formats(text: str) -> list[str]:
+    """argparse type: names of `FORMATS`, separated by commas, in the order in which they are written."""
+    wanted = [piece.strip() for piece in text.split(",") if piece.strip()]
+    unknown = [name for name in wanted if name not in FORMATS]
+    if unknown or not wanted:
+        raise argparse.ArgumentTypeError(f"'{text}' names no format: choose from {', '.join(FORMATS)}")
+    return [name for name in FORMATS if name in wanted]
+
+
+def rank(text: str) -> int | str:
+    """argparse type: a whole number from 1, or auto."""
+    return text if text == "auto" else positive(text)
 
 
 def parse_devices(text: str | None) -> list[torch.device]:
@@ -166,11 +219,8 @@ def methods_settings(base: str, changes: list[str]) -> dict[str, dict]:
 
 
 def load_model(args: Namespace, device: torch.device) -> TextToImage:
-    """The model that --model names. Raises ValueError for a CompVis pair, which this version does not load."""
-    if args.config_path or args.ckpt_path:
-        raise ValueError("--config_path and --ckpt_path name a CompVis checkpoint, which this version does not load "
-                         "yet: pass a diffusers folder to --model")
-    return load(args.model, device)
+    """The model that --ckpt_path (with --config_path) or --model names, its U-Net in --dtype where there is that flag."""
+    return load(args.ckpt_path or args.model, device, args.config_path, DTYPES[getattr(args, "dtype", None) or "float32"])
 
 
 def fill(args: Namespace, settings) -> None:

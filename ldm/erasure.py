@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from ldm.attention import kv_layers
 from ldm.checkpoint import file_digest, recipe_of
@@ -26,14 +29,24 @@ def solve(model: TextToImage, store: Store, concept: Concept, others: Sequence[i
     protected = list(dict.fromkeys(["", *watermarks(), *prompts]))
     recipe = {"made_by": "SRSME_Solution.py", "base": model.name, "base_digest": model.digest,
               "erase_cat": store.category, "erased_index": concept.index, "concept": concept.name}
-    basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, tolerance, method, recipe)
+    basis = NullSpaceBasis.solve(model.tokens(model.encode_prompt(protected)), protected, tolerance, method, recipe)
     kept = recipe_of(store.basis(concept.index), BASIS)
     if kept | {"largest_leak": basis.recipe["largest_leak"]} != basis.recipe:  # whose last digits depend on the machine
         basis.save(store.basis(concept.index))
     return basis
 
 
-def make_shifts(model: TextToImage, store: Store, concepts: Sequence[Concept], given: Mapping, data: Path) -> list[dict]:
+@dataclass(frozen=True)
+class Effort:
+    """How a step is computed, which is not what it computes: `second` is a device for the passes without gradient,
+    `checkpointing` runs blocks again for their gradient, instead of keeping what they put out."""
+
+    second: torch.device | None = None
+    checkpointing: bool = False
+
+
+def make_shifts(model: TextToImage, store: Store, concepts: Sequence[Concept], given: Mapping, data: Path,
+                effort: Effort = Effort()) -> list[dict]:
     """Learn and save the shift of each concept by the method of `store`, but for those that are there from the same
     inputs already; returns a row for each that was learnt.
 
@@ -53,7 +66,7 @@ def make_shifts(model: TextToImage, store: Store, concepts: Sequence[Concept], g
     rounds = [[concept] for concept in missing]
     if METHODS[store.method].joint and missing:
         rounds = [list(concepts)]
-    return [row for together in rounds for row in _learn(model, store, together, given, data, bases, recipes)]
+    return [row for together in rounds for row in _learn(model, store, together, given, data, bases, recipes, effort)]
 
 
 def _basis(model: TextToImage, store: Store, concept: Concept) -> NullSpaceBasis:
@@ -61,7 +74,7 @@ def _basis(model: TextToImage, store: Store, concept: Concept) -> NullSpaceBasis
     basis = NullSpaceBasis.load(source, f"make it with python train-scripts/SRSME_Solution.py --erase_cat {store.category} "
                                         f"--erased_index {concept.index} --scenei {store.scene} --timei {store.time} "
                                         "--em_indexes ...")
-    basis.check(model.digest, model.text_encoder.config.hidden_size, source)
+    basis.check(model.digest, model.width, source)
     return basis
 
 
@@ -70,7 +83,7 @@ def _recipe(model: TextToImage, store: Store, concept: Concept, given: Mapping, 
     recipe = {"made_by": METHODS[store.method].script, "method": store.method, "base": model.name,
               "base_digest": model.digest, "erase_cat": store.category, "erased_index": concept.index,
               "concept": concept.name, "prompt": concept.prompt, "captions": concept.captions, "anchor": concept.anchor,
-              "arguments": dict(given)}
+              "arguments": dict(given), "dtype": str(model.dtype)}
     if METHODS[store.method].null_space:
         recipe["basis_digest"] = file_digest(store.basis(concept.index))
     if METHODS[store.method].pictures:
@@ -81,19 +94,27 @@ def _recipe(model: TextToImage, store: Store, concept: Concept, given: Mapping, 
 
 
 def _learn(model: TextToImage, store: Store, concepts: Sequence[Concept], given: Mapping, data: Path,
-           bases: Mapping[int, NullSpaceBasis], recipes: Mapping[int, dict]) -> Iterator[dict]:
+           bases: Mapping[int, NullSpaceBasis], recipes: Mapping[int, dict], effort: Effort) -> Iterator[dict]:
     losses = [METHODS[store.method].of(model, concept, given, bases.get(concept.index)) for concept in concepts]
     most = given.get("max_base")
     for concept in concepts:
         if most and most > len(bases[concept.index].vectors):
             print(f"{concept.name}: the basis has {len(bases[concept.index].vectors)} directions, fewer than --max_base {most}, "
                   "and all are used")
+    frozen = model.elsewhere(effort.second) if effort.second else model
+    for loss in losses:
+        loss.frozen, loss.checkpointing = frozen, effort.checkpointing
     batches = [_batches(model, store, concept, given, data, loss) for concept, loss in zip(concepts, losses)]
     if METHODS[store.method].joint:
         loss = JointErasure(losses)
         batch = (tuple(zip(*parts)) for parts in zip(*batches))
     else:
         loss, batch = losses[0], batches[0]
+    protected = {concept.index: bases[concept.index].recipe["protected"] if concept.index in bases else ["", *watermarks()]
+                 for concept in concepts}
+    seen = {prompt: model.tokens(model.encode_prompt([prompt]))[0]
+            for concept in concepts for prompt in (concept.prompt, *protected[concept.index])}
+    model.park()
     start = time.perf_counter()
     curve = learn(loss, batch, given["lr"], given["iter_break"], given.get("threshold"),
                   "erase " + ", ".join(concept.name for concept in concepts))
@@ -102,9 +123,8 @@ def _learn(model: TextToImage, store: Store, concepts: Sequence[Concept], given:
         basis, shift, path = bases.get(concept.index), own.shift(), store.shift(concept.index)
         with atomic(path.with_suffix(".csv")) as partial:
             curve.to_csv(partial, index=False)
-        protected = basis.recipe["protected"] if basis else ["", *watermarks()]
-        seen = {prompt: model.encode_prompt([prompt])[0] for prompt in [concept.prompt, *protected]}
-        moved = {row["prompt"]: row["leak"] for row in leaks(layers, {"": shift}, seen)}
+        own_seen = {prompt: seen[prompt] for prompt in (concept.prompt, *protected[concept.index])}
+        moved = {row["prompt"]: row["leak"] for row in leaks(layers, {"": shift}, own_seen)}
         if not set(shift.names) <= {f"{name}.weight" for name in layers}:
             moved = dict.fromkeys(moved, float("nan"))  # keys and values do not say all
         within = {name: basis.recipe[name] for name in ("protected", "rank", "tolerance")} if basis else {}

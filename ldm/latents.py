@@ -46,8 +46,13 @@ def sampled(model: TextToImage, embedding: torch.Tensor, batch: int, steps: int,
     `scope()` is entered while it draws, so that a student's weights can be the ones that draw. Noise and steps come from
     `seed`, the same on every device.
     """
+    return _drawn(model, embedding, model.encode_blank(), batch, steps, guidance, seed, scope)
+
+
+def _drawn(model: TextToImage, embedding: torch.Tensor, blank: torch.Tensor, batch: int, steps: int, guidance: float, seed: int,
+           scope: Callable[[], AbstractContextManager]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    blank, timesteps = model.encode_prompt([""]), schedule(model, steps).timesteps
+    timesteps = schedule(model, steps).timesteps
     while True:
         stop = int(torch.randint(len(timesteps), (), generator=generator))
         noise = torch.randn((batch, *model.latent_shape), generator=generator)

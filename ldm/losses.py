@@ -7,15 +7,17 @@ names them all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.attention import added, kv_layers, score_differences, swapped, trained
+from ldm.attention import added, kv_layers, recomputed, score_differences, swapped, trained
 from ldm.concepts import Concept
 from ldm.model import TextToImage
 from ldm.shift import DenseShift, NullSpaceBasis, SeparableShift
@@ -38,7 +40,26 @@ class Erasure:
     pictures = True  # it learns from pictures of the concept; otherwise from what the model draws on the way
 
 
-class SeparableErasure(Erasure):
+class _OneConcept(Erasure, ABC):
+    """How a method for one concept predicts: with what it has learnt, and without."""
+
+    def __init__(self, model: TextToImage):
+        self.model = model
+        self.frozen = model  # that the passes without gradient run on: the same, or a copy on a second device
+        self.checkpointing = False  # whether blocks are run again for their gradient, instead of kept
+
+    @abstractmethod
+    def active(self) -> AbstractContextManager:
+        """While the block runs, the model predicts with what has been learnt so far."""
+
+    @contextmanager
+    def trained(self) -> Iterator:
+        """Likewise, for a pass with gradient."""
+        with recomputed(self.model.unet, self.active) if self.checkpointing else nullcontext(), self.active() as seen:
+            yield seen
+
+
+class SeparableErasure(_OneConcept):
     """SRS-ME: make the concept's representation uncorrelated with the original one, inside the null space.
 
     With r(theta) = eps(z_t, t, c; theta) - eps(z_t, t, ""; theta) the loss is `mean(r(theta + dW) r(theta)) +
@@ -52,7 +73,8 @@ class SeparableErasure(Erasure):
 
     def __init__(self, model: TextToImage, layers: Mapping[str, nn.Linear], learnt: SeparableShift,
                  concept: torch.Tensor, blank: torch.Tensor, reg_beta: float):
-        self.model, self.layers, self.learnt = model, layers, learnt
+        super().__init__(model)
+        self.layers, self.learnt = layers, learnt
         self.concept, self.blank, self.reg_beta = concept, blank, reg_beta
         self.directions = (learnt.scale * learnt.directions).to(model.device, torch.float32)  # (k, d)
         self.turn = 0
@@ -60,10 +82,10 @@ class SeparableErasure(Erasure):
     @classmethod
     def of(cls, model: TextToImage, concept: Concept, given: Mapping, basis: NullSpaceBasis) -> SeparableErasure:
         embeddings = model.encode_prompt([concept.prompt, *concept.captions[:given["templates"]]])
-        directions = basis.directions(embeddings, given["max_base"])
+        directions = basis.directions(model.tokens(embeddings), given["max_base"])
         layers = kv_layers(model.unet)
         learnt = SeparableShift.zeros(layers, directions, given["scale_factor"])
-        return cls(model, layers, learnt, embeddings, model.encode_prompt([""]), given["reg_beta"])
+        return cls(model, layers, learnt, embeddings, model.encode_blank(), given["reg_beta"])
 
     def parameters(self) -> list[torch.Tensor]:
         return self.learnt.parameters()
@@ -71,21 +93,31 @@ class SeparableErasure(Erasure):
     def shift(self) -> SeparableShift:
         return self.learnt
 
-    def extra(self) -> dict:
-        """What the shift, as learnt so far, adds to each layer's output: functions of its input, for `added`."""
+    def active(self) -> AbstractContextManager:
+        """While the block runs, each layer puts out too what the shift adds to it."""
         def moved(weight):
-            return lambda x: ((x.float() @ self.directions.T) @ weight.T).to(x.dtype)  # (N, tokens, out)
-        return {name: moved(weight) for name, weight in self.learnt.coefficients.items()}
+            return lambda x: ((x.float() @ self.directions.T) @ self._unscaled(weight).T).to(x.dtype)  # (N, tokens, out)
+        return added(self.layers, {name: moved(weight) for name, weight in self.learnt.coefficients.items()})
+
+    def _unscaled(self, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.view_as(weight)
+        if weight.requires_grad:
+            weight.register_hook(lambda gradient: gradient / self.lifted)
+        return weight
 
     def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
         prompts = (torch.arange(len(latents)) + self.turn) % len(self.concept)
         self.turn += len(latents)
         concept = self.concept[prompts]  # (N, tokens, d)
         with torch.no_grad():
-            blank_noise, concept_noise = _two(self.model, latents, step, self.blank, concept)
-        with added(self.layers, self.extra()):
+            blank_noise, concept_noise = _two(self.frozen, latents, step, self.blank, concept)
+        with self.trained():
             shifted_noise = self.model.predict_noise(latents, step, concept)
-        correlation = ((shifted_noise - blank_noise).float() * (concept_noise - blank_noise).float()).mean()
+        # A mean's gradient, 1/N, is too small for half precision: it is lifted on its way through the U-Net.
+        self.lifted = 2.0 ** round(math.log2(latents.numel()))
+        shifted_noise.register_hook(lambda gradient: gradient * self.lifted)
+        blank_noise, concept_noise = blank_noise.to(latents.device), concept_noise.to(latents.device)
+        correlation = ((shifted_noise - blank_noise) * (concept_noise - blank_noise)).mean()
         size = sum((weight @ self.directions).abs().sum() for weight in self.learnt.coefficients.values())
         return Terms(correlation + self.reg_beta * size / len(self.layers), correlation)
 
@@ -123,11 +155,11 @@ class JointErasure(Erasure):
         return Terms(largest * value + linear - linear.detach(), torch.stack(watched).max())
 
 
-class _Student(Erasure):
+class _Student(_OneConcept):
     """What the methods that train the U-Net's own weights share: a student of them beside the frozen base."""
 
     def __init__(self, model: TextToImage, train_method: str):
-        self.model = model
+        super().__init__(model)
         self.student = {name: nn.Parameter(model.unet.get_parameter(name).detach().clone())
                         for name in trained(model.unet, train_method)}
 
@@ -158,15 +190,15 @@ class CorrelationErasure(_Student):
 
     @classmethod
     def of(cls, model: TextToImage, concept: Concept, given: Mapping, _) -> CorrelationErasure:
-        return cls(model, model.encode_prompt([concept.prompt]), model.encode_prompt([""]), given["reg_beta"],
+        return cls(model, model.encode_prompt([concept.prompt]), model.encode_blank(), given["reg_beta"],
                    given["train_method"])
 
     def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
         with torch.no_grad():
-            blank_noise, concept_noise = _two(self.model, latents, step, self.blank, self.concept)
-        with self.active():
+            blank_noise, concept_noise = _two(self.frozen, latents, step, self.blank, self.concept)
+        with self.trained():
             moved_blank, moved_concept = _two(self.model, latents, step, self.blank, self.concept)
-        correlation = ((moved_concept - moved_blank).float() * (concept_noise - blank_noise).float()).mean()
+        correlation = ((moved_concept - moved_blank) * (concept_noise - blank_noise).to(latents.device)).mean()
         size = sum((weight - self.model.unet.get_parameter(name)).abs().sum() for name, weight in self.student.items())
         return Terms(correlation + self.reg_beta * size / len(self.student), correlation)
 
@@ -193,8 +225,14 @@ class AttentionErasure(_Anchored):
 
     script = "FMN.py"
 
+    @contextmanager
+    def active(self) -> Iterator[list[torch.Tensor]]:
+        """Likewise, and each cross-attention layer puts what differs into the list."""
+        with super().active(), score_differences(self.model.unet, self.anchor) as differences:
+            yield differences
+
     def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
-        with self.active(), score_differences(self.model.unet, self.anchor) as differences:
+        with self.trained() as differences:
             self.model.predict_noise(latents, step, self.concept.expand(len(latents), -1, -1))
         total = torch.stack([difference.float().square().mean() for difference in differences]).sum()
         return Terms(total, total.detach())
@@ -211,10 +249,11 @@ class AnchorErasure(_Anchored):
 
     def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
         with torch.no_grad():
-            target = self.model.predict_noise(latents, step, self.anchor.expand(len(latents), -1, -1)).float()
-        with self.active():
+            target = self.frozen.predict_noise(latents, step, self.anchor.expand(len(latents), -1, -1))
+        with self.trained():
             concept_noise, anchor_noise = _two(self.model, latents, step, self.concept, self.anchor)
-        total = F.mse_loss(concept_noise.float(), target) + self.KEEP * F.mse_loss(anchor_noise.float(), target)
+        target = target.to(latents.device)
+        total = F.mse_loss(concept_noise, target) + self.KEEP * F.mse_loss(anchor_noise, target)
         return Terms(total, total.detach())
 
 
@@ -234,20 +273,20 @@ class NegativeGuidance(_Student):
 
     @classmethod
     def of(cls, model: TextToImage, concept: Concept, given: Mapping, _) -> NegativeGuidance:
-        return cls(model, _in_context(model, concept)[0], model.encode_prompt([""]), given["negative_guidance"],
+        return cls(model, _in_context(model, concept)[0], model.encode_blank(), given["negative_guidance"],
                    given["train_method"])
 
     def target(self, latents: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """The noise (N, C, h, w) that the concept's prompt shall predict."""
         with torch.no_grad():
-            blank_noise, concept_noise = _two(self.model, latents, step, self.blank, self.concept)
+            blank_noise, concept_noise = _two(self.frozen, latents, step, self.blank, self.concept)
         return blank_noise - self.negative_guidance * (concept_noise - blank_noise)
 
     def __call__(self, latents: torch.Tensor, step: torch.Tensor) -> Terms:
         target = self.target(latents, step)
-        with self.active():
+        with self.trained():
             noise = self.model.predict_noise(latents, step, self.concept.expand(len(latents), -1, -1))
-        total = F.mse_loss(noise.float(), target.float())
+        total = F.mse_loss(noise, target.to(noise.device))
         return Terms(total, total.detach())
 
 

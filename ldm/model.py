@@ -1,48 +1,60 @@
-"""A text-to-image diffusion model as five verbs. Above this file only diffusers modules exist."""
+"""A text-to-image diffusion model as a few verbs. Above this file only diffusers modules exist."""
 
 from __future__ import annotations
 
 import json
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import nn
 from transformers.utils import logging as transformers_logging
+from yaml import YAMLError
 
-from ldm.checkpoint import tensor_digest
+from ldm.checkpoint import CHECKPOINTS, callbacks_ignored, open_checkpoint, tensor_digest
 from ldm.concepts import ROOT
 from ldm.images import RECIPE
+
+PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+V1 = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
+_PIXELS = 512 * 512  # that the autoencoder takes at once: its memory grows with them
 
 
 @dataclass
 class TextToImage:
-    """Frozen parts of a Stable Diffusion model on one device. `scheduler` is a template: copy it before sampling."""
+    """Frozen parts of a Stable Diffusion model on one device: 1.x, 2.x or XL. `scheduler` is a template: copy it before
+    sampling. The U-Net is held in `dtype`, all else in float32; the text encoders and the autoencoder come to the device
+    when they are needed, and leave it when asked to (`park`)."""
 
     name: str
     base: str  # whose settings it takes: its own name, or that of the model it was merged from
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    scheduler: object
+    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
     device: torch.device
+    dtype: torch.dtype = torch.float32
+    checkpoint: Path | None = None  # the single file that it was loaded from
 
     def __post_init__(self):
-        for part in (self.text_encoder, self.unet, self.vae):
-            part.requires_grad_(False).eval().to(self.device)
+        self.unet: UNet2DConditionModel = self.pipeline.unet
+        self.vae: AutoencoderKL = self.pipeline.vae
+        self.text_encoder = self.pipeline.text_encoder  # of XL the first of two
+        self.scheduler = self.pipeline.scheduler
+        self._encoders = {name: part for name in ("text_encoder", "text_encoder_2")
+                          if (part := getattr(self.pipeline, name, None)) is not None}
+        for part in (*self._encoders.values(), self.unet, self.vae):
+            part.requires_grad_(False).eval()
+        self.digest  # of the weights before they are rounded
+        self.unet.to(self.device, self.dtype)
         for part in (self.unet, self.vae):  # made of convolutions
             part.to(memory_format=torch.channels_last)
         self._noise_levels = self.scheduler.alphas_cumprod.to(self.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
 
     @property
     def image_size(self) -> int:
@@ -54,14 +66,25 @@ class TextToImage:
         return self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size
 
     @property
+    def width(self) -> int:
+        """d, the size of a token's embedding."""
+        return self.unet.config.cross_attention_dim
+
+    @property
     def steps(self) -> int:
         """The number of diffusion steps of training."""
         return self.scheduler.config.num_train_timesteps
 
+    @property
+    def _pooled(self) -> int:
+        """The size of XL's pooled embedding, which goes to the U-Net beside the tokens; 0 where there is none."""
+        return self._encoders["text_encoder_2"].config.projection_dim if "text_encoder_2" in self._encoders else 0
+
     @cached_property
     def digest(self) -> str:
-        """Identifies the base model: text encoder and U-Net, as loaded. Taken before any shift is merged."""
-        tensors = {f"text_encoder.{name}": value for name, value in self.text_encoder.state_dict().items()}
+        """Identifies the base model: text encoders and U-Net, as loaded. Taken before any shift is merged."""
+        tensors = {f"{kind}.{name.removeprefix('text_model.')}": value  # which only some versions of transformers put before
+                   for kind, part in self._encoders.items() for name, value in part.state_dict().items()}
         tensors |= {f"unet.{name}": value for name, value in self.unet.state_dict().items()}
         return tensor_digest({name: value for name, value in tensors.items() if value.is_floating_point()})
 
@@ -69,74 +92,194 @@ class TextToImage:
     def drawn_by(self) -> dict:
         """What decides this model's pictures beside prompt, seed, steps and guidance; taken before any shift is merged."""
         config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
+        rounded = {} if self.dtype == torch.float32 else {"dtype": str(self.dtype)}
         return {"model_digest": self.digest, "decoder_digest": tensor_digest(self.vae.state_dict()),
-                "scheduler": type(self.scheduler).__name__, "scheduler_config": config}
+                "scheduler": type(self.scheduler).__name__, "scheduler_config": config} | rounded
+
+    def park(self) -> None:
+        """Text encoders and autoencoder leave the device, until they are needed again."""
+        for part in (*self._encoders.values(), self.vae):
+            part.cpu()
+
+    def elsewhere(self, device: torch.device) -> TextToImage:
+        """The same model with its U-Net once more, on another device, for passes that run beside this one's."""
+        other = copy(self)
+        other.device, other.unet = device, deepcopy(self.unet).to(device)
+        other._noise_levels = self._noise_levels.to(device)
+        return other
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Round all weights to `dtype`, for a model that is only to be saved."""
+        self.pipeline.to(dtype=dtype)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
-        """Prompts as embeddings (N, tokens, d), padded and cut to the model's number of tokens."""
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=self.tokenizer.model_max_length,
-                                truncation=True, return_tensors="pt").input_ids
-        return self.text_encoder(tokens.to(self.device))[0]
+        """Prompts as embeddings (N, rows, d), float32: a row for each of the model's tokens, and for XL one more with the
+        pooled embedding, filled up with zeros."""
+        for part in self._encoders.values():
+            part.to(self.device)
+        made = self.pipeline.encode_prompt(prompts, device=self.device, num_images_per_prompt=1,
+                                           do_classifier_free_guidance=False)
+        if not self._pooled:
+            return made[0].float()
+        tokens, _, pooled, _ = made
+        return torch.cat([tokens, F.pad(pooled, (0, self.width - self._pooled))[:, None]], dim=1).float()
+
+    def encode_blank(self) -> torch.Tensor:
+        """What guidance leads away from, (1, rows, d): the blank prompt; for XL zeros, if its pipeline says so."""
+        blank = self.encode_prompt([""])
+        return torch.zeros_like(blank) if self.pipeline.config.get("force_zeros_for_empty_prompt") else blank
+
+    def tokens(self, embedding: torch.Tensor) -> torch.Tensor:
+        """The rows of embeddings (..., rows, d) that the cross-attention layers see: all but XL's pooled one."""
+        return embedding[..., :-1, :] if self._pooled else embedding
 
     @torch.no_grad()
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in [-1, 1] -> scaled latents (N, C, h, w), the posterior's mean."""
-        latents = self.vae.encode(images.to(self.device, self.dtype)).latent_dist.mean
+        self.vae.to(self.device)
+        latents = torch.cat([self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist.mean
+                             for part in images.split(self._at_once())])
         return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Scaled latents (N, C, h, w) -> images (N, 3, H, W), about [-1, 1]."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        self.vae.to(self.device)
+        return torch.cat([self.vae.decode(part.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+                          for part in latents.split(self._at_once())])
+
+    def _at_once(self) -> int:
+        return max(1, _PIXELS // self.image_size ** 2)
+
+    def _kept(self, step: torch.Tensor) -> torch.Tensor:
+        """a_t, the cumulative product of alphas at `step` (N,) or (), as (N, 1, 1, 1)."""
+        return self._noise_levels[step.round().long() if step.is_floating_point() else step].view(-1, 1, 1, 1)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """z_t = sqrt(a_t) z + sqrt(1 - a_t) noise, with a_t the cumulative product of alphas at `step` (N,)."""
-        kept = self._noise_levels[step].to(latents.dtype).view(-1, 1, 1, 1)
+        kept = self._kept(step).to(latents.dtype)
         return kept.sqrt() * latents + (1 - kept).sqrt() * noise
 
+    def predict(self, latents: torch.Tensor, step: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """What the model's own scheduler expects of it, the noise or the velocity, (N, C, h, w) in float32: latents
+        (N, C, h, w), step scalar or (N,), embedding (N, rows, d)."""
+        given = {}
+        if self._pooled:
+            size = [self.image_size] * 2  # as drawn, cut at (0, 0), as wanted
+            sizes = torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=self.dtype)
+            given["added_cond_kwargs"] = {"text_embeds": embedding[:, -1, :self._pooled].to(self.device, self.dtype),
+                                          "time_ids": sizes.expand(len(latents), -1)}
+        return self.unet(latents.to(self.device, self.dtype), step.to(self.device),
+                         encoder_hidden_states=self.tokens(embedding).to(self.device, self.dtype), **given).sample.float()
+
     def predict_noise(self, latents: torch.Tensor, step: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """eps(z_t, t, e): latents (N, C, h, w), step scalar or (N,), embedding (N, tokens, d) -> (N, C, h, w)."""
-        return self.unet(latents, step, encoder_hidden_states=embedding).sample
+        """eps(z_t, t, e), likewise; of a velocity v it is `sqrt(a_t) v + sqrt(1 - a_t) z_t` (Salimans and Ho,
+        arXiv 2202.00512)."""
+        predicted = self.predict(latents, step, embedding)
+        if self.scheduler.config.get("prediction_type", "epsilon") == "epsilon":
+            return predicted
+        kept = self._kept(step.to(self.device))
+        return kept.sqrt() * predicted + (1 - kept).sqrt() * latents.to(self.device)
 
 
-def load(source: str | Path, device: torch.device) -> TextToImage:
-    """Open a diffusers folder, or a hub id where a hub can be reached, as a `TextToImage` in float32.
+def load(source: str | Path, device: torch.device, config: str | Path | None = None,
+         dtype: torch.dtype = torch.float32) -> TextToImage:
+    """Open a model with its U-Net in `dtype`: a diffusers folder of Stable Diffusion 1.x, 2.x or XL, a hub id of one where a
+    hub can be reached, or a checkpoint of Stable Diffusion 1.x in CompVis' layout (.ckpt, .safetensors).
 
-    Raises ValueError when `source` is not such a model or predicts something other than the noise.
+    `config` says for a checkpoint what it is made of: a file of `configs/` (its `components` is a folder of diffusers
+    configs), or CompVis' own v1-inference.yaml; by default Stable Diffusion v1. No code from `source` is ever run.
+    Raises ValueError when `source` is no such model, is damaged, or holds NaN or infinity.
     """
-    if Path(source).suffix in {".ckpt", ".safetensors", ".pt"}:
-        raise ValueError(f"{source} is a single-file checkpoint, which this version does not load yet: "
-                         "pass a diffusers folder to --model")
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    quiet()
+    single = Path(source).suffix in CHECKPOINTS
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            str(source), dtype=torch.float32, safety_checker=None, requires_safety_checker=False, use_safetensors=True)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot load a model from '{source}': pass --model the path of a diffusers folder "
-                         f"(or a hub id, with a network): {' '.join(str(error).split())[:200]}") from error
-    if pipeline.scheduler.config.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(f"{source} predicts '{pipeline.scheduler.config.prediction_type}', and this version "
-                         "erases only from models that predict the noise (epsilon)")
-    name = Path(source).resolve().name if Path(source).is_dir() else str(source).replace("/", "--")
-    recipe = Path(source) / RECIPE
-    base = json.loads(recipe.read_text()).get("base", name) if recipe.is_file() else name
-    return TextToImage(name, base, pipeline.tokenizer, pipeline.text_encoder, pipeline.unet, pipeline.vae,
-                       pipeline.scheduler, device)
+        pipeline = _from_checkpoint(Path(source), config) if single else _from_folder(source)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+        what = "a Stable Diffusion v1 checkpoint (.ckpt or .safetensors)" if single else \
+            "a diffusers folder (or a hub id, with a network)"
+        raise ValueError(f"cannot load a model from '{source}': pass {'--ckpt_path' if single else '--model'} the path of {what}: "
+                         f"{' '.join(str(error).split())[:300]}") from error
+    if pipeline.scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+        raise ValueError(f"{source} predicts '{pipeline.scheduler.config.prediction_type}', and this version erases only from "
+                         "models that predict the noise (epsilon) or the velocity (v_prediction)")
+    for part in pipeline.components.values():
+        _check_weights(part, source)
+    return TextToImage(*names(source, config), pipeline, device, dtype, Path(source) if single else None)
+
+
+def quiet() -> None:
+    """diffusers and transformers say only what went wrong: progress is shown above them."""
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def names(source: str | Path, config: str | Path | None = None) -> tuple[str, str]:
+    """What a model is called, and whose settings it takes: its own, those of the model that it was merged from, or those of
+    its config."""
+    path = Path(source)
+    if path.suffix in CHECKPOINTS:
+        return path.stem, Path(config).stem if config else path.stem
+    if not path.is_dir():
+        return (str(source).replace("/", "--"),) * 2
+    recipe, name = path / RECIPE, path.resolve().name
+    return name, Path(json.loads(recipe.read_text()).get("base", name)).name if recipe.is_file() else name
+
+
+def folder_of(source: str | Path, config: str | Path | None = None) -> Path:
+    """The folder with the configs of a model's parts: of a checkpoint the one that its config names.
+
+    Raises ValueError for a config that cannot be read, OSError for a hub id that cannot be reached.
+    """
+    if Path(source).suffix not in CHECKPOINTS:
+        return Path(source) if Path(source).is_dir() else Path(DiffusionPipeline.download(str(source), use_safetensors=True))
+    place = Path(config) if config else V1
+    try:
+        components = OmegaConf.load(place).get("components", "v1")
+    except (OSError, OmegaConfBaseException, YAMLError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read --config_path {place}: pass {V1.relative_to(ROOT)}") from error
+    return V1.parent / components if components == "v1" else place.parent / str(components)
+
+
+def _from_folder(source: str | Path) -> DiffusionPipeline:
+    folder = folder_of(source)
+    index = json.loads((folder / "model_index.json").read_text())
+    kind = PIPELINES.get(index.get("_class_name"))
+    if kind is None:
+        raise ValueError(f"its pipeline is {index.get('_class_name')}, not one of {', '.join(PIPELINES)}")
+    ours = {name: made_by for name, made_by in index.items() if name in ("unet", "vae", "scheduler") or "text_encoder" in name
+            or "tokenizer" in name}
+    foreign = [name for name, (library, _) in ours.items() if library not in ("diffusers", "transformers")]
+    if foreign:
+        raise ValueError(f"its {foreign[0]} asks for code from outside diffusers and transformers, which is not run")
+    unused = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
+    return kind.from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True, **unused)
+
+
+def _from_checkpoint(path: Path, config: str | Path | None) -> StableDiffusionPipeline:
+    open_checkpoint(path)  # refuses what would run code before anything else looks at it
+    with callbacks_ignored():
+        return StableDiffusionPipeline.from_single_file(
+            str(path), config=str(folder_of(path, config)), local_files_only=True, dtype=torch.float32, safety_checker=None,
+            feature_extractor=None, image_encoder=None, requires_safety_checker=False)
+
+
+def _check_weights(part: object, source: str | Path) -> None:
+    for name, weight in part.named_parameters() if isinstance(part, nn.Module) else ():
+        if weight.is_meta:
+            raise ValueError(f"{source} lacks {name} of its {type(part).__name__}: get the whole model")
+        if not weight.isfinite().all():
+            raise ValueError(f"{source}: {name} of its {type(part).__name__} holds NaN or infinity: get the model again")
 
 
 def save(model: TextToImage, folder: Path) -> None:
     """Write the model, as its weights stand now, as a diffusers folder in its own precision."""
-    pipeline: DiffusionPipeline = StableDiffusionPipeline(
-        vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet,
-        scheduler=model.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    model.pipeline.save_pretrained(folder, safe_serialization=True)
 
 
 def settings(name: str) -> DictConfig:
     """The sampling and erasure settings of a model: `configs/NAME.yaml`, else those of Stable Diffusion v1."""
     own = ROOT / "configs" / f"{name}.yaml"
-    return OmegaConf.load(own if own.is_file() else ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml")
+    return OmegaConf.load(own if own.is_file() else V1)

@@ -29,17 +29,17 @@ def schedule(model: TextToImage, steps: int):
 @torch.no_grad()
 def denoise(model: TextToImage, noise: torch.Tensor, embedding: torch.Tensor, blank: torch.Tensor, steps: int,
             guidance: float, stop: int | None = None) -> torch.Tensor:
-    """From noise (N, C, h, w) to clean latents under prompts `embedding` (N, tokens, d), by the model's own scheduler.
+    """From noise (N, C, h, w) to clean latents under prompts `embedding` (N, rows, d), by the model's own scheduler.
 
     The guided noise is `eps("") + guidance (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598). With `stop` only the
     first `stop` of the `steps` steps are taken, which leaves latents as noisy as the next step expects them.
     """
     scheduler = schedule(model, steps)
-    latents = noise.to(model.device, model.dtype) * scheduler.init_noise_sigma
-    both = torch.cat([blank.expand_as(embedding), embedding])  # (2N, tokens, d)
+    latents = noise.to(model.device) * scheduler.init_noise_sigma
+    both = torch.cat([blank.expand_as(embedding), embedding])  # (2N, rows, d)
     for step in scheduler.timesteps[:stop]:
         doubled = scheduler.scale_model_input(torch.cat([latents, latents]), step)
-        unconditional, conditional = model.predict_noise(doubled, step, both).chunk(2)
+        unconditional, conditional = model.predict(doubled, step, both).chunk(2)
         noise = unconditional + guidance * (conditional - unconditional)
         latents = scheduler.step(noise, step, latents).prev_sample
     return latents
@@ -48,7 +48,7 @@ def denoise(model: TextToImage, noise: torch.Tensor, embedding: torch.Tensor, bl
 def generate(model: TextToImage, wanted: Sequence[tuple[Case, int]], steps: int, guidance: float,
              batch: int) -> Iterator[tuple[Case, int, Image.Image]]:
     """Draw the wanted (case, n) pairs, `batch` at a time: the n-th image of each case's seed."""
-    blank = model.encode_prompt([""])
+    blank = model.encode_blank()
     known = {prompt: model.encode_prompt([prompt])[0] for prompt in dict.fromkeys(case.prompt for case, _ in wanted)}
     with tqdm(total=len(wanted), desc="images", unit="image") as bar:
         for start in range(0, len(wanted), batch):

@@ -204,6 +204,21 @@ class SeparableShift(WeightShift):
     def parameters(self) -> list[torch.Tensor]:
         return list(self.coefficients.values())
 
+    def cut(self, rank: int) -> SeparableShift:
+        """The shift with only its `rank` strongest directions, orthonormal, the strongest first: the right singular vectors
+        of all layers' dW, stacked. They are combinations of the shift's own, so that what is protected stays so."""
+        orthogonal, triangle = torch.linalg.qr(self.directions.T)  # S = triangle^T orthogonal^T
+        within = {name: weight.detach().cpu().double() @ (self.scale * triangle.T)
+                  for name, weight in self.coefficients.items()}  # dW = within orthogonal^T, (out, k)
+        stacked = torch.linalg.qr(torch.cat(list(within.values())), mode="r").R
+        strongest = torch.linalg.svd(stacked).Vh[:rank]  # (rank, k)
+        return SeparableShift({name: weight @ strongest.T for name, weight in within.items()},
+                              strongest @ orthogonal.T, 1.0, self.recipe | {"cut_to_rank": rank})
+
+    def factors(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """dW of a key or value layer as `up (out, k) @ down (k, d)`, float64."""
+        return self._weight(layer) * self.scale, self.directions
+
     @property
     def names(self) -> list[str]:
         return [f"{layer}.weight" for layer in self.coefficients]
@@ -273,17 +288,16 @@ class DenseShift(WeightShift):
         return cls({name.removeprefix("d."): value for name, value in tensors.items()}, recipe)
 
 
-def merge(unet: nn.Module, shifts: Sequence[WeightShift]) -> dict[str, torch.Tensor]:
-    """`W + sum of dW` for the parameters that any shift changes: summed in float64, rounded once. Nothing is changed."""
-    merged, changed = {}, {}
-    for shift in shifts:
-        for name in shift.names:
-            changed.setdefault(name, []).append(shift)
-    for name, those in changed.items():
-        weight = unet.get_parameter(name)
-        total = sum((shift.delta(name) for shift in those), weight.detach().cpu().double())
-        merged[name] = total.to(weight.device, weight.dtype)
-    return merged
+def added_to(weight: torch.Tensor, name: str, shifts: Sequence[WeightShift], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`W + sum of dW` of one parameter: summed in float64 and rounded once, to `dtype` or the weight's own."""
+    total = sum((shift.delta(name) for shift in shifts if name in shift.names), weight.detach().cpu().double())
+    return total.to(weight.device, dtype or weight.dtype)
+
+
+def merge(unet: nn.Module, shifts: Sequence[WeightShift], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """`W + sum of dW` for the parameters that any shift changes, by `added_to`. Nothing is changed."""
+    changed = dict.fromkeys(name for shift in shifts for name in shift.names)
+    return {name: added_to(unet.get_parameter(name), name, shifts, dtype) for name in changed}
 
 
 @contextmanager
@@ -309,3 +323,26 @@ def leaks(layers: Mapping[str, nn.Linear], shifts: Mapping[str, WeightShift],
                                  if f"{name}.weight" in changed))
             rows.append({"shift": label, "prompt": prompt, "leak": moved / base})
     return rows
+
+
+def rounded_leak(layers: Mapping[str, nn.Linear], merged: Mapping[str, torch.Tensor], embedding: torch.Tensor) -> float:
+    """How far merged weights, rounded as they are, move what one prompt's embedding (tokens, d) puts out, against the base
+    rounded likewise: `leaks` of all shifts together, with what rounding adds."""
+    seen = embedding.cpu().double()
+    base = moved = 0.0
+    for name, layer in layers.items():
+        weight = layer.weight.cpu()
+        base = math.hypot(base, (seen @ weight.double().T).norm().item())
+        if f"{name}.weight" in merged:
+            rounded = merged[f"{name}.weight"].cpu()
+            moved = math.hypot(moved, (seen @ (rounded.double() - weight.to(rounded.dtype).double()).T).norm().item())
+    return moved / base
+
+
+def lost(shift: WeightShift, cut: WeightShift, seen: torch.Tensor) -> float:
+    """The share of a shift's effect on the embeddings `seen` (tokens, d) that its `cut` lacks: |e (dW - dW_cut)^T| / |e dW^T|
+    over all layers."""
+    seen = seen.cpu().double()
+    whole = [shift.moved(name, seen) for name in shift.names]
+    left = [moved - cut.moved(name, seen) for name, moved in zip(shift.names, whole)]
+    return math.hypot(*(part.norm().item() for part in left)) / math.hypot(*(part.norm().item() for part in whole))

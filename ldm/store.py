@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.concepts import get_concept
+from ldm.concepts import CATEGORIES, get_concept
 from ldm.losses import METHODS
 from ldm.shift import WeightShift
 
@@ -56,9 +56,10 @@ class Store:
         for piece in filter(None, (piece.strip() for piece in text.split(","))):
             path = self.find_shift(get_concept(self.category, int(piece)).index) if piece.isdigit() else Path(piece)
             shift = WeightShift.load(path, "give an index such as 0, or the path of a shift file")
-            label = str(shift.recipe.get("erased_index", path.stem))
-            if shift.recipe.get("erase_cat", self.category) != self.category:
-                label = f"{shift.recipe['erase_cat']}{label}"
+            index, category = shift.recipe.get("erased_index"), shift.recipe.get("erase_cat", self.category)
+            if type(index) is not int or category not in CATEGORIES or shift.recipe.get("method", "SRS-ME") not in METHODS:
+                raise ValueError(f"{path} does not say which concept it erases, and by which method: make it again")
+            label = str(index) if category == self.category else f"{category}{index}"
             if label in shifts:
                 raise ValueError(f"--merge names the shift of {label} twice: name each once")
             shifts[label] = shift

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from omegaconf import OmegaConf
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.mini.captions import build_tokenizer
 from ldm.mini.train import Denoiser, assemble
@@ -31,12 +32,36 @@ TINY = OmegaConf.create({
 })
 
 
+def make_xl(folder: Path) -> Path:
+    """A tiny random Stable Diffusion XL: two text encoders, and a pooled embedding that goes to the U-Net too."""
+    torch.manual_seed(2)
+    tokenizer = build_tokenizer(folder / "tokenizer", 16)
+    given = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": tokenizer.eos_token_id,
+             "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "intermediate_size": 64,
+             "num_hidden_layers": 2, "num_attention_heads": 2}
+    unet = OmegaConf.to_container(TINY.unet) | {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+                                                 "projection_class_embeddings_input_dim": 6 * 8 + 32}
+    StableDiffusionXLPipeline(
+        vae=AutoencoderKL(**OmegaConf.to_container(TINY.vae)), text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=40, **given)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=56, projection_dim=32, **given)),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=UNet2DConditionModel(**unet),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1),
+    ).save_pretrained(folder)
+    return folder
+
+
 def make_model(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(folder / "tokenizer", 16)
     vae = AutoencoderKL(**OmegaConf.to_container(TINY.vae))
     assemble(TINY, vae, Denoiser(TINY, tokenizer), tokenizer, folder)
     return folder
+
+
+def compvis_config(model: Path, folder: Path) -> Path:
+    """A config that says that a checkpoint in CompVis' layout is made of the parts of `model`."""
+    OmegaConf.save({"components": str(model)}, folder / "tiny.yaml")
+    return folder / "tiny.yaml"
 
 
 @pytest.fixture(scope="session")

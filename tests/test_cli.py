@@ -224,8 +224,8 @@ def test_cuda_devices_without_cuda(script, solved):
             cli.parse_devices(wrong)
 
 
-def test_compvis_checkpoints_wait_for_a_later_version(script, flags):
-    is_error(script(SOLVE, *flags, "--erased_index", "0", "--ckpt_path", "sd.ckpt"), "--model")
+def test_a_compvis_checkpoint_that_is_not_there(script, flags):
+    is_error(script(SOLVE, *flags, "--erased_index", "0", "--ckpt_path", "sd.ckpt"), "no checkpoint sd.ckpt", "--ckpt_path")
 
 
 def test_wrong_flags_are_one_line(script):

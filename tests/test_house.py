@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LDM = sorted((ROOT / "ldm").rglob("*.py"))
 SCRIPTS = sorted([*(ROOT / "train-scripts").glob("*.py"), *(ROOT / "eval-scripts").glob("*.py")])
 # Bottom to top: a module imports only from lines above its own.
-ORDER = ["concepts", "images", "checkpoint", "model", "attention", "shift", "sampling", "latents", "losses", "store",
+ORDER = ["concepts", "images", "checkpoint", "model", "attention", "shift", "export", "sampling", "latents", "losses", "plan", "store",
          "training", "erasure", "metrics", "mini", "plots", "experiment", "scenes", "ablation", "cli", "cli_experiment"]
 
 

@@ -5,7 +5,10 @@ import torch.nn.functional as F
 from ldm.attention import kv_layers, score_differences
 from ldm.losses import (AnchorErasure, AttentionErasure, CorrelationErasure, JointErasure, NegativeGuidance,
                         SeparableErasure)
+from ldm.model import load
 from ldm.shift import SeparableShift, applied
+
+from conftest import CPU
 
 
 def srs_me(tiny, reg_beta=1e-3, prompt="VanGogh"):
@@ -153,6 +156,53 @@ def test_gradients_are_those_of_the_loss_and_reach_the_student_alone(tiny, build
         weight.data = base + sign * 1e-2 * direction
         sides.append(loss(latents, step).total.item())
     assert (sides[0] - sides[1]) / 2e-2 == pytest.approx(weight.grad.norm().item(), rel=0.05)
+
+
+LOSSES = {
+    "SRS-ME": lambda tiny: srs_me(tiny)[2],
+    "AbConcept": lambda tiny: AnchorErasure(tiny, *prompts(tiny, "VanGogh painting", "painting")),
+    "FMN": lambda tiny: AttentionErasure(tiny, *prompts(tiny, "VanGogh painting", "painting")),
+    "ESD": lambda tiny: NegativeGuidance(tiny, *prompts(tiny, "VanGogh painting", ""), 1.0),
+    "CiE": lambda tiny: CorrelationErasure(tiny, *prompts(tiny, "VanGogh", ""), 1e-3)}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_blocks_run_again_for_their_gradient_and_a_frozen_copy_change_nothing(tiny, name):
+    """Recomputed blocks must hold what is learnt, as in the first pass, though the pass is over when they run again."""
+    loss = LOSSES[name](tiny)
+    generator = torch.Generator().manual_seed(1)
+    for weight in loss.parameters():
+        weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+    latents, step = batch(tiny)
+
+    def result():
+        terms = loss(latents, step)
+        gradients = torch.autograd.grad(terms.total, loss.parameters(), allow_unused=True)
+        return terms.total.detach(), *(gradient for gradient in gradients if gradient is not None)
+
+    kept = result()
+    loss.checkpointing, loss.frozen = True, tiny.elsewhere(CPU)
+    assert loss.frozen.unet is not tiny.unet
+    again = result()
+    assert len(again) == len(kept) and all(torch.allclose(a, b, rtol=1e-5, atol=1e-9) for a, b in zip(again, kept))
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in tiny.unet.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_give_the_gradient_of_full_ones_to_float32_coefficients(tiny, tiny_path, dtype):
+    """In float16 a mean's gradient would vanish: of 1/N and r most is below its smallest number."""
+    half = load(tiny_path, CPU, dtype=dtype)
+    assert half.unet.dtype == dtype and half.text_encoder.dtype == torch.float32 and half.digest == tiny.digest
+    gradients = []
+    for model in (tiny, half):
+        torch.manual_seed(0)
+        _, shift, loss = srs_me(model, reg_beta=0.0)
+        latents, step = batch(model)
+        (1e-4 * loss(latents, step).total).backward()
+        assert all(weight.dtype == torch.float32 for weight in shift.parameters())
+        gradients.append(torch.cat([weight.grad.flatten() for weight in shift.parameters()]))
+    assert F.cosine_similarity(*gradients, dim=0) > 0.98
+    assert (gradients[1].norm() / gradients[0].norm()).item() == pytest.approx(1, abs=0.1)
 
 
 def test_joint_losses_are_balanced(tiny):

@@ -3,11 +3,13 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.model import load, save, settings
+from ldm.model import V1, folder_of, load, save, settings
+from ldm.sampling import denoise, first_noise
 
-from conftest import CPU
+from conftest import CPU, make_xl
 
 
 def test_it_is_the_diffusers_model(tiny, tiny_path):
@@ -47,14 +49,62 @@ def test_a_saved_model_is_the_same_model(tiny, tmp_path):
 def test_what_is_no_model_is_refused(tmp_path, tiny_path):
     with pytest.raises(ValueError, match="--model"):
         load(tmp_path / "none", CPU)
-    with pytest.raises(ValueError, match="single-file"):
+    with pytest.raises(ValueError, match="no checkpoint"):
         load(tmp_path / "model.ckpt", CPU)
-    copy = tmp_path / "velocity"
-    shutil.copytree(tiny_path, copy)
-    config = copy / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
-    with pytest.raises(ValueError, match="v_prediction"):
+    copy = reconfigured(tiny_path, tmp_path / "sample", "scheduler", "scheduler_config.json", prediction_type="sample")
+    with pytest.raises(ValueError, match="predicts 'sample'"):
         load(copy, CPU)
+
+
+def reconfigured(source, target, part, file, **changes):
+    """A copy of a model folder with other values in one of its configs."""
+    shutil.copytree(source, target)
+    config = target / part / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return target
+
+
+def test_a_model_of_velocities_predicts_noise_and_draws_as_its_pipeline(tiny_path, tmp_path):
+    """v = sqrt(a) eps - sqrt(1 - a) z_0 with z_t = sqrt(a) z_0 + sqrt(1 - a) eps: of the two, eps."""
+    model = load(reconfigured(tiny_path, tmp_path / "velocity", "scheduler", "scheduler_config.json",
+                              prediction_type="v_prediction"), CPU)
+    latents, step, prompt = torch.randn(1, *model.latent_shape), torch.tensor([400]), model.encode_prompt(["VanGogh"])
+    kept = model.scheduler.alphas_cumprod[400]
+    noise, velocity = model.predict_noise(latents, step, prompt), model.predict(latents, step, prompt)
+    clean = (latents - (1 - kept).sqrt() * noise) / kept.sqrt()
+    assert torch.allclose(kept.sqrt() * noise - (1 - kept).sqrt() * clean, velocity, atol=1e-5)
+    first = first_noise(model, 3, 1)
+    expected = model.pipeline("VanGogh", latents=first, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
+    assert torch.allclose(denoise(model, first, prompt, model.encode_blank(), 5, 3.0), expected, atol=1e-4)
+
+
+def test_xl_draws_as_its_pipeline_and_its_pooled_embedding_is_no_token(tmp_path):
+    model = load(make_xl(tmp_path / "xl"), CPU)
+    prompt, first = model.encode_prompt(["VanGogh"]), first_noise(model, 3, 1)
+    assert prompt.shape == (1, 17, 96) and model.tokens(prompt).shape == (1, 16, 96) and model.width == 96
+    assert prompt[0, 16, :32].abs().min() > 0 and not prompt[0, 16, 32:].any()
+    assert not model.encode_blank().any()  # XL's pipelines lead away from zeros
+    model.pipeline.set_progress_bar_config(disable=True)
+    expected = model.pipeline("VanGogh", latents=first, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
+    assert torch.allclose(denoise(model, first, prompt, model.encode_blank(), 5, 3.0), expected, atol=1e-4)
+
+
+def test_parts_that_are_not_needed_leave_and_come_back(tiny):
+    before = tiny.encode_prompt(["VanGogh"])
+    tiny.park()
+    assert torch.equal(tiny.encode_prompt(["VanGogh"]), before)
+
+
+def test_stable_diffusion_v1s_configs_and_tokenizer_are_here():
+    folder = folder_of("sd-v1-4.ckpt", V1)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    ids = tokenizer("a photo of an astronaut riding a horse on mars", padding="max_length", truncation=True).input_ids
+    assert ids[:12] == [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496, 49407] and ids[12:] == [49407] * 65
+    with torch.device("meta"):
+        parts = (CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
+                 UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
+                 AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")))
+    assert [sum(weight.numel() for weight in part.parameters()) for part in parts] == [123060480, 859520964, 83653863]
 
 
 def test_settings_go_by_name_and_fall_back_to_stable_diffusion():

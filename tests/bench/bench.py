@@ -15,7 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ldm import cli
-from ldm.attention import added, kv_layers
+from ldm.attention import kv_layers
 from ldm.concepts import ROOT
 from ldm.images import Case
 from ldm.latents import noisy
@@ -96,13 +96,12 @@ def main() -> None:
         loss(latents, step).total.backward()
 
     frozen = copy.deepcopy(model.unet)
-    extra = loss.extra()
 
     def original():
         for z, t in zip(latents.split(1), step.split(1)):
             with torch.no_grad():
                 old = frozen(z, t, concept).sample - frozen(z, t, blank).sample
-            with added(layers, extra):
+            with loss.active():
                 new = model.predict_noise(z, t, concept) - model.predict_noise(z, t, blank)
             (new * old).mean().backward()
 

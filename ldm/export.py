@@ -1,0 +1,137 @@
+"""Shifts as what other programs read: merged weights in three layouts, or one LoRA a concept in two."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from diffusers.utils import convert_state_dict_to_kohya
+from safetensors.torch import save_file
+from torch import nn
+
+from ldm.attention import kv_layers, swapped
+from ldm.checkpoint import EMA, open_checkpoint, to_compvis
+from ldm.model import TextToImage, save
+from ldm.shift import DenseShift, SeparableShift, WeightShift, added_to, leaks, lost, merge
+
+Weights = dict[str, torch.Tensor]
+
+
+def _merged(model: TextToImage, shifts: Sequence[WeightShift], dtype: torch.dtype):
+    """A scope in which the model holds the merged weights, and all else, rounded to `dtype`: nothing is rounded twice."""
+    weights = merge(model.unet, shifts, dtype)
+    model.to(dtype)
+    return swapped(model.unet, {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()})
+
+
+def as_diffusers(model: TextToImage, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
+    """A whole model, for `DiffusionPipeline.from_pretrained`."""
+    with _merged(model, list(shifts.values()), dtype):
+        save(model, folder)
+
+
+def as_unet(model: TextToImage, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
+    """The U-Net alone, for `UNet2DConditionModel.from_pretrained`, or to load its one file as a state dict."""
+    with _merged(model, list(shifts.values()), dtype):
+        model.unet.save_pretrained(folder, safe_serialization=True)
+
+
+def as_compvis(model: TextToImage, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
+    """A checkpoint in CompVis' layout: the original one with only the changed weights changed, and of the same kind of file;
+    of a diffusers folder, a .safetensors. A checkpoint's moving averages (EMA) are changed as its weights are.
+
+    Raises ValueError for a folder whose text encoder CompVis' version 1 does not have.
+    """
+    if model.checkpoint:
+        tensors = open_checkpoint(model.checkpoint)
+        names = convert_ldm_unet_checkpoint({name: name for name in tensors}, model.unet.config)  # by diffusers' own rules
+        for changed in dict.fromkeys(name for shift in shifts.values() for name in shift.names):
+            averaged = EMA + names[changed].removeprefix("model.").replace(".", "")
+            for name in (names[changed], averaged):
+                if name in tensors:
+                    tensors[name] = added_to(tensors[name], changed, list(shifts.values()))
+        if dtype != torch.float32:
+            tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+    else:
+        encoder = model.text_encoder
+        if type(model.pipeline) is not StableDiffusionPipeline or encoder.config.hidden_act != "quick_gelu":
+            raise ValueError(f"{model.name} is not laid out as Stable Diffusion v1, whose checkpoint alone can be made from a folder: "
+                             "pass its original checkpoint, or choose another --format")
+        with _merged(model, list(shifts.values()), dtype):
+            tensors = to_compvis(model.unet.state_dict(), model.vae.state_dict(), encoder.state_dict())
+    path = folder / f"model{model.checkpoint.suffix if model.checkpoint else '.safetensors'}"
+    if path.suffix == ".safetensors":
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
+    else:
+        torch.save({"state_dict": tensors}, path)
+
+
+def as_lora(model: TextToImage, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
+    """One LoRA a concept, for `load_lora_weights` of a diffusers pipeline: at strength 1 the concept is erased."""
+    for label, shift in shifts.items():
+        type(model.pipeline).save_lora_weights(folder, unet_lora_layers=_lora(shift, dtype), weight_name=_file_name(label, shift))
+
+
+def as_kohya(model: TextToImage, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
+    """Likewise, with the keys that ComfyUI and A1111 read; alpha is the rank, so that strength 1 is the erasure."""
+    for label, shift in shifts.items():
+        layers = {f"unet.{name}": value for name, value in _lora(shift, dtype).items()}
+        made = {name: value.to(dtype).contiguous() for name, value in convert_state_dict_to_kohya(layers).items()}
+        save_file(made, folder / _file_name(label, shift), metadata={"format": "pt"})
+
+
+def _lora(shift: WeightShift, dtype: torch.dtype) -> Weights:
+    if not isinstance(shift, SeparableShift):
+        raise ValueError(f"{shift.path} changes whole weights, which no LoRA holds: choose --format compvis, diffusers or unet")
+    made = {}
+    for name in shift.names:
+        layer = name.removesuffix(".weight")
+        up, down = shift.factors(layer)
+        for part, factor in (("lora_A", down), ("lora_B", up)):
+            made[f"{layer}.{part}.weight"] = factor.to(dtype).clone(memory_format=torch.contiguous_format)
+    return made
+
+
+def _file_name(label: str, shift: WeightShift) -> str:
+    """Such as 3-Jackson-Pollock.safetensors; nothing in a shift's recipe leads out of the folder."""
+    return re.sub(r"\W+", "-", f"{label}-{shift.recipe.get('concept', 'shift')}") + ".safetensors"
+
+
+def cut(model: TextToImage, shifts: Mapping[str, WeightShift], rank: int | str, share: float,
+        dtype: torch.dtype) -> tuple[dict[str, WeightShift], list[dict]]:
+    """The shifts at `rank`, or at the lowest with `share` of their effect on the concept's own prompts ("auto"), and a row
+    about each: its rank, the share that it lost (`lost`), the most that it moves what it protects, and its size as a LoRA
+    in `dtype`. Raises ValueError for shifts that have no rank, or a share outside (0, 1]."""
+    if not 0 < share <= 1:
+        raise ValueError(f"--share {share} is outside (0, 1]: give a part of the effect, such as 0.85")
+    made, rows = {}, []
+    for label, shift in shifts.items():
+        if not isinstance(shift, SeparableShift):
+            raise ValueError(f"{shift.path} changes whole weights and has no rank: leave --rank out, and choose --format compvis, "
+                             "diffusers or unet")
+        recipe = shift.recipe
+        own = model.tokens(model.encode_prompt([recipe["prompt"], *recipe["captions"]])).flatten(0, 1)
+        protected = {prompt: model.tokens(model.encode_prompt([prompt]))[0] for prompt in recipe["protected"]}
+        most = len(shift.directions)
+        for k in range(1, most + 1) if rank == "auto" else [min(rank, most)]:
+            few = shift.cut(k)
+            missing = lost(shift, few, own)
+            if missing <= 1 - share:
+                break
+        made[label] = few
+        tensors = _lora(few, dtype)
+        rounded = DenseShift({name: tensors[f"{layer}.lora_B.weight"].double() @ tensors[f"{layer}.lora_A.weight"].double()
+                              for name in few.names for layer in [name.removesuffix(".weight")]})
+        rows.append({"concept": recipe["concept"], "rank": len(few.directions), "of": most, "effect lost": missing,
+                     "moves protected": max(row["leak"] for row in leaks(kv_layers(model.unet), {"": rounded}, protected)),
+                     "KB": sum(value.numel() * value.element_size() for value in tensors.values()) / 1000})
+    return made, rows
+
+
+FORMATS: dict[str, Callable[[TextToImage, Mapping[str, WeightShift], Path, torch.dtype], None]] = {
+    "compvis": as_compvis, "lora": as_lora, "kohya": as_kohya, "unet": as_unet, "diffusers": as_diffusers}
+LORAS = ("lora", "kohya")
