@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -121,7 +122,8 @@ def open_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            with callbacks_ignored():
+            with callbacks_ignored(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 content = torch.load(path, map_location=torch.get_default_device(), weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError, LookupError,
             AttributeError, TypeError) as error:

@@ -114,6 +114,9 @@ def cut(model: TextToImage, shifts: Mapping[str, WeightShift], rank: int | str, 
             raise ValueError(f"{shift.path} changes whole weights and has no rank: leave --rank out, and choose --format compvis, "
                              "diffusers or unet")
         recipe = shift.recipe
+        said = [recipe.get("prompt"), *recipe.get("captions", [None]), *recipe.get("protected", [None])]
+        if not all(isinstance(prompt, str) for prompt in said):
+            raise ValueError(f"{shift.path} does not say what it erases and protects: make it again with {recipe.get('made_by')}")
         own = model.tokens(model.encode_prompt([recipe["prompt"], *recipe["captions"]])).flatten(0, 1)
         protected = {prompt: model.tokens(model.encode_prompt([prompt]))[0] for prompt in recipe["protected"]}
         most = len(shift.directions)

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline,
 from diffusers.utils import logging as diffusers_logging
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 from yaml import YAMLError
@@ -194,6 +194,8 @@ def load(source: str | Path, device: torch.device, config: str | Path | None = N
     """
     quiet()
     single = Path(source).suffix in CHECKPOINTS
+    if single:
+        open_checkpoint(Path(source))  # refuses what would run code, before anything else looks at it
     try:
         pipeline = _from_checkpoint(Path(source), config) if single else _from_folder(source)
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
@@ -225,7 +227,10 @@ def names(source: str | Path, config: str | Path | None = None) -> tuple[str, st
     if not path.is_dir():
         return (str(source).replace("/", "--"),) * 2
     recipe, name = path / RECIPE, path.resolve().name
-    return name, Path(json.loads(recipe.read_text()).get("base", name)).name if recipe.is_file() else name
+    try:
+        return name, Path(json.loads(recipe.read_text()).get("base", name)).name if recipe.is_file() else name
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{recipe} is not what Merge_model.py writes: remove it, or merge again") from error
 
 
 def folder_of(source: str | Path, config: str | Path | None = None) -> Path:
@@ -254,12 +259,23 @@ def _from_folder(source: str | Path) -> DiffusionPipeline:
     foreign = [name for name, (library, _) in ours.items() if library not in ("diffusers", "transformers")]
     if foreign:
         raise ValueError(f"its {foreign[0]} asks for code from outside diffusers and transformers, which is not run")
-    unused = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
-    return kind.from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True, **unused)
+    given = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
+    if (weights := folder / "unet" / "diffusion_pytorch_model.safetensors").is_file():
+        given["unet"] = _read_unet(folder, weights)
+    return kind.from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True, **given)
+
+
+def _read_unet(folder: Path, weights: Path) -> UNet2DConditionModel:
+    """The U-Net, read tensor by tensor. Mapped from the file, as diffusers reads it, it would stay in memory twice until it is
+    wholly rounded or laid out anew."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(folder), subfolder="unet"))
+    with safe_open(weights, framework="pt", backend="pread") as opened:
+        unet.load_state_dict({name: opened.get_tensor(name).float() for name in opened.keys()}, assign=True)
+    return unet
 
 
 def _from_checkpoint(path: Path, config: str | Path | None) -> StableDiffusionPipeline:
-    open_checkpoint(path)  # refuses what would run code before anything else looks at it
     with callbacks_ignored():
         return StableDiffusionPipeline.from_single_file(
             str(path), config=str(folder_of(path, config)), local_files_only=True, dtype=torch.float32, safety_checker=None,

@@ -228,6 +228,47 @@ def test_a_compvis_checkpoint_that_is_not_there(script, flags):
     is_error(script(SOLVE, *flags, "--erased_index", "0", "--ckpt_path", "sd.ckpt"), "no checkpoint sd.ckpt", "--ckpt_path")
 
 
+def test_memory_is_foreseen_and_running_out_of_it_ends_in_the_same_table(script, flags, solved, monkeypatch):
+    code, plan, _ = script(ERASE, *flags, "--plan", "--devices", "cpu")
+    assert code == 0 and "| bfloat16 | yes |" in plan and "<-" in plan
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cli, "make_shifts", full)
+    result = script(ERASE, *solved)
+    is_error(result, "out of memory", "--gradient_checkpointing")
+    assert result[1].splitlines()[1] == plan.splitlines()[1] and "| bfloat16 | yes |" in result[1]
+    is_error(script(ERASE, "--plan", "--model", "nothing/here"), "--model")
+
+
+def test_an_erasure_in_half_precision_with_little_memory_and_a_second_device(script, flags, solved, tmp_path):
+    at = solved.index("--devices")
+    given = [*solved[:at], "--devices", "cpu,cpu", *solved[at + 2:], "--dtype", "bfloat16", "--gradient_checkpointing"]
+    assert script(ERASE, *given)[0] == 0
+    path = next(tmp_path.rglob("shift-1.safetensors"))
+    shift = WeightShift.load(path)
+    assert shift.recipe["dtype"] == "torch.bfloat16" and all(value.dtype == torch.float32 for value in shift.coefficients.values())
+    assert "there already" in script(ERASE, *given)[1]
+    assert "there already" not in script(ERASE, *solved)[1]  # in float32 it is another
+    assert script(DRAW, *flags, "--merge", "1", "--prompts_path", tmp_path / "none.csv", "--save_path", tmp_path)[0] == 2
+
+
+def test_formats_are_written_side_by_side_and_ranks_are_reported(script, flags, solved, tmp_path):
+    assert script(ERASE, *solved)[0] == 0
+    merge = [*flags, "--merge", "1", "--save_path", tmp_path / "merged", "--format"]
+    code, out, _ = script(MERGE, *merge, "diffusers,kohya,unet,compvis,lora", "--dtype", "float16")
+    assert code == 0 and "all, in float16" in out and "effect lost" in out
+    made = sorted(path.name for path in (tmp_path / "merged").iterdir())
+    assert made == ["tiny-1", "tiny-1-compvis", "tiny-1-kohya", "tiny-1-lora", "tiny-1-unet"]
+    assert load(tmp_path / "merged" / "tiny-1", CPU).digest != load(flags[1], CPU).digest
+    assert "| VanGogh | 2 |" in script(MERGE, *merge[:-2], tmp_path / "two", "--format", "lora", "--rank", "2")[1]
+    is_error(script(MERGE, *merge, "onnx"), "onnx", "compvis")
+    is_error(script(MERGE, *merge, "lora", "--rank", "0"), "whole number from 1")
+    is_error(script(MERGE, *merge, "lora", "--share", "2"), "--share 2.0")
+    is_error(script(MERGE, *merge, "lora"), "another run", "--save_path")
+
+
 def test_wrong_flags_are_one_line(script):
     is_error(script(SOLVE), "--erased_index")
     is_error(script(DRAW, "--num_samples", "0", "--prompts_path", "a", "--save_path", "b"), "whole number from 1")
