@@ -20,6 +20,13 @@ RECIPE = "recipe.json"  # in a folder: what made it
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
+def _readable(path: Path) -> None:
+    """Give a file the permissions of any new one: tempfile and safetensors make theirs for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, which becomes `path` when the block ends well and vanishes otherwise."""
@@ -30,9 +37,7 @@ def atomic(path: Path) -> Iterator[Path]:
     partial = Path(name)
     try:
         yield partial
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)
+        _readable(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -47,6 +52,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         new, old = Path(partial) / "new", Path(partial) / "old"
         new.mkdir()
         yield new
+        for part in new.rglob("*"):
+            if part.is_file():
+                _readable(part)
         if path.exists():
             path.rename(old)
         new.rename(path)

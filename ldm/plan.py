@@ -24,7 +24,7 @@ from ldm.shift import SeparableShift
 
 GIB = 2 ** 30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # and float16 as bfloat16
-_LIBRARIES = 0.7  # GiB that Python and torch, or a CUDA context, take for themselves
+_LIBRARIES, _CONTEXT = 1.2, 0.6  # GiB that Python and its libraries take for themselves, and what CUDA takes on a GPU
 
 
 class _Held(TorchDispatchMode):
@@ -115,7 +115,7 @@ def plan(folder: Path, device: torch.device, batch: int, directions: int | None)
         width = unet.config.cross_attention_dim
         step = step_memory(unet, batch, tokens, min(directions or width, width), checkpointing, 512 if on_gpu else 64)
         rows.append({"dtype": dtype, "gradient checkpointing": "yes" if checkpointing else "no", "weights": weights / GIB,
-                     "step": step / GIB, "peak": max(weights + step, loading) / GIB + _LIBRARIES})
+                     "step": step / GIB, "peak": max(weights + step, loading) / GIB + (_CONTEXT if on_gpu else _LIBRARIES)})
     table = pd.DataFrame(rows)
     fits = table["peak"] <= 0.9 * total_memory(device) / GIB
     table["choice"] = ""

@@ -22,6 +22,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_what_is_written_can_be_read_by_all_who_may_read_new_files(tmp_path):
+    (tmp_path / "new").touch()
+    with atomic(tmp_path / "file"), atomic_folder(tmp_path / "folder") as partial:
+        (partial / "inner").touch(mode=0o600)
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "folder" / "inner").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_a_failed_folder_leaves_the_old_one_and_a_good_one_replaces_it(tmp_path):
     path = tmp_path / "kept"
     with atomic_folder(path) as partial:

@@ -101,7 +101,7 @@ def main() -> None:
                 "--seed", len(rows)]))
         rows.append(measured(f"{name}: five formats", [
             SCRIPTS / "Merge_model.py", *kept, "--merge", "1", "--format", "compvis,diffusers,unet,lora,kohya", "--dtype", "float16",
-            "--save_path", args.work / "merged"]))
+            "--save_path", args.work / "merged" / name]))
     baseline = measured("the original's way", [__file__, args.work, "--part", "original"])
     table = pd.DataFrame([*rows, baseline])
     table["times the original"] = table["peak GiB"] / baseline["peak GiB"]
