@@ -95,7 +95,8 @@ def main() -> None:
     for name, model in (("folder", ["--model", args.work / "sd"]), ("checkpoint", ["--ckpt_path", args.work / "sd.ckpt", "--config_path", V1])):
         kept = [*model, "--shifts_path", args.work / "shifts"]
         rows.append(measured(f"{name}: solution", [SCRIPTS / "SRSME_Solution.py", *kept, "--erased_index", "1", "--em_indexes", "2"]))
-        for flags in ([], ["--dtype", "bfloat16"], ["--dtype", "bfloat16", "--gradient_checkpointing"])[:3 if name == "folder" else 1]:
+        choices = ([], ["--gradient_checkpointing"], ["--dtype", "bfloat16"], ["--dtype", "bfloat16", "--gradient_checkpointing"])
+        for flags in choices if name == "folder" else choices[:1]:
             rows.append(measured(" ".join([f"{name}: three steps", *flags]), [
                 SCRIPTS / "SRS_ME.py", *kept, "--erased_index", "1", "--iter_break", "3", "--data_path", args.work / "data", *flags,
                 "--seed", len(rows)]))
