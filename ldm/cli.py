@@ -107,7 +107,7 @@ def erase(args: Namespace, method: str) -> None:
     """Run a method on the concepts of --erased_index, and print what it took."""
     concepts, devices = parse_erased(args.erased_index, args.erase_cat), parse_devices(args.devices)
     effort = Effort(devices[1] if len(devices) > 1 else None, args.gradient_checkpointing)
-    model = load_model(args, devices[0])
+    model = load_model(args, devices[0], getattr(args, "dtype", "float32"))  # which SRS_ME.py alone asks for
     given = given_settings(args, model.base, method)
     rows = make_shifts(model, store(args, model.name, method), concepts, given, args.data_path, effort)
     if rows:
@@ -218,9 +218,9 @@ def methods_settings(base: str, changes: list[str]) -> dict[str, dict]:
     return given
 
 
-def load_model(args: Namespace, device: torch.device) -> TextToImage:
-    """The model that --ckpt_path (with --config_path) or --model names, its U-Net in --dtype where there is that flag."""
-    return load(args.ckpt_path or args.model, device, args.config_path, DTYPES[getattr(args, "dtype", None) or "float32"])
+def load_model(args: Namespace, device: torch.device, dtype: str = "float32") -> TextToImage:
+    """The model that --ckpt_path (with --config_path) or --model names, its U-Net in `dtype`."""
+    return load(args.ckpt_path or args.model, device, args.config_path, DTYPES[dtype])
 
 
 def fill(args: Namespace, settings) -> None:

@@ -112,8 +112,7 @@ def _learn(model: TextToImage, store: Store, concepts: Sequence[Concept], given:
         loss, batch = losses[0], batches[0]
     protected = {concept.index: bases[concept.index].recipe["protected"] if concept.index in bases else ["", *watermarks()]
                  for concept in concepts}
-    seen = {prompt: model.tokens(model.encode_prompt([prompt]))[0]
-            for concept in concepts for prompt in (concept.prompt, *protected[concept.index])}
+    seen = model.seen(dict.fromkeys(prompt for concept in concepts for prompt in (concept.prompt, *protected[concept.index])))
     model.park()
     start = time.perf_counter()
     curve = learn(loss, batch, given["lr"], given["iter_break"], given.get("threshold"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -16,28 +17,26 @@ from torch import nn
 from ldm.attention import kv_layers, swapped
 from ldm.checkpoint import EMA, open_checkpoint, to_compvis
 from ldm.model import TextToImage, save
-from ldm.shift import DenseShift, SeparableShift, WeightShift, added_to, leaks, lost, merge
+from ldm.shift import DenseShift, SeparableShift, WeightShift, added_to, leaks, lost
 
 Weights = dict[str, torch.Tensor]
 
 
-def _merged(model: TextToImage, shifts: Sequence[WeightShift], dtype: torch.dtype):
-    """A scope in which the model holds the merged weights, and all else, rounded to `dtype`: nothing is rounded twice."""
-    weights = merge(model.unet, shifts, dtype)
+def holding(model: TextToImage, weights: Weights, dtype: torch.dtype) -> AbstractContextManager:
+    """A scope in which the model holds merged `weights`, and all else rounded to `dtype`: what is merged must be merged before,
+    so that nothing is rounded twice. All formats are written within it."""
     model.to(dtype)
     return swapped(model.unet, {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()})
 
 
 def as_diffusers(model: TextToImage, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
     """A whole model, for `DiffusionPipeline.from_pretrained`."""
-    with _merged(model, list(shifts.values()), dtype):
-        save(model, folder)
+    save(model, folder)
 
 
 def as_unet(model: TextToImage, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
     """The U-Net alone, for `UNet2DConditionModel.from_pretrained`, or to load its one file as a state dict."""
-    with _merged(model, list(shifts.values()), dtype):
-        model.unet.save_pretrained(folder, safe_serialization=True)
+    model.unet.save_pretrained(folder, safe_serialization=True)
 
 
 def as_compvis(model: TextToImage, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
@@ -61,8 +60,7 @@ def as_compvis(model: TextToImage, shifts: Mapping[str, WeightShift], folder: Pa
         if type(model.pipeline) is not StableDiffusionPipeline or encoder.config.hidden_act != "quick_gelu":
             raise ValueError(f"{model.name} is not laid out as Stable Diffusion v1, whose checkpoint alone can be made from a folder: "
                              "pass its original checkpoint, or choose another --format")
-        with _merged(model, list(shifts.values()), dtype):
-            tensors = to_compvis(model.unet.state_dict(), model.vae.state_dict(), encoder.state_dict())
+        tensors = to_compvis(model.unet.state_dict(), model.vae.state_dict(), encoder.state_dict())
     path = folder / f"model{model.checkpoint.suffix if model.checkpoint else '.safetensors'}"
     if path.suffix == ".safetensors":
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
@@ -118,7 +116,7 @@ def cut(model: TextToImage, shifts: Mapping[str, WeightShift], rank: int | str, 
         if not all(isinstance(prompt, str) for prompt in said):
             raise ValueError(f"{shift.path} does not say what it erases and protects: make it again with {recipe.get('made_by')}")
         own = model.tokens(model.encode_prompt([recipe["prompt"], *recipe["captions"]])).flatten(0, 1)
-        protected = {prompt: model.tokens(model.encode_prompt([prompt]))[0] for prompt in recipe["protected"]}
+        protected = model.seen(recipe["protected"])
         most = len(shift.directions)
         for k in range(1, most + 1) if rank == "auto" else [min(rank, most)]:
             few = shift.cut(k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,6 +134,10 @@ class TextToImage:
     def tokens(self, embedding: torch.Tensor) -> torch.Tensor:
         """The rows of embeddings (..., rows, d) that the cross-attention layers see: all but XL's pooled one."""
         return embedding[..., :-1, :] if self._pooled else embedding
+
+    def seen(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
+        """What the cross-attention layers see of each prompt, (tokens, d)."""
+        return {prompt: self.tokens(self.encode_prompt([prompt]))[0] for prompt in prompts}
 
     @torch.no_grad()
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:

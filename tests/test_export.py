@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.attention import kv_layers
 from ldm.checkpoint import open_checkpoint, to_compvis, unet_to_compvis
-from ldm.export import FORMATS, cut
+from ldm.export import FORMATS, cut, holding
 from ldm.model import load
 from ldm.shift import DenseShift, NullSpaceBasis, SeparableShift, applied, lost, merge, rounded_leak
 
@@ -63,11 +63,32 @@ def close(pictures: torch.Tensor, wanted: torch.Tensor, base: torch.Tensor) -> b
     return (pictures - wanted).abs().max() <= 2
 
 
+def write_merged(model, shifts, folder, dtype) -> dict[str, torch.Tensor]:
+    """All layouts of merged weights, one after the other as the script writes them; returns what was merged."""
+    merged = merge(model.unet, list(shifts.values()), dtype)
+    for kind in ("diffusers", "unet", "compvis"):
+        (folder / kind).mkdir()
+        with holding(model, merged, dtype):
+            FORMATS[kind](model, shifts, folder / kind, dtype)
+    return merged
+
+
+def test_merged_weights_are_rounded_once_in_every_layout(tiny, shifts, tmp_path):
+    for layer in kv_layers(tiny.unet).values():
+        layer.weight.data *= 1.0001  # the tiny model's own weights are float16 numbers, which rounding leaves alone
+    merged = write_merged(tiny, shifts, tmp_path, torch.float16)
+    twice = merge(tiny.unet, list(shifts.values()))  # the base has been rounded by now
+    assert any(not torch.equal(twice[name], weight) for name, weight in merged.items())
+    names = unet_to_compvis(tiny.unet.state_dict())
+    for kind, file in (("diffusers", "unet/diffusion_pytorch_model.safetensors"), ("unet", "diffusion_pytorch_model.safetensors"),
+                       ("compvis", "model.safetensors")):
+        written = load_file(tmp_path / kind / file)
+        assert all(torch.equal(written[names[name] if kind == "compvis" else name], weight) for name, weight in merged.items())
+
+
 def test_whole_models_draw_what_the_merged_model_draws(tiny_path, shifts, tmp_path):
     base, wanted = expected(tiny_path, shifts)
-    for kind in ("diffusers", "unet", "compvis"):
-        (tmp_path / kind).mkdir()
-        FORMATS[kind](load(tiny_path, CPU), shifts, tmp_path / kind, torch.float32)
+    write_merged(load(tiny_path, CPU), shifts, tmp_path, torch.float32)
     assert close(draw(diffusers_pipeline(tmp_path / "diffusers")), wanted, base)
     pipeline = diffusers_pipeline(tiny_path)
     pipeline.unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ldm import cli
 from ldm.attention import kv_layers
 from ldm.concepts import ROOT, load_concepts
-from ldm.export import FORMATS, LORAS, cut
+from ldm.export import FORMATS, LORAS, cut, holding
 from ldm.images import RECIPE, atomic_folder, check_recipe, write_json
 from ldm.metrics.compare import to_markdown
 from ldm.shift import leaks, merge, rounded_leak
@@ -34,7 +34,6 @@ def main() -> None:
     cli.add_device(parser)
     args = parser.parse_args()
     dtype, loras = cli.DTYPES[args.dtype], [name for name in args.format if name in LORAS]
-    args.dtype = None  # the model is loaded in float32 and rounded once
     model = cli.load_model(args, cli.parse_devices(args.device)[0])
     shifts, name = cli.store(args, model.name, args.method).load_merge(args.merge)
     if not shifts:
@@ -45,12 +44,11 @@ def main() -> None:
     if loras or args.rank:
         few, report = cut(model, shifts, args.rank or "auto", args.share, dtype)
     layers = kv_layers(model.unet)
-    prompts = {prompt: model.tokens(model.encode_prompt([prompt]))[0]
-               for prompt in ["", *(concept.prompt for concept in load_concepts(args.erase_cat))]}
+    prompts = model.seen(["", *(concept.prompt for concept in load_concepts(args.erase_cat))])
     whole = few if args.rank else shifts
     table = pd.DataFrame(leaks(layers, whole, prompts)).pivot(index="prompt", columns="shift", values="leak").loc[list(prompts)]
-    rounded = merge(model.unet, list(whole.values()), dtype)
-    table[f"all, in {str(dtype).removeprefix('torch.')}"] = [rounded_leak(layers, rounded, seen) for seen in prompts.values()]
+    merged = merge(model.unet, list(whole.values()), dtype)
+    table[f"all, in {str(dtype).removeprefix('torch.')}"] = [rounded_leak(layers, merged, seen) for seen in prompts.values()]
     targets = []
     for kind in tqdm(args.format, desc="write", unit="format"):
         used = few if kind in LORAS else whole
@@ -61,7 +59,7 @@ def main() -> None:
             recipe["dtype"] = str(dtype)
         check_recipe(target, recipe)
         if not target.exists():
-            with atomic_folder(target) as partial:
+            with atomic_folder(target) as partial, holding(model, merged, dtype):
                 FORMATS[kind](model, used, partial, dtype)
                 write_json(partial / RECIPE, recipe)
         targets.append(target)
