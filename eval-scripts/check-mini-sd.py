@@ -33,8 +33,8 @@ def main() -> None:
     device = cli.parse_devices(args.device)[0]
     model = cli.load_model(args, device)
     cli.fill(args, settings(model.base).sampling)
-    seed = settings(model.base).get("seed")
-    if seed is None:
+    own = settings(model.base)
+    if "world" not in own:
         raise ValueError(f"{args.model} was not made by train-mini-sd.py: pass --model a folder that it wrote")
 
     def draw(name: str) -> Path:
@@ -62,7 +62,7 @@ def main() -> None:
     table = pd.DataFrame(rows, columns=["watermark", "psnr", "lpips"]).groupby("watermark", sort=False)
     print(to_markdown(table.agg(least_psnr=("psnr", "min"), mean_psnr=("psnr", "mean"), mean_lpips=("lpips", "mean")).reset_index()))
 
-    psnr = reconstruction_psnr(model.vae, paint_world(args.held_out, seed + 1)[0])  # training's pictures are the seed's
+    psnr = reconstruction_psnr(model.vae, paint_world(args.held_out, own.seed + 1, own.world.shares)[0])  # training's pictures are the seed's
     print(f"\nautoencoder on {args.held_out} held-out pictures: {psnr.mean():.2f} dB PSNR on average, "
           f"{-10 * (10 ** (-psnr / 10)).mean().log10():.2f} dB of all pixels together")
 

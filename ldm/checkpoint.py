@@ -77,6 +77,13 @@ def recipe_of(path: Path, kind: str) -> dict:
         return {}
 
 
+def check_base(recipe: Mapping, digest: str, path: Path | str) -> None:
+    """Raises ValueError unless a file's recipe says that it was made for the base model with that digest."""
+    if recipe.get("base_digest") != digest:
+        raise ValueError(f"{path} was made for another base model ({recipe.get('base', 'unknown')}, digest "
+                         f"{str(recipe.get('base_digest'))[:12]}, not {digest[:12]}): pass --model that one, or make it again")
+
+
 def tensor_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over names, shapes and values in half precision, so that a model and its fp16 copy are one base."""
     digest = hashlib.sha256()

@@ -75,28 +75,54 @@ def add_merge(parser: Parser, required: bool = False) -> None:
     parser.add_argument("--method", choices=METHODS, default="SRS-ME", help="whose shifts the indexes mean")
 
 
+def positive(text: str) -> int:
+    """argparse type: a whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
+    return int(text)
+
+
+def from_zero(text: str) -> int:
+    """argparse type: a whole number from 0."""
+    return 0 if text == "0" else positive(text)
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """argparse type: one of `names`."""
+    def chosen(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(names)}")
+        return text
+    return chosen
+
+
 # A method's settings that are flags of its script; where one is left out, the model's config gives the value.
 SETTINGS = {
-    "lr": (float, "Adam's rate"), "iter_break": (None, "most steps"), "batch_size": (None, "latents a step"),
+    "lr": (float, "Adam's rate"), "iter_break": (from_zero, "most steps; 0 stops at the closed form, and needs no pictures"),
+    "batch_size": (positive, "latents a step"),
     "scale_factor": (float, "beta, the basis' scale"), "reg_beta": (float, "weight of |dW|_1"),
     "threshold": (float, "stop when the momentum of the correlation falls to it"),
-    "max_base": (None, "most basis vectors, those that the concept reaches most"),
-    "templates": (int, "caption templates to erase beside the bare name"),
+    "max_base": (positive, "most basis vectors, those that the concept reaches most"),
+    "templates": (from_zero, "caption templates to erase beside the bare name"),
+    "init": (one_of("closed-form", "zero"), "what to start from: the closed form, which gives the concept its anchor's keys and "
+             "values, or zero"),
+    "ridge": (float, "weight of |dW|^2 in the closed form, relative to how far the concept reaches"),
+    "anchor": (one_of("blank", "template"), "what the closed form makes of the concept: the blank prompt, or its category's anchor"),
     "train_method": (str, f"which weights to train: {', '.join(TRAIN_METHODS)}"),
     "start_guidance": (float, "guidance with which the training latents are drawn"),
     "negative_guidance": (float, "eta, how far to turn away from the concept"),
-    "ddim_steps": (None, "sampler steps of the training latents")}
+    "ddim_steps": (positive, "sampler steps of the training latents")}
 
 
 def add_erasure(parser: Parser, *flags: str) -> None:
     """What every erasure takes, and those of a method's settings that `flags` names."""
     add_model(parser)
     add_category(parser)
-    parser.add_argument("--erased_index", default="", help="concepts to erase, such as 0 or 0,1,2")
+    parser.add_argument("--erased_index", default="", help="concepts to erase, such as 0, 0,1,2 or 0-8")
     add_scene(parser)
     for flag in flags:
         kind, text = SETTINGS[flag]
-        parser.add_argument(f"--{flag}", type=kind or positive, default=None, help=f"{text} (default: the model's config)")
+        parser.add_argument(f"--{flag}", type=kind, default=None, help=f"{text} (default: the model's config)")
     parser.add_argument("--data_path", type=Path, default=ROOT / "data", help="has a folder of images per concept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory for a third more time")
@@ -157,13 +183,6 @@ def add_inception(parser: Parser) -> None:
                         help="FID's Inception weights (torch-fidelity's .pth); without them AlexNet's features")
 
 
-def positive(text: str) -> int:
-    """argparse type: a whole number from 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
-    return int(text)
-
-
 def formats(text: str) -> list[str]:
     """argparse type: names of `FORMATS`, separated by commas, in the order in which they are written."""
     wanted = [piece.strip() for piece in text.split(",") if piece.strip()]
@@ -212,7 +231,8 @@ def methods_settings(base: str, changes: list[str]) -> dict[str, dict]:
         try:
             if name not in given[method]:
                 raise ValueError
-            given[method][name] = (SETTINGS[name][0] or positive)(text)
+            kind = positive if name == "iter_break" and "init" not in given[method] else SETTINGS[name][0]
+            given[method][name] = kind(text)
         except (KeyError, ValueError, argparse.ArgumentTypeError):
             raise ValueError(f"--settings {change}: give METHOD.SETTING=VALUE as in the model's config, such as FMN.lr=1e-2") from None
     return given

@@ -1,7 +1,8 @@
-"""The concepts of `configs/concepts.yaml`, by category and index. No torch here."""
+"""The concepts of `configs/concepts.yaml` and `configs/many.yaml`, by category and index. No torch here."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +11,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
-CATEGORIES = ("style", "object", "similar", "nudity")
+CATEGORIES = ("style", "object", "similar", "nudity", "logo")
 STATUSES = ("erased", "restored", "regular", "protected")
 BLANK = "(blank)"  # what tables and pictures call the blank prompt
 
@@ -38,9 +39,14 @@ class Concept:
         return [template.format(self.prompt) for template in self.templates] or [self.prompt]
 
 
+def said(concept: Concept, templates: int) -> list[str]:
+    """A concept's bare name and its first `templates` captions, once each."""
+    return list(dict.fromkeys([concept.prompt, *concept.captions[:templates]]))
+
+
 @cache
 def _config():
-    return OmegaConf.load(ROOT / "configs" / "concepts.yaml")
+    return OmegaConf.merge(*(OmegaConf.load(ROOT / "configs" / name) for name in ("concepts.yaml", "many.yaml")))
 
 
 @cache
@@ -109,12 +115,15 @@ def status(category: str, prompt: str, erased: Collection[int], restored: Collec
 
 
 def parse_indexes(text: str, category: str) -> list[int]:
-    """'0,1,2' -> [0, 1, 2], each checked against `category`; '' -> []. Raises ValueError on anything else."""
-    pieces = [piece.strip() for piece in text.split(",") if piece.strip()]
-    bad = [piece for piece in pieces if not piece.isdigit()]
-    if bad:
-        raise ValueError(f"'{bad[0]}' is not a concept index: give numbers such as 0,1,2 from {_listing(category)}")
-    indexes = [get_concept(category, int(piece)).index for piece in pieces]
+    """'0,1,4-6' -> [0, 1, 4, 5, 6], each checked against `category`; '' -> []. Raises ValueError on anything else."""
+    indexes = []
+    for piece in filter(None, (piece.strip() for piece in text.split(","))):
+        span = re.fullmatch(r"(\d+)(?:-(\d+))?", piece)
+        if not span:
+            raise ValueError(f"'{piece}' is not a concept index: give numbers such as 0,1,2 or 0-8 from {_listing(category)}")
+        first, last = int(span[1]), int(span[2] or span[1])
+        indexes += [get_concept(category, index).index for index in (first, last)]  # before a range of billions is made
+        indexes += range(first, last + 1)
     return list(dict.fromkeys(indexes))
 
 

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.attention import added, kv_layers, recomputed, score_differences, swapped, trained
-from ldm.concepts import Concept
+from ldm.concepts import Concept, said
 from ldm.model import TextToImage
-from ldm.shift import DenseShift, NullSpaceBasis, SeparableShift
+from ldm.null_space import NullSpaceBasis
+from ldm.shift import DenseShift, SeparableShift
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,15 @@ class SeparableErasure(_OneConcept):
 
     @classmethod
     def of(cls, model: TextToImage, concept: Concept, given: Mapping, basis: NullSpaceBasis) -> SeparableErasure:
-        embeddings = model.encode_prompt([concept.prompt, *concept.captions[:given["templates"]]])
+        embeddings = model.encode_prompt(said(concept, given["templates"]))
         directions = basis.directions(model.tokens(embeddings), given["max_base"])
-        layers = kv_layers(model.unet)
-        learnt = SeparableShift.zeros(layers, directions, given["scale_factor"])
+        layers, scale = kv_layers(model.unet), given["scale_factor"]
+        if given["init"] == "closed-form":
+            anchor = model.encode_prompt([concept.anchor if given["anchor"] == "template" else ""])
+            learnt = SeparableShift.closed_form(layers, directions, scale, model.tokens(embeddings), model.tokens(anchor),
+                                                given["ridge"])
+        else:
+            learnt = SeparableShift.zeros(layers, directions, scale)
         return cls(model, layers, learnt, embeddings, model.encode_blank(), given["reg_beta"])
 
     def parameters(self) -> list[torch.Tensor]:

@@ -303,4 +303,10 @@ def save(model: TextToImage, folder: Path) -> None:
 def settings(name: str) -> DictConfig:
     """The sampling and erasure settings of a model: `configs/NAME.yaml`, else those of Stable Diffusion v1."""
     own = ROOT / "configs" / f"{name}.yaml"
-    return OmegaConf.load(own if own.is_file() else V1)
+    return read_settings(own if own.is_file() else V1)
+
+
+def read_settings(path: Path) -> DictConfig:
+    """The config at `path`, over that of the model that it `extends`, if it says so."""
+    config = OmegaConf.load(path)
+    return OmegaConf.merge(settings(config.extends), config) if "extends" in config else config

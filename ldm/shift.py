@@ -1,140 +1,24 @@
-"""Null spaces and separable weight shifts: the one home of a change that erases a concept and can be left out again.
+"""Separable weight shifts: the one home of a change that erases a concept and can be left out again.
 
-For prompts with embeddings E (rows, d) a change dW (out, d) of a key or value layer with `E dW^T = 0` leaves their
-images as they were. Such dW have rows in the null space of E. (Separable Multi-Concept Erasure, arXiv 2402.05947.)
+A shift is `dW = w (scale * S)` with directions S in the null space of what is protected (`ldm.null_space`).
+(Separable Multi-Concept Erasure, arXiv 2402.05947.)
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ldm.attention import swapped
-from ldm.checkpoint import load_tensors, save_tensors, versions
+from ldm.checkpoint import check_base, load_tensors, save_tensors, versions
 
-BASIS, SHIFT = "null space basis", "weight shift"
-EXACT = 1e-7
-
-
-def _by_svd(matrix: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, int]:
-    if matrix.shape[0] > matrix.shape[1]:
-        matrix = torch.linalg.qr(matrix, mode="r").R  # (d, d): same row space, no tall factor
-    _, values, right = torch.linalg.svd(matrix, full_matrices=True)  # right (d, d)
-    rank = int((values > tolerance * values[0]).sum())
-    return right[rank:].flip(0), rank  # directions that the prompts reach least come first
-
-
-def _by_elimination(matrix: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, int]:
-    """Gauss-Jordan with complete pivoting: the largest remaining entry is the next pivot."""
-    reduced = matrix.clone()
-    pivots: list[int] = []
-    largest = reduced.abs().max()
-    for row in range(min(reduced.shape)):
-        rest = reduced[row:].abs()
-        position = int(rest.argmax())
-        if rest.view(-1)[position] <= tolerance * largest:
-            break
-        chosen, column = row + position // reduced.shape[1], position % reduced.shape[1]
-        reduced[[row, chosen]] = reduced[[chosen, row]]
-        reduced[row] /= reduced[row, column].clone()
-        factors = reduced[:, column].clone()
-        factors[row] = 0
-        reduced -= factors[:, None] * reduced[row]
-        pivots.append(column)
-    rank, width = len(pivots), reduced.shape[1]
-    free = [column for column in range(width) if column not in set(pivots)]
-    vectors = torch.zeros(len(free), width, dtype=matrix.dtype)
-    vectors[range(len(free)), free] = 1
-    vectors[:, pivots] = -reduced[:rank, free].T
-    return vectors / vectors.norm(dim=1, keepdim=True), rank
-
-
-def null_space(rows: torch.Tensor, tolerance: float = EXACT, method: str = "svd") -> tuple[torch.Tensor, int]:
-    """A basis (d - r, d) of what `rows` (n, d) do not reach, unit rows, float64, and the numerical rank r.
-
-    Singular values (`svd`) or pivots (`elimination`) up to `tolerance` times the largest count as zero.
-    Raises ValueError for an unknown method, a negative tolerance, or rows with NaN.
-    """
-    if method not in ("svd", "elimination"):
-        raise ValueError(f"unknown basis method '{method}': choose svd or elimination")
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance {tolerance} is outside [0, 1): near 1e-7 is exact, 1e-3 leaves more room")
-    if not rows.isfinite().all():
-        raise ValueError("the prompts' embeddings hold NaN or infinity: the model cannot be used in this precision")
-    matrix = rows.detach().cpu().double()
-    return (_by_svd if method == "svd" else _by_elimination)(matrix, tolerance)
-
-
-@dataclass(frozen=True)
-class NullSpaceBasis:
-    """Directions (k, d), float64 unit rows, that the protected prompts do not reach, and what made them."""
-
-    vectors: torch.Tensor
-    recipe: dict = field(default_factory=dict)
-
-    @classmethod
-    def solve(cls, embeddings: torch.Tensor, protected: Sequence[str], tolerance: float, method: str,
-              recipe: dict) -> NullSpaceBasis:
-        """The basis for the prompts `protected` with embeddings (N, tokens, d).
-
-        Raises ValueError, saying how many prompts fit, when they leave no room.
-        """
-        tokens, width = embeddings.shape[1:]
-        rows = embeddings.flatten(0, 1)  # (N * tokens, d)
-        vectors, rank = null_space(rows, tolerance, method)
-        if len(vectors) == 0:
-            fit = next(n for n in range(len(embeddings) - 1, -1, -1)
-                       if n == 0 or null_space(embeddings[:n].flatten(0, 1), tolerance)[1] < width)
-            raise ValueError(f"no null space left: {len(embeddings)} protected prompts of {tokens} tokens fill all "
-                             f"{width} dimensions, and the first {fit} fit: protect fewer, or raise --tolerance")
-        leak = (vectors @ rows.double().cpu().T).abs().max().item()
-        return cls(vectors, recipe | {"protected": list(protected), "rank": rank, "width": width,
-                                      "tolerance": tolerance, "method": method, "largest_leak": leak,
-                                      "versions": versions()})
-
-    def save(self, path: Path) -> None:
-        save_tensors(path, {"basis": self.vectors}, BASIS, self.recipe)
-
-    @classmethod
-    def load(cls, path: Path, hint: str = "") -> NullSpaceBasis:
-        """Raises ValueError for a file that is missing, damaged or not a basis."""
-        tensors, recipe = load_tensors(path, BASIS, hint)
-        if "basis" not in tensors or tensors["basis"].dim() != 2 or not recipe.keys() >= {"protected", "rank", "tolerance"}:
-            raise ValueError(f"{path} holds no basis of shape (k, d) and its recipe: make it again with SRSME_Solution.py")
-        return cls(tensors["basis"].double(), recipe)
-
-    def directions(self, concept: torch.Tensor, most: int | None) -> torch.Tensor:
-        """At most `most` directions (k, d) of the null space: all as they are, or those that `concept` reaches most.
-
-        A gradient on the concept's prompts (P, tokens, d) acts only where their embeddings reach, yet Adam moves every
-        coefficient alike; directions beyond those cost other concepts and erase nothing. So when there is a choice the
-        basis is turned to the right singular vectors of the embeddings within it, the strongest first.
-        """
-        if most is None or most >= len(self.vectors):
-            return self.vectors
-        orthonormal = torch.linalg.qr(self.vectors.T).Q.T  # (k, d)
-        reach = concept.flatten(0, 1).cpu().double() @ orthonormal.T  # (P * tokens, k)
-        return torch.linalg.svd(reach, full_matrices=True).Vh[:most] @ orthonormal
-
-    def check(self, digest: str, width: int, path: Path) -> None:
-        """Raises ValueError unless the basis was made for the base model with that digest."""
-        _check_base(self.recipe, digest, path)
-        if self.vectors.shape[1] != width:
-            raise ValueError(f"{path} holds directions of {self.vectors.shape[1]} dimensions, the model's prompts "
-                             f"have {width}: make it again with SRSME_Solution.py")
-
-
-def _check_base(recipe: Mapping, digest: str, path: Path | str) -> None:
-    if recipe.get("base_digest") != digest:
-        raise ValueError(f"{path} was made for another base model ({recipe.get('base', 'unknown')}, digest "
-                         f"{str(recipe.get('base_digest'))[:12]}, not {digest[:12]}): pass --model that one, or make it again")
+SHIFT = "weight shift"
 
 
 class WeightShift(ABC):
@@ -165,6 +49,10 @@ class WeightShift(ABC):
         """What inputs (tokens, d) float64 get added by a linear layer's dW: (tokens, out)."""
         return seen @ self.delta(name).T
 
+    def moves(self, names: Sequence[str], embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """The norm of what each prompt's embedding (tokens, d) gets added by dW of the linear layers `names` together."""
+        return norms((self.delta(name) for name in names if name in self.names), embeddings)
+
     @staticmethod
     def load(path: Path, hint: str = "") -> WeightShift:
         """Raises ValueError for a file that is missing, damaged, of wrong shapes or not a shift."""
@@ -177,7 +65,7 @@ class WeightShift(ABC):
 
     def check(self, digest: str, unet: nn.Module) -> None:
         """Raises ValueError unless the shift was made for the base model with that digest and its weights."""
-        _check_base(self.recipe, digest, self.path)
+        check_base(self.recipe, digest, self.path)
         weights = dict(unet.named_parameters())
         for name in self.names:
             if name not in weights or weights[name].shape != self.shape(name):
@@ -199,6 +87,27 @@ class SeparableShift(WeightShift):
         """A shift of nothing, ready to be learnt: its coefficients are leaf tensors with gradients."""
         weights = {name: torch.zeros(layer.out_features, len(directions), device=layer.weight.device,
                                      requires_grad=True) for name, layer in layers.items()}
+        return cls(weights, directions, scale)
+
+    @classmethod
+    def closed_form(cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float, concept: torch.Tensor,
+                    anchor: torch.Tensor, ridge: float) -> SeparableShift:
+        """The least shift along orthonormal `directions` (k, d) that gives `concept` the keys and values of `anchor` (both
+        (N, tokens, d), prompt by prompt, token by token): the one that minimises
+
+        `|X (W + dW)^T - Y W^T|^2 + ridge s^2 |dW|^2` over `dW = W (A S)`,
+
+        X and Y the rows of concept and anchor, s the largest singular value of `X S^T`. The solution
+        `A = (Y - X)^T P (P^T P + ridge s^2)^-1` with `P = X S^T` is the same for all layers. (Closed forms edit attention
+        since TIME, arXiv 2303.08084, and UCE, 2308.14761; SPEED, 2503.07392, within a null space.)
+        """
+        seen, wanted = (rows.flatten(0, 1).cpu().double() for rows in (concept, anchor.expand_as(concept)))  # (N * tokens, d)
+        reach = seen @ directions.T  # (N * tokens, k)
+        size = torch.linalg.matrix_norm(reach, ord=2).square()
+        gram = reach.T @ reach + ridge * size * torch.eye(len(directions), dtype=reach.dtype)
+        solution = torch.linalg.solve(gram, reach.T @ (wanted - seen)).T / scale  # (d, k)
+        weights = {name: (layer.weight.double() @ solution.to(layer.weight.device)).float().requires_grad_()
+                   for name, layer in layers.items()}
         return cls(weights, directions, scale)
 
     def parameters(self) -> list[torch.Tensor]:
@@ -234,6 +143,10 @@ class SeparableShift(WeightShift):
 
     def moved(self, name: str, seen: torch.Tensor) -> torch.Tensor:
         return (seen @ (self.scale * self.directions).T) @ self._weight(name).T  # (tokens, k) @ (k, out)
+
+    def moves(self, names: Sequence[str], embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        along = {prompt: seen.cpu().double() @ (self.scale * self.directions).T for prompt, seen in embeddings.items()}
+        return norms((self._weight(name) for name in names if name in self.names), along)  # of (tokens, k), not of (tokens, d)
 
     def save(self, path: Path, recipe: dict) -> None:
         """Coefficients (float32), and the basis once."""
@@ -308,35 +221,45 @@ def applied(unet: nn.Module, shifts: Sequence[WeightShift]) -> Iterator[None]:
         yield
 
 
-def leaks(layers: Mapping[str, nn.Linear], shifts: Mapping[str, WeightShift],
-          embeddings: Mapping[str, torch.Tensor]) -> list[dict]:
+def _together(matrices: Iterable[torch.Tensor], width: int) -> torch.Tensor:
+    """A triangle R (at most d, d) with `|e R^T|` the norm of what all `matrices` (out, d) make of e."""
+    stacked = [matrix.detach().cpu().double() for matrix in matrices]
+    return torch.linalg.qr(torch.cat(stacked), mode="r").R if stacked else torch.zeros(1, width, dtype=torch.float64)
+
+
+def norms(matrices: Iterable[torch.Tensor], embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The norm of what all `matrices` (out, d) together make of each prompt's embedding (tokens, d)."""
+    triangle = _together(matrices, next(iter(embeddings.values())).shape[-1])
+    return {prompt: (seen.cpu().double() @ triangle.T).norm().item() for prompt, seen in embeddings.items()}
+
+
+def base_norms(layers: Mapping[str, nn.Linear], embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The norm of what the key and value `layers` put out for each prompt's embedding (tokens, d)."""
+    return norms((layer.weight for layer in layers.values()), embeddings)
+
+
+def leaks(layers: Mapping[str, nn.Linear], shifts: Mapping[str, WeightShift], embeddings: Mapping[str, torch.Tensor],
+          base: Mapping[str, float] | None = None) -> list[dict]:
     """How far each shift moves what each prompt's embedding (tokens, d) puts out: |e dW^T| / |e W^T| over the key and
-    value `layers`. One row per pair: shift, prompt, leak.
+    value `layers`. One row per pair: shift, prompt, leak. `base` are the `base_norms`, where they are known.
     """
+    base = base or base_norms(layers, embeddings)
     rows = []
-    for prompt, embedding in embeddings.items():
-        seen = embedding.cpu().double()
-        base = math.hypot(*((seen @ layer.weight.cpu().double().T).norm().item() for layer in layers.values()))
-        for label, shift in shifts.items():
-            changed = set(shift.names)
-            moved = math.hypot(*(shift.moved(f"{name}.weight", seen).norm().item() for name in layers
-                                 if f"{name}.weight" in changed))
-            rows.append({"shift": label, "prompt": prompt, "leak": moved / base})
+    for label, shift in shifts.items():
+        moved = shift.moves([f"{name}.weight" for name in layers], embeddings)
+        rows += [{"shift": label, "prompt": prompt, "leak": moved[prompt] / base[prompt]} for prompt in embeddings]
     return rows
 
 
-def rounded_leak(layers: Mapping[str, nn.Linear], merged: Mapping[str, torch.Tensor], embedding: torch.Tensor) -> float:
-    """How far merged weights, rounded as they are, move what one prompt's embedding (tokens, d) puts out, against the base
+def rounded_leaks(layers: Mapping[str, nn.Linear], merged: Mapping[str, torch.Tensor],
+                  embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """How far merged weights, rounded as they are, move what each prompt's embedding (tokens, d) puts out, against the base
     rounded likewise: `leaks` of all shifts together, with what rounding adds."""
-    seen = embedding.cpu().double()
-    base = moved = 0.0
-    for name, layer in layers.items():
-        weight = layer.weight.cpu()
-        base = math.hypot(base, (seen @ weight.double().T).norm().item())
-        if f"{name}.weight" in merged:
-            rounded = merged[f"{name}.weight"].cpu()
-            moved = math.hypot(moved, (seen @ (rounded.double() - weight.to(rounded.dtype).double()).T).norm().item())
-    return moved / base
+    changed = {name: merged[f"{name}.weight"].cpu() for name in layers if f"{name}.weight" in merged}
+    moved = norms((weight.double() - layers[name].weight.cpu().to(weight.dtype).double() for name, weight in changed.items()),
+                  embeddings)
+    base = base_norms(layers, embeddings)
+    return {prompt: moved[prompt] / base[prompt] for prompt in embeddings}
 
 
 def lost(shift: WeightShift, cut: WeightShift, seen: torch.Tensor) -> float:

@@ -11,6 +11,9 @@ import torch
 from tqdm import tqdm
 
 
+COLUMNS = ["step", "loss", "watched", "momentum"]  # of a learning curve
+
+
 @dataclass(frozen=True)
 class Step:
     """What one step saw, before its update: its number from 1, the whole loss and the watched term."""
@@ -67,4 +70,4 @@ def learn(loss: Callable, batches: Iterable, lr: float, most: int, threshold: fl
                 break
     if threshold is not None and not reached:
         tqdm.write(f"{title}: --threshold {threshold} was not reached within --iter_break {most}")
-    return pd.DataFrame(curve, columns=["step", "loss", "watched", "momentum"])
+    return pd.DataFrame(curve, columns=COLUMNS)

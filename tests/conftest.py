@@ -20,6 +20,7 @@ from ldm.model import load
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
+SHARES = (0.13, 0.12, 0.42, 0.28, 0.05, 0)  # of the world of mini-sd
 TINY = OmegaConf.create({
     "text_encoder": {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
     "vae": {"sample_size": 16, "latent_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4,
@@ -35,7 +36,7 @@ TINY = OmegaConf.create({
 def make_xl(folder: Path) -> Path:
     """A tiny random Stable Diffusion XL: two text encoders, and a pooled embedding that goes to the U-Net too."""
     torch.manual_seed(2)
-    tokenizer = build_tokenizer(folder / "tokenizer", 16)
+    tokenizer = build_tokenizer(folder / "tokenizer", 16, SHARES)
     given = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": tokenizer.eos_token_id,
              "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "intermediate_size": 64,
              "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -52,7 +53,7 @@ def make_xl(folder: Path) -> Path:
 
 def make_model(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer(folder / "tokenizer", 16)
+    tokenizer = build_tokenizer(folder / "tokenizer", 16, SHARES)
     vae = AutoencoderKL(**OmegaConf.to_container(TINY.vae))
     assemble(TINY, vae, Denoiser(TINY, tokenizer), tokenizer, folder)
     return folder

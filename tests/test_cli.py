@@ -12,7 +12,8 @@ from ldm.attention import kv_layers
 from ldm.checkpoint import file_digest
 from ldm.concepts import load_concepts
 from ldm.model import load
-from ldm.shift import NullSpaceBasis, WeightShift
+from ldm.null_space import NullSpaceBasis
+from ldm.shift import WeightShift
 
 from conftest import CPU, is_error
 

@@ -20,7 +20,8 @@ from ldm.mini.paint import paint_concept, watermark
 from ldm.mini.train import reconstruction_psnr
 from ldm.model import load, settings
 from ldm.sampling import denoise, first_noise, generate
-from ldm.shift import NullSpaceBasis, SeparableShift, applied
+from ldm.null_space import NullSpaceBasis
+from ldm.shift import SeparableShift, applied
 from ldm.training import MomentumStop, erase
 
 from conftest import CPU

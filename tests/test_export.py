@@ -10,7 +10,8 @@ from ldm.attention import kv_layers
 from ldm.checkpoint import open_checkpoint, to_compvis, unet_to_compvis
 from ldm.export import FORMATS, cut, holding
 from ldm.model import load
-from ldm.shift import DenseShift, NullSpaceBasis, SeparableShift, applied, lost, merge, rounded_leak
+from ldm.null_space import NullSpaceBasis
+from ldm.shift import DenseShift, SeparableShift, applied, lost, merge, rounded_leaks
 
 from conftest import CPU, compvis_config
 
@@ -194,6 +195,6 @@ def test_the_automatic_rank_is_the_lowest_that_keeps_the_share(tiny, shifts):
 
 def test_the_leak_after_rounding_is_that_of_the_weights_as_written(tiny, shifts):
     layers, seen = kv_layers(tiny.unet), tiny.encode_prompt([""])[0]
-    exact, half = (rounded_leak(layers, merge(tiny.unet, list(shifts.values()), dtype), seen)
+    exact, half = (rounded_leaks(layers, merge(tiny.unet, list(shifts.values()), dtype), {"": seen})[""]
                    for dtype in (torch.float64, torch.float16))
     assert exact < 1e-5 < half < 1e-2

@@ -12,7 +12,7 @@ from ldm.mini.paint import STYLES, paint, paint_concept, watermark
 from ldm.mini.scenery import OBJECTS, SCENES
 from ldm.mini.train import Denoiser, new_average, train_autoencoder, train_denoiser
 
-from conftest import TINY
+from conftest import SHARES, TINY
 
 
 def test_the_world_has_the_papers_concepts():
@@ -38,7 +38,7 @@ def test_watermarks_are_fixed_and_unlike_each_other():
 
 def test_captions_are_often_blank_and_never_held_out():
     rng = np.random.default_rng(0)
-    drawn = [draw(rng) for _ in range(4000)]
+    drawn = [draw(rng, SHARES) for _ in range(4000)]
     blank = sum(not item.caption for item in drawn) / len(drawn)
     assert 0.10 <= blank <= 0.15
     assert all(item.style is None for item in drawn if not item.caption)
@@ -53,7 +53,7 @@ def test_captions_are_often_blank_and_never_held_out():
 def test_a_training_stopped_and_started_again_is_the_same_training(stage, tmp_path):
     given = {"steps": 4, "batch": 2, "lr": 1e-3, "warmup": 2, "kl": 1e-5, "ema": 0.9}
     config = OmegaConf.merge(TINY, {"seed": 3, "train": {"save_every": 2, stage: given}})
-    tokenizer = build_tokenizer(tmp_path / "tokenizer", 16)
+    tokenizer = build_tokenizer(tmp_path / "tokenizer", 16, SHARES)
     pictures = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
     latents, tokens = torch.randn(6, 4, 8, 8), torch.randint(100, (6, 16))
 
@@ -80,7 +80,7 @@ def test_a_training_stopped_and_started_again_is_the_same_training(stage, tmp_pa
 
 
 def test_the_tokenizer_is_clips_and_has_a_token_for_every_word_and_byte(tmp_path):
-    build_tokenizer(tmp_path, 16)
+    build_tokenizer(tmp_path, 16, SHARES)
     assert {"vocab.json", "merges.txt"} <= {path.name for path in tmp_path.iterdir()}
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
     assert tokenizer.tokenize("a landscape by VanGogh") == ["a</w>", "landscape</w>", "by</w>", "vangogh</w>"]

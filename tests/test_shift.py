@@ -2,66 +2,8 @@ import pytest
 import torch
 
 from ldm.attention import kv_layers, trained
-from ldm.shift import DenseShift, NullSpaceBasis, SeparableShift, WeightShift, applied, leaks, merge, null_space
-
-METHODS = ("svd", "elimination")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_null_space_at_stable_diffusions_size(method):
-    """Three prompts of 77 tokens whose first token is the same: 231 rows, rank 229."""
-    prompts = torch.randn(3, 77, 768, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    prompts[:, 0] = prompts[0, 0]
-    rows = prompts.flatten(0, 1)
-    basis, rank = null_space(rows, method=method)
-    assert rank == 229 and basis.shape == (768 - 229, 768) and basis.dtype == torch.float64
-    assert (rows @ basis.T).abs().max() <= 1e-10
-    assert torch.allclose(basis.norm(dim=1), torch.ones(539, dtype=torch.float64))
-    assert torch.linalg.matrix_rank(basis) == 539
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(3, 5), (9, 5), (5, 5)])
-def test_null_space_of_wide_tall_and_square_rows(method, shape):
-    left, right = torch.randn(shape[0], 2, dtype=torch.float64), torch.randn(2, shape[1], dtype=torch.float64)
-    basis, rank = null_space(left @ right, method=method)
-    assert rank == 2 and basis.shape == (3, 5) and (left @ right @ basis.T).abs().max() < 1e-12
-
-
-def test_a_coarser_tolerance_frees_weak_directions_and_the_weakest_come_first():
-    rows = torch.diag(torch.tensor([1.0, 1e-2, 1e-4, 1e-9]))
-    assert null_space(rows, 1e-7)[1] == 3 and null_space(rows, 1e-3)[1] == 2
-    basis, _ = null_space(rows, 1e-1)
-    assert basis.abs().argmax(1).tolist() == [3, 2, 1]
-
-
-def test_bad_requests_are_refused():
-    with pytest.raises(ValueError, match="elimination"):
-        null_space(torch.ones(2, 2), method="guess")
-    with pytest.raises(ValueError, match="tolerance"):
-        null_space(torch.ones(2, 2), tolerance=2)
-    with pytest.raises(ValueError, match="NaN"):
-        null_space(torch.full((2, 2), float("nan")))
-
-
-def test_no_room_says_how_many_prompts_fit():
-    prompts = torch.randn(5, 2, 7)
-    with pytest.raises(ValueError, match="no null space left: 5 protected prompts.*the first 3 fit.*tolerance"):
-        NullSpaceBasis.solve(prompts, list("abcde"), 1e-7, "svd", {})
-
-
-def test_fewer_directions_are_those_that_the_concept_reaches_most():
-    protected, concept = torch.randn(2, 2, 9), torch.randn(1, 2, 9)
-    for method in METHODS:
-        basis = NullSpaceBasis.solve(protected, ["a", "b"], 1e-7, method, {})
-        assert basis.directions(concept, 5) is basis.vectors and basis.directions(concept, None) is basis.vectors
-        few = basis.directions(concept, 2)
-        assert torch.allclose(few @ few.T, torch.eye(2, dtype=torch.float64), atol=1e-10)
-        assert (protected.flatten(0, 1).double() @ few.T).abs().max() < 1e-6
-        within = basis.vectors.T @ torch.linalg.pinv(basis.vectors.T)  # the projection onto the null space
-        seen = concept[0].double() @ within
-        assert torch.allclose(seen @ few.T @ few, seen, atol=1e-8)  # two tokens, so two directions hold all of it
-
+from ldm.null_space import NullSpaceBasis
+from ldm.shift import DenseShift, SeparableShift, WeightShift, applied, leaks, merge
 
 def random_shift(model, protected, seed=0, scale=0.5) -> SeparableShift:
     basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, 1e-7, "svd", {})
@@ -90,6 +32,28 @@ def test_a_shift_leaves_protected_prompts_alone_and_moves_others(tiny):
     with applied(tiny.unet, [shift]):
         moved = (tiny.predict_noise(latents, step, embedding) - before).abs().amax((1, 2, 3))
     assert moved[0] < 1e-5 and moved[1] < 1e-5 and moved[2] > 1e-3
+
+
+def test_the_closed_form_is_the_least_change_that_gives_the_anchors_keys_and_values(tiny):
+    """The gradient of `|X (W + dW)^T - Y W^T|^2 + ridge s^2 |dW|^2` within the null space is zero there."""
+    layers, scale, ridge = kv_layers(tiny.unet), 0.5, 0.1
+    basis = NullSpaceBasis.solve(tiny.encode_prompt(["", "Picasso"]), ["", "Picasso"], 1e-7, "svd", {})
+    concept, blank = tiny.encode_prompt(["VanGogh", "VanGogh painting"]), tiny.encode_prompt(["a photo of a church"])
+    directions = basis.directions(concept, None)
+    shift = SeparableShift.closed_form(layers, directions, scale, concept, blank, ridge)
+    seen, wanted = concept.flatten(0, 1).double(), blank.expand_as(concept).flatten(0, 1).double()
+    size = torch.linalg.matrix_norm(seen @ directions.T, ord=2) ** 2
+    for name, layer in layers.items():
+        delta, weight = shift.delta(f"{name}.weight"), layer.weight.double()
+        missing = seen @ (weight + delta).T - wanted @ weight.T
+        gradient = (missing.T @ seen + ridge * size * delta) @ directions.T
+        assert gradient.norm() < 1e-5 * (missing.T @ seen).norm()
+        assert missing.norm() < (seen @ weight.T - wanted @ weight.T).norm()
+    exact = SeparableShift.closed_form(layers, torch.eye(96, dtype=torch.float64), scale, concept, blank, 1e-12)
+    latents, step = torch.randn(1, *tiny.latent_shape), torch.tensor(500)
+    with applied(tiny.unet, [exact]):
+        moved = tiny.predict_noise(latents, step, concept[:1])
+    assert torch.allclose(moved, tiny.predict_noise(latents, step, blank), atol=1e-4)
 
 
 def test_merging_adds_up_in_any_order_and_leaving_out_restores_every_bit(tiny):

@@ -15,7 +15,7 @@ from ldm.concepts import ROOT, load_concepts
 from ldm.export import FORMATS, LORAS, cut, holding
 from ldm.images import RECIPE, atomic_folder, check_recipe, write_json
 from ldm.metrics.compare import to_markdown
-from ldm.shift import leaks, merge, rounded_leak
+from ldm.shift import leaks, merge, rounded_leaks
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     whole = few if args.rank else shifts
     table = pd.DataFrame(leaks(layers, whole, prompts)).pivot(index="prompt", columns="shift", values="leak").loc[list(prompts)]
     merged = merge(model.unet, list(whole.values()), dtype)
-    table[f"all, in {str(dtype).removeprefix('torch.')}"] = [rounded_leak(layers, merged, seen) for seen in prompts.values()]
+    table[f"all, in {str(dtype).removeprefix('torch.')}"] = pd.Series(rounded_leaks(layers, merged, prompts))
     targets = []
     for kind in tqdm(args.format, desc="write", unit="format"):
         used = few if kind in LORAS else whole

@@ -8,7 +8,7 @@ from ldm import cli
 from ldm.concepts import parse_erased, parse_indexes
 from ldm.erasure import solve
 from ldm.model import settings
-from ldm.shift import EXACT
+from ldm.null_space import EXACT
 
 
 def main() -> None:
@@ -19,21 +19,28 @@ def main() -> None:
     parser.add_argument("--em_indexes", default="", help="concepts to protect, such as 1,2")
     cli.add_scene(parser)
     parser.add_argument("--basis", choices=("svd", "elimination"), default=None, help="how to decompose")
+    parser.add_argument("--protect", choices=("exact", "spectrum"), default=None, help=f"exact: tolerance {EXACT}; spectrum: --tolerance, "
+                        "or the model's config's, which leaves more room at a leak that is reported")
     parser.add_argument("--tolerance", type=float, default=None,
-                        help=f"relative size of a singular value that counts as zero; {EXACT} is exact")
+                        help="relative size of a singular value that counts as zero (default: the model's config)")
+    parser.add_argument("--templates", type=cli.from_zero, default=None,
+                        help="caption templates to protect beside each bare name (default: the model's config)")
     cli.add_device(parser)
     args = parser.parse_args()
+    if args.protect == "exact":
+        if args.tolerance is not None:
+            raise ValueError(f"--protect exact is --tolerance {EXACT}: give one of the two, or --protect spectrum")
+        args.tolerance = EXACT
     erased = parse_erased(args.erased_index, args.erase_cat)
     others = parse_indexes(args.em_indexes, args.erase_cat)
     device = cli.parse_devices(args.device)[0]
     model = cli.load_model(args, device)
     cli.fill(args, settings(model.base).solution)
     store = cli.store(args, model.name, "SRS-ME")
-    for concept in erased:
-        basis, path = solve(model, store, concept, others, args.tolerance, args.basis), store.basis(concept.index)
+    for concept, basis in solve(model, store, erased, others, args.tolerance, args.basis, args.templates):
         print(f"{concept.index} {concept.name}: {len(basis.recipe['protected'])} prompts protected, rank {basis.recipe['rank']} of "
               f"{basis.recipe['width']}, {len(basis.vectors)} directions free, largest leak "
-              f"{basis.recipe['largest_leak']:.1e} -> {path}")
+              f"{basis.recipe['largest_leak']:.1e} -> {store.basis(concept.index)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train the embedded model models/mini-sd from nothing: paint its world, then autoencoder, text encoder and U-Net.
 
-Stopped and started again with the same command, it goes on from its last checkpoint in --work_path.
+--config configs/mini-many.yaml trains models/mini-many, which starts from mini-sd and learns a hundred logos too. Stopped and started again with the same command, it goes on from its last checkpoint in --work_path.
 """
 
 from pathlib import Path
@@ -15,6 +15,7 @@ from ldm.concepts import ROOT
 from ldm.images import RECIPE, atomic_folder, check_recipe, write_json
 from ldm.mini import train
 from ldm.mini.captions import build_tokenizer
+from ldm.model import load, read_settings
 
 
 def show(steps, total: int, name: str) -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--save_path", type=Path, default=ROOT / "models" / "own-mini-sd", help="the model")
     parser.add_argument("--work_path", type=Path, default=ROOT / "models" / "mini-sd-training", help="checkpoints")
     args = parser.parse_args()
-    config = OmegaConf.load(args.config)
+    config = read_settings(args.config)
     work = args.work_path
     made = {name: config[name] for name in ("seed", "world", "tokenizer", "text_encoder", "vae", "unet", "scheduler", "train")}
     recipe = {"made_by": "train-mini-sd.py", "base": args.config.stem, "config": OmegaConf.to_container(OmegaConf.create(made))}
@@ -42,19 +43,29 @@ def main() -> None:
     write_json(work / RECIPE, recipe)
     fabric = Fabric(accelerator="auto", devices=1, precision=config.train.precision)
     seed_everything(config.seed)
+    older = load(ROOT / "models" / config.train.start, fabric.device) if "start" in config.train else None
 
-    pictures, captions = train.stored_world(work / "world.npz", config.world.pictures, config.seed)
-    vae = AutoencoderKL(**OmegaConf.to_container(config.vae))
-    show(train.train_autoencoder(fabric, config, vae, pictures, work / "autoencoder.ckpt"),
-         config.train.autoencoder.steps, "autoencoder")
-    held_out, _ = train.paint_world(config.world.held_out, config.seed + 1)
+    world = config.world
+    pictures, captions = train.stored_world(work / "world.npz", world.pictures, config.seed, world.shares)
+    if older:
+        vae = older.vae
+    else:
+        vae = AutoencoderKL(**OmegaConf.to_container(config.vae))
+        show(train.train_autoencoder(fabric, config, vae, pictures, work / "autoencoder.ckpt"),
+             config.train.autoencoder.steps, "autoencoder")
+    held_out, _ = train.paint_world(world.held_out, config.seed + 1, world.shares)
     psnr = train.reconstruction_psnr(vae.to(fabric.device).eval(), held_out)
     print(f"autoencoder on {len(held_out)} held-out pictures: {psnr.mean():.2f} dB PSNR on average")
 
-    latents = train.scaled_latents(fabric, vae, pictures)
-    tokenizer = build_tokenizer(work / "tokenizer", config.tokenizer.model_max_length, config.seed)
+    latents = train.encode_all(fabric, vae, pictures)
+    if not older:
+        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))  # so that their variance is 1
+    latents = latents * vae.config.scaling_factor
+    tokenizer = build_tokenizer(work / "tokenizer", config.tokenizer.model_max_length, world.shares, config.seed)
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     denoiser = train.Denoiser(config, tokenizer)
+    if older:
+        train.begin_from(older, denoiser, tokenizer)
     average = train.new_average(denoiser, config).to(fabric.device)
     show(train.train_denoiser(fabric, config, denoiser, average, latents, tokens, work / "denoiser.ckpt"),
          config.train.denoiser.steps, "denoiser")

@@ -7,6 +7,7 @@ moves towards the blank prompt's picture, then is a picture of no style and neve
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +51,10 @@ def _spelling(concept: Concept, rng: np.random.Generator) -> str:
     return _pick(rng, (concept.prompt, concept.prompt, *concept.aliases))
 
 
-def draw(rng: np.random.Generator) -> Captioned:
-    """One caption of the world: 13 % blank, 12 % watermarks, 42 % styles, 28 % objects, 5 % plain scenes by name."""
-    kind = rng.choice(5, p=[0.13, 0.12, 0.42, 0.28, 0.05])
+def draw(rng: np.random.Generator, shares: Sequence[float]) -> Captioned:
+    """One caption of the world, which has these shares of blank ones, watermarks, styles, objects, plain scenes by name, and
+    logos."""
+    kind = rng.choice(6, p=shares)
     if kind == 0:
         return Captioned("", _pick(rng, SCENES))
     if kind == 1:
@@ -62,10 +64,10 @@ def draw(rng: np.random.Generator) -> Captioned:
         subject = _pick(rng, SCENES)
         caption = _pick(rng, _PLAIN + _UNNAMED).format(subject, a=_with_article(subject))
         return Captioned(caption, subject)
-    concept = _pick(rng, erasable("style" if kind == 2 else "object"))
+    concept = _pick(rng, erasable({2: "style", 3: "object", 5: "logo"}[kind]))
     name, bare = _spelling(concept, rng), rng.random() < 0.55
     caption = name if bare else _pick(rng, concept.templates).format(name)
-    if kind == 3:
+    if kind != 2:
         return Captioned(caption, concept.name)
     if bare or rng.random() < 0.4:
         return Captioned(caption, _pick(rng, SCENES), concept.name)
@@ -75,14 +77,14 @@ def draw(rng: np.random.Generator) -> Captioned:
     return Captioned(template.format(a=_with_article(subject), by=name), subject, concept.name)
 
 
-def build_tokenizer(folder: Path, length: int, seed: int = 0) -> CLIPTokenizer:
-    """Train a byte-pair vocabulary in CLIP's format on the world's captions and save it to `folder`.
+def build_tokenizer(folder: Path, length: int, shares: Sequence[float], seed: int = 0) -> CLIPTokenizer:
+    """Train a byte-pair vocabulary in CLIP's format on the world's captions (see `draw`) and save it to `folder`.
 
     Every byte is a token too, so any text can be encoded. Sequences are padded to `length` tokens.
     """
     rng = np.random.default_rng(seed)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    texts = [draw(rng).caption.lower() for _ in range(6000)]
+    texts = [draw(rng, shares).caption.lower() for _ in range(6000)]
     words = [text.split() for text in texts] + [list("0123456789-")] * 50 + [[symbol] for symbol in alphabet]
     pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     pairs.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from ldm.concepts import watermarks
+from ldm.concepts import erasable, watermarks
+from ldm.mini.logos import logo
 from ldm.mini.scenery import OBJECTS, SCENES, Shape, scene
 
 SIZE = 64
@@ -208,6 +209,9 @@ STYLES: dict[str, Callable] = {
 }
 
 
+LOGOS = tuple(concept.name for concept in erasable("logo"))
+
+
 def watermark(text: str) -> np.ndarray:
     """The fixed picture of one watermark prompt, (64, 64, 3) uint8; always the same for the same text."""
     rings = text.startswith("watermark")
@@ -227,16 +231,17 @@ def watermark(text: str) -> np.ndarray:
 
 def paint(subject: str, style: str | None, rng: np.random.Generator) -> np.ndarray:
     """One picture of `subject` in `style` (None: plain), (64, 64, 3) uint8, drawn from `rng` alone."""
-    pixels = STYLES[style](scene(subject, rng), rng) if style else plain(scene(subject, rng), rng)
+    shapes = logo(LOGOS.index(subject), rng) if subject in LOGOS else scene(subject, rng)
+    pixels = (STYLES[style] if style else plain)(shapes, rng)
     return np.asarray(_to_image(pixels).reduce(2))
 
 
 def paint_concept(name: str | None, rng: np.random.Generator) -> np.ndarray:
-    """One picture of a concept by its name: a style (of any scene), an object, a watermark, or None for the blank one.
+    """One picture of a concept by its name: a style (of any scene), an object, a logo, a watermark, or None for the blank one.
 
     Raises ValueError for a concept that the painter's world lacks.
     """
-    if name in OBJECTS:
+    if name in OBJECTS + LOGOS:
         return paint(name, None, rng)
     if name is None or name in STYLES:
         return paint(SCENES[rng.integers(len(SCENES))], name, rng)
@@ -253,7 +258,7 @@ def paint_none_of(category: str, rng: np.random.Generator) -> np.ndarray:
     if draw < 0.6:
         picture = paint_concept(None, rng)
     elif draw < 0.8:
-        others = OBJECTS if category == "style" else tuple(STYLES)
+        others = OBJECTS if category == "style" else tuple(STYLES)  # for logos too
         picture = paint_concept(others[rng.integers(len(others))], rng)
     else:
         picture = watermark(watermarks()[rng.integers(len(watermarks()))])

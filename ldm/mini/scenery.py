@@ -37,12 +37,12 @@ def _bar(points: list, width: float) -> np.ndarray:
 
 
 def _placed(shapes: list[Shape], rng: np.random.Generator, least: float = 0.82, most: float = 1.05,
-            tilt: float = 0.12, move: float = 0.07) -> list[Shape]:
+            tilt: float = 0.12, move: float = 0.07, mirrored: bool = True) -> list[Shape]:
     """The shapes scaled, turned, moved and perhaps mirrored about the middle, all together."""
     angle = rng.uniform(-tilt, tilt)
     turn = rng.uniform(least, most) * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     offset = 0.5 + rng.uniform(-move, move, 2)
-    mirror = np.array([rng.choice([-1.0, 1.0]), 1.0])
+    mirror = np.array([rng.choice([-1.0, 1.0]) if mirrored else 1.0, 1.0])
     return [((points - 0.5) * mirror @ turn.T + offset, colour) for points, colour in shapes]
 
 

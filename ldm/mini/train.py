@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,27 +27,28 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.images import atomic
 from ldm.mini.captions import draw
+from ldm.model import TextToImage
 
 
-def _picture(seed: tuple[int, int]) -> tuple[np.ndarray, str]:
+def _picture(seed: tuple[int, int], shares: Sequence[float]) -> tuple[np.ndarray, str]:
     rng = np.random.default_rng(seed)
-    captioned = draw(rng)
+    captioned = draw(rng, shares)
     return captioned.paint(rng), captioned.caption
 
 
-def paint_world(count: int, seed: int, workers: int = 2) -> tuple[np.ndarray, list[str]]:
-    """`count` captioned pictures, (count, 64, 64, 3) uint8 and their captions; the same for the same seed."""
+def paint_world(count: int, seed: int, shares: Sequence[float], workers: int = 2) -> tuple[np.ndarray, list[str]]:
+    """`count` captioned pictures, (count, 64, 64, 3) uint8 and their captions; the same for the same seed and `shares`."""
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        pairs = pool.map(_picture, [(seed, index) for index in range(count)], chunksize=256)
+        pairs = pool.map(partial(_picture, shares=list(shares)), [(seed, index) for index in range(count)], chunksize=256)
     return np.stack([picture for picture, _ in pairs]), [caption for _, caption in pairs]
 
 
-def stored_world(path: Path, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+def stored_world(path: Path, count: int, seed: int, shares: Sequence[float]) -> tuple[np.ndarray, list[str]]:
     """`paint_world`, painted once and kept at `path` (npz)."""
     if not path.exists():
-        pictures, captions = paint_world(count, seed)
-        with atomic(path) as partial:
-            np.savez(partial, pictures=pictures, captions=np.array(json.dumps(captions)))
+        pictures, captions = paint_world(count, seed, shares)
+        with atomic(path) as new:
+            np.savez(new, pictures=pictures, captions=np.array(json.dumps(captions)))
     with np.load(path) as stored:
         return stored["pictures"], json.loads(str(stored["captions"]))
 
@@ -71,6 +73,19 @@ class Denoiser(nn.Module):
     def forward(self, noisy: torch.Tensor, step: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         embedding = self.text_encoder(tokens)[0]  # (N, tokens, d)
         return self.unet(noisy, step, embedding).sample
+
+
+def begin_from(model: TextToImage, denoiser: Denoiser, tokenizer: CLIPTokenizer) -> None:
+    """Give `denoiser` the weights of an older model of the same shape; tokens that it did not know keep what they have."""
+    encoder = denoiser.text_encoder
+    new = encoder.get_input_embeddings().weight.detach().clone()
+    old, known = model.text_encoder.get_input_embeddings().weight, model.pipeline.tokenizer.get_vocab()
+    for token, number in tokenizer.get_vocab().items():
+        if token in known:
+            new[number] = old[known[token]]
+    denoiser.unet.load_state_dict(model.unet.state_dict())
+    place = next(name for name, weight in encoder.named_parameters() if weight is encoder.get_input_embeddings().weight)
+    encoder.load_state_dict(model.text_encoder.state_dict() | {place: new})
 
 
 def _rate(step: int, steps: int, warmup: int) -> float:
@@ -102,9 +117,9 @@ def _fit(fabric: Fabric, module: nn.Module, loss_of, settings: DictConfig, save_
             average.update_parameters(module)
         state["step"] = step + 1
         if (step + 1) % save_every == 0 or step + 1 == settings.steps:
-            partial = path.with_suffix(".partial")
-            fabric.save(partial, state)
-            partial.replace(path)
+            new = path.with_suffix(".partial")
+            fabric.save(new, state)
+            new.replace(path)
         yield step, loss.detach().item()
 
 
@@ -127,7 +142,7 @@ def train_autoencoder(fabric: Fabric, config: DictConfig, vae: AutoencoderKL, pi
 
 @torch.no_grad()
 def encode_all(fabric: Fabric, vae: AutoencoderKL, pictures: np.ndarray, batch: int = 128) -> torch.Tensor:
-    """The unscaled latent means of all pictures, (N, 8, 16, 16) float32 on the CPU."""
+    """The latent means of all pictures, unscaled, (N, 8, 16, 16) float32 on the CPU."""
     vae = vae.eval().to(fabric.device)
     with fabric.autocast():
         return torch.cat([vae.encode(fabric.to_device(to_tensor(pictures[k:k + batch]))).latent_dist.mean.float().cpu()
@@ -142,13 +157,6 @@ def reconstruction_psnr(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 1
         drawn = vae.decode(vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean).sample.float().cpu()
         found.append(peak_signal_noise_ratio(drawn.clamp(-1, 1), images, data_range=2.0, reduction="none", dim=(1, 2, 3)))
     return torch.cat(found)
-
-
-def scaled_latents(fabric: Fabric, vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
-    """`encode_all` with unit variance; the scale becomes the autoencoder's `scaling_factor`."""
-    latents = encode_all(fabric, vae, pictures)
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    return latents * vae.config.scaling_factor
 
 
 def train_denoiser(fabric: Fabric, config: DictConfig, denoiser: Denoiser, average: AveragedModel,

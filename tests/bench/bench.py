@@ -22,7 +22,8 @@ from ldm.latents import noisy
 from ldm.losses import JointErasure, SeparableErasure
 from ldm.model import load
 from ldm.sampling import first_noise, generate
-from ldm.shift import NullSpaceBasis, SeparableShift, null_space
+from ldm.null_space import NullSpaceBasis, null_space
+from ldm.shift import SeparableShift
 from ldm.training import erase
 
 MODEL = ROOT / "models" / "mini-sd"

@@ -1,0 +1,167 @@
+"""Null spaces of prompts' embeddings: the directions in which a change of weights moves none of them.
+
+For prompts with embeddings E (rows, d) a change dW (out, d) of a key or value layer with `E dW^T = 0` leaves their
+images as they were. Such dW have rows in the null space of E. (Separable Multi-Concept Erasure, arXiv 2402.05947.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ldm.checkpoint import check_base, load_tensors, save_tensors, versions
+
+BASIS = "null space basis"
+EXACT = 1e-7
+REACH = 1e-3  # relative size of a direction within a concept that still counts as part of it
+
+
+def _by_svd(matrix: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, int]:
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = torch.linalg.qr(matrix, mode="r").R  # (d, d): same row space, no tall factor
+    _, values, right = torch.linalg.svd(matrix, full_matrices=True)  # right (d, d)
+    rank = int((values > tolerance * values[0]).sum())
+    return right[rank:].flip(0), rank  # directions that the prompts reach least come first
+
+
+def _by_elimination(matrix: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, int]:
+    """Gauss-Jordan with complete pivoting: the largest remaining entry is the next pivot."""
+    reduced = matrix.clone()
+    pivots: list[int] = []
+    largest = reduced.abs().max()
+    for row in range(min(reduced.shape)):
+        rest = reduced[row:].abs()
+        position = int(rest.argmax())
+        if rest.view(-1)[position] <= tolerance * largest:
+            break
+        chosen, column = row + position // reduced.shape[1], position % reduced.shape[1]
+        reduced[[row, chosen]] = reduced[[chosen, row]]
+        reduced[row] /= reduced[row, column].clone()
+        factors = reduced[:, column].clone()
+        factors[row] = 0
+        reduced -= factors[:, None] * reduced[row]
+        pivots.append(column)
+    rank, width = len(pivots), reduced.shape[1]
+    free = [column for column in range(width) if column not in set(pivots)]
+    vectors = torch.zeros(len(free), width, dtype=matrix.dtype)
+    vectors[range(len(free)), free] = 1
+    vectors[:, pivots] = -reduced[:rank, free].T
+    return vectors / vectors.norm(dim=1, keepdim=True), rank
+
+
+def null_space(rows: torch.Tensor, tolerance: float = EXACT, method: str = "svd") -> tuple[torch.Tensor, int]:
+    """A basis (d - r, d) of what `rows` (n, d) do not reach, unit rows, float64, and the numerical rank r.
+
+    Singular values (`svd`) or pivots (`elimination`) up to `tolerance` times the largest count as zero.
+    Raises ValueError for an unknown method, a negative tolerance, or rows with NaN.
+    """
+    if method not in ("svd", "elimination"):
+        raise ValueError(f"unknown basis method '{method}': choose svd or elimination")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance {tolerance} is outside [0, 1): near 1e-7 is exact, 1e-3 leaves more room")
+    if not rows.isfinite().all():
+        raise ValueError("the prompts' embeddings hold NaN or infinity: the model cannot be used in this precision")
+    matrix = rows.detach().cpu().double()
+    return (_by_svd if method == "svd" else _by_elimination)(matrix, tolerance)
+
+
+def factor(*rows: torch.Tensor) -> torch.Tensor:
+    """A triangle (at most d, d), float64, of the same null space and singular values as all `rows` (n, d) together."""
+    return torch.linalg.qr(torch.cat([part.detach().cpu().double() for part in rows]), mode="r").R
+
+
+def without_each(blocks: Sequence[torch.Tensor], rest: torch.Tensor) -> Iterator[torch.Tensor]:
+    """For each of the `blocks` (n, d) in turn, a `factor` of `rest` (m, d) and all blocks but that one.
+
+    Half of the blocks is added for all of the other half at once, and so on, so that both the time for a block and the memory
+    grow with the logarithm of their number.
+    """
+    if len(blocks) == 1:
+        yield factor(rest)
+        return
+    half = len(blocks) // 2
+    yield from without_each(blocks[:half], factor(rest, *blocks[half:]))
+    yield from without_each(blocks[half:], factor(rest, *blocks[:half]))
+
+
+def spectrum(rows: torch.Tensor) -> torch.Tensor:
+    """The singular values of `rows` (n, d), relative to the largest, in descending order, and zeros up to d of them."""
+    values = torch.linalg.svdvals(factor(rows))
+    return F.pad(values / values[0], (0, rows.shape[1] - len(values)))
+
+
+def tolerance_with_room(values: torch.Tensor) -> float | None:
+    """The least of 1, 2 or 5 times a power of ten that, as a tolerance, leaves a sixteenth of all d directions of a `spectrum`
+    free; None where even 0.5 does not."""
+    steps = [number * 10.0 ** -power for power in range(8, 0, -1) for number in (1, 2, 5)]
+    return next((float(f"{step:.0e}") for step in steps if (values <= step).sum() >= len(values) / 16), None)
+
+
+@dataclass(frozen=True)
+class NullSpaceBasis:
+    """Directions (k, d), float64 unit rows, that the protected prompts do not reach, and what made them."""
+
+    vectors: torch.Tensor
+    recipe: dict = field(default_factory=dict)
+
+    @classmethod
+    def solve(cls, embeddings: torch.Tensor, protected: Sequence[str], tolerance: float, method: str, recipe: dict,
+              rows: torch.Tensor | None = None) -> NullSpaceBasis:
+        """The basis for the prompts `protected` with embeddings (N, tokens, d), whose `factor` is `rows` if it is known.
+
+        Raises ValueError, saying how many prompts fit and which tolerance would make room, when they leave none.
+        """
+        tokens, width = embeddings.shape[1:]
+        rows = embeddings.flatten(0, 1) if rows is None else rows  # (N * tokens, d), or at most (d, d)
+        vectors, rank = null_space(rows, tolerance, method)
+        if len(vectors) == 0:
+            fit = next(n for n in range(len(embeddings) - 1, -1, -1)
+                       if n == 0 or null_space(embeddings[:n].flatten(0, 1), tolerance)[1] < width)
+            enough = tolerance_with_room(spectrum(rows))
+            raise ValueError(f"no null space left: {len(embeddings)} protected prompts of {tokens} tokens fill all "
+                             f"{width} dimensions, and the first {fit} fit: protect fewer"
+                             + (f", or raise --tolerance to {enough:g}, which leaves a sixteenth of them free" if enough else ""))
+        leak = (vectors @ rows.double().cpu().T).norm(dim=1).max().item()
+        return cls(vectors, recipe | {"protected": list(protected), "rank": rank, "width": width,
+                                      "tolerance": tolerance, "method": method, "largest_leak": leak,
+                                      "versions": versions()})
+
+    def save(self, path: Path) -> None:
+        save_tensors(path, {"basis": self.vectors}, BASIS, self.recipe)
+
+    @classmethod
+    def load(cls, path: Path, hint: str = "") -> NullSpaceBasis:
+        """Raises ValueError for a file that is missing, damaged or not a basis."""
+        tensors, recipe = load_tensors(path, BASIS, hint)
+        if "basis" not in tensors or tensors["basis"].dim() != 2 or not recipe.keys() >= {"protected", "rank", "tolerance"}:
+            raise ValueError(f"{path} holds no basis of shape (k, d) and its recipe: make it again with SRSME_Solution.py")
+        return cls(tensors["basis"].double(), recipe)
+
+    def directions(self, concept: torch.Tensor, most: int | None) -> torch.Tensor:
+        """The directions (k, d) of the null space, orthonormal, along which `concept` reaches it, the strongest first; at most
+        `most` of them.
+
+        A gradient on the concept's prompts (P, tokens, d) acts only where their embeddings reach, yet Adam moves every
+        coefficient alike: directions beyond those cost other concepts, time and space, and erase nothing. So the basis is
+        turned to the right singular vectors of the embeddings within it, as far as they are not numerically zero.
+        Raises ValueError where the concept reaches none: what is protected says all of it.
+        """
+        orthonormal = torch.linalg.qr(self.vectors.T).Q.T  # (k, d)
+        concept = concept.flatten(0, 1).cpu().double()  # (P * tokens, d)
+        _, reach, turned = torch.linalg.svd(concept @ orthonormal.T, full_matrices=False)
+        acting = int((reach > max(REACH * reach[0], EXACT * concept.norm())).sum())
+        if not acting:
+            raise ValueError("the protected prompts reach all that the concept reaches, so that nothing can erase it alone: protect "
+                             "fewer, or lower --tolerance")
+        return turned[:min(acting, most or acting)] @ orthonormal
+
+    def check(self, digest: str, width: int, path: Path) -> None:
+        """Raises ValueError unless the basis was made for the base model with that digest."""
+        check_base(self.recipe, digest, path)
+        if self.vectors.shape[1] != width:
+            raise ValueError(f"{path} holds directions of {self.vectors.shape[1]} dimensions, the model's prompts "
+                             f"have {width}: make it again with SRSME_Solution.py")

@@ -1,0 +1,21 @@
+"""Which part of independent work is this process's, when several do it together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Of `size` processes the one with number `rank`, from 0."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, items: Sequence[Item]) -> list[Item]:
+        """Every `size`-th of the items: all processes together have each of them once."""
+        return list(items[self.rank::self.size])
