@@ -15,7 +15,7 @@ def main() -> None:
     args = parser.parse_args()
     erased = [concept.index for concept in parse_erased(args.erased_index, args.erase_cat)]
     others = [concept.index for concept in erasable(args.erase_cat) if concept.index not in erased]
-    numbers = cli_experiment.parse_numbers(args.values)
+    numbers = cli.parse_numbers(args.values)
     if not all(number in range(len(others) + 1) for number in numbers):
         raise ValueError(f"--values {args.values}: there are 0 to {len(others)} other concepts to protect")
     experiment = cli_experiment.experiment(args)

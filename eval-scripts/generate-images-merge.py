@@ -7,7 +7,7 @@ that are there are kept, so a stopped run goes on with the same command.
 from pathlib import Path
 
 from ldm import cli
-from ldm.images import read_cases
+from ldm.images import list_images, read_cases
 from ldm.model import settings
 from ldm.sampling import generate_folder
 from ldm.shift import applied
@@ -26,7 +26,8 @@ def main() -> None:
     cli.add_device(parser)
     args = parser.parse_args()
     cases = [case for case in read_cases(args.prompts_path) if case.number >= args.from_case]
-    model = cli.load_model(args, cli.parse_devices(args.device)[0])
+    device, share = cli.join(cli.parse_devices(args.device)[0])
+    model = cli.load_model(args, device)
     cli.fill(args, settings(model.base).sampling)
     shifts, name = cli.store(args, model.name, args.method).load_merge(args.merge)
     for shift in shifts.values():
@@ -35,8 +36,8 @@ def main() -> None:
     folder = args.save_path / f"{name}-merge"
     with applied(model.unet, list(shifts.values())):
         drawn = generate_folder(model, cases, folder, recipe, args.num_samples, args.ddim_steps, args.guidance_scale,
-                                args.batch_size)
-    print(f"{drawn} images drawn, {len(cases) * args.num_samples} in {folder}")
+                                args.batch_size, share)
+    print(f"{drawn} images drawn, {len(list_images(folder))} in {folder}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldm import cli
 from ldm.concepts import ROOT
-from ldm.images import read_cases
+from ldm.images import list_images, read_cases
 from ldm.model import load, settings
 from ldm.sampling import generate_folder
 
@@ -25,12 +25,13 @@ def main() -> None:
     args = parser.parse_args()
     cases = [case for case in read_cases(args.prompts_path) if case.number >= args.from_case]
     merged = args.models_path / args.model_name
-    model = load(merged if merged.is_dir() else args.model_name, cli.parse_devices(args.device)[0], dtype=cli.DTYPES[args.dtype])
+    device, share = cli.join(cli.parse_devices(args.device)[0])
+    model = load(merged if merged.is_dir() else args.model_name, device, dtype=cli.DTYPES[args.dtype])
     cli.fill(args, settings(model.base).sampling)
     folder = args.save_path / model.name
     drawn = generate_folder(model, cases, folder, model.drawn_by, args.num_samples, args.ddim_steps, args.guidance_scale,
-                            args.batch_size)
-    print(f"{drawn} images drawn, {len(cases) * args.num_samples} in {folder}")
+                            args.batch_size, share)
+    print(f"{drawn} images drawn, {len(list_images(folder))} in {folder}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,38 +42,64 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], kind: str, rec
                   metadata={HEADER: header})
 
 
-def load_tensors(path: Path, kind: str, hint: str = "") -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and recipe of a file that `save_tensors` wrote as `kind`.
+@dataclass(frozen=True)
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """Tensors of a safetensors file by other names (`names`: name -> that in the file), each read when it is asked for, so that
+    many files together take little memory."""
+
+    path: Path
+    names: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self.path, framework="pt", backend="pread") as opened:
+            return opened.get_tensor(self.names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def under(self, prefix: str) -> StoredTensors:
+        """Those whose names start with `prefix`, without it."""
+        return StoredTensors(self.path, {name.removeprefix(prefix): own for name, own in self.names.items() if name.startswith(prefix)})
+
+
+def load_tensors(path: Path, kind: str, hint: str = "") -> tuple[StoredTensors, dict]:
+    """Tensors, each read when it is asked for, and recipe of a file that `save_tensors` wrote as `kind`.
 
     Raises ValueError when it is missing (`hint` says what makes it), foreign, damaged, or holds NaN or infinity.
     """
-    tensors, recipe = _read(path, kind, hint, tensors=True)
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if bad:
-        raise ValueError(f"{path}: {bad[0]} holds NaN or infinity: make the file again")
+    names, recipe = _read(path, kind, hint)
+    tensors = StoredTensors(Path(path), {name: name for name in names})
+    try:
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{path}: {name} holds NaN or infinity: make the file again")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not safetensors: make it again") from error
     return tensors, recipe
 
 
-def _read(path: Path, kind: str, hint: str, tensors: bool) -> tuple[dict[str, torch.Tensor], dict]:
+def _read(path: Path, kind: str, hint: str) -> tuple[list[str], dict]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no {kind} {path}" + (f": {hint}" if hint else ""))
     try:
         with safe_open(path, framework="pt") as opened:
-            header = json.loads((opened.metadata() or {}).get(HEADER, "{}"))
-            found = {name: opened.get_tensor(name) for name in opened.keys()} if tensors else {}
+            header, names = json.loads((opened.metadata() or {}).get(HEADER, "{}")), list(opened.keys())
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{path} is damaged or not safetensors: make it again") from error
     if not isinstance(header, dict) or header.get("kind") != kind or not isinstance(header.get("recipe"), dict):
         what = header.get("kind", "foreign file") if isinstance(header, dict) else "foreign file"
         raise ValueError(f"{path} is not a {kind} but a {what}" + (f": {hint}" if hint else ""))
-    return found, header["recipe"]
+    return names, header["recipe"]
 
 
 def recipe_of(path: Path, kind: str) -> dict:
     """The recipe of a file that `save_tensors` wrote as `kind`; empty when there is no such file or it is damaged."""
     try:
-        return _read(path, kind, "", tensors=False)[1]
+        return _read(path, kind, "")[1]
     except ValueError:
         return {}
 

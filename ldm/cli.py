@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import math
 import os
 import signal
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import OmegaConf
 
 from ldm.attention import TRAIN_METHODS
@@ -22,6 +26,7 @@ from ldm.losses import METHODS
 from ldm.metrics.compare import to_markdown
 from ldm.model import TextToImage, folder_of, load, names, settings
 from ldm.plan import plan
+from ldm.share import Share
 from ldm.store import Store
 
 
@@ -132,10 +137,11 @@ def add_erasure(parser: Parser, *flags: str) -> None:
 def erase(args: Namespace, method: str) -> None:
     """Run a method on the concepts of --erased_index, and print what it took."""
     concepts, devices = parse_erased(args.erased_index, args.erase_cat), parse_devices(args.devices)
+    device, share = join(devices[0])
     effort = Effort(devices[1] if len(devices) > 1 else None, args.gradient_checkpointing)
-    model = load_model(args, devices[0], getattr(args, "dtype", "float32"))  # which SRS_ME.py alone asks for
+    model = load_model(args, device, getattr(args, "dtype", "float32"))  # which SRS_ME.py alone asks for
     given = given_settings(args, model.base, method)
-    rows = make_shifts(model, store(args, model.name, method), concepts, given, args.data_path, effort)
+    rows = make_shifts(model, store(args, model.name, method), concepts, given, args.data_path, effort, share)
     if rows:
         print(to_markdown(pd.DataFrame(rows)))
 
@@ -183,6 +189,19 @@ def add_inception(parser: Parser) -> None:
                         help="FID's Inception weights (torch-fidelity's .pth); without them AlexNet's features")
 
 
+def parse_numbers(text: str, flag: str = "--values", least: int = 2) -> list[float]:
+    """'0,1e-6' -> numbers. Raises ValueError for anything else, or fewer than `least` different ones."""
+    try:
+        numbers = list(dict.fromkeys(float(piece) for piece in text.split(",")))
+    except ValueError:
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{flag} {text}: give numbers such as 0,1e-6")
+    if len(numbers) < least:
+        raise ValueError(f"{flag} {text}: give two different numbers or more, such as 0,1e-6")
+    return numbers
+
+
 def formats(text: str) -> list[str]:
     """argparse type: names of `FORMATS`, separated by commas, in the order in which they are written."""
     wanted = [piece.strip() for piece in text.split(",") if piece.strip()]
@@ -217,6 +236,31 @@ def parse_devices(text: str | None) -> list[torch.device]:
                              f"{torch.cuda.device_count()}: use cpu")
         devices.append(device)
     return devices
+
+
+def join(device: torch.device) -> tuple[torch.device, Share]:
+    """This process's device, and its share of the work: of the processes that torchrun or SLURM has started together, one for
+    each device, and of the tasks of a SLURM job array.
+
+    Raises ValueError where several processes are told to take the same GPU.
+    """
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    rank, size = 0, 1
+    environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+    if environment and environment.world_size() > 1:
+        nodes = int(os.environ.get("SLURM_NNODES", 1)) if isinstance(environment, SLURMEnvironment) else \
+            environment.world_size() // int(os.environ["LOCAL_WORLD_SIZE"])
+        if device.index is not None:
+            raise ValueError(f"device {device} would be that of all {environment.world_size()} processes: leave the flag out, so that "
+                             "each takes its own, or give cpu")
+        fabric = Fabric(accelerator=device.type, devices=environment.world_size() // nodes, num_nodes=nodes, strategy="ddp")
+        fabric.launch()
+        rank, size, device = fabric.global_rank, fabric.world_size, fabric.device
+    tasks = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1))
+    task = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0)) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
+    if not 0 <= task < tasks:
+        raise ValueError("the tasks of the job array are not numbered one by one: pass such as --array=0-3 to sbatch")
+    return device, Share(task * size + rank, tasks * size)
 
 
 def methods_settings(base: str, changes: list[str]) -> dict[str, dict]:

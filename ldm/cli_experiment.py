@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pandas as pd
@@ -66,7 +65,7 @@ def ablate(args: cli.Namespace, name: str, setting: str, zero: bool = False) -> 
     """Erase and measure with each of --values for one of SRS-ME's settings, the erased concepts protecting each other; `zero`
     says whether 0 is a value of it."""
     erased = [concept.index for concept in parse_erased(args.erased_index, args.erase_cat)]
-    values = parse_numbers(args.values)
+    values = cli.parse_numbers(args.values)
     if min(values) < 0 or not zero and 0 in values:
         raise ValueError(f"--values {args.values}: give numbers above 0" + ", or 0" * zero)
     tried = experiment(args)
@@ -84,19 +83,6 @@ def finish(args: cli.Namespace, table: pd.DataFrame, by: str, x: str, name: str,
     path = args.save_path / args.erase_cat / name
     print(ablation.write(table, by, x, column(args.inception_path), path, log))
     print(f"-> {path}.png, .md, .csv")
-
-
-def parse_numbers(text: str) -> list[float]:
-    """'0,1e-6' -> numbers. Raises ValueError for anything else, or fewer than two."""
-    try:
-        numbers = [float(piece) for piece in text.split(",")]
-    except ValueError:
-        numbers = [math.nan]
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError(f"--values {text}: give numbers such as 0,1e-6")
-    if len(set(numbers)) < 2:
-        raise ValueError(f"--values {text}: give two different numbers or more, such as 0,1e-6")
-    return list(dict.fromkeys(numbers))
 
 
 def parse_methods(text: str) -> list[str]:

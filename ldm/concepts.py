@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).resolve().parent.parent
 CATEGORIES = ("style", "object", "similar", "nudity", "logo")
 STATUSES = ("erased", "restored", "regular", "protected")
+SPAN = re.compile(r"(\d+)(?:-(\d+))?")  # an index, or a first and a last one
 BLANK = "(blank)"  # what tables and pictures call the blank prompt
 
 
@@ -118,11 +119,14 @@ def parse_indexes(text: str, category: str) -> list[int]:
     """'0,1,4-6' -> [0, 1, 4, 5, 6], each checked against `category`; '' -> []. Raises ValueError on anything else."""
     indexes = []
     for piece in filter(None, (piece.strip() for piece in text.split(","))):
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", piece)
+        span = SPAN.fullmatch(piece)
         if not span:
             raise ValueError(f"'{piece}' is not a concept index: give numbers such as 0,1,2 or 0-8 from {_listing(category)}")
         first, last = int(span[1]), int(span[2] or span[1])
-        indexes += [get_concept(category, index).index for index in (first, last)]  # before a range of billions is made
+        if last < first:
+            raise ValueError(f"'{piece}' counts backwards: write {last}-{first}")
+        for end in (first, last):  # before a range of billions is made
+            get_concept(category, end)
         indexes += range(first, last + 1)
     return list(dict.fromkeys(indexes))
 

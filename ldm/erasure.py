@@ -27,11 +27,12 @@ from ldm.training import COLUMNS, learn
 
 
 def solve(model: TextToImage, store: Store, concepts: Sequence[Concept], others: Sequence[int], tolerance: float, method: str,
-          templates: int = 0) -> Iterator[tuple[Concept, NullSpaceBasis]]:
+          templates: int = 0, share: Share = Share()) -> Iterator[tuple[Concept, NullSpaceBasis]]:
     """For each concept the basis in which it can be erased, kept in `store`: it protects the blank prompt, the watermarks and
     the concepts `others`, less the erased one, each by its bare name and its first `templates` captions.
 
-    What all bases share is decomposed once. Raises ValueError when the protected prompts leave no room.
+    What the bases have in common is decomposed once; of several processes each finds its `share`. Raises ValueError when the
+    protected prompts leave no room.
     """
     always = ["", *watermarks()]
     said_by = {concept.index: said(concept, 0 if concept.watermark else templates)
@@ -44,13 +45,17 @@ def solve(model: TextToImage, store: Store, concepts: Sequence[Concept], others:
                       *(block for index, block in blocks.items() if index not in {concept.index for concept in inside})])
     rows = without_each([blocks[concept.index] for concept in inside], rest) if inside else iter(())
     whole = factor(rest, *(blocks[concept.index] for concept in inside)) if len(inside) < len(concepts) else None
+    mine = share.of(concepts)
     for concept in tqdm(concepts, desc="null spaces", unit="basis", disable=len(concepts) < 10):
+        triangle = next(rows) if concept in inside else whole
+        if concept not in mine:
+            continue
         protected = list(dict.fromkeys([*always, *itertools.chain(*(prompts for index, prompts in said_by.items()
                                                                     if index != concept.index))]))
         recipe = {"made_by": "SRSME_Solution.py", "base": model.name, "base_digest": model.digest,
                   "erase_cat": store.category, "erased_index": concept.index, "concept": concept.name}
         basis = NullSpaceBasis.solve(torch.stack([embeddings[prompt] for prompt in protected]), protected, tolerance, method, recipe,
-                                     next(rows) if concept in inside else whole)
+                                     triangle)
         kept = recipe_of(store.basis(concept.index), BASIS)
         if kept | {"largest_leak": basis.recipe["largest_leak"]} != basis.recipe:  # whose last digits depend on the machine
             basis.save(store.basis(concept.index))

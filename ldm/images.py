@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
@@ -27,12 +31,32 @@ def _readable(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
+_PARTIAL = ".partial-"  # then the host's name, the writer's process number, and what tells apart
+
+
+@cache
+def _sweep(folder: Path) -> None:
+    """Remove what processes of this machine that were killed left half written in `folder`; once for each process."""
+    mine = f"{_PARTIAL}{socket.gethostname()}-"
+    for left in folder.glob(f"{mine}*"):
+        writer = left.name.removeprefix(mine).split("-")[0]
+        if writer.isdigit() and not psutil.pid_exists(int(writer)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _prepare(path: Path) -> str:
+    """Make the folder of `path`, and return how the name of what is half written there begins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent.resolve())
+    return f"{_PARTIAL}{socket.gethostname()}-{os.getpid()}-"
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which becomes `path` when the block ends well and vanishes otherwise."""
+    """A temporary path beside `path`, which becomes `path` when the block ends well and vanishes otherwise; what a killed
+    process leaves vanishes when the next one writes there."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prepare(path), suffix=path.suffix)
     os.close(handle)
     partial = Path(name)
     try:
@@ -47,8 +71,7 @@ def atomic(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Like `atomic` for a folder, which replaces an older one at `path` only when the block has ended well."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as partial:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prepare(path)) as partial:
         new, old = Path(partial) / "new", Path(partial) / "old"
         new.mkdir()
         yield new

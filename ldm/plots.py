@@ -1,4 +1,4 @@
-"""Plots of results: a grid of lines, one panel for each measure and group."""
+"""Plots of results: a grid of lines, one panel for each measure and group; a spectrum with what it leaves room for."""
 
 from __future__ import annotations
 
@@ -41,5 +41,28 @@ def lines(table: pd.DataFrame, x: str, measures: Mapping[str, str], by: str, pat
     handles = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(2 * len(measures), len(handles)))
     figure.suptitle(title)
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=110)
+
+
+def room(values: Sequence[float], table: pd.DataFrame, path: Path) -> None:
+    """Write a picture of a spectrum, relative singular values in order, with the tolerances of a `capacity` table across it, and of
+    the table's leaks and least reach over them."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.semilogy(range(1, len(values) + 1), values, color="black")
+    left.set_ylim(max(min(value for value in values if value), 1e-9), 1.5)
+    for row in table.itertuples():
+        left.axhline(row.tolerance, color="grey", linewidth=0.8)
+        left.text(len(values), row.tolerance, f"{row.tolerance:g}: room {row.room}", fontsize=8, ha="right", va="bottom")
+    left.set(title="singular values of the protected prompts", xlabel="direction")
+    for measure, label in (("leak_protected", "largest leak, protected"), ("leak_held_out", "largest leak, held-out templates"),
+                           ("least_reach", "least reach of a concept")):
+        if (table[measure] > 0).any():
+            right.loglog(table.tolerance, table[measure], marker="o", label=label)
+    right.set(title="what a tolerance costs and gives", xlabel="tolerance")
+    right.legend(fontsize=8)
+    for panel in (left, right):
+        panel.grid(alpha=0.3)
     with atomic(path) as partial:
         figure.savefig(partial, dpi=110)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ldm.images import RECIPE, Case, check_recipe, image_name, read_cases, save_image, to_images, write_cases, write_json
 from ldm.model import TextToImage
+from ldm.share import Share
 
 
 def first_noise(model: TextToImage, seed: int, samples: int) -> torch.Tensor:
@@ -62,22 +63,29 @@ def generate(model: TextToImage, wanted: Sequence[tuple[Case, int]], steps: int,
 
 
 def generate_folder(model: TextToImage, cases: Sequence[Case], folder: Path, recipe: dict, samples: int, steps: int,
-                    guidance: float, batch: int) -> int:
+                    guidance: float, batch: int, share: Share = Share()) -> int:
     """Draw every image of `cases` that `folder` lacks, `samples` each; returns how many were drawn.
 
-    The folder gets `prompts.csv` and `recipe.json` too. Raises ValueError when it holds images of another recipe, or of
-    another prompt or seed under the same case number.
+    Which images are drawn together is the same in every run, and of several processes each draws its `share` of such batches:
+    so the files are the same to the last bit, however often a run was stopped, and however many processes there are. The
+    folder gets `prompts.csv` and `recipe.json` too. Raises ValueError when it holds images of another recipe, or of another
+    prompt or seed under the same case number.
     """
     recipe = recipe | {"ddim_steps": steps, "guidance_scale": guidance}
     check_recipe(folder, recipe)
     merged = add_cases(folder / "prompts.csv", cases)
     there = {path.name for path in folder.rglob("*.png")}  # sorted into class folders or not
-    missing = [(case, n) for case in cases for n in range(samples) if image_name(case.number, n) not in there]
+    wanted = [(case, n) for case in cases for n in range(samples)]
+    batches = share.of([wanted[start:start + batch] for start in range(0, len(wanted), batch)])
+    lacking = [pair for part in batches if not {image_name(case.number, n) for case, n in part} <= there for pair in part]
     write_cases(folder / "prompts.csv", merged)
     write_json(folder / RECIPE, recipe)
-    for case, n, image in generate(model, missing, steps, guidance, batch):
-        save_image(folder / image_name(case.number, n), image)
-    return len(missing)
+    drawn = 0
+    for case, n, image in generate(model, lacking, steps, guidance, batch):
+        if image_name(case.number, n) not in there:
+            save_image(folder / image_name(case.number, n), image)
+            drawn += 1
+    return drawn
 
 
 def add_cases(path: Path, cases: Sequence[Case]) -> list[Case]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ldm.attention import swapped
-from ldm.checkpoint import check_base, load_tensors, save_tensors, versions
+from ldm.checkpoint import StoredTensors, check_base, load_tensors, save_tensors, versions
 
 SHIFT = "weight shift"
 
@@ -78,7 +78,7 @@ class SeparableShift(WeightShift):
     def __init__(self, coefficients: Mapping[str, torch.Tensor], directions: torch.Tensor, scale: float,
                  recipe: dict | None = None):
         super().__init__(recipe)
-        self.coefficients = dict(coefficients)
+        self.coefficients = coefficients
         self.directions = directions.detach().double().cpu()
         self.scale = scale
 
@@ -155,14 +155,14 @@ class SeparableShift(WeightShift):
                      recipe | {"scale": self.scale, "versions": versions()})
 
     @classmethod
-    def read(cls, tensors: dict[str, torch.Tensor], recipe: dict) -> SeparableShift | None:
+    def read(cls, tensors: StoredTensors, recipe: dict) -> SeparableShift | None:
         """None when the tensors do not belong together."""
-        directions, scale = tensors.pop("directions"), recipe.get("scale")
-        good = directions.dim() == 2 and tensors and all(name.startswith("w.") and value.dim() == 2 and
-                                                         value.shape[1] == len(directions) for name, value in tensors.items())
+        directions, scale, weights = tensors["directions"], recipe.get("scale"), tensors.under("w.")
+        good = directions.dim() == 2 and 0 < len(weights) == len(tensors) - 1 and all(
+            weight.dim() == 2 and weight.shape[1] == len(directions) for weight in weights.values())
         if not good or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             return None
-        return cls({name.removeprefix("w."): value for name, value in tensors.items()}, directions, scale, recipe)
+        return cls(weights, directions, scale, recipe)
 
 
 class DenseShift(WeightShift):
@@ -170,7 +170,7 @@ class DenseShift(WeightShift):
 
     def __init__(self, deltas: Mapping[str, torch.Tensor], recipe: dict | None = None):
         super().__init__(recipe)
-        self.deltas = dict(deltas)
+        self.deltas = deltas
 
     @classmethod
     def between(cls, unet: nn.Module, student: Mapping[str, torch.Tensor]) -> DenseShift:
@@ -194,11 +194,10 @@ class DenseShift(WeightShift):
                      recipe | {"versions": versions()})
 
     @classmethod
-    def read(cls, tensors: dict[str, torch.Tensor], recipe: dict) -> DenseShift | None:
+    def read(cls, tensors: StoredTensors, recipe: dict) -> DenseShift | None:
         """None when the tensors are not named as those of such a shift."""
-        if not all(name.startswith("d.") for name in tensors):
-            return None
-        return cls({name.removeprefix("d."): value for name, value in tensors.items()}, recipe)
+        deltas = tensors.under("d.")
+        return cls(deltas, recipe) if len(deltas) == len(tensors) else None
 
 
 def added_to(weight: torch.Tensor, name: str, shifts: Sequence[WeightShift], dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -221,7 +220,7 @@ def applied(unet: nn.Module, shifts: Sequence[WeightShift]) -> Iterator[None]:
         yield
 
 
-def _together(matrices: Iterable[torch.Tensor], width: int) -> torch.Tensor:
+def triangle(matrices: Iterable[torch.Tensor], width: int) -> torch.Tensor:
     """A triangle R (at most d, d) with `|e R^T|` the norm of what all `matrices` (out, d) make of e."""
     stacked = [matrix.detach().cpu().double() for matrix in matrices]
     return torch.linalg.qr(torch.cat(stacked), mode="r").R if stacked else torch.zeros(1, width, dtype=torch.float64)
@@ -229,8 +228,8 @@ def _together(matrices: Iterable[torch.Tensor], width: int) -> torch.Tensor:
 
 def norms(matrices: Iterable[torch.Tensor], embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """The norm of what all `matrices` (out, d) together make of each prompt's embedding (tokens, d)."""
-    triangle = _together(matrices, next(iter(embeddings.values())).shape[-1])
-    return {prompt: (seen.cpu().double() @ triangle.T).norm().item() for prompt, seen in embeddings.items()}
+    whole = triangle(matrices, next(iter(embeddings.values())).shape[-1])
+    return {prompt: (seen.cpu().double() @ whole.T).norm().item() for prompt, seen in embeddings.items()}
 
 
 def base_norms(layers: Mapping[str, nn.Linear], embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:

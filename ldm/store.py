@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.concepts import CATEGORIES, get_concept
+from ldm.concepts import CATEGORIES, SPAN, get_concept, parse_indexes
 from ldm.losses import METHODS
 from ldm.shift import WeightShift
 
@@ -47,14 +47,19 @@ class Store:
                          f"--erased_index {index} --scenei {self.scene} --timei {self.time}")
 
     def load_merge(self, text: str) -> tuple[dict[str, WeightShift], str]:
-        """'0,1,2' or shift files, separated by commas -> shifts by label, and the name of the merge: '012', or 'ori'.
+        """'0,1,2', '0-99' or shift files, separated by commas -> shifts by label, and the name of the merge: '012', or 'ori'.
 
         A label is the concept's index, with its category before it when that is another one. Shifts of another method
         than SRS-ME put its name before that of the merge: 'FMN-012'.
         """
-        shifts = {}
+        paths: list[Path] = []
         for piece in filter(None, (piece.strip() for piece in text.split(","))):
-            path = self.find_shift(get_concept(self.category, int(piece)).index) if piece.isdigit() else Path(piece)
+            if SPAN.fullmatch(piece):
+                paths += [self.find_shift(index) for index in parse_indexes(piece, self.category)]
+            else:
+                paths.append(Path(piece))
+        shifts = {}
+        for path in paths:
             shift = WeightShift.load(path, "give an index such as 0, or the path of a shift file")
             index, category = shift.recipe.get("erased_index"), shift.recipe.get("erase_cat", self.category)
             if type(index) is not int or category not in CATEGORIES or shift.recipe.get("method", "SRS-ME") not in METHODS:
@@ -65,4 +70,18 @@ class Store:
             shifts[label] = shift
         made_by = dict.fromkeys(shift.recipe.get("method", "SRS-ME") for shift in shifts.values())
         prefix = "".join(f"{method}-" for method in made_by) if list(made_by) != ["SRS-ME"] else ""
-        return shifts, prefix + ("" if all(len(label) == 1 for label in shifts) else "-").join(shifts) or "ori"
+        return shifts, prefix + _joined(list(shifts)) or "ori"
+
+
+def _joined(labels: list[str]) -> str:
+    """Labels as one name: '012'; with longer ones '0-10', and more than three numbers in a row as '0..99'."""
+    if all(len(label) == 1 for label in labels):
+        return "".join(labels)
+    pieces, start = [], 0
+    for k, label in enumerate(labels):
+        follows = k + 1 < len(labels) and label.isdigit() and labels[k + 1] == str(int(label) + 1)
+        if not follows:
+            row = labels[start:k + 1]
+            pieces += [f"{row[0]}..{row[-1]}"] if len(row) > 3 else row
+            start = k + 1
+    return "-".join(pieces)

@@ -22,6 +22,11 @@ def test_other_spellings_and_prompts_name_their_concept():
 
 def test_indexes_are_parsed_once_each_and_bad_ones_list_the_names():
     assert parse_indexes("2, 0,2", "style") == [2, 0] and parse_indexes("", "style") == []
+    assert parse_indexes("7-9,0,8-10", "style") == [7, 8, 9, 0, 10] and parse_indexes("0-99", "logo") == list(range(100))
+    with pytest.raises(ValueError, match="write 2-3"):
+        parse_indexes("3-2", "style")
+    with pytest.raises(ValueError, match="no style concept has index 99999999999"):
+        parse_indexes("0-99999999999", "style")
     with pytest.raises(ValueError, match="1 VanGogh"):
         parse_indexes("11", "style")
     with pytest.raises(ValueError, match="church"):

@@ -27,6 +27,11 @@ def test_a_merge_is_named_by_its_indexes_and_takes_files_too(tmp_path):
     assert store.load_merge("") == ({}, "ori")
     put(store.shift(10), 10)
     assert store.load_merge("2,10")[1] == "2-10"
+    for index in range(3, 9):
+        put(store.shift(index), index)
+    shifts, name = store.load_merge("0,2-8,10")
+    assert list(shifts) == ["0", "2", "3", "4", "5", "6", "7", "8", "10"] and name == "0-2..8-10"
+    assert store.load_merge("10,3-5")[1] == "10-3-4-5"  # a row of three is no shorter
     objects = Store(tmp_path, "SRS-ME", "m", "object", 1, 0).shift(0)
     put(objects, 0, erase_cat="object")
     assert list(store.load_merge(f"0,{objects}")[0]) == ["0", "object0"]

@@ -33,11 +33,11 @@ def main() -> None:
         args.tolerance = EXACT
     erased = parse_erased(args.erased_index, args.erase_cat)
     others = parse_indexes(args.em_indexes, args.erase_cat)
-    device = cli.parse_devices(args.device)[0]
+    device, share = cli.join(cli.parse_devices(args.device)[0])
     model = cli.load_model(args, device)
     cli.fill(args, settings(model.base).solution)
     store = cli.store(args, model.name, "SRS-ME")
-    for concept, basis in solve(model, store, erased, others, args.tolerance, args.basis, args.templates):
+    for concept, basis in solve(model, store, erased, others, args.tolerance, args.basis, args.templates, share):
         print(f"{concept.index} {concept.name}: {len(basis.recipe['protected'])} prompts protected, rank {basis.recipe['rank']} of "
               f"{basis.recipe['width']}, {len(basis.vectors)} directions free, largest leak "
               f"{basis.recipe['largest_leak']:.1e} -> {store.basis(concept.index)}")
