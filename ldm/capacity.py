@@ -54,16 +54,17 @@ def capacity(model: TextToImage, concepts: Sequence[Concept], templates: int, to
     reaches: dict[tuple[float, int], float] = {}
     for concept, rows in zip(tqdm(concepts, desc="concepts", unit="concept"), without_each(blocks, rest)):
         own = torch.stack([seen[prompt] for prompt in erased[concept.index]])  # (P, tokens, d)
+        spared = given["spare"] * len(own) * model.vocabulary_without(concept.prompt, concept.name, *concept.aliases)
         for tolerance in tolerances:
             basis = NullSpaceBasis(null_space(rows, tolerance)[0])
             key = tolerance, concept.index
             shifts[key], reaches[key] = torch.zeros_like(whole), 0.0
             if len(basis.vectors):
-                directions = basis.directions(own, given["max_base"])
+                directions, cost = basis.directions(own, given["max_base"], given["ridge"], spared)
                 far = (own - seen[""]).double().flatten(0, 1)
                 reaches[key] = ((far @ directions.T).norm() / far.norm()).item()
                 shifts[key] = SeparableShift.closed_form({"": one}, directions, 1.0, own, seen[""][None],
-                                                         given["ridge"]).delta(".weight")
+                                                         cost).delta(".weight")
     rows, leaks, always = [], [], {prompt: None for prompt in ("", *watermarks())}
     for tolerance in tolerances:
         total = sum(shifts[tolerance, concept.index] for concept in concepts)

@@ -92,6 +92,25 @@ def from_zero(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
+def number(text: str) -> float:
+    """argparse type: a number from 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0")
+    return found
+
+
+def positive_number(text: str) -> float:
+    """argparse type: a number above 0."""
+    found = number(text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is not above 0")
+    return found
+
+
 def one_of(*names: str) -> Callable[[str], str]:
     """argparse type: one of `names`."""
     def chosen(text: str) -> str:
@@ -111,7 +130,8 @@ SETTINGS = {
     "templates": (from_zero, "caption templates to erase beside the bare name"),
     "init": (one_of("closed-form", "zero"), "what to start from: the closed form, which gives the concept its anchor's keys and "
              "values, or zero"),
-    "ridge": (float, "weight of |dW|^2 in the closed form, relative to how far the concept reaches"),
+    "ridge": (positive_number, "weight of |dW|^2, relative to how far the concept reaches"),
+    "spare": (number, "weight of how far the words of the model's vocabulary move, other than the concept's own"),
     "anchor": (one_of("blank", "template"), "what the closed form makes of the concept: the blank prompt, or its category's anchor"),
     "train_method": (str, f"which weights to train: {', '.join(TRAIN_METHODS)}"),
     "start_guidance": (float, "guidance with which the training latents are drawn"),

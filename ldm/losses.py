@@ -83,12 +83,12 @@ class SeparableErasure(_OneConcept):
     @classmethod
     def of(cls, model: TextToImage, concept: Concept, given: Mapping, basis: NullSpaceBasis) -> SeparableErasure:
         embeddings = model.encode_prompt(said(concept, given["templates"]))
-        directions = basis.directions(model.tokens(embeddings), given["max_base"])
-        layers, scale = kv_layers(model.unet), given["scale_factor"]
+        tokens, layers, scale = model.tokens(embeddings), kv_layers(model.unet), given["scale_factor"]
+        spared = given["spare"] * len(tokens) * model.vocabulary_without(concept.prompt, concept.name, *concept.aliases)
+        directions, cost = basis.directions(tokens, given["max_base"], given["ridge"], spared)
         if given["init"] == "closed-form":
-            anchor = model.encode_prompt([concept.anchor if given["anchor"] == "template" else ""])
-            learnt = SeparableShift.closed_form(layers, directions, scale, model.tokens(embeddings), model.tokens(anchor),
-                                                given["ridge"])
+            anchor = model.tokens(model.encode_prompt([concept.anchor if given["anchor"] == "template" else ""]))
+            learnt = SeparableShift.closed_form(layers, directions, scale, tokens, anchor, cost)
         else:
             learnt = SeparableShift.zeros(layers, directions, scale)
         return cls(model, layers, learnt, embeddings, model.encode_blank(), given["reg_beta"])

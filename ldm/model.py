@@ -26,6 +26,7 @@ from ldm.images import RECIPE
 
 PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 V1 = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
+_WORDS = 512
 _PIXELS = 512 * 512  # that the autoencoder takes at once: its memory grows with them
 
 
@@ -138,6 +139,32 @@ class TextToImage:
     def seen(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
         """What the cross-attention layers see of each prompt, (tokens, d)."""
         return {prompt: self.tokens(self.encode_prompt([prompt]))[0] for prompt in prompts}
+
+    @cached_property
+    def vocabulary(self) -> tuple[list[str], torch.Tensor]:
+        """Words that the model knows, at most `_WORDS` of its tokenizer's, evenly chosen, and the mean of `e^T e` over what the
+        layers see of each alone, e (tokens, d): (d, d), float64."""
+        known = self.pipeline.tokenizer.get_vocab()
+        words = sorted(word for word in (token.removesuffix("</w>") for token in known if token.endswith("</w>"))
+                       if len(word) > 2 and word.isalpha())
+        words = words[::max(1, -(-len(words) // _WORDS))]
+        gram = torch.zeros(self.width, self.width, dtype=torch.float64)
+        for start in range(0, len(words), 64):
+            gram += self._gram(words[start:start + 64])
+        return words, gram / max(1, len(words))
+
+    def _gram(self, prompts: list[str]) -> torch.Tensor:
+        seen = self.tokens(self.encode_prompt(prompts)).flatten(0, 1).cpu().double()
+        return seen.T @ seen
+
+    def vocabulary_without(self, *spellings: str) -> torch.Tensor:
+        """The mean of `vocabulary` without the words, and pieces of words, of `spellings`."""
+        words, mean = self.vocabulary
+        pieces = {piece.removesuffix("</w>") for text in spellings for piece in self.pipeline.tokenizer.tokenize(text)}
+        own = [word for word in words if word in pieces]
+        if not own or len(own) == len(words):
+            return mean
+        return (mean * len(words) - self._gram(own)) / (len(words) - len(own))
 
     @torch.no_grad()
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:

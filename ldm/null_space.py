@@ -141,23 +141,33 @@ class NullSpaceBasis:
             raise ValueError(f"{path} holds no basis of shape (k, d) and its recipe: make it again with SRSME_Solution.py")
         return cls(tensors["basis"].double(), recipe)
 
-    def directions(self, concept: torch.Tensor, most: int | None) -> torch.Tensor:
-        """The directions (k, d) of the null space, orthonormal, along which `concept` reaches it, the strongest first; at most
-        `most` of them.
+    def directions(self, concept: torch.Tensor, most: int | None, ridge: float,
+                   spared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a shift that erases `concept` (P, tokens, d) should act: directions (k, d) within the null space, orthonormal, the
+        best first, at most `most` of them; and what acting there costs, (k, k).
 
-        A gradient on the concept's prompts (P, tokens, d) acts only where their embeddings reach, yet Adam moves every
-        coefficient alike: directions beyond those cost other concepts, time and space, and erase nothing. So the basis is
-        turned to the right singular vectors of the embeddings within it, as far as they are not numerically zero.
+        A change along direction v costs `|v|^2 ridge s^2 + v spared v^T`, with s the most that a direction of the null space
+        reaches of the concept, and `spared` (d, d) the sum of `e^T e` over what else should move little. The directions are
+        those with the most reach for their cost: the right singular vectors of `X S^T C^(-1/2)`, as far as they are not
+        numerically zero, led back through `C^(-1/2) S` (X the concept's tokens, S the null space, C the cost in it). Beyond
+        them a gradient on the concept's prompts acts nowhere, yet Adam moves every coefficient alike.
         Raises ValueError where the concept reaches none: what is protected says all of it.
         """
-        orthonormal = torch.linalg.qr(self.vectors.T).Q.T  # (k, d)
-        concept = concept.flatten(0, 1).cpu().double()  # (P * tokens, d)
-        _, reach, turned = torch.linalg.svd(concept @ orthonormal.T, full_matrices=False)
-        acting = int((reach > max(REACH * reach[0], EXACT * concept.norm())).sum())
-        if not acting:
+        within = torch.linalg.qr(self.vectors.T).Q.T  # S (m, d)
+        seen = concept.flatten(0, 1).cpu().double()  # (P * tokens, d)
+        reach = seen @ within.T
+        size = torch.linalg.matrix_norm(reach, ord=2)
+        if size <= EXACT * seen.norm():
             raise ValueError("the protected prompts reach all that the concept reaches, so that nothing can erase it alone: protect "
-                             "fewer, or lower --tolerance")
-        return turned[:min(acting, most or acting)] @ orthonormal
+                             "fewer, or raise --tolerance")
+        cost = ridge * size.square() * torch.eye(len(within), dtype=reach.dtype) + within @ spared @ within.T
+        root = torch.linalg.cholesky(cost)
+        whitened = torch.linalg.solve_triangular(root, reach.T, upper=False).T  # X S^T L^-T with C = L L^T
+        _, gain, turned = torch.linalg.svd(whitened, full_matrices=False)
+        acting = min(int((gain > REACH * gain[0]).sum()), most or len(gain))
+        chosen = torch.linalg.solve_triangular(root.T, turned[:acting].T, upper=True).T  # (k, m)
+        chosen = torch.linalg.qr(chosen.T).Q.T  # whose first rows span what the first rows spanned
+        return chosen @ within, chosen @ cost @ chosen.T
 
     def check(self, digest: str, width: int, path: Path) -> None:
         """Raises ValueError unless the basis was made for the base model with that digest."""

@@ -91,21 +91,19 @@ class SeparableShift(WeightShift):
 
     @classmethod
     def closed_form(cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float, concept: torch.Tensor,
-                    anchor: torch.Tensor, ridge: float) -> SeparableShift:
-        """The least shift along orthonormal `directions` (k, d) that gives `concept` the keys and values of `anchor` (both
-        (N, tokens, d), prompt by prompt, token by token): the one that minimises
+                    anchor: torch.Tensor, cost: torch.Tensor) -> SeparableShift:
+        """The shift along `directions` S (k, d) that gives `concept` the keys and values of `anchor` (both (N, tokens, d), prompt
+        by prompt, token by token) at the least cost: the one that minimises
 
-        `|X (W + dW)^T - Y W^T|^2 + ridge s^2 |dW|^2` over `dW = W (A S)`,
+        `|X (W + dW)^T - Y W^T|^2 + tr(w C w^T)` over `dW = w S`,
 
-        X and Y the rows of concept and anchor, s the largest singular value of `X S^T`. The solution
-        `A = (Y - X)^T P (P^T P + ridge s^2)^-1` with `P = X S^T` is the same for all layers. (Closed forms edit attention
-        since TIME, arXiv 2303.08084, and UCE, 2308.14761; SPEED, 2503.07392, within a null space.)
+        X and Y the rows of concept and anchor, C (k, k) the cost along the directions. The solution is `w = W A` with
+        `A = (Y - X)^T P (P^T P + C)^-1` and `P = X S^T`, and A is the same for all layers. (Closed forms edit attention
+        since TIME, arXiv 2303.08084, and UCE, 2308.14761; within a null space SPEED, 2503.07392.)
         """
         seen, wanted = (rows.flatten(0, 1).cpu().double() for rows in (concept, anchor.expand_as(concept)))  # (N * tokens, d)
-        reach = seen @ directions.T  # (N * tokens, k)
-        size = torch.linalg.matrix_norm(reach, ord=2).square()
-        gram = reach.T @ reach + ridge * size * torch.eye(len(directions), dtype=reach.dtype)
-        solution = torch.linalg.solve(gram, reach.T @ (wanted - seen)).T / scale  # (d, k)
+        reach = seen @ directions.T  # P
+        solution = torch.linalg.solve(reach.T @ reach + cost, reach.T @ (wanted - seen)).T / scale  # A (d, k)
         weights = {name: (layer.weight.double() @ solution.to(layer.weight.device)).float().requires_grad_()
                    for name, layer in layers.items()}
         return cls(weights, directions, scale)

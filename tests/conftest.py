@@ -51,11 +51,11 @@ def make_xl(folder: Path) -> Path:
     return folder
 
 
-def make_model(folder: Path, seed: int) -> Path:
+def make_model(folder: Path, seed: int, config=TINY) -> Path:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(folder / "tokenizer", 16, SHARES)
-    vae = AutoencoderKL(**OmegaConf.to_container(TINY.vae))
-    assemble(TINY, vae, Denoiser(TINY, tokenizer), tokenizer, folder)
+    vae = AutoencoderKL(**OmegaConf.to_container(config.vae))
+    assemble(config, vae, Denoiser(config, tokenizer), tokenizer, folder)
     return folder
 
 

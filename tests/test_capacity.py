@@ -9,7 +9,7 @@ from ldm.shift import SeparableShift, leaks
 
 from conftest import is_error
 
-GIVEN = {"templates": 1, "max_base": None, "ridge": 0.1}
+GIVEN = {"templates": 1, "max_base": None, "ridge": 0.1, "spare": 0.5}
 
 
 def test_capacity_counts_room_and_the_leak_that_shifts_have(tiny):
@@ -30,7 +30,9 @@ def test_capacity_counts_room_and_the_leak_that_shifts_have(tiny):
         protected = [prompt for prompt in prompts if prompt != concept.prompt]
         basis = NullSpaceBasis.solve(tiny.encode_prompt(protected), protected, 1e-2, "svd", {})
         own = tiny.encode_prompt([concept.prompt, concept.captions[0]])
-        tensors.append(SeparableShift.closed_form(layers, basis.directions(own, None), 1.0, own, tiny.encode_blank(), 0.1))
+        spared = 0.5 * 2 * tiny.vocabulary_without(concept.name, *concept.aliases)
+        directions, cost = basis.directions(own, None, 0.1, spared)
+        tensors.append(SeparableShift.closed_form(layers, directions, 1.0, own, tiny.encode_blank(), cost))
     # Cezanne's prompt is moved by the two others' shifts together: the sum of what each adds.
     moved = sum((seen["Cezanne"].double() @ sum(shift.delta(f"{name}.weight") for shift in tensors[1:]).T).square().sum()
                 for name in layers).sqrt()

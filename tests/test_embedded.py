@@ -81,18 +81,16 @@ def erased(model, index, protected) -> SeparableShift:
     erasure = given.erasure["SRS-ME"]
     prompts = ["", *watermarks(), *(get_concept("style", other).prompt for other in protected if other != index)]
     basis = NullSpaceBasis.solve(model.encode_prompt(prompts), prompts, given.solution.tolerance, "svd", {})
-    layers, embedding = kv_layers(model.unet), model.encode_prompt([concept.prompt])
-    shift = SeparableShift.zeros(layers, basis.directions(embedding, erasure.max_base), erasure.scale_factor)
-    loss = SeparableErasure(model, layers, shift, embedding, model.encode_prompt([""]), erasure.reg_beta)
+    loss, embedding = SeparableErasure.of(model, concept, erasure, basis), model.encode_prompt([concept.prompt])
     stop = MomentumStop(erasure.threshold)
     noise = torch.cat([first_noise(model, seed, 1) for seed in range(16)])
     clean = denoise(model, noise, embedding.expand(16, -1, -1), model.encode_prompt([""]), given.sampling.ddim_steps,
                     given.sampling.guidance_scale)
     batches = noisy(model, clean, erasure.batch_size, 0)
-    for step in itertools.islice(erase(loss, shift.parameters(), batches, erasure.lr), erasure.iter_break):
+    for step in itertools.islice(erase(loss, loss.parameters(), batches, erasure.lr), erasure.iter_break):
         if stop.update(step):
             break
-    return shift
+    return loss.shift()
 
 
 def test_three_styles_go_one_comes_back_and_the_weights_are_the_same_again(model, tmp_path):

@@ -49,27 +49,44 @@ def test_no_room_says_how_many_prompts_fit():
         NullSpaceBasis.solve(prompts, list("abcde"), 1e-7, "svd", {})
 
 
+NOTHING = torch.zeros(9, 9, dtype=torch.float64)
+
+
 def test_directions_are_those_along_which_the_concept_reaches_the_strongest_first():
     protected, concept = torch.randn(2, 2, 9), torch.randn(1, 2, 9)
     for method in METHODS:
         basis = NullSpaceBasis.solve(protected, ["a", "b"], 1e-7, method, {})
-        directions = basis.directions(concept, None)
+        directions, cost = basis.directions(concept, None, 0.5, NOTHING)
         assert len(directions) == 2  # two tokens: a gradient on them acts nowhere else
-        assert torch.equal(basis.directions(concept, 5), directions) and torch.equal(basis.directions(concept, 1), directions[:1])
+        for most in (1, 5):
+            assert torch.allclose(basis.directions(concept, most, 0.5, NOTHING)[0], directions[:most])
         assert torch.allclose(directions @ directions.T, torch.eye(2, dtype=torch.float64), atol=1e-10)
         assert (protected.flatten(0, 1).double() @ directions.T).abs().max() < 1e-6
         within = basis.vectors.T @ torch.linalg.pinv(basis.vectors.T)  # the projection onto the null space
         seen = concept[0].double() @ within
         assert torch.allclose(seen @ directions.T @ directions, seen, atol=1e-8)
         reach = (seen @ directions.T).norm(dim=0)
-        assert reach[0] >= reach[1]
+        assert reach[0] >= reach[1] and torch.allclose(cost, 0.5 * reach[0] ** 2 * torch.eye(2, dtype=torch.float64))
+
+
+def test_directions_turn_away_from_what_is_spared():
+    protected, concept, other = torch.randn(3, 1, 2, 9)
+    basis = NullSpaceBasis.solve(protected, ["a"], 1e-7, "svd", {})
+    spared = 1e6 * other[0].double().T @ other[0].double()
+    plain, _ = basis.directions(concept, None, 0.01, NOTHING)
+    turned, cost = basis.directions(concept, None, 0.01, spared)
+    assert (other[0].double() @ turned.T).norm() < 1e-2 * (other[0].double() @ plain.T).norm()
+    assert (concept[0].double() @ turned.T).norm() > 0.1 * (concept[0].double() @ plain.T).norm()
+    reach = torch.linalg.matrix_norm(concept[0].double() @ torch.linalg.qr(basis.vectors.T).Q, ord=2)
+    expected = turned @ (0.01 * reach ** 2 * torch.eye(9, dtype=torch.float64) + spared) @ turned.T
+    assert torch.allclose(cost, expected)
 
 
 def test_a_concept_that_the_protected_prompts_say_is_refused():
     protected = torch.randn(2, 2, 9)
     basis = NullSpaceBasis.solve(protected, ["a", "b"], 1e-7, "svd", {})
     with pytest.raises(ValueError, match="protect fewer"):
-        basis.directions(protected[:1], None)
+        basis.directions(protected[:1], None, 0.1, NOTHING)
 
 
 @pytest.mark.parametrize("number", [1, 2, 5, 8])

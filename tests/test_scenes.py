@@ -103,7 +103,7 @@ def begin(tiny_path, tmp_path):
 
 
 GIVEN = {"lr": 0.1, "scale_factor": 1.0, "threshold": -1e9, "reg_beta": 0.0, "iter_break": 12, "max_base": None, "batch_size": 2,
-         "templates": 0, "init": "zero", "ridge": 0.1, "anchor": "blank", "seed": 0}
+         "templates": 0, "init": "zero", "ridge": 0.1, "spare": 1.0, "anchor": "blank", "seed": 0}
 
 
 def test_an_experiment_draws_each_set_of_weights_once(begin, tmp_path, monkeypatch):
