@@ -10,27 +10,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from ldm import cli
 from ldm.concepts import ROOT, Concept, concept_in, erasable
-from ldm.images import RECIPE, Case, atomic, check_recipe, image_name, load_batch, save_image, to_images, write_json
-from ldm.mini.paint import paint_concept, paint_none_of
+from ldm.images import Case, atomic, image_name, load_batch, save_image, to_images
+from ldm.mini.paint import paint_folder
 from ldm.model import TextToImage, settings
 from ldm.sampling import generate_folder
-
-
-def paint_folder(name: str | None, category: str, cases: list[Case], folder: Path, recipe: dict, samples: int) -> None:
-    """Pictures by the painter, as `generate_folder` draws them by a model; None: what shows no concept of `category`."""
-    check_recipe(folder, recipe)
-    write_json(folder / RECIPE, recipe)
-    for case in tqdm(cases, desc="paint", unit="case"):
-        rng = np.random.default_rng(case.seed)
-        for n in range(samples):
-            pixels = paint_concept(name, rng) if name else paint_none_of(category, rng)
-            if not (folder / image_name(case.number, n)).exists():
-                save_image(folder / image_name(case.number, n), Image.fromarray(pixels))
 
 
 def reconstruct(model: TextToImage, paths: list[Path], batch: int = 64) -> None:

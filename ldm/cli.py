@@ -139,6 +139,9 @@ SETTINGS = {
     "ddim_steps": (positive, "sampler steps of the training latents")}
 
 
+LEARNING = ("lr", "batch_size", "reg_beta", "threshold")  # what acts only while something is learnt
+
+
 def add_erasure(parser: Parser, *flags: str) -> None:
     """What every erasure takes, and those of a method's settings that `flags` names."""
     add_model(parser)
@@ -161,6 +164,9 @@ def erase(args: Namespace, method: str) -> None:
     effort = Effort(devices[1] if len(devices) > 1 else None, args.gradient_checkpointing)
     model = load_model(args, device, getattr(args, "dtype", "float32"))  # which SRS_ME.py alone asks for
     given = given_settings(args, model.base, method)
+    unused = [f"--{name}" for name in LEARNING if getattr(args, name, None) is not None]
+    if not given["iter_break"] and unused:
+        print(f"{', '.join(unused)}: not used, since nothing is learnt: --iter_break, here 0, is the most steps")
     rows = make_shifts(model, store(args, model.name, method), concepts, given, args.data_path, effort, share)
     if rows:
         print(to_markdown(pd.DataFrame(rows)))

@@ -69,7 +69,10 @@ def ablate(args: cli.Namespace, name: str, setting: str, zero: bool = False) -> 
     if min(values) < 0 or not zero and 0 in values:
         raise ValueError(f"--values {args.values}: give numbers above 0" + ", or 0" * zero)
     tried = experiment(args)
-    variants = [Variant(value, srs_me(args, tried) | {setting: value}, erased) for value in values]
+    given = srs_me(args, tried)
+    if not given["iter_break"]:  # a closed form, which knows nothing of how one learns
+        given |= {"init": "zero", "iter_break": 300}
+    variants = [Variant(value, given | {setting: value}, erased) for value in values]
     finish(args, ablation.ablate(tried, args.shifts_path, name, erased, variants), "status", setting, name, log=True)
 
 

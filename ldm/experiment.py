@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from ldm.checkpoint import file_digest
-from ldm.concepts import Concept, load_concepts
+from ldm.concepts import Concept, erasable, load_concepts
 from ldm.erasure import make_shifts, solve
 from ldm.images import Case, seeded_cases
 from ldm.losses import METHODS
@@ -41,6 +41,7 @@ class Experiment:
     pictures: int = 50
     inception: Path | None = None
     seed: int = 2024
+    held_out: bool = False  # whether held-out templates are drawn too
     _tables: dict[Path, pd.DataFrame] = field(default_factory=dict)
 
     def learn(self, store: Store, concepts: Sequence[Concept], protected: Sequence[int], given: Mapping,
@@ -64,6 +65,8 @@ class Experiment:
         digest = hashlib.sha256("".join(file_digest(shift.path) for shift in shifts.values()).encode()).hexdigest()[:8]
         folder = self.folder / "images" / (f"{name}-{digest}" if shifts else "ori")
         prompts = [*(concept.prompt for concept in load_concepts(self.category)), ""]
+        if self.held_out:
+            prompts += [template.format(concept.prompt) for concept in erasable(self.category) for template in concept.held_out]
         with applied(self.model.unet, list(shifts.values())):
             self._draw(seeded_cases(prompts, self.samples, self.seed), folder, recipe)
         return folder

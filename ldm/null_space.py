@@ -17,7 +17,7 @@ from ldm.checkpoint import check_base, load_tensors, save_tensors, versions
 
 BASIS = "null space basis"
 EXACT = 1e-7
-REACH = 1e-3  # relative size of a direction within a concept that still counts as part of it
+REACH = 0.03  # least reach of a direction for the root of its cost g: the closed form goes g^2 / (1 + g^2) of the way along it
 
 
 def _by_svd(matrix: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, int]:
@@ -164,7 +164,7 @@ class NullSpaceBasis:
         root = torch.linalg.cholesky(cost)
         whitened = torch.linalg.solve_triangular(root, reach.T, upper=False).T  # X S^T L^-T with C = L L^T
         _, gain, turned = torch.linalg.svd(whitened, full_matrices=False)
-        acting = min(int((gain > REACH * gain[0]).sum()), most or len(gain))
+        acting = min(max(1, int((gain > REACH).sum())), most or len(gain))
         chosen = torch.linalg.solve_triangular(root.T, turned[:acting].T, upper=True).T  # (k, m)
         chosen = torch.linalg.qr(chosen.T).Q.T  # whose first rows span what the first rows spanned
         return chosen @ within, chosen @ cost @ chosen.T

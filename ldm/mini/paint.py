@@ -6,12 +6,15 @@ drawn at twice their size and reduced, so that edges are smooth.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from tqdm import tqdm
 
 from ldm.concepts import erasable, watermarks
+from ldm.images import RECIPE, Case, check_recipe, image_name, save_image, write_json
 from ldm.mini.logos import logo
 from ldm.mini.scenery import OBJECTS, SCENES, Shape, scene
 
@@ -267,3 +270,18 @@ def paint_none_of(category: str, rng: np.random.Generator) -> np.ndarray:
     soft = _blur(_to_pixels(Image.fromarray(picture)), rng.uniform(0, 1.5))
     fade = rng.uniform(0, 0.7)
     return np.asarray(_to_image((1 - fade) * soft + fade * rng.uniform(0.4, 0.8, 3)))
+
+
+def paint_folder(name: str | None, category: str, cases: Sequence[Case], folder: Path, recipe: dict, samples: int = 1) -> None:
+    """Pictures of a concept for every case, as `generate_folder` draws them by a model; None: what shows no concept of `category`.
+
+    Raises ValueError when `folder` holds what another recipe made.
+    """
+    check_recipe(folder, recipe)
+    write_json(folder / RECIPE, recipe)
+    for case in tqdm(cases, desc="paint", unit="case"):
+        rng = np.random.default_rng(case.seed)
+        for n in range(samples):
+            pixels = paint_concept(name, rng) if name else paint_none_of(category, rng)
+            if not (folder / image_name(case.number, n)).exists():
+                save_image(folder / image_name(case.number, n), Image.fromarray(pixels))

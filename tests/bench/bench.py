@@ -1,30 +1,42 @@
 """Speed and memory as ratios against a named baseline, each pair measured in this one process: `make bench`.
 
-step: one SRS-ME step, against the original repository's way (two models, four passes, one latent after the other).
-generation: 64 images, 20 steps, guidance on, against diffusers' StableDiffusionPipeline with the same batch.
-null space: 231 x 768, against scipy.linalg.null_space.
+null space: 24 x 96 against sympy's elimination, which is extrapolated to 231 x 768 by its number of operations, rows^2 x columns; and
+231 x 768 against scipy.linalg.null_space.
+step: one SRS-ME step of one latent, and of four, against the original repository's way (two models, four passes, one latent
+after the other), in float32; and the peak memory of each, weights included.
+erasure: three styles from the closed form to an accuracy of at most 10 %, against the same from zero by gradient.
+generation: 64 images, 20 steps, guidance on, against diffusers' StableDiffusionPipeline with the same scheduler and batch; and
+merged weights against the original ones.
+many: 100 concepts in closed form at Stable Diffusion v1's size, random weights, and embeddings whose spectrum falls as CLIP's;
+the time and memory of the last ten against the first ten.
 joint memory: the peak of three steps on three concepts at once (SRS-ME-dagger), against that on one of them.
 """
 
 import copy
 import itertools
+import tempfile
 import time
+from pathlib import Path
 
+import psutil
 import scipy.linalg
+import sympy
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import nn
 
 from ldm import cli
 from ldm.attention import kv_layers
-from ldm.concepts import ROOT
-from ldm.images import Case
+from ldm.concepts import ROOT, get_concept
+from ldm.images import Case, to_tensor
 from ldm.latents import noisy
 from ldm.losses import JointErasure, SeparableErasure
-from ldm.model import load
-from ldm.sampling import first_noise, generate
-from ldm.null_space import NullSpaceBasis, null_space
-from ldm.shift import SeparableShift
-from ldm.training import erase
+from ldm.metrics.classify import classifier_path, load_classifier
+from ldm.model import load, settings
+from ldm.null_space import NullSpaceBasis, null_space, without_each
+from ldm.sampling import denoise, first_noise, generate
+from ldm.shift import SeparableShift, WeightShift, added_to, applied
+from ldm.training import MomentumStop, erase
 
 MODEL = ROOT / "models" / "mini-sd"
 
@@ -80,50 +92,174 @@ def joint_memory(model, layers, basis, blank) -> None:
     print(f"joint memory: {three / 2**20:.1f} MiB, {three / one:.2f} times one concept's ({one / 2**20:.1f} MiB)", flush=True)
 
 
+def null_spaces() -> None:
+    prompts = torch.randn(3, 77, 768, dtype=torch.float64)
+    prompts[:, 0] = prompts[0, 0]
+    rows, few = prompts.flatten(0, 1), torch.randn(24, 96, dtype=torch.float64)
+    ours = {method: seconds(lambda: null_space(rows, method=method)) for method in ("svd", "elimination")}
+    for method, own in ours.items():
+        report(f"null space by {method}", own, seconds(lambda: scipy.linalg.null_space(rows.numpy())), "scipy.linalg.null_space")
+    start = time.perf_counter()
+    exact = sympy.Matrix(few.tolist()).nullspace()
+    small = time.perf_counter() - start
+    growth = (231 ** 2 * 768) / (24 ** 2 * 96)
+    vectors = torch.tensor([[float(value) for value in vector] for vector in exact], dtype=torch.float64)
+    theirs = (few @ (vectors / vectors.norm(dim=1, keepdim=True)).T).abs().max().item()
+    own = (few @ null_space(few)[0].T).abs().max().item()
+    print(f"null space, sympy at 24 x 96: {small:.2f} s, extrapolated to 231 x 768: {small * growth:.0f} s, {small * growth / ours['svd']:,.0f} "
+          f"times ours; residual {theirs:.1e}, {theirs / own:,.0f} times ours ({own:.1e})", flush=True)
+
+
+def weights_of(module: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+
+
+def step(model, layers) -> None:
+    concept, blank = model.encode_prompt(["VanGogh"]), model.encode_prompt([""])
+    protected = ["", "watermark SRS-ME", "CCS 2024", "Picasso"]
+    basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, 5e-4, "svd", {})
+    given = settings(model.base).erasure["SRS-ME"]
+    loss = SeparableErasure.of(model, get_concept("style", 1), given, basis)
+    frozen = copy.deepcopy(model.unet)
+    full = SeparableErasure(model, layers, SeparableShift.zeros(layers, basis.vectors, 0.05), concept, blank, 1e-6)
+
+    for size in (1, 4):
+        latents, when = next(noisy(model, torch.randn(size, *model.latent_shape), size, 0))
+
+        def ours():
+            loss(latents, when).total.backward()
+
+        def original():
+            for z, t in zip(latents.split(1), when.split(1)):
+                with torch.no_grad():
+                    old = frozen(z, t, concept).sample - frozen(z, t, blank).sample
+                with full.active():
+                    new = model.predict_noise(z, t, concept) - model.predict_noise(z, t, blank)
+                change = sum((weight @ full.directions).abs().sum() for weight in full.parameters())
+                ((new * old).mean() + 1e-6 * change).backward()
+
+        own, theirs = seconds(ours, 15), seconds(original, 15)
+        report(f"step of {size} latents", own, theirs, "the original's way")
+        most, most_theirs = peak(ours) + weights_of(model.unet), peak(original) + 2 * weights_of(model.unet)
+        print(f"  peak: {most / 2**20:.1f} MiB with weights, {most / most_theirs:.2f} times the original's ({most_theirs / 2**20:.1f} MiB)",
+              flush=True)
+
+
+def erasures(model) -> None:
+    given, concepts = settings(model.base), [get_concept("style", index) for index in range(3)]
+    names, blank = [concept.prompt for concept in concepts], model.encode_blank()
+    bases, pictures = {}, {}
+    for concept in concepts:
+        protected = ["", "watermark SRS-ME", "CCS 2024", *(name for name in names if name != concept.prompt)]
+        bases[concept] = NullSpaceBasis.solve(model.encode_prompt(protected), protected, given.solution.tolerance, "svd", {})
+        noise = torch.cat([first_noise(model, 10_000 + seed, 1) for seed in range(32)])
+        pictures[concept] = denoise(model, noise, model.encode_prompt([concept.prompt]).expand(32, -1, -1), blank, 20, 1.5)
+    classifier, _ = load_classifier(classifier_path("style"), model.device)
+
+    def erased(init: str, steps: int) -> tuple[float, list[WeightShift]]:
+        start, shifts = time.perf_counter(), []
+        for concept in concepts:
+            own = given.erasure["SRS-ME"] | {"init": init, "iter_break": steps}
+            loss, stop = SeparableErasure.of(model, concept, own, bases[concept]), MomentumStop(own.threshold)
+            batches = noisy(model, pictures[concept], own.batch_size, 0)
+            for done in itertools.islice(erase(loss, loss.parameters(), batches, own.lr), steps):
+                if stop.update(done):
+                    break
+            shifts.append(loss.shift())
+        return time.perf_counter() - start, shifts
+
+    def accuracies(shifts) -> list[float]:
+        cases = [Case(get_concept("style", index).prompt, seed, 20 * index + seed) for index in range(9) for seed in range(20)]
+        with applied(model.unet, shifts):
+            drawn = list(generate(model, [(case, 0) for case in cases], 20, 1.5, 60))
+        found = classifier(torch.stack([to_tensor(image) for _, _, image in drawn])).argmax(1).view(9, 20)
+        return [100 * (row == index + 1).float().mean().item() for index, row in enumerate(found)]
+
+    before = accuracies([])
+    erased("closed-form", 0)  # to warm up: the vocabulary is encoded once for a model
+    times = {}
+    for init, steps in (("closed-form", 0), ("zero", 300)):
+        times[init], shifts = erased(init, steps)
+        after = accuracies(shifts)
+        print(f"three styles erased from {init}: {times[init]:.2f} s; accuracy {after[:3]} % (before {before[:3]}), regular "
+              f"{sum(after[3:]) / 6:.1f} % (before {sum(before[3:]) / 6:.1f})", flush=True)
+    print(f"  from the closed form: {times['zero'] / times['closed-form']:.0f} times faster", flush=True)
+
+
+def generation(model) -> None:
+    cases = [Case("VanGogh", seed, seed) for seed in range(64)]
+    pipeline = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, dtype=torch.float32).to(model.device)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.cat([first_noise(model, case.seed, 1) for case in cases])
+
+    def ours():
+        return list(generate(model, [(case, 0) for case in cases], 20, 4.0, 64))
+
+    own = seconds(ours, 3)
+    report("64 images", own, seconds(lambda: pipeline(["VanGogh"] * 64, num_inference_steps=20, guidance_scale=4.0, latents=noise), 3),
+           "diffusers' pipeline")
+    shift = SeparableShift.zeros(kv_layers(model.unet), torch.eye(model.width)[:3], 1.0)
+    with applied(model.unet, [shift]):
+        report("64 images, merged", seconds(ours, 3), own, "the original model")
+
+
+def many(number: int = 100) -> None:
+    """Without a text encoder: what a concept costs in the algebra, with its basis and its shift written to a file."""
+    torch.manual_seed(0)
+    outs = [320] * 5 + [640] * 5 + [1280] * 6
+    layers = {f"{k}.{part}": nn.Linear(768, out, bias=False) for k, out in enumerate(outs) for part in ("to_k", "to_v")}
+    directions = torch.linalg.qr(torch.randn(768, 768)).Q * torch.logspace(0, -4, 768)[:, None]
+    prompts = torch.randn(number + 3, 77, 768) @ directions * 28  # rows, whose spectrum falls over four decades
+    prompts[:, 0] = 28 * torch.randn(768)  # the first token is that of every prompt
+    vocabulary = (torch.randn(2000, 768) @ directions * 28).double()
+    spared = 10 * 77 * vocabulary.T @ vocabulary / 2000
+    rest, own = prompts[:3].flatten(0, 1), prompts[3:]
+    names = [str(k) for k in range(number + 3)]
+    process, times, memory = psutil.Process(), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        for k, rows in enumerate(without_each(list(own), rest)):
+            others = torch.cat([prompts[:3 + k], prompts[4 + k:]])
+            basis = NullSpaceBasis.solve(others, names[:3 + k] + names[4 + k:], 2e-3, "svd", {}, rows)
+            basis.save(Path(folder) / f"basis-{k}.safetensors")
+            acting, cost = basis.directions(own[k:k + 1], None, 0.01, spared)
+            shift = SeparableShift.closed_form(layers, acting, 0.05, own[k:k + 1], prompts[:1], cost)
+            shift.save(Path(folder) / f"shift-{k}.safetensors", {})
+            times.append(time.perf_counter() - start)
+            memory.append(process.memory_info().rss)
+        each = [later - earlier for earlier, later in zip([0.0, *times], times)]
+        print(f"many: {number} concepts at Stable Diffusion v1's size, bases and shifts written: {times[-1]:.1f} s; a concept of the last "
+              f"ten {sum(each[-10:]) / sum(each[:10]):.2f} times one of the first ten; memory {memory[-1] / 2**20:.0f} MiB, "
+              f"{memory[-1] / memory[9]:.2f} times that after ten; rank {basis.recipe['rank']} of 768, {len(acting)} directions a shift",
+              flush=True)
+        before, start = process.memory_info().rss, time.perf_counter()
+        shifts = [WeightShift.load(Path(folder) / f"shift-{k}.safetensors") for k in range(number)]
+        most = 0
+        for name, layer in layers.items():
+            added_to(layer.weight, f"{name}.weight", shifts)
+            most = max(most, process.memory_info().rss - before)
+        size = sum(path.stat().st_size for path in Path(folder).glob("shift-*"))
+        print(f"  merging them: {time.perf_counter() - start:.1f} s, {most / 2**20:.0f} MiB more, {most / size:.2f} times the shifts' files "
+              f"({size / 2**20:.0f} MiB)", flush=True)
+
+
 def main() -> None:
     parser = cli.parser(__doc__)
+    parts = {"null space": null_spaces, "many": many}
+    parser.add_argument("--only", default=None, help="one of null space, step, erasure, generation, many, joint memory")
     cli.add_device(parser)
-    device = cli.parse_devices(parser.parse_args().device)[0]
-    model = load(MODEL, device)
+    args = parser.parse_args()
+    model = load(MODEL, cli.parse_devices(args.device)[0])
     layers = kv_layers(model.unet)
     protected = ["", "watermark SRS-ME", "CCS 2024", "Picasso"]
     basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, 1e-3, "svd", {})
-    shift = SeparableShift.zeros(layers, basis.vectors, 0.05)
-    concept, blank = model.encode_prompt(["VanGogh"]), model.encode_prompt([""])
-    loss = SeparableErasure(model, layers, shift, concept, blank, 1e-6)
-    latents, step = next(noisy(model, torch.randn(4, *model.latent_shape), 4, 0))
-
-    def ours():
-        loss(latents, step).total.backward()
-
-    frozen = copy.deepcopy(model.unet)
-
-    def original():
-        for z, t in zip(latents.split(1), step.split(1)):
-            with torch.no_grad():
-                old = frozen(z, t, concept).sample - frozen(z, t, blank).sample
-            with loss.active():
-                new = model.predict_noise(z, t, concept) - model.predict_noise(z, t, blank)
-            (new * old).mean().backward()
-
-    report("step of 4 latents", seconds(ours), seconds(original), "the original's way")
-
-    joint_memory(model, layers, basis, blank)
-
-    cases = [Case("VanGogh", seed, seed) for seed in range(64)]
-    pipeline = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, dtype=torch.float32).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    noise = torch.cat([first_noise(model, case.seed, 1) for case in cases])
-    report("64 images", seconds(lambda: list(generate(model, [(case, 0) for case in cases], 20, 4.0, 64)), 1),
-           seconds(lambda: pipeline(["VanGogh"] * 64, num_inference_steps=20, guidance_scale=4.0, latents=noise), 1),
-           "diffusers' pipeline")
-
-    prompts = torch.randn(3, 77, 768, dtype=torch.float64)
-    prompts[:, 0] = prompts[0, 0]
-    rows = prompts.flatten(0, 1)
-    for method in ("svd", "elimination"):
-        report(f"null space by {method}", seconds(lambda: null_space(rows, method=method)),
-               seconds(lambda: scipy.linalg.null_space(rows.numpy())), "scipy.linalg.null_space")
+    parts |= {"step": lambda: step(model, layers), "erasure": lambda: erasures(model), "generation": lambda: generation(model),
+              "joint memory": lambda: joint_memory(model, layers, basis, model.encode_prompt([""]))}
+    if args.only and args.only not in parts:
+        raise ValueError(f"--only {args.only}: give one of {', '.join(parts)}")
+    for name, part in parts.items():
+        if args.only in (None, name):
+            part()
 
 
 if __name__ == "__main__":
