@@ -28,10 +28,10 @@ class Capacity:
     leaks: pd.DataFrame
 
 
-def capacity(model: TextToImage, concepts: Sequence[Concept], templates: int, tolerances: Sequence[float],
+def capacity(model: TextToImage, concepts: Sequence[Concept], templates: int, always: float, tolerances: Sequence[float],
              given: Mapping) -> Capacity:
     """What is left for further concepts when each of `concepts` is erased in closed form while the others, the blank prompt and
-    the watermarks are protected, by their bare names and `templates` captions.
+    the watermarks are protected, by their bare names and `templates` captions; `always` as in `ldm.erasure.solve`.
 
     The leak of a prompt is how far the shifts of all concepts but its own move what the layers put out for it. `given` holds
     SRS-ME's settings. In the table: `rank` of all prompts, `room`, `directions` that a concept takes, how many `more` fit,
@@ -43,7 +43,7 @@ def capacity(model: TextToImage, concepts: Sequence[Concept], templates: int, to
     erased = {concept.index: said(concept, given["templates"]) for concept in concepts}
     seen = model.seen(dict.fromkeys(["", *watermarks(),
                                      *itertools.chain(*protected.values(), *held_out.values(), *erased.values())]))
-    rest = torch.cat([seen[prompt] for prompt in ("", *watermarks())])
+    rest = always * torch.cat([seen[prompt] for prompt in ("", *watermarks())])
     blocks = [torch.cat([seen[prompt] for prompt in prompts]) for prompts in protected.values()]
     every = factor(rest, *blocks)
     layers = kv_layers(model.unet)
@@ -56,20 +56,20 @@ def capacity(model: TextToImage, concepts: Sequence[Concept], templates: int, to
         own = torch.stack([seen[prompt] for prompt in erased[concept.index]])  # (P, tokens, d)
         spared = given["spare"] * len(own) * model.vocabulary_without(concept.prompt, concept.name, *concept.aliases)
         for tolerance in tolerances:
-            basis = NullSpaceBasis(null_space(rows, tolerance)[0])
+            basis = NullSpaceBasis(null_space(rows, tolerance)[0], rows)
             key = tolerance, concept.index
             shifts[key], reaches[key] = torch.zeros_like(whole), 0.0
             if len(basis.vectors):
-                directions, cost = basis.directions(own, given["max_base"], given["ridge"], spared)
+                directions, cost = basis.directions(own, given["max_base"], given["ridge"], given["keep"], spared)
                 far = (own - seen[""]).double().flatten(0, 1)
                 reaches[key] = ((far @ directions.T).norm() / far.norm()).item()
                 shifts[key] = SeparableShift.closed_form({"": one}, directions, 1.0, own, seen[""][None],
                                                          cost).delta(".weight")
-    rows, leaks, always = [], [], {prompt: None for prompt in ("", *watermarks())}
+    rows, leaks, unowned = [], [], {prompt: None for prompt in ("", *watermarks())}
     for tolerance in tolerances:
         total = sum(shifts[tolerance, concept.index] for concept in concepts)
         for held, prompts in ((False, protected), (True, held_out)):
-            owners = ({} if held else always) | {prompt: index for index, own in prompts.items() for prompt in own}
+            owners = ({} if held else unowned) | {prompt: index for index, own in prompts.items() for prompt in own}
             for prompt, index in owners.items():
                 others = total if index is None else total - shifts[tolerance, index]
                 embedding = seen[prompt].double()

@@ -131,6 +131,7 @@ SETTINGS = {
     "init": (one_of("closed-form", "zero"), "what to start from: the closed form, which gives the concept its anchor's keys and "
              "values, or zero"),
     "ridge": (positive_number, "weight of |dW|^2, relative to how far the concept reaches"),
+    "keep": (number, "weight of how far the protected prompts move, where the tolerance lets them"),
     "spare": (number, "weight of how far the words of the model's vocabulary move, other than the concept's own"),
     "anchor": (one_of("blank", "template"), "what the closed form makes of the concept: the blank prompt, or its category's anchor"),
     "train_method": (str, f"which weights to train: {', '.join(TRAIN_METHODS)}"),

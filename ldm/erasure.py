@@ -27,21 +27,22 @@ from ldm.training import COLUMNS, learn
 
 
 def solve(model: TextToImage, store: Store, concepts: Sequence[Concept], others: Sequence[int], tolerance: float, method: str,
-          templates: int = 0, share: Share = Share()) -> Iterator[tuple[Concept, NullSpaceBasis]]:
+          templates: int = 0, always: float = 1.0, share: Share = Share()) -> Iterator[tuple[Concept, NullSpaceBasis]]:
     """For each concept the basis in which it can be erased, kept in `store`: it protects the blank prompt, the watermarks and
-    the concepts `others`, less the erased one, each by its bare name and its first `templates` captions.
+    the concepts `others`, less the erased one, each by its bare name and its first `templates` captions. Above 1 `always`
+    weighs the blank prompt and the watermarks more than the concepts, in the spectrum and wherever a leak costs.
 
     What the bases have in common is decomposed once; of several processes each finds its `share`. Raises ValueError when the
     protected prompts leave no room.
     """
-    always = ["", *watermarks()]
+    fixed = ["", *watermarks()]
     said_by = {concept.index: said(concept, 0 if concept.watermark else templates)
                for concept in (get_concept(store.category, other) for other in others)}
     embeddings = {prompt: model.tokens(model.encode_prompt([prompt]))[0]
-                  for prompt in dict.fromkeys([*always, *itertools.chain(*said_by.values())])}
+                  for prompt in dict.fromkeys([*fixed, *itertools.chain(*said_by.values())])}
     blocks = {index: torch.cat([embeddings[prompt] for prompt in prompts]) for index, prompts in said_by.items()}
     inside = [concept for concept in concepts if concept.index in blocks]
-    rest = torch.cat([*(embeddings[prompt] for prompt in always),
+    rest = torch.cat([*(always * embeddings[prompt] for prompt in fixed),
                       *(block for index, block in blocks.items() if index not in {concept.index for concept in inside})])
     rows = without_each([blocks[concept.index] for concept in inside], rest) if inside else iter(())
     whole = factor(rest, *(blocks[concept.index] for concept in inside)) if len(inside) < len(concepts) else None
@@ -50,7 +51,7 @@ def solve(model: TextToImage, store: Store, concepts: Sequence[Concept], others:
         triangle = next(rows) if concept in inside else whole
         if concept not in mine:
             continue
-        protected = list(dict.fromkeys([*always, *itertools.chain(*(prompts for index, prompts in said_by.items()
+        protected = list(dict.fromkeys([*fixed, *itertools.chain(*(prompts for index, prompts in said_by.items()
                                                                     if index != concept.index))]))
         recipe = {"made_by": "SRSME_Solution.py", "base": model.name, "base_digest": model.digest,
                   "erase_cat": store.category, "erased_index": concept.index, "concept": concept.name}

@@ -47,10 +47,11 @@ class Experiment:
     def learn(self, store: Store, concepts: Sequence[Concept], protected: Sequence[int], given: Mapping,
               solution: Mapping | None = None) -> list[dict]:
         """The shifts of `concepts` by the method of `store`, those of SRS-ME protecting the concepts `protected`; what is
-        there from the same inputs is kept. `solution` holds basis, tolerance and templates (default: the model's config)."""
+        there from the same inputs is kept. `solution` holds basis, tolerance, templates and always (default: the model's config)."""
         solution = solution or settings(self.model.base).solution
         if METHODS[store.method].null_space:
-            for _ in solve(self.model, store, concepts, protected, solution["tolerance"], solution["basis"], solution["templates"]):
+            for _ in solve(self.model, store, concepts, protected, solution["tolerance"], solution["basis"], solution["templates"],
+                           solution["always"]):
                 pass
         if METHODS[store.method].pictures and given["iter_break"]:
             for concept in concepts:

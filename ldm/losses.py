@@ -85,7 +85,7 @@ class SeparableErasure(_OneConcept):
         embeddings = model.encode_prompt(said(concept, given["templates"]))
         tokens, layers, scale = model.tokens(embeddings), kv_layers(model.unet), given["scale_factor"]
         spared = given["spare"] * len(tokens) * model.vocabulary_without(concept.prompt, concept.name, *concept.aliases)
-        directions, cost = basis.directions(tokens, given["max_base"], given["ridge"], spared)
+        directions, cost = basis.directions(tokens, given["max_base"], given["ridge"], given["keep"], spared)
         if given["init"] == "closed-form":
             anchor = model.tokens(model.encode_prompt([concept.anchor if given["anchor"] == "template" else ""]))
             learnt = SeparableShift.closed_form(layers, directions, scale, tokens, anchor, cost)

@@ -71,7 +71,7 @@ def null_space(rows: torch.Tensor, tolerance: float = EXACT, method: str = "svd"
 
 def factor(*rows: torch.Tensor) -> torch.Tensor:
     """A triangle (at most d, d), float64, of the same null space and singular values as all `rows` (n, d) together."""
-    return torch.linalg.qr(torch.cat([part.detach().cpu().double() for part in rows]), mode="r").R
+    return torch.linalg.qr(torch.cat([part.detach().cpu().double() for part in rows]), mode="r").R.contiguous()
 
 
 def without_each(blocks: Sequence[torch.Tensor], rest: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -103,9 +103,11 @@ def tolerance_with_room(values: torch.Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class NullSpaceBasis:
-    """Directions (k, d), float64 unit rows, that the protected prompts do not reach, and what made them."""
+    """Directions (k, d), float64 unit rows, that the protected prompts do not reach, or hardly; a `factor` (r, d) of what they are;
+    and what made them."""
 
     vectors: torch.Tensor
+    protected: torch.Tensor
     recipe: dict = field(default_factory=dict)
 
     @classmethod
@@ -116,7 +118,7 @@ class NullSpaceBasis:
         Raises ValueError, saying how many prompts fit and which tolerance would make room, when they leave none.
         """
         tokens, width = embeddings.shape[1:]
-        rows = embeddings.flatten(0, 1) if rows is None else rows  # (N * tokens, d), or at most (d, d)
+        rows = factor(embeddings.flatten(0, 1)) if rows is None else rows  # at most (d, d)
         vectors, rank = null_space(rows, tolerance, method)
         if len(vectors) == 0:
             fit = next(n for n in range(len(embeddings) - 1, -1, -1)
@@ -125,29 +127,32 @@ class NullSpaceBasis:
             raise ValueError(f"no null space left: {len(embeddings)} protected prompts of {tokens} tokens fill all "
                              f"{width} dimensions, and the first {fit} fit: protect fewer"
                              + (f", or raise --tolerance to {enough:g}, which leaves a sixteenth of them free" if enough else ""))
-        leak = (vectors @ rows.double().cpu().T).norm(dim=1).max().item()
-        return cls(vectors, recipe | {"protected": list(protected), "rank": rank, "width": width,
+        leak = (vectors @ rows.T).norm(dim=1).max().item()
+        return cls(vectors, rows, recipe | {"protected": list(protected), "rank": rank, "width": width,
                                       "tolerance": tolerance, "method": method, "largest_leak": leak,
                                       "versions": versions()})
 
     def save(self, path: Path) -> None:
-        save_tensors(path, {"basis": self.vectors}, BASIS, self.recipe)
+        save_tensors(path, {"basis": self.vectors, "protected": self.protected}, BASIS, self.recipe)
 
     @classmethod
     def load(cls, path: Path, hint: str = "") -> NullSpaceBasis:
         """Raises ValueError for a file that is missing, damaged or not a basis."""
         tensors, recipe = load_tensors(path, BASIS, hint)
-        if "basis" not in tensors or tensors["basis"].dim() != 2 or not recipe.keys() >= {"protected", "rank", "tolerance"}:
+        parts = [tensors[name].double() for name in ("basis", "protected") if name in tensors]
+        if (len(parts) < 2 or any(part.dim() != 2 for part in parts) or parts[0].shape[1] != parts[1].shape[1]
+                or not recipe.keys() >= {"protected", "rank", "tolerance"}):
             raise ValueError(f"{path} holds no basis of shape (k, d) and its recipe: make it again with SRSME_Solution.py")
-        return cls(tensors["basis"].double(), recipe)
+        return cls(*parts, recipe)
 
-    def directions(self, concept: torch.Tensor, most: int | None, ridge: float,
+    def directions(self, concept: torch.Tensor, most: int | None, ridge: float, keep: float,
                    spared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where a shift that erases `concept` (P, tokens, d) should act: directions (k, d) within the null space, orthonormal, the
         best first, at most `most` of them; and what acting there costs, (k, k).
 
-        A change along direction v costs `|v|^2 ridge s^2 + v spared v^T`, with s the most that a direction of the null space
-        reaches of the concept, and `spared` (d, d) the sum of `e^T e` over what else should move little. The directions are
+        A change along direction v costs `|v|^2 ridge s^2 + keep |E v|^2 + v spared v^T`, with s the most that a direction of the
+        null space reaches of the concept, E the protected prompts, which a coarse tolerance lets move a little, and `spared`
+        (d, d) the sum of `e^T e` over what else should move little. The directions are
         those with the most reach for their cost: the right singular vectors of `X S^T C^(-1/2)`, as far as they are not
         numerically zero, led back through `C^(-1/2) S` (X the concept's tokens, S the null space, C the cost in it). Beyond
         them a gradient on the concept's prompts acts nowhere, yet Adam moves every coefficient alike.
@@ -160,7 +165,8 @@ class NullSpaceBasis:
         if size <= EXACT * seen.norm():
             raise ValueError("the protected prompts reach all that the concept reaches, so that nothing can erase it alone: protect "
                              "fewer, or raise --tolerance")
-        cost = ridge * size.square() * torch.eye(len(within), dtype=reach.dtype) + within @ spared @ within.T
+        leak = self.protected @ within.T
+        cost = ridge * size.square() * torch.eye(len(within), dtype=reach.dtype) + keep * leak.T @ leak + within @ spared @ within.T
         root = torch.linalg.cholesky(cost)
         whitened = torch.linalg.solve_triangular(root, reach.T, upper=False).T  # X S^T L^-T with C = L L^T
         _, gain, turned = torch.linalg.svd(whitened, full_matrices=False)

@@ -9,12 +9,12 @@ from ldm.shift import SeparableShift, leaks
 
 from conftest import is_error
 
-GIVEN = {"templates": 1, "max_base": None, "ridge": 0.1, "spare": 0.5}
+GIVEN = {"templates": 1, "max_base": None, "ridge": 0.1, "keep": 2.0, "spare": 0.5}
 
 
 def test_capacity_counts_room_and_the_leak_that_shifts_have(tiny):
     concepts = [get_concept("style", index) for index in (0, 1, 2)]
-    found = capacity(tiny, concepts, 0, [1e-7, 1e-2], GIVEN)
+    found = capacity(tiny, concepts, 0, 1.0, [1e-7, 1e-2], GIVEN)
     prompts = ["", *watermarks(), *(concept.prompt for concept in concepts)]
     rows = tiny.encode_prompt(prompts).flatten(0, 1).double()
     assert torch.allclose(found.values, torch.nn.functional.pad(torch.linalg.svdvals(rows) / torch.linalg.matrix_norm(rows, ord=2),
@@ -31,7 +31,7 @@ def test_capacity_counts_room_and_the_leak_that_shifts_have(tiny):
         basis = NullSpaceBasis.solve(tiny.encode_prompt(protected), protected, 1e-2, "svd", {})
         own = tiny.encode_prompt([concept.prompt, concept.captions[0]])
         spared = 0.5 * 2 * tiny.vocabulary_without(concept.name, *concept.aliases)
-        directions, cost = basis.directions(own, None, 0.1, spared)
+        directions, cost = basis.directions(own, None, 0.1, 2.0, spared)
         tensors.append(SeparableShift.closed_form(layers, directions, 1.0, own, tiny.encode_blank(), cost))
     # Cezanne's prompt is moved by the two others' shifts together: the sum of what each adds.
     moved = sum((seen["Cezanne"].double() @ sum(shift.delta(f"{name}.weight") for shift in tensors[1:]).T).square().sum()

@@ -162,7 +162,7 @@ def test_missing_and_foreign_bases(script, flags, solved, tmp_path, other_path):
     foreign.write_bytes(path.read_bytes())
     is_error(script(ERASE, *others), "another base model")
     basis = NullSpaceBasis.load(path)
-    NullSpaceBasis(basis.vectors[:, :5], basis.recipe).save(path)
+    NullSpaceBasis(basis.vectors[:, :5], basis.protected[:, :5], basis.recipe).save(path)
     is_error(script(ERASE, *solved), "5 dimensions", "SRSME_Solution.py")
     path.write_bytes(b"nothing")
     is_error(script(ERASE, *solved), "damaged")

@@ -56,10 +56,10 @@ def test_directions_are_those_along_which_the_concept_reaches_the_strongest_firs
     protected, concept = torch.randn(2, 2, 9), torch.randn(1, 2, 9)
     for method in METHODS:
         basis = NullSpaceBasis.solve(protected, ["a", "b"], 1e-7, method, {})
-        directions, cost = basis.directions(concept, None, 0.5, NOTHING)
+        directions, cost = basis.directions(concept, None, 0.5, 0.0, NOTHING)
         assert len(directions) == 2  # two tokens: a gradient on them acts nowhere else
         for most in (1, 5):
-            assert torch.allclose(basis.directions(concept, most, 0.5, NOTHING)[0], directions[:most])
+            assert torch.allclose(basis.directions(concept, most, 0.5, 0.0, NOTHING)[0], directions[:most])
         assert torch.allclose(directions @ directions.T, torch.eye(2, dtype=torch.float64), atol=1e-10)
         assert (protected.flatten(0, 1).double() @ directions.T).abs().max() < 1e-6
         within = basis.vectors.T @ torch.linalg.pinv(basis.vectors.T)  # the projection onto the null space
@@ -73,8 +73,8 @@ def test_directions_turn_away_from_what_is_spared():
     protected, concept, other = torch.randn(3, 1, 2, 9)
     basis = NullSpaceBasis.solve(protected, ["a"], 1e-7, "svd", {})
     spared = 1e6 * other[0].double().T @ other[0].double()
-    plain, _ = basis.directions(concept, None, 0.01, NOTHING)
-    turned, cost = basis.directions(concept, None, 0.01, spared)
+    plain, _ = basis.directions(concept, None, 0.01, 0.0, NOTHING)
+    turned, cost = basis.directions(concept, None, 0.01, 0.0, spared)
     assert (other[0].double() @ turned.T).norm() < 1e-2 * (other[0].double() @ plain.T).norm()
     assert (concept[0].double() @ turned.T).norm() > 0.1 * (concept[0].double() @ plain.T).norm()
     reach = torch.linalg.matrix_norm(concept[0].double() @ torch.linalg.qr(basis.vectors.T).Q, ord=2)
@@ -82,11 +82,24 @@ def test_directions_turn_away_from_what_is_spared():
     assert torch.allclose(cost, expected)
 
 
+def test_where_the_tolerance_lets_protected_prompts_move_keeping_them_costs():
+    protected, concept = torch.eye(9)[:1, None], torch.randn(1, 2, 9)
+    strong = torch.cat([100 * torch.eye(9)[1:2, None], protected])
+    basis = NullSpaceBasis.solve(strong, ["a", "b"], 0.1, "svd", {})
+    assert len(basis.vectors) == 8  # the second prompt is weak, and not in the way
+    free, _ = basis.directions(concept, None, 0.01, 0.0, NOTHING)
+    kept, cost = basis.directions(concept, None, 0.01, 1e4, NOTHING)
+    assert kept[0, 0].abs() < 1e-2 * free[0, 0].abs()
+    reach = torch.linalg.matrix_norm(concept[0].double() @ torch.linalg.qr(basis.vectors.T).Q, ord=2)
+    moved = kept @ strong.flatten(0, 1).double().T
+    assert torch.allclose(cost, 0.01 * reach ** 2 * torch.eye(2, dtype=torch.float64) + 1e4 * moved @ moved.T)
+
+
 def test_a_concept_that_the_protected_prompts_say_is_refused():
     protected = torch.randn(2, 2, 9)
     basis = NullSpaceBasis.solve(protected, ["a", "b"], 1e-7, "svd", {})
     with pytest.raises(ValueError, match="protect fewer"):
-        basis.directions(protected[:1], None, 0.1, NOTHING)
+        basis.directions(protected[:1], None, 0.1, 0.0, NOTHING)
 
 
 @pytest.mark.parametrize("number", [1, 2, 5, 8])

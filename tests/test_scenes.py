@@ -103,14 +103,14 @@ def begin(tiny_path, tmp_path):
 
 
 GIVEN = {"lr": 0.1, "scale_factor": 1.0, "threshold": -1e9, "reg_beta": 0.0, "iter_break": 12, "max_base": None, "batch_size": 2,
-         "templates": 0, "init": "zero", "ridge": 0.1, "spare": 1.0, "anchor": "blank", "seed": 0}
+         "templates": 0, "init": "zero", "ridge": 0.1, "keep": 1.0, "spare": 1.0, "anchor": "blank", "seed": 0}
 
 
 def test_an_experiment_draws_each_set_of_weights_once(begin, tmp_path, monkeypatch):
     experiment = begin()
     store = Store(tmp_path / "shifts", "SRS-ME", experiment.model.name, "style", 1, 0)
     concepts = [get_concept("style", 1)]
-    solution = {"basis": "svd", "tolerance": 1e-7, "templates": 0}
+    solution = {"basis": "svd", "tolerance": 1e-7, "templates": 0, "always": 1}
     assert len(experiment.learn(store, concepts, [1, 2], GIVEN, solution)) == 1
     assert experiment.learn(store, concepts, [1, 2], GIVEN, solution) == []
     assert len(list((tmp_path / "run" / "pictures" / "VanGogh").glob("*.png"))) == 3

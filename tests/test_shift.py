@@ -41,7 +41,7 @@ def test_the_closed_form_is_the_cheapest_change_towards_the_anchors_keys_and_val
     concept, anchor = tiny.encode_prompt(["VanGogh", "VanGogh painting"]), tiny.encode_prompt(["a photo of a church"])
     seen, wanted = concept.flatten(0, 1).double(), anchor.expand_as(concept).flatten(0, 1).double()
     for spared in (torch.zeros(96, 96, dtype=torch.float64), tiny.vocabulary_without("VanGogh")):
-        directions, cost = basis.directions(concept, None, ridge, spared)
+        directions, cost = basis.directions(concept, None, ridge, 0.0, spared)
         shift = SeparableShift.closed_form(layers, directions, scale, concept, anchor, cost)
         size = torch.linalg.matrix_norm(seen @ torch.linalg.qr(basis.vectors.T).Q, ord=2) ** 2
         for name, layer in layers.items():

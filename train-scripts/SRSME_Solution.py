@@ -25,6 +25,8 @@ def main() -> None:
                         help="relative size of a singular value that counts as zero (default: the model's config)")
     parser.add_argument("--templates", type=cli.from_zero, default=None,
                         help="caption templates to protect beside each bare name (default: the model's config)")
+    parser.add_argument("--always", type=cli.positive_number, default=None, help="weight of the blank prompt and the watermarks, "
+                        "which are always protected, against that of a concept (default: the model's config)")
     cli.add_device(parser)
     args = parser.parse_args()
     if args.protect == "exact":
@@ -37,7 +39,7 @@ def main() -> None:
     model = cli.load_model(args, device)
     cli.fill(args, settings(model.base).solution)
     store = cli.store(args, model.name, "SRS-ME")
-    for concept, basis in solve(model, store, erased, others, args.tolerance, args.basis, args.templates, share):
+    for concept, basis in solve(model, store, erased, others, args.tolerance, args.basis, args.templates, args.always, share):
         print(f"{concept.index} {concept.name}: {len(basis.recipe['protected'])} prompts protected, rank {basis.recipe['rank']} of "
               f"{basis.recipe['width']}, {len(basis.vectors)} directions free, largest leak "
               f"{basis.recipe['largest_leak']:.1e} -> {store.basis(concept.index)}")

@@ -13,7 +13,7 @@ from ldm.metrics.compare import to_markdown
 def main() -> None:
     parser = cli.parser(__doc__)
     cli.add_erasure(parser, "lr", "scale_factor", "threshold", "reg_beta", "iter_break", "max_base", "batch_size", "templates",
-                    "init", "ridge", "spare", "anchor")
+                    "init", "ridge", "keep", "spare", "anchor")
     parser.add_argument("--joint", action="store_true", help="all concepts at once: SRS-ME-dagger")
     cli.add_dtype(parser)
     parser.add_argument("--plan", action="store_true", help="print the predicted peak memory of each choice, and end")

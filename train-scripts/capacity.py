@@ -33,7 +33,7 @@ def main() -> None:
     model = cli.load_model(args, cli.parse_devices(args.device)[0])
     own = settings(model.base)
     cli.fill(args, own.solution)
-    found = capacity(model, concepts, args.templates, sorted(tolerances), own.erasure["SRS-ME"])
+    found = capacity(model, concepts, args.templates, own.solution.always, sorted(tolerances), own.erasure["SRS-ME"])
     print("spectrum: " + ", ".join(f"{number}: {found.values[number - 1]:.1e}" for number in (1, 2, 5, 10, 20, 50, 100, 200, 500)
                                    if number <= model.width) + f", {model.width}: {found.values[-1]:.1e}")
     for name, table in (("capacity", found.table), ("leaks", found.leaks)):

@@ -222,7 +222,7 @@ def many(number: int = 100) -> None:
             others = torch.cat([prompts[:3 + k], prompts[4 + k:]])
             basis = NullSpaceBasis.solve(others, names[:3 + k] + names[4 + k:], 2e-3, "svd", {}, rows)
             basis.save(Path(folder) / f"basis-{k}.safetensors")
-            acting, cost = basis.directions(own[k:k + 1], None, 0.01, spared)
+            acting, cost = basis.directions(own[k:k + 1], None, 0.01, 1.0, spared)
             shift = SeparableShift.closed_form(layers, acting, 0.05, own[k:k + 1], prompts[:1], cost)
             shift.save(Path(folder) / f"shift-{k}.safetensors", {})
             times.append(time.perf_counter() - start)
