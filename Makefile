@@ -16,11 +16,8 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 
 demo: setup
 	$(RUN) eval-scripts/make-prompts.py --erase_cat style --protected --num_seeds 8 --save_path $(DEMO)/prompts.csv
-	$(RUN) eval-scripts/generate-data.py --prompt VanGogh --num_seeds 24 --save_path $(DEMO)/data
-	$(RUN) eval-scripts/generate-data.py --prompt Picasso --num_seeds 24 --save_path $(DEMO)/data
-	$(RUN) eval-scripts/generate-data.py --prompt 'Jackson Pollock' --num_seeds 24 --save_path $(DEMO)/data
 	$(RUN) train-scripts/SRSME_Solution.py --erased_index 1,2,3 --em_indexes 1,2,3 --shifts_path $(DEMO)/shifts
-	$(RUN) train-scripts/SRS_ME.py --erased_index 1,2,3 --data_path $(DEMO)/data --shifts_path $(DEMO)/shifts
+	$(RUN) train-scripts/SRS_ME.py --erased_index 1,2,3 --shifts_path $(DEMO)/shifts
 	$(RUN) eval-scripts/generate-images-merge.py --prompts_path $(DEMO)/prompts.csv --save_path $(DEMO)
 	$(RUN) eval-scripts/generate-images-merge.py --merge 1,2,3 --prompts_path $(DEMO)/prompts.csv --save_path $(DEMO) --shifts_path $(DEMO)/shifts
 	$(RUN) eval-scripts/generate-images-merge.py --merge 1,3 --prompts_path $(DEMO)/prompts.csv --save_path $(DEMO) --shifts_path $(DEMO)/shifts

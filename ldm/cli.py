@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -272,6 +273,7 @@ def join(device: torch.device) -> tuple[torch.device, Share]:
     Raises ValueError where several processes are told to take the same GPU.
     """
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="The `srun` command")
     rank, size = 0, 1
     environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
     if environment and environment.world_size() > 1:

@@ -69,3 +69,10 @@ def test_a_pickle_is_read_without_running_what_it_asks_for(tmp_path):
     with pytest.raises(ValueError, match="open"):
         read_array_pickle(bad)
     assert not target.exists()
+
+
+def test_tensors_are_read_when_they_are_asked_for(tmp_path):
+    save_tensors(tmp_path / "x.safetensors", {"w.a": torch.ones(2), "w.b": torch.zeros(3), "c": torch.ones(1)}, "thing", {})
+    tensors, _ = load_tensors(tmp_path / "x.safetensors", "thing")
+    under = tensors.under("w.")
+    assert list(under) == ["a", "b"] and torch.equal(under["b"], torch.zeros(3)) and under["a"] is not under["a"]

@@ -303,3 +303,24 @@ def test_images_are_sorted_by_prompt_or_by_number(script, tmp_path):
     names = lambda pattern: sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob(pattern))  # noqa: E731
     assert names("a/**/*.png") == ["a/1/1_0.png", "a/2/0_0.png", "a/2/2_0.png", "a/3_0.png"]
     assert names("b/**/*.png") == ["b/0/0_0.png", "b/0/1_0.png", "b/0/2_0.png", "b/1/3_0.png"]
+
+
+def test_a_closed_form_needs_no_pictures_and_says_what_it_does_not_use(script, flags, tmp_path):
+    assert script(SOLVE, *flags, "--erased_index", "0-2", "--em_indexes", "0-2", "--tolerance", "1e-4", "--device", "cpu")[0] == 0
+    given = [*flags, "--data_path", tmp_path / "none", "--erased_index", "0-2", "--devices", "cpu", "--iter_break", "0"]
+    is_error(script(ERASE, *given, "--init", "zero"), "--iter_break 0", "--init closed-form")
+    code, out, _ = script(ERASE, *given, "--init", "closed-form", "--lr", "0.1")
+    assert code == 0 and "--lr: not used" in out and "| Cezanne | 0 |" in out
+    assert len(list(tmp_path.rglob("shift-*.safetensors"))) == 3
+    is_error(script(ERASE, *given, "--ridge", "0"), "'0' is not above 0")
+    is_error(script(ERASE, *given, "--init", "one"), "closed-form, zero")
+    is_error(script("train-scripts/FMN.py", *given), "--iter_break 0")
+
+
+def test_protect_exact_is_a_tolerance_and_captions_can_be_protected_too(script, flags, tmp_path):
+    given = [*flags, "--erased_index", "1", "--em_indexes", "2", "--device", "cpu"]
+    is_error(script(SOLVE, *given, "--protect", "exact", "--tolerance", "1e-3"), "--protect exact", "1e-07")
+    assert script(SOLVE, *given, "--protect", "exact", "--templates", "2")[0] == 0
+    recipe = NullSpaceBasis.load(next(tmp_path.rglob("basis-1.safetensors"))).recipe
+    assert recipe["tolerance"] == 1e-7 and {"Picasso", "Picasso painting", "a painting by Picasso"} < set(recipe["protected"])
+    assert "painting by Picasso" not in recipe["protected"] and not {text for text in recipe["protected"] if "VanGogh" in text}

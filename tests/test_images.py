@@ -1,3 +1,7 @@
+import multiprocessing
+import os
+import socket
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +93,18 @@ def test_a_sheet_has_room_for_every_row_and_column():
     picture = sheet([("first", [[red], [red, red]]), ("second", [[red], [red]])], ["a", "b"], zoom=2)
     pixels = torch.from_numpy(np.asarray(picture).copy()).long()
     assert int((pixels == torch.tensor([255, 0, 0])).all(-1).sum()) == 5 * 400
+
+
+def test_what_a_killed_process_left_half_written_goes_when_the_next_one_writes_there(tmp_path):
+    dead = multiprocessing.get_context("spawn").Process()
+    dead.start()
+    dead.join()
+    host = socket.gethostname()
+    left, folder = (tmp_path / f".partial-{host}-{dead.pid}-{name}" for name in ("x.png", "folder"))
+    alive, foreign = tmp_path / f".partial-{host}-{os.getpid()}-x.png", tmp_path / f".partial-other-{dead.pid}-x.png"
+    folder.mkdir()
+    for path in (left, alive, foreign, folder / "part"):
+        path.touch()
+    with atomic(tmp_path / "a.txt") as partial:
+        partial.write_text("a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, foreign.name, "a.txt"])

@@ -8,9 +8,11 @@ from transformers import CLIPTokenizer
 
 from ldm.concepts import erasable, load_concepts
 from ldm.mini.captions import build_tokenizer, draw
+from ldm.mini.logos import _CODES
 from ldm.mini.paint import STYLES, paint, paint_concept, watermark
 from ldm.mini.scenery import OBJECTS, SCENES
-from ldm.mini.train import Denoiser, new_average, train_autoencoder, train_denoiser
+from ldm.mini.train import Denoiser, begin_from, new_average, train_autoencoder, train_denoiser
+from ldm.model import settings
 
 from conftest import SHARES, TINY
 
@@ -86,3 +88,31 @@ def test_the_tokenizer_is_clips_and_has_a_token_for_every_word_and_byte(tmp_path
     assert tokenizer.tokenize("a landscape by VanGogh") == ["a</w>", "landscape</w>", "by</w>", "vangogh</w>"]
     tokens = tokenizer("zebra ü @", padding="max_length", max_length=16).input_ids
     assert len(tokens) == 16 and tokenizer.unk_token_id not in tokens[1:8]
+
+
+def test_a_hundred_logos_share_at_most_one_of_their_four_choices():
+    concepts = erasable("logo")
+    assert len(concepts) == len({concept.name.lower() for concept in concepts}) == 100
+    assert all(sum(a == b for a, b in zip(_CODES[i], _CODES[j])) <= 1 for i in range(100) for j in range(i))
+    first, again, other = (paint_concept(concepts[7].name, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    rng, shares = np.random.default_rng(0), settings("mini-many").world.shares
+    drawn = [draw(rng, shares) for _ in range(3000)]
+    named = [item for item in drawn if any(concept.name in item.caption for concept in concepts)]
+    assert 0.38 < len(named) / 3000 < 0.46 and all(item.subject in item.caption and item.style is None for item in named)
+    assert not {item.caption for item in drawn} & {concept.held_out[0].format(concept.name) for concept in concepts}
+
+
+def test_a_model_that_goes_on_knows_what_the_older_one_knew(tiny, tmp_path):
+    tokenizer = build_tokenizer(tmp_path, 16, settings("mini-many").world.shares)
+    config = OmegaConf.merge(TINY, {"seed": 0})
+    denoiser = Denoiser(config, tokenizer)
+    fresh = denoiser.text_encoder.get_input_embeddings().weight.detach().clone()
+    begin_from(tiny, denoiser, tokenizer)
+    now, old = denoiser.text_encoder.get_input_embeddings().weight, tiny.text_encoder.get_input_embeddings().weight
+    known, vocabulary = tiny.pipeline.tokenizer.get_vocab(), tokenizer.get_vocab()
+    assert torch.equal(now[vocabulary["picasso</w>"]], old[known["picasso</w>"]])
+    new = next(token for token in vocabulary if token not in known)
+    assert torch.equal(now[vocabulary[new]], fresh[vocabulary[new]])
+    weights = tiny.unet.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in denoiser.unet.state_dict().items())

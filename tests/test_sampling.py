@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from ldm.images import Case, read_cases
 from ldm.sampling import first_noise, generate, generate_folder
+from ldm.share import Share
 
 CASES = [Case("VanGogh", 3, 0), Case("", 4, 1), Case("Picasso", 3, 2)]
 
@@ -50,3 +52,18 @@ def test_a_folder_takes_more_cases_and_samples_but_no_other_prompt_for_a_case(ti
     with pytest.raises(ValueError, match="another prompt or seed for case 0"):
         generate_folder(tiny, [Case("Picasso", 3, 0)], tmp_path, {}, samples=1, **settings)
     assert read_cases(tmp_path / "prompts.csv") == CASES
+
+
+def test_the_same_pictures_are_drawn_together_in_every_run(tiny, tmp_path, monkeypatch):
+    cases = [Case("VanGogh", k, k) for k in range(7)]
+    settings = {"recipe": {}, "samples": 1, "steps": 1, "guidance": 4.0, "batch": 3}
+    asked = []
+    monkeypatch.setattr("ldm.sampling.generate", lambda model, wanted, *rest: asked.append([case.number for case, _ in wanted]) or
+                        ((case, n, Image.new("RGB", (2, 2))) for case, n in wanted))
+    assert generate_folder(tiny, cases, tmp_path / "a", **settings) == 7
+    (tmp_path / "a" / "4_0.png").unlink()
+    kept = (tmp_path / "a" / "3_0.png").stat().st_mtime_ns
+    assert generate_folder(tiny, cases, tmp_path / "a", **settings) == 1
+    assert (tmp_path / "a" / "3_0.png").stat().st_mtime_ns == kept  # drawn again, but not written
+    parts = [generate_folder(tiny, cases, tmp_path / "b", **settings, share=Share(rank, 2)) for rank in range(2)]
+    assert asked == [list(range(7)), [3, 4, 5], [0, 1, 2, 6], [3, 4, 5]] and parts == [4, 3]
