@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ldm.attention import kv_layers
 from ldm.concepts import Concept, said, watermarks
+from ldm.losses import where
 from ldm.model import TextToImage
 from ldm.null_space import NullSpaceBasis, factor, null_space, spectrum, without_each
 from ldm.shift import SeparableShift, triangle
@@ -54,13 +55,12 @@ def capacity(model: TextToImage, concepts: Sequence[Concept], templates: int, al
     reaches: dict[tuple[float, int], float] = {}
     for concept, rows in zip(tqdm(concepts, desc="concepts", unit="concept"), without_each(blocks, rest)):
         own = torch.stack([seen[prompt] for prompt in erased[concept.index]])  # (P, tokens, d)
-        spared = given["spare"] * len(own) * model.vocabulary_without(concept.prompt, concept.name, *concept.aliases)
         for tolerance in tolerances:
             basis = NullSpaceBasis(null_space(rows, tolerance)[0], rows)
             key = tolerance, concept.index
             shifts[key], reaches[key] = torch.zeros_like(whole), 0.0
             if len(basis.vectors):
-                directions, cost = basis.directions(own, given["max_base"], given["ridge"], given["keep"], spared)
+                directions, cost = where(model, concept, own, given, basis)
                 far = (own - seen[""]).double().flatten(0, 1)
                 reaches[key] = ((far @ directions.T).norm() / far.norm()).item()
                 shifts[key] = SeparableShift.closed_form({"": one}, directions, 1.0, own, seen[""][None],

@@ -275,7 +275,10 @@ def join(device: torch.device) -> tuple[torch.device, Share]:
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="The `srun` command")
     rank, size = 0, 1
-    environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+    try:
+        environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+    except RuntimeError as error:  # Lightning's, which names the flag of sbatch to use instead
+        raise ValueError(str(error)) from error
     if environment and environment.world_size() > 1:
         nodes = int(os.environ.get("SLURM_NNODES", 1)) if isinstance(environment, SLURMEnvironment) else \
             environment.world_size() // int(os.environ["LOCAL_WORLD_SIZE"])

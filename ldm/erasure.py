@@ -54,9 +54,8 @@ def solve(model: TextToImage, store: Store, concepts: Sequence[Concept], others:
         protected = list(dict.fromkeys([*fixed, *itertools.chain(*(prompts for index, prompts in said_by.items()
                                                                     if index != concept.index))]))
         recipe = {"made_by": "SRSME_Solution.py", "base": model.name, "base_digest": model.digest,
-                  "erase_cat": store.category, "erased_index": concept.index, "concept": concept.name}
-        basis = NullSpaceBasis.solve(torch.stack([embeddings[prompt] for prompt in protected]), protected, tolerance, method, recipe,
-                                     triangle)
+                  "erase_cat": store.category, "erased_index": concept.index, "concept": concept.name, "always": always}
+        basis = NullSpaceBasis.solve([embeddings[prompt] for prompt in protected], protected, tolerance, method, recipe, triangle)
         kept = recipe_of(store.basis(concept.index), BASIS)
         if kept | {"largest_leak": basis.recipe["largest_leak"]} != basis.recipe:  # whose last digits depend on the machine
             basis.save(store.basis(concept.index))

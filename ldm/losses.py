@@ -84,8 +84,7 @@ class SeparableErasure(_OneConcept):
     def of(cls, model: TextToImage, concept: Concept, given: Mapping, basis: NullSpaceBasis) -> SeparableErasure:
         embeddings = model.encode_prompt(said(concept, given["templates"]))
         tokens, layers, scale = model.tokens(embeddings), kv_layers(model.unet), given["scale_factor"]
-        spared = given["spare"] * len(tokens) * model.vocabulary_without(concept.prompt, concept.name, *concept.aliases)
-        directions, cost = basis.directions(tokens, given["max_base"], given["ridge"], given["keep"], spared)
+        directions, cost = where(model, concept, tokens, given, basis)
         if given["init"] == "closed-form":
             anchor = model.tokens(model.encode_prompt([concept.anchor if given["anchor"] == "template" else ""]))
             learnt = SeparableShift.closed_form(layers, directions, scale, tokens, anchor, cost)
@@ -115,8 +114,9 @@ class SeparableErasure(_OneConcept):
         prompts = (torch.arange(len(latents)) + self.turn) % len(self.concept)
         self.turn += len(latents)
         concept = self.concept[prompts]  # (N, tokens, d)
-        with torch.no_grad():
-            blank_noise, concept_noise = _two(self.frozen, latents, step, self.blank, concept)
+        with torch.inference_mode():
+            both = _two(self.frozen, latents, step, self.blank, concept)
+        blank_noise, concept_noise = (noise.clone() for noise in both)  # for a gradient, inference's own tensors cannot be kept
         with self.trained():
             shifted_noise = self.model.predict_noise(latents, step, concept)
         # A mean's gradient, 1/N, is too small for half precision: it is lifted on its way through the U-Net.
@@ -126,6 +126,16 @@ class SeparableErasure(_OneConcept):
         correlation = ((shifted_noise - blank_noise) * (concept_noise - blank_noise)).mean()
         size = sum((weight @ self.directions).abs().sum() for weight in self.learnt.coefficients.values())
         return Terms(correlation + self.reg_beta * size / len(self.layers), correlation)
+
+
+def where(model: TextToImage, concept: Concept, tokens: torch.Tensor, given: Mapping,
+          basis: NullSpaceBasis) -> tuple[torch.Tensor, torch.Tensor]:
+    """`basis.directions` for a concept whose prompts are `tokens` (P, tokens, d), by SRS-ME's settings: the vocabulary's words are
+    spared with the weight `spare` for each prompt."""
+    spared = torch.zeros(model.width, model.width, dtype=torch.float64)
+    if given["spare"]:
+        spared = given["spare"] * len(tokens) * model.vocabulary_without(concept.prompt, concept.name, *concept.aliases)
+    return basis.directions(tokens, given["max_base"], given["ridge"], given["keep"], spared)
 
 
 class JointErasure(Erasure):

@@ -111,26 +111,25 @@ class NullSpaceBasis:
     recipe: dict = field(default_factory=dict)
 
     @classmethod
-    def solve(cls, embeddings: torch.Tensor, protected: Sequence[str], tolerance: float, method: str, recipe: dict,
+    def solve(cls, embeddings: Sequence[torch.Tensor], protected: Sequence[str], tolerance: float, method: str, recipe: dict,
               rows: torch.Tensor | None = None) -> NullSpaceBasis:
-        """The basis for the prompts `protected` with embeddings (N, tokens, d), whose `factor` is `rows` if it is known.
+        """The basis for the prompts `protected` with embeddings (tokens, d) each, whose `factor` is `rows` if it is known.
 
         Raises ValueError, saying how many prompts fit and which tolerance would make room, when they leave none.
         """
-        tokens, width = embeddings.shape[1:]
-        rows = factor(embeddings.flatten(0, 1)) if rows is None else rows  # at most (d, d)
+        tokens, width = embeddings[0].shape
+        rows = factor(*embeddings) if rows is None else rows  # at most (d, d)
         vectors, rank = null_space(rows, tolerance, method)
         if len(vectors) == 0:
             fit = next(n for n in range(len(embeddings) - 1, -1, -1)
-                       if n == 0 or null_space(embeddings[:n].flatten(0, 1), tolerance)[1] < width)
+                       if n == 0 or null_space(factor(*embeddings[:n]), tolerance)[1] < width)
             enough = tolerance_with_room(spectrum(rows))
             raise ValueError(f"no null space left: {len(embeddings)} protected prompts of {tokens} tokens fill all "
                              f"{width} dimensions, and the first {fit} fit: protect fewer"
                              + (f", or raise --tolerance to {enough:g}, which leaves a sixteenth of them free" if enough else ""))
         leak = (vectors @ rows.T).norm(dim=1).max().item()
-        return cls(vectors, rows, recipe | {"protected": list(protected), "rank": rank, "width": width,
-                                      "tolerance": tolerance, "method": method, "largest_leak": leak,
-                                      "versions": versions()})
+        return cls(vectors, rows, recipe | {"protected": list(protected), "rank": rank, "width": width, "tolerance": tolerance,
+                                            "method": method, "largest_leak": leak, "versions": versions()})
 
     def save(self, path: Path) -> None:
         save_tensors(path, {"basis": self.vectors, "protected": self.protected}, BASIS, self.recipe)
@@ -152,10 +151,10 @@ class NullSpaceBasis:
 
         A change along direction v costs `|v|^2 ridge s^2 + keep |E v|^2 + v spared v^T`, with s the most that a direction of the
         null space reaches of the concept, E the protected prompts, which a coarse tolerance lets move a little, and `spared`
-        (d, d) the sum of `e^T e` over what else should move little. The directions are
-        those with the most reach for their cost: the right singular vectors of `X S^T C^(-1/2)`, as far as they are not
-        numerically zero, led back through `C^(-1/2) S` (X the concept's tokens, S the null space, C the cost in it). Beyond
-        them a gradient on the concept's prompts acts nowhere, yet Adam moves every coefficient alike.
+        (d, d) the sum of `e^T e` over what else should move little. The directions are those with the most reach for their cost:
+        the right singular vectors of `X S^T C^(-1/2)`, down to a value of `REACH`, led back through `C^(-1/2) S` (X the concept's
+        tokens, S the null space, C the cost in it). Beyond them a gradient on the concept's prompts hardly acts, yet Adam moves
+        every coefficient alike.
         Raises ValueError where the concept reaches none: what is protected says all of it.
         """
         within = torch.linalg.qr(self.vectors.T).Q.T  # S (m, d)

@@ -23,7 +23,7 @@ SlurmctldPidFile=$work/slurmctld.pid
 SlurmdPidFile=$work/slurmd.pid
 SlurmctldLogFile=$work/slurmctld.log
 SlurmdLogFile=$work/slurmd.log
-NodeName=$(hostname -s) CPUs=$(nproc) State=UNKNOWN
+NodeName=$(hostname -s) CPUs=$(nproc --all) State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
 mkdir -p "$work/state" "$work/spool" /run/munge && chown munge: /run/munge
@@ -45,10 +45,10 @@ once
 export SHIFTS="$work/many/shifts" SAVE="$work/many"
 cd "$repo"
 sbatch --wait --array=0-1 --output="$work/erase-%a.log" train-scripts/slurm/erase.sbatch
-job=$(sbatch --parsable --ntasks=2 --output="$work/generate.log" train-scripts/slurm/generate.sbatch --ddim_steps 10 --batch_size 6)
+job=$(sbatch --parsable --ntasks-per-node=2 --output="$work/generate.log" train-scripts/slurm/generate.sbatch --ddim_steps 10 --batch_size 6)
 state() { scontrol show job "$job" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p'; }
-until [ "$(state)" = RUNNING ]; do sleep 1; done
-until compgen -G "$SAVE/*/*.png" > /dev/null; do sleep 0.2; done # in the middle of drawing
+until [ "$(state)" != PENDING ]; do sleep 1; done
+until compgen -G "$SAVE/*/*.png" > /dev/null || [ "$(state)" != RUNNING ]; do sleep 0.2; done # in the middle of drawing
 scontrol requeue "$job"
 until [ "$(state)" = COMPLETED ]; do
     case "$(state)" in FAILED | CANCELLED) cat "$work/generate.log"; exit 1 ;; esac

@@ -28,6 +28,14 @@ def test_the_tasks_of_a_job_array_share_too(monkeypatch):
         cli.join(CPU)
 
 
+def test_what_lightning_does_not_take_from_slurm_is_said_in_one_line(monkeypatch):
+    for name, value in (("NTASKS", "2"), ("JOB_NAME", "erase"), ("JOB_ID", "1")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr("lightning_fabric.plugins.environments.slurm.shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match="--ntasks-per-node=2"):
+        cli.join(CPU)
+
+
 def run(processes: int, script: str, *arguments) -> None:
     start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                      f"--nproc_per_node={processes}"]

@@ -92,10 +92,18 @@ def joint_memory(model, layers, basis, blank) -> None:
     print(f"joint memory: {three / 2**20:.1f} MiB, {three / one:.2f} times one concept's ({one / 2**20:.1f} MiB)", flush=True)
 
 
+def prompts_like(number: int, tokens: int, width: int) -> torch.Tensor:
+    """Embeddings (number, tokens, width) as CLIP's: a first token that all prompts share, and a spectrum that falls over four
+    decades."""
+    turned = torch.linalg.qr(torch.randn(width, width)).Q * torch.logspace(0, -4, width)[:, None]
+    prompts = torch.randn(number, tokens, width) @ turned * 28
+    prompts[:, 0] = 28 * torch.randn(width)
+    return prompts
+
+
 def null_spaces() -> None:
-    prompts = torch.randn(3, 77, 768, dtype=torch.float64)
-    prompts[:, 0] = prompts[0, 0]
-    rows, few = prompts.flatten(0, 1), torch.randn(24, 96, dtype=torch.float64)
+    torch.manual_seed(0)
+    rows, few = (prompts_like(*shape).double().flatten(0, 1) for shape in ((3, 77, 768), (3, 8, 96)))
     ours = {method: seconds(lambda: null_space(rows, method=method)) for method in ("svd", "elimination")}
     for method, own in ours.items():
         report(f"null space by {method}", own, seconds(lambda: scipy.linalg.null_space(rows.numpy())), "scipy.linalg.null_space")
@@ -122,6 +130,7 @@ def step(model, layers) -> None:
     loss = SeparableErasure.of(model, get_concept("style", 1), given, basis)
     frozen = copy.deepcopy(model.unet)
     full = SeparableErasure(model, layers, SeparableShift.zeros(layers, basis.vectors, 0.05), concept, blank, 1e-6)
+    full.lifted = 1.0  # its own call alone lifts gradients
 
     for size in (1, 4):
         latents, when = next(noisy(model, torch.randn(size, *model.latent_shape), size, 0))
@@ -208,11 +217,9 @@ def many(number: int = 100) -> None:
     torch.manual_seed(0)
     outs = [320] * 5 + [640] * 5 + [1280] * 6
     layers = {f"{k}.{part}": nn.Linear(768, out, bias=False) for k, out in enumerate(outs) for part in ("to_k", "to_v")}
-    directions = torch.linalg.qr(torch.randn(768, 768)).Q * torch.logspace(0, -4, 768)[:, None]
-    prompts = torch.randn(number + 3, 77, 768) @ directions * 28  # rows, whose spectrum falls over four decades
-    prompts[:, 0] = 28 * torch.randn(768)  # the first token is that of every prompt
-    vocabulary = (torch.randn(2000, 768) @ directions * 28).double()
-    spared = 10 * 77 * vocabulary.T @ vocabulary / 2000
+    prompts = prompts_like(number + 30, 77, 768)
+    prompts, vocabulary = prompts[:number + 3], prompts[number + 3:].flatten(0, 1).double()
+    spared = 10 * vocabulary.T @ vocabulary / 27
     rest, own = prompts[:3].flatten(0, 1), prompts[3:]
     names = [str(k) for k in range(number + 3)]
     process, times, memory = psutil.Process(), [], []
