@@ -18,7 +18,7 @@ from ldm.mini.paint import paint_folder
 from ldm.shift import WeightShift
 from ldm.store import Store
 
-KINDS = {"closed form": ("closed-form", 0), "gradient": ("zero", 300), "closed form, then gradient": ("closed-form", 300)}
+KINDS = {"closed form": ("closed-form", False), "gradient": ("zero", True), "closed form, then gradient": ("closed-form", True)}
 
 
 def main() -> None:
@@ -42,9 +42,9 @@ def main() -> None:
         cases = [case for case in read_cases(folder / "prompts.csv") if case.prompt in prompts]
         return frechet(features([folder / image_name(case.number, 0) for case in cases], device, args.inception_path), world)
 
-    given = cli_experiment.srs_me(args, tried)
-    variants = [Variant(name.replace(" ", "-").replace(",", ""), given | {"init": init, "iter_break": steps}, erased)
-                for name, (init, steps) in KINDS.items()]
+    given, steps = cli_experiment.srs_me(args, tried), cli_experiment.steps(args, tried)
+    variants = [Variant(name.replace(" ", "-").replace(",", ""), given | {"init": init, "iter_break": steps * learns}, erased)
+                for name, (init, learns) in KINDS.items()]
     table = ablation.ablate(tried, args.shifts_path, "init", erased, variants)
     held = {template.format(concept.prompt) for concept in concepts for template in concept.held_out}
     original = tried.images({}, "")

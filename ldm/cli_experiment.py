@@ -71,9 +71,14 @@ def ablate(args: cli.Namespace, name: str, setting: str, zero: bool = False) -> 
     tried = experiment(args)
     given = srs_me(args, tried)
     if not given["iter_break"]:  # a closed form, which knows nothing of how one learns
-        given |= {"init": "zero", "iter_break": 300}
+        given |= {"init": "zero", "iter_break": steps(args, tried)}
     variants = [Variant(value, given | {setting: value}, erased) for value in values]
     finish(args, ablation.ablate(tried, args.shifts_path, name, erased, variants), "status", setting, name, log=True)
+
+
+def steps(args: cli.Namespace, tried: Experiment) -> int:
+    """The most steps of an erasure that learns from zero: SRS-ME-dagger's, which always does."""
+    return cli.methods_settings(tried.model.base, args.settings)["SRS-ME-dagger"]["iter_break"]
 
 
 def srs_me(args: cli.Namespace, tried: Experiment) -> dict:
