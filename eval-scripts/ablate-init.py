@@ -10,7 +10,7 @@ import pandas as pd
 
 from ldm import ablation, cli, cli_experiment
 from ldm.ablation import Variant
-from ldm.concepts import get_concept, parse_erased
+from ldm.concepts import parse_erased
 from ldm.images import Case, atomic, image_name, read_cases, write_text
 from ldm.metrics.compare import to_markdown
 from ldm.metrics.frechet import features, frechet
@@ -64,7 +64,7 @@ def main() -> None:
     with atomic(path.with_suffix(".csv")) as partial:
         table.to_csv(partial, index=False)
     write_text(path.with_suffix(".md"), to_markdown(means) + "\n")
-    print(f"{', '.join(get_concept(args.erase_cat, index).name for index in erased)}:\n{to_markdown(means)}\n-> {path}.md, .csv")
+    print(f"{', '.join(concept.name for concept in concepts)}:\n{to_markdown(means)}\n-> {path}.md, .csv")
 
 
 if __name__ == "__main__":

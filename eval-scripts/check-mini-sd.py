@@ -62,7 +62,8 @@ def main() -> None:
     table = pd.DataFrame(rows, columns=["watermark", "psnr", "lpips"]).groupby("watermark", sort=False)
     print(to_markdown(table.agg(least_psnr=("psnr", "min"), mean_psnr=("psnr", "mean"), mean_lpips=("lpips", "mean")).reset_index()))
 
-    psnr = reconstruction_psnr(model.vae, paint_world(args.held_out, own.seed + 1, own.world.shares)[0])  # training's pictures are the seed's
+    painted, _ = paint_world(args.held_out, own.seed + 1, own.world.shares)  # training's pictures are the seed's
+    psnr = reconstruction_psnr(model.vae, painted)
     print(f"\nautoencoder on {args.held_out} held-out pictures: {psnr.mean():.2f} dB PSNR on average, "
           f"{-10 * (10 ** (-psnr / 10)).mean().log10():.2f} dB of all pixels together")
 

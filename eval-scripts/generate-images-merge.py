@@ -7,7 +7,7 @@ that are there are kept, so a stopped run goes on with the same command.
 from pathlib import Path
 
 from ldm import cli
-from ldm.images import list_images, read_cases
+from ldm.images import read_cases
 from ldm.model import settings
 from ldm.sampling import generate_folder
 from ldm.shift import applied
@@ -37,7 +37,7 @@ def main() -> None:
     with applied(model.unet, list(shifts.values())):
         drawn = generate_folder(model, cases, folder, recipe, args.num_samples, args.ddim_steps, args.guidance_scale,
                                 args.batch_size, share)
-    print(f"{drawn} images drawn, {len(list_images(folder))} in {folder}")
+    print(f"{drawn} images drawn, {len(list(folder.rglob('*.png')))} in {folder}")
 
 
 if __name__ == "__main__":

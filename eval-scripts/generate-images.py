@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldm import cli
 from ldm.concepts import ROOT
-from ldm.images import list_images, read_cases
+from ldm.images import read_cases
 from ldm.model import load, settings
 from ldm.sampling import generate_folder
 
@@ -31,7 +31,7 @@ def main() -> None:
     folder = args.save_path / model.name
     drawn = generate_folder(model, cases, folder, model.drawn_by, args.num_samples, args.ddim_steps, args.guidance_scale,
                             args.batch_size, share)
-    print(f"{drawn} images drawn, {len(list_images(folder))} in {folder}")
+    print(f"{drawn} images drawn, {len(list(folder.rglob('*.png')))} in {folder}")
 
 
 if __name__ == "__main__":

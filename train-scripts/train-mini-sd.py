@@ -1,6 +1,7 @@
 """Train the embedded model models/mini-sd from nothing: paint its world, then autoencoder, text encoder and U-Net.
 
---config configs/mini-many.yaml trains models/mini-many, which starts from mini-sd and learns a hundred logos too. Stopped and started again with the same command, it goes on from its last checkpoint in --work_path.
+--config configs/mini-many.yaml trains models/mini-many, which starts from mini-sd and learns a hundred logos too.
+Stopped and started again with the same command, it goes on from its last checkpoint in --work_path.
 """
 
 from pathlib import Path
