@@ -171,7 +171,7 @@ def step(model, layers) -> None:
               flush=True)
 
 
-def accuracies(model, shifts: list[WeightShift], category: str, said: list[tuple[Concept, str]]) -> list[float]:
+def accuracies(model, shifts: list[WeightShift], category: str, said: list[tuple[Concept, str]]) -> list[int]:
     """How many of 20 pictures of each prompt show its concept, in per cent, with the shifts merged."""
     cases = [Case(prompt, seed, 20 * k + seed) for k, (_, prompt) in enumerate(said) for seed in range(20)]
     with applied(model.unet, shifts):
@@ -200,12 +200,12 @@ def eighteen(model) -> None:
     start = time.perf_counter()
     shifts = erased()  # the first time, the vocabulary encoded too
     print(f"eighteen concepts in closed form: {time.perf_counter() - start:.2f} s", flush=True)
-    left = [names.index(name) for name in ("VanGogh", "church", "garbage truck")]
-    rest = [shift for k, shift in enumerate(shifts) if k not in left]
+    left = ("VanGogh", "church", "garbage truck")
+    rest = [shift for shift, name in zip(shifts, names) if name not in left]
     for category in ("style", "object"):
         own = [concept for kind, concept in concepts if kind == category]
-        bare, back = [(concept, concept.prompt) for concept in own], [(concept, concept.prompt) for concept in own
-                                                                     if names.index(concept.prompt) in left]
+        bare = [(concept, concept.prompt) for concept in own]
+        back = [(concept, prompt) for concept, prompt in bare if prompt in left]
         held = [(concept, concept.held_out[0].format(concept.prompt)) for concept in own]
         print(f"  {category}: accuracy {accuracies(model, [], category, bare)} % before, {accuracies(model, shifts, category, bare)} % "
               f"with all merged, held out {accuracies(model, shifts, category, held)} %; {', '.join(prompt for _, prompt in back)} left "
@@ -221,6 +221,7 @@ def erasures(model) -> None:
         bases[concept] = NullSpaceBasis.solve(model.encode_prompt(protected), protected, given.solution.tolerance, "svd", {})
         noise = torch.cat([first_noise(model, 10_000 + seed, 1) for seed in range(32)])
         pictures[concept] = denoise(model, noise, model.encode_prompt([concept.prompt]).expand(32, -1, -1), blank, 20, 1.5)
+
     def erased(init: str, steps: int) -> tuple[float, list[WeightShift]]:
         start, shifts = time.perf_counter(), []
         for concept in concepts:
