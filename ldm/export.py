@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
@@ -97,6 +98,21 @@ def _lora(shift: WeightShift, dtype: torch.dtype) -> Weights:
 def _file_name(label: str, shift: WeightShift) -> str:
     """Such as 3-Jackson-Pollock.safetensors; nothing in a shift's recipe leads out of the folder."""
     return re.sub(r"\W+", "-", f"{label}-{shift.recipe.get('concept', 'shift')}") + ".safetensors"
+
+
+def leak_table(layers: Mapping[str, nn.Linear], shifts: Mapping[str, WeightShift], seen: Mapping[str, torch.Tensor],
+               columns: int = 9) -> pd.DataFrame:
+    """`leaks` with a row for each prompt and a column for each shift. Of more shifts than `columns` it tells how far a prompt's own
+    shift moves it, how far the others do at most, and which of them."""
+    table = pd.DataFrame(leaks(layers, shifts, seen)).pivot(index="prompt", columns="shift", values="leak")
+    table = table.loc[list(seen), list(shifts)]
+    if len(shifts) <= columns:
+        return table
+    owners = {shift.recipe.get("prompt"): label for label, shift in shifts.items()}
+    own = pd.DataFrame([[owners.get(prompt) == label for label in table] for prompt in table.index], table.index, table.columns)
+    others = table.mask(own)
+    return pd.DataFrame({"its own shift": table.where(own).max(axis=1), "most of the others": others.max(axis=1),
+                         "which": others.idxmax(axis=1)})
 
 
 def cut(model: TextToImage, shifts: Mapping[str, WeightShift], rank: int | str, share: float,

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.attention import kv_layers
 from ldm.checkpoint import open_checkpoint, to_compvis, unet_to_compvis
-from ldm.export import FORMATS, cut, holding
+from ldm.export import FORMATS, cut, holding, leak_table
 from ldm.model import load
 from ldm.null_space import NullSpaceBasis
 from ldm.shift import DenseShift, SeparableShift, applied, lost, merge, rounded_leaks
@@ -198,3 +198,12 @@ def test_the_leak_after_rounding_is_that_of_the_weights_as_written(tiny, shifts)
     exact, half = (rounded_leaks(layers, merge(tiny.unet, list(shifts.values()), dtype), {"": seen})[""]
                    for dtype in (torch.float64, torch.float16))
     assert exact < 1e-5 < half < 1e-2
+
+
+def test_many_shifts_leaks_are_summed_up_by_the_prompts_own_and_the_worst_of_the_others(tiny, shifts):
+    layers, seen = kv_layers(tiny.unet), tiny.seen(["VanGogh", "Jackson Pollock", "Picasso"])
+    each = leak_table(layers, shifts, seen)
+    few = leak_table(layers, shifts, seen, columns=1)
+    assert few["its own shift"].dropna().to_dict() == {"VanGogh": each.loc["VanGogh", "1"], "Jackson Pollock": each.loc["Jackson Pollock", "2"]}
+    assert few["which"].to_dict() == {"VanGogh": "2", "Jackson Pollock": "1", "Picasso": each.loc["Picasso"].idxmax()}
+    assert few.loc["VanGogh", "most of the others"] == each.loc["VanGogh", "2"]

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from ldm import cli
 from ldm.attention import kv_layers
 from ldm.concepts import ROOT, load_concepts
-from ldm.export import FORMATS, LORAS, cut, holding
+from ldm.export import FORMATS, LORAS, cut, holding, leak_table
 from ldm.images import RECIPE, atomic_folder, check_recipe, write_json
 from ldm.metrics.compare import to_markdown
-from ldm.shift import leaks, merge, rounded_leaks
+from ldm.shift import merge, rounded_leaks
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     layers = kv_layers(model.unet)
     prompts = model.seen(["", *(concept.prompt for concept in load_concepts(args.erase_cat))])
     whole = few if args.rank else shifts
-    table = pd.DataFrame(leaks(layers, whole, prompts)).pivot(index="prompt", columns="shift", values="leak").loc[list(prompts)]
+    table = leak_table(layers, whole, prompts)
     merged = merge(model.unet, list(whole.values()), dtype)
     table[f"all, in {str(dtype).removeprefix('torch.')}"] = pd.Series(rounded_leaks(layers, merged, prompts))
     targets = []
