@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--save_path", type=Path, required=True, help="folder for the image folders")
     parser.add_argument("--from_case", type=int, default=0, help="leave out lower case numbers")
     cli.add_sampling(parser, samples=1)
+    cli.add_compile(parser)
     cli.add_device(parser)
     args = parser.parse_args()
     cases = [case for case in read_cases(args.prompts_path) if case.number >= args.from_case]
@@ -36,7 +37,7 @@ def main() -> None:
     folder = args.save_path / f"{name}-merge"
     with applied(model.unet, list(shifts.values())):
         drawn = generate_folder(model, cases, folder, recipe, args.num_samples, args.ddim_steps, args.guidance_scale,
-                                args.batch_size, share)
+                                args.batch_size, share, args.compile)
     print(f"{drawn} images drawn, {len(list(folder.rglob('*.png')))} in {folder}")
 
 

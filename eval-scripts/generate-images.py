@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--save_path", type=Path, required=True, help="folder for the image folder")
     parser.add_argument("--from_case", type=int, default=0, help="leave out lower case numbers")
     cli.add_sampling(parser, samples=1)
+    cli.add_compile(parser)
     cli.add_dtype(parser)
     cli.add_device(parser)
     args = parser.parse_args()
@@ -30,7 +31,7 @@ def main() -> None:
     cli.fill(args, settings(model.base).sampling)
     folder = args.save_path / model.name
     drawn = generate_folder(model, cases, folder, model.drawn_by, args.num_samples, args.ddim_steps, args.guidance_scale,
-                            args.batch_size, share)
+                            args.batch_size, share, args.compile)
     print(f"{drawn} images drawn, {len(list(folder.rglob('*.png')))} in {folder}")
 
 

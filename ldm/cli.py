@@ -212,6 +212,11 @@ def add_sampling(parser: Parser, samples: int | None = None) -> None:
     parser.add_argument("--batch_size", type=positive, default=None, help="images at once (default: the model's config)")
 
 
+def add_compile(parser: Parser) -> None:
+    parser.add_argument("--compile", action="store_true", help="draw by torch.compile: faster after minutes of compiling, for thousands "
+                        "of images")
+
+
 def add_inception(parser: Parser) -> None:
     parser.add_argument("--inception_path", type=Path, default=None,
                         help="FID's Inception weights (torch-fidelity's .pth); without them AlexNet's features")

@@ -67,3 +67,34 @@ def test_the_same_pictures_are_drawn_together_in_every_run(tiny, tmp_path, monke
     assert (tmp_path / "a" / "3_0.png").stat().st_mtime_ns == kept  # drawn again, but not written
     parts = [generate_folder(tiny, cases, tmp_path / "b", **settings, share=Share(rank, 2)) for rank in range(2)]
     assert asked == [list(range(7)), [3, 4, 5], [0, 1, 2, 6], [3, 4, 5]] and parts == [4, 3]
+
+
+@pytest.fixture
+def compile_by(monkeypatch):
+    """Let torch.compile hand what it has traced to a function instead of to a C++ compiler."""
+    real = torch.compile
+    return lambda backend: monkeypatch.setattr("torch.compile", lambda unet, **how: real(unet, backend=backend, **how))
+
+
+def test_full_batches_are_compiled_once_and_the_unet_is_given_back(tiny, tmp_path, compile_by):
+    settings, unet, batches = {"samples": 1, "steps": 2, "guidance": 4.0, "batch": 2}, tiny.unet, set()
+
+    def ran(graph, _):
+        return lambda *given: batches.update(value.shape[0] for value in given if value.dim() == 4 and value.shape[1:] == tiny.latent_shape) \
+            or graph(*given)
+    compile_by(ran)
+    assert generate_folder(tiny, CASES, tmp_path / "a", {}, **settings) == 3 and not batches
+    assert generate_folder(tiny, CASES, tmp_path / "b", {}, **settings, fast=True) == 3
+    assert generate_folder(tiny, CASES, tmp_path / "b", {}, **settings, fast=True) == 0
+    assert batches == {4} and tiny.unet is unet  # two pictures guided, and not the one that is left
+    assert all((tmp_path / "a" / f"{k}_0.png").read_bytes() == (tmp_path / "b" / f"{k}_0.png").read_bytes() for k in range(3))
+
+
+def test_a_machine_that_cannot_compile_says_so_and_the_unet_is_given_back(tiny, tmp_path, compile_by):
+    def broken(*_):
+        raise RuntimeError("no C++ compiler")
+    unet = tiny.unet
+    compile_by(broken)
+    with pytest.raises(ValueError, match="leave --compile out.*no C.. compiler"):
+        generate_folder(tiny, CASES, tmp_path, {}, 1, 2, 4.0, 2, fast=True)
+    assert tiny.unet is unet and not list(tmp_path.rglob("*.png"))
