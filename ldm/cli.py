@@ -47,6 +47,16 @@ def parser(description: str) -> Parser:
     return Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
+def add_commands(parser: Parser, root: Path, **runs: Callable[[Namespace], None]) -> dict[str, Parser]:
+    """A parser for each command of a script, by name, all with --root; `args.run` is what it runs."""
+    commands, made = parser.add_subparsers(required=True, metavar="{" + ",".join(runs) + "}"), {}
+    for name, run in runs.items():
+        made[name] = commands.add_parser(name, formatter_class=parser.formatter_class)
+        made[name].add_argument("--root", type=Path, default=root, help="the ledger's folder")
+        made[name].set_defaults(run=run)
+    return made
+
+
 def add_category(parser: Parser) -> None:
     parser.add_argument("--erase_cat", choices=CATEGORIES, default="style", help="which concepts the indexes count")
 
@@ -79,6 +89,25 @@ def add_merge(parser: Parser, required: bool = False) -> None:
     parser.add_argument("--merge", default="", required=required,
                         help="shifts to merge: indexes such as 0,1,2, or shift files" + ("" if required else "; none: original"))
     parser.add_argument("--method", choices=METHODS, default="SRS-ME", help="whose shifts the indexes mean")
+
+
+def add_export(parser: Parser) -> None:
+    """What `show_export` shows: in which formats weights are written, and how."""
+    parser.add_argument("--format", type=formats, default="diffusers", help=f"one or more of {','.join(FORMATS)}")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32",
+                        help="what the weights are written in; a compvis checkpoint keeps its own unless this is a half")
+    parser.add_argument("--rank", type=rank, default=None, help="directions that each shift keeps, or auto for the fewest with "
+                        "--share of its effect (default: auto for lora and kohya, all for merged weights)")
+    parser.add_argument("--share", type=float, default=0.85, help="of the effect on the concept's own prompts, for --rank auto")
+
+
+def show_export(table: pd.DataFrame, report: list[dict], targets: list[Path]) -> None:
+    """Print what `ldm.export.export` returns."""
+    print(to_markdown(table.reset_index()))
+    if report:
+        print(f"\n{to_markdown(pd.DataFrame(report))}")
+    for target in targets:
+        print(f"-> {target}")
 
 
 def positive(text: str) -> int:
@@ -150,13 +179,18 @@ def add_erasure(parser: Parser, *flags: str) -> None:
     add_category(parser)
     parser.add_argument("--erased_index", default="", help="concepts to erase, such as 0, 0,1,2 or 0-8")
     add_scene(parser)
+    add_settings(parser, *flags)
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory for a third more time")
+    add_device(parser, "--devices")
+
+
+def add_settings(parser: Parser, *flags: str) -> None:
+    """Those of a method's settings that `flags` names, the pictures it learns from, and its seed."""
     for flag in flags:
         kind, text = SETTINGS[flag]
         parser.add_argument(f"--{flag}", type=kind, default=None, help=f"{text} (default: the model's config)")
     parser.add_argument("--data_path", type=Path, default=ROOT / "data", help="has a folder of images per concept")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory for a third more time")
-    add_device(parser, "--devices")
 
 
 def erase(args: Namespace, method: str) -> None:

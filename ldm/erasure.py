@@ -27,15 +27,16 @@ from ldm.training import COLUMNS, learn
 
 
 def solve(model: TextToImage, store: Store, concepts: Sequence[Concept], others: Sequence[int], tolerance: float, method: str,
-          templates: int = 0, always: float = 1.0, share: Share = Share()) -> Iterator[tuple[Concept, NullSpaceBasis]]:
-    """For each concept the basis in which it can be erased, kept in `store`: it protects the blank prompt, the watermarks and
-    the concepts `others`, less the erased one, each by its bare name and its first `templates` captions. Above 1 `always`
-    weighs the blank prompt and the watermarks more than the concepts, in the spectrum and wherever a leak costs.
+          templates: int = 0, always: float = 1.0, share: Share = Share(),
+          also: Sequence[str] = ()) -> Iterator[tuple[Concept, NullSpaceBasis]]:
+    """For each concept the basis in which it can be erased, kept in `store`: it protects the blank prompt, the watermarks, the
+    prompts `also` and the concepts `others`, less the erased one, each by its bare name and its first `templates` captions. Above
+    1 `always` weighs what is no concept more, in the spectrum and wherever a leak costs.
 
     What the bases have in common is decomposed once; of several processes each finds its `share`. Raises ValueError when the
     protected prompts leave no room.
     """
-    fixed = ["", *watermarks()]
+    fixed = list(dict.fromkeys(["", *watermarks(), *also]))
     said_by = {concept.index: said(concept, 0 if concept.watermark else templates)
                for concept in (get_concept(store.category, other) for other in others)}
     embeddings = {prompt: model.tokens(model.encode_prompt([prompt]))[0]

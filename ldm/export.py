@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 
 from ldm.attention import kv_layers, swapped
 from ldm.checkpoint import EMA, open_checkpoint, to_compvis
+from ldm.images import RECIPE, atomic_folder, check_recipe, write_json
 from ldm.model import TextToImage, save
-from ldm.shift import DenseShift, SeparableShift, WeightShift, added_to, leaks, lost
+from ldm.shift import DenseShift, SeparableShift, WeightShift, added_to, leaks, lost, merge, rounded_leaks
 
 Weights = dict[str, torch.Tensor]
 
@@ -152,3 +154,37 @@ def cut(model: TextToImage, shifts: Mapping[str, WeightShift], rank: int | str, 
 FORMATS: dict[str, Callable[[TextToImage, Mapping[str, WeightShift], Path, torch.dtype], None]] = {
     "compvis": as_compvis, "lora": as_lora, "kohya": as_kohya, "unet": as_unet, "diffusers": as_diffusers}
 LORAS = ("lora", "kohya")
+
+
+def export(model: TextToImage, shifts: Mapping[str, WeightShift], place: Path, formats: Sequence[str], dtype: torch.dtype,
+           rank: int | str | None, share: float, prompts: Sequence[str],
+           made_by: str) -> tuple[pd.DataFrame, list[dict], list[Path]]:
+    """Write what `formats` name: each into the folder `place`, or `place`-FORMAT but for diffusers. What is there already from
+    the same shifts stays. Of the model's weights nothing is left but rounded ones.
+
+    Returns how far each shift moves `prompts` (`leak_table`) and all together after rounding, the rows of `cut`, and the
+    folders. `rank` and `share` as in `cut`; a `rank` of None cuts LoRAs alone.
+    """
+    report, few = [], shifts
+    if rank or set(formats) & set(LORAS):
+        few, report = cut(model, shifts, rank or "auto", share, dtype)
+    layers, seen = kv_layers(model.unet), model.seen(prompts)
+    whole = few if rank else shifts
+    table = leak_table(layers, whole, seen)
+    merged = merge(model.unet, list(whole.values()), dtype)
+    table[f"all, in {str(dtype).removeprefix('torch.')}"] = pd.Series(rounded_leaks(layers, merged, seen))
+    targets = []
+    for kind in tqdm(formats, desc="write", unit="format"):
+        used = few if kind in LORAS else whole
+        target = place if kind == "diffusers" else place.with_name(f"{place.name}-{kind}")
+        recipe = {"made_by": made_by, "base": model.base, "base_digest": model.digest,
+                  "merged": {label: shift.recipe for label, shift in used.items()}}
+        if dtype != torch.float32:
+            recipe["dtype"] = str(dtype)
+        check_recipe(target, recipe)
+        if not target.exists():
+            with atomic_folder(target) as partial, holding(model, merged, dtype):
+                FORMATS[kind](model, used, partial, dtype)
+                write_json(partial / RECIPE, recipe)
+        targets.append(target)
+    return table, report, targets

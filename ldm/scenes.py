@@ -11,8 +11,8 @@ from PIL import Image
 from ldm.concepts import BLANK, STATUSES, Moment, erasable, get_concept, status
 from ldm.experiment import Experiment
 from ldm.images import image_name, open_image, read_cases, sheet
+from ldm.ledger import Ledger, bind, describe
 from ldm.metrics.perceptual import mean_psnr
-from ldm.shift import WeightShift
 from ldm.store import Store
 
 MARKS = {"erased": "E ", "restored": "R ", "regular": ""}
@@ -24,20 +24,23 @@ def play(experiment: Experiment, method: str, scene: int, moments: Sequence[Mome
     """One method through a scene: a row for each time and prompt, and the folder of images of each time.
 
     Columns: method, time, prompt, status, then those of `compare`. Shifts are kept below `root`. Where the method can
-    protect, it protects the concepts that the scene ever erases, or, with `everything`, all of the category.
+    protect, it protects the concepts that the scene ever erases, or, with `everything`, all of the category. The moves are those of a
+    ledger, `sceneN-METHOD.jsonl` beside the shifts.
     """
     protected = sorted({index for moment in moments for index in moment.new})
     if everything:
         protected = [concept.index for concept in erasable(experiment.category)]
-    made: dict[int, WeightShift] = {}
+    binding = bind(experiment.model, experiment.category, erasable(experiment.category), (), {})
+    ledger = Ledger.create(root / f"scene{scene}-{method}.jsonl", binding, "begin")  # no clock: the same files in every run
     tables, folders = [], []
     for moment in moments:
         store = Store(root, method, experiment.model.name, experiment.category, scene, moment.time)
-        concepts = [get_concept(experiment.category, index) for index in moment.new if index not in made]
-        if concepts:
-            experiment.learn(store, concepts, protected, given)
-            made |= {concept.index: WeightShift.load(store.shift(concept.index)) for concept in concepts}
-        shifts = {str(index): made[index] for index in moment.erased}
+        entries, new = ledger.due([get_concept(experiment.category, index) for index in moment.new], False)
+        if new:
+            experiment.learn(store, new, protected, given)
+            entries |= {concept.index: describe(ledger, store, concept)[1] for concept in new}
+        ledger.append(entries, set(ledger.state()) - set(moment.erased), f"t{moment.time}")
+        shifts = ledger.shifts()
         table, folder = experiment.measure(shifts, f"{method}-{''.join(shifts)}")
         folders.append(folder)
         table.insert(0, "status", [status(experiment.category, prompt, moment.erased, moment.restored) for prompt in table.prompt])

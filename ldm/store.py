@@ -5,6 +5,7 @@ A shift made at one time of a scene serves all later ones: looking one up takes 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,11 +71,12 @@ class Store:
             shifts[label] = shift
         made_by = dict.fromkeys(shift.recipe.get("method", "SRS-ME") for shift in shifts.values())
         prefix = "".join(f"{method}-" for method in made_by) if list(made_by) != ["SRS-ME"] else ""
-        return shifts, prefix + _joined(list(shifts)) or "ori"
+        return shifts, prefix + joined(shifts) or "ori"
 
 
-def _joined(labels: list[str]) -> str:
+def joined(labels: Iterable[str]) -> str:
     """Labels as one name: '012'; with longer ones '0-10', and more than three numbers in a row as '0..99'."""
+    labels = list(labels)
     if all(len(label) == 1 for label in labels):
         return "".join(labels)
     pieces, start = [], 0

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import multiprocessing
 import runpy
 import sys
 from pathlib import Path
@@ -105,3 +106,23 @@ def is_error(result: tuple[int, str, str], *words: str) -> None:
     assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
     for word in words:
         assert word in lines[0], lines[0]
+
+
+FORK = multiprocessing.get_context("forkserver")  # a clean process that has imported everything, to fork from
+FORK.set_forkserver_preload(["ldm.cli_experiment", "ldm.scenes", "ldm.capacity", "ldm.ledger"])
+
+
+def _script(arguments: list[str], log: Path) -> None:
+    """Run a script in this process, its output into `log`."""
+    opened = open(log, "w")
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(opened.fileno(), stream.fileno())
+    sys.argv = [str(ROOT / arguments[0]), *arguments[1:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def start_script(command: list, log: Path):
+    """A script in a process of its own, which has imported everything, and can be killed; its output goes into `log`."""
+    process = FORK.Process(target=_script, args=(list(map(str, command)), log))
+    process.start()
+    return process

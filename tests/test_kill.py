@@ -1,11 +1,8 @@
 """A run killed at a random moment and started again ends with the very files of an unbroken one; KILLS=5 tries five for each stage."""
 
-import multiprocessing
 import os
 import random
-import runpy
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -14,11 +11,9 @@ from omegaconf import OmegaConf
 
 from ldm.checkpoint import file_digest
 
-from conftest import ROOT, TINY, make_model
+from conftest import ROOT, TINY, make_model, start_script
 
 KILLS = int(os.environ.get("KILLS", 1))
-FORK = multiprocessing.get_context("forkserver")  # a clean process that has imported everything, to fork from
-FORK.set_forkserver_preload(["ldm.cli_experiment", "ldm.scenes", "ldm.capacity"])
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +44,9 @@ def stages(model, tmp_path_factory):
     return of
 
 
-def _script(arguments: list[str], log: Path) -> None:
-    """Run a script in this process, its output into `log`."""
-    opened = open(log, "w")
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(opened.fileno(), stream.fileno())
-    sys.argv = [str(ROOT / arguments[0]), *arguments[1:]]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def start(command: list, log: Path):
-    process = FORK.Process(target=_script, args=(list(map(str, command)), log))
-    process.start()
-    return process
-
-
 def finish(command: list, log: Path) -> float:
     begin = time.perf_counter()
-    process = start(command, log)
+    process = start_script(command, log)
     process.join()
     assert process.exitcode == 0, log.read_text()[-2000:]
     return time.perf_counter() - begin
@@ -96,7 +76,7 @@ def test_a_killed_run_ends_with_the_same_files_when_it_is_started_again(stages, 
     root, log = tmp_path / "root", tmp_path / "log"
     shutil.copytree(before, root)
     moment = random.uniform(0, seconds)
-    process = start(stages(root)[stage], log)
+    process = start_script(stages(root)[stage], log)
     process.join(moment)
     process.kill()
     process.join()

@@ -25,7 +25,7 @@ class Owner:
 
     def __init__(self, folder):
         self.folder, self.learnt, self.measured = folder, [], []
-        self.model = type("Model", (), {"name": "m"})
+        self.model = type("Model", (), {"name": "m", "digest": "0"})
 
     def learn(self, store, concepts, protected, given):
         for concept in concepts:
