@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,8 +176,10 @@ def bind(model: TextToImage, category: str, concepts: Sequence[Concept], also: S
 def make(ledger: Ledger, model: TextToImage, concepts: Sequence[Concept], method: str, given: Mapping, data: Path,
          effort: Effort = Effort()) -> dict[int, dict]:
     """The shifts that erase `concepts` by `method`, for `Ledger.append`: kept under the number of the next line, so that no file
-    that a line names is ever written again. Each protects all that the ledger protects, and its other concepts."""
+    that a line names is ever written again. Each protects all that the ledger protects, and its other concepts. `seconds` and
+    `peak_gib` are of all concepts together, the memory that of the whole process, or on a GPU of its tensors."""
     check_base(ledger.binding, model.digest, ledger.path)
+    begin = time.perf_counter()
     store = Store(ledger.root / "shifts", method, model.name, ledger.binding["erase_cat"], 0, len(ledger.changes) + 1)
     if METHODS[method].null_space:
         own = settings(model.base).solution
@@ -183,11 +187,12 @@ def make(ledger: Ledger, model: TextToImage, concepts: Sequence[Concept], method
                        also=ledger.binding["protected"]):
             pass
     make_shifts(model, store, concepts, given, data, effort)
+    effort_spent = {"seconds": round(time.perf_counter() - begin, 1), "peak_gib": round(peak_memory() / 2**30, 2)}
     layers, seen, made = kv_layers(model.unet), model.seen(ledger.prompts), {}
     for concept in concepts:
         shift, entry = describe(ledger, store, concept)
         moved = leaks(layers, {"": shift}, {prompt: rows for prompt, rows in seen.items() if prompt != concept.prompt})
-        made[concept.index] = entry | {"leak": max(row["leak"] for row in moved)}
+        made[concept.index] = entry | {"leak": max(row["leak"] for row in moved)} | effort_spent
     return made
 
 
@@ -236,6 +241,13 @@ def verify(ledger: Ledger, model: TextToImage) -> pd.DataFrame:
     rows.append({"what": f"{len(ledger.state())} shifts merged", "digest": merged[:12], "proved": "the present weights, from the history alone"})
     rows.append({"what": "no shift", "digest": before[:12], "proved": "the base model, bit for bit"})
     return pd.DataFrame(rows)
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held so far: its tensors on a GPU if it has used one, else all of it (Linux' count)."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def bits(unet: nn.Module) -> str:

@@ -1,11 +1,14 @@
-"""Plots of results: a grid of lines, one panel for each measure and group; a spectrum with what it leaves room for."""
+"""Plots of results: a grid of lines, one panel for each measure and group; a spectrum with what it leaves room for; a heat map;
+bars over time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -64,5 +67,36 @@ def room(values: Sequence[float], table: pd.DataFrame, path: Path) -> None:
     right.legend(fontsize=8)
     for panel in (left, right):
         panel.grid(alpha=0.3)
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=110)
+
+
+def heat(table: pd.DataFrame, label: str, path: Path) -> None:
+    """Write a picture of a table of numbers above 0, rows by columns, dark where they are large, on a logarithmic scale."""
+    values = table.to_numpy(dtype=float)
+    figure = Figure(figsize=(2.6 + 0.62 * values.shape[1], 1.8 + 0.34 * values.shape[0]), layout="constrained")
+    panel = figure.subplots()
+    shown = panel.imshow(values.clip(1e-9), norm=LogNorm(1e-9, max(1.0, values.max())), cmap="magma_r", aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        panel.text(column, row, f"{value:.0e}" if value < 0.01 else f"{value:.2f}", ha="center", va="center", fontsize=7,
+                   color="white" if value > 1e-4 else "black")
+    panel.set_xticks(range(len(table.columns)), table.columns, rotation=45, ha="right", fontsize=8)
+    panel.set_yticks(range(len(table.index)), table.index, fontsize=8)
+    figure.colorbar(shown, label=label)
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=110)
+
+
+def spans(rows: Mapping[str, Sequence[tuple[float, float]]], ticks: Mapping[float, str], path: Path) -> None:
+    """Write a picture of when each of `rows` was on: bars from one number to another, with `ticks` below."""
+    figure = Figure(figsize=(9, 1.2 + 0.32 * len(rows)), layout="constrained")
+    panel = figure.subplots()
+    for k, parts in enumerate(rows.values()):
+        panel.broken_barh([(first, last - first) for first, last in parts], (k - 0.35, 0.7), color="crimson")
+    panel.set_yticks(range(len(rows)), rows, fontsize=9)
+    panel.set_xticks(list(ticks), list(ticks.values()), rotation=45, ha="right", fontsize=8)
+    panel.set_xlim(min(ticks), max(ticks))
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.grid(axis="x", alpha=0.3)
     with atomic(path) as partial:
         figure.savefig(partial, dpi=110)

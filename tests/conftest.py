@@ -76,6 +76,13 @@ def other_path(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "other", 1)
 
 
+@pytest.fixture(scope="session")
+def mini_path(tmp_path_factory) -> Path:
+    """Tiny, with pictures just large enough for LPIPS, and with the settings of mini-sd, after whose name it is called."""
+    larger = OmegaConf.merge(TINY, {"unet": {"sample_size": 16}, "vae": {"sample_size": 32}})
+    return make_model(tmp_path_factory.mktemp("models") / "mini-sd", 3, larger)
+
+
 @pytest.fixture
 def tiny(tiny_path):
     return load(tiny_path, CPU)

@@ -7,37 +7,29 @@ import time
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from ldm.checkpoint import file_digest
 
-from conftest import ROOT, TINY, make_model, start_script
+from conftest import ROOT, start_script
 
 KILLS = int(os.environ.get("KILLS", 1))
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """Tiny, with pictures just large enough for LPIPS, and with the settings of mini-sd, after whose name it is called."""
-    larger = OmegaConf.merge(TINY, {"unet": {"sample_size": 16}, "vae": {"sample_size": 32}})
-    return make_model(tmp_path_factory.mktemp("models") / "mini-sd", 3, larger)
-
-
-@pytest.fixture(scope="module")
-def stages(model, tmp_path_factory):
+def stages(mini_path, tmp_path_factory):
     """What each stage runs in a folder, in order."""
     prompts = tmp_path_factory.mktemp("prompts") / "list.csv"
     prompts.write_text("prompt,evaluation_seed,case_number\n" + "".join(f"VanGogh,{k},{k}\n" for k in range(24)))
 
     def of(root: Path) -> dict[str, list]:
-        common = ["--model", model, "--shifts_path", root / "shifts"]
+        common = ["--model", mini_path, "--shifts_path", root / "shifts"]
         return {
             "solution": ["train-scripts/SRSME_Solution.py", *common, "--erased_index", "0-8", "--em_indexes", "0-8", "--device", "cpu"],
             "erasure": ["train-scripts/SRS_ME.py", *common, "--erased_index", "0-8", "--data_path", root / "data", "--devices", "cpu",
                         "--init", "closed-form", "--iter_break", "4", "--batch_size", "2"],
             "generation": ["eval-scripts/generate-images-merge.py", *common, "--merge", "0-8", "--prompts_path", prompts,
                            "--save_path", root / "images", "--ddim_steps", "4", "--batch_size", "4", "--device", "cpu"],
-            "scenes": ["eval-scripts/scenes.py", "--model", model, "--save_path", root / "scenes", "--scene", "5", "--methods",
+            "scenes": ["eval-scripts/scenes.py", "--model", mini_path, "--save_path", root / "scenes", "--scene", "5", "--methods",
                        "SRS-ME,FMN", "--num_seeds", "2", "--num_pictures", "4", "--ddim_steps", "2", "--batch_size", "4", "--settings",
                        "SRS-ME.iter_break=3", "FMN.iter_break=2", "--model_path", ROOT / "models/classifiers/style.safetensors",
                        "--device", "cpu"]}

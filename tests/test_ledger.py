@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import time
 
 import pytest
@@ -91,16 +90,10 @@ def test_another_file_in_a_shifts_place_is_refused(ledger, tmp_path):
 
 
 @pytest.fixture
-def mini(tiny_path, tmp_path):
-    """The tiny model with the settings of mini-sd, after which it is called."""
-    return shutil.copytree(tiny_path, tmp_path / "mini-sd")
-
-
-@pytest.fixture
-def desk(script, mini, tmp_path):
+def desk(script, mini_path, tmp_path):
     """A ledger of the nine styles of a tiny model, and what runs its commands."""
     root = tmp_path / "desk"
-    given = {"init": ["--model", mini, "--device", "cpu", "--protect", "a cat"], "verify": ["--device", "cpu"],
+    given = {"init": ["--model", mini_path, "--device", "cpu", "--protect", "a cat"], "verify": ["--device", "cpu"],
              "erase": ["--device", "cpu"], "export": ["--device", "cpu"]}
 
     def run(command, *arguments):
@@ -110,7 +103,7 @@ def desk(script, mini, tmp_path):
     return run
 
 
-def test_erase_restore_status_history_verify_and_export(desk, mini):
+def test_erase_restore_status_history_verify_and_export(desk, mini_path):
     assert desk("erase", "Van Gogh", "2")[0] == 0 and desk("restore", "picasso")[0] == 0
     made = {path: path.read_bytes() for path in desk.root.rglob("*.safetensors")}
     out = desk("erase", "PICASSO")[1]
@@ -118,8 +111,8 @@ def test_erase_restore_status_history_verify_and_export(desk, mini):
     rows = {row.split(" | ")[1]: row for row in out.splitlines()}
     assert "| erased | SRS-ME |" in rows["Picasso"] and "| untouched |" in rows["Cezanne"] and "VanGogh" in desk("history")[1]
     assert desk("erase", "VanGogh")[0] == 0 and len(Ledger(desk.root / HISTORY).changes) == 3  # nothing to do
-    base = load(mini, CPU)
-    ledger, model = Ledger(desk.root / HISTORY), load(mini, CPU)
+    base = load(mini_path, CPU)
+    ledger, model = Ledger(desk.root / HISTORY), load(mini_path, CPU)
     proved = verify(ledger, model).set_index("what").digest
     with applied(model.unet, list(ledger.shifts().values())):
         assert proved["2 shifts merged"] == bits(model.unet)[:12]
@@ -169,8 +162,8 @@ def test_several_owners_at_once_lose_no_change(desk):
     assert [process.exitcode for process in processes] == [0] * 5 and set(Ledger(desk.root / HISTORY).state()) == {5}
 
 
-def test_random_moves_with_kills_leave_the_state_before_or_after(desk, mini):
-    rng, model, on = random.Random(), load(mini, CPU), set()
+def test_random_moves_with_kills_leave_the_state_before_or_after(desk, mini_path):
+    rng, model, on = random.Random(), load(mini_path, CPU), set()
     base, killed, seconds = bits(model.unet), set(rng.sample(range(1, MOVES), KILLS)), 0.0
     for move in range(MOVES):
         index = rng.randrange(9)
@@ -186,5 +179,5 @@ def test_random_moves_with_kills_leave_the_state_before_or_after(desk, mini):
         assert set(ledger.state()) in ([on, after] if move in killed else [after]), move
         on, proved = set(ledger.state()), verify(ledger, model).set_index("what").digest
         assert proved["no shift"] == base[:12]
-    fresh = load(mini, CPU)
+    fresh = load(mini_path, CPU)
     assert bits(fresh.unet) == base and fresh.digest == Ledger(desk.root / HISTORY).binding["base_digest"]

@@ -136,11 +136,14 @@ def accuracy_table(classifier: Classifier, folder: Path, category: str, prompts:
     return pd.DataFrame(rows)
 
 
+def cell(value) -> str:
+    """What stands in a table for a value: numbers with few digits, nothing for NaN."""
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.4g}"
+    return str(value)
+
+
 def to_markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown, numbers with few digits."""
-    def cell(value) -> str:
-        if isinstance(value, float):
-            return "" if value != value else f"{value:.4g}"
-        return str(value)
+    """A table as Markdown."""
     lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
     return "\n".join(lines + ["| " + " | ".join(map(cell, row)) + " |" for row in table.itertuples(index=False)])

@@ -1,0 +1,30 @@
+"""A page about a ledger: what was erased and given back when, before and after, results, curves, leaks, capacity, time and memory, and
+every command and digest to make it again.
+
+Draws the original's pictures and the present state's, on the same seeds, and writes one HTML file that needs no network. A scene's
+ledger, `sceneN-METHOD.jsonl` beside its shifts, is one too.
+"""
+
+from pathlib import Path
+
+from ldm import cli, cli_experiment
+from ldm.concepts import ROOT
+from ldm.images import write_text
+from ldm.ledger import HISTORY, Ledger
+from ldm.report import report
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("ledger", type=Path, nargs="?", default=ROOT / "models" / "ledger", help="a ledger's folder, or its .jsonl file")
+    cli_experiment.add_experiment(parser, "report")
+    parser.add_argument("--num_shown", type=cli.positive, default=4, help="pictures of each prompt that the page shows")
+    args = parser.parse_args()
+    ledger = Ledger(args.ledger if args.ledger.suffix == ".jsonl" else args.ledger / HISTORY)
+    args.erase_cat = ledger.binding["erase_cat"]
+    write_text(args.save_path / "report.html", report(ledger, cli_experiment.experiment(args), args.num_shown))
+    print(f"-> {args.save_path / 'report.html'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,69 @@
+"""The page is whole in itself, shows what the ledger says, and its commands make the same weights again."""
+
+import base64
+import io
+import re
+import shlex
+
+import pytest
+from PIL import Image
+
+from ldm.concepts import get_concept
+from ldm.experiment import Experiment
+from ldm.ledger import HISTORY, Ledger, bind, bits, make
+from ldm.model import load, settings
+from ldm.report import commands, report
+from ldm.shift import applied
+
+from conftest import CPU
+
+
+@pytest.fixture
+def model(mini_path):
+    return load(mini_path, CPU)
+
+
+@pytest.fixture
+def ledger(model, mini_path, tmp_path):
+    """VanGogh erased in closed form, Picasso in two steps of learning, VanGogh given back and erased again."""
+    styles = [get_concept("style", index) for index in range(3)]
+    source = {"model": str(mini_path), "ckpt_path": None, "config_path": None}
+    ledger = Ledger.create(tmp_path / "desk" / HISTORY, bind(model, "style", styles, ["a <b>cat & dog"], source))
+    given = {**settings("mini-sd").erasure["SRS-ME"], "seed": 0}
+    for index, changes in ((1, {}), (2, {"iter_break": 2, "ridge": 0.5, "batch_size": 1})):
+        (tmp_path / "data" / styles[index].name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), "blue").save(tmp_path / "data" / styles[index].name / "0_0.png")
+        ledger.append(make(ledger, model, [styles[index]], "SRS-ME", {**given, **changes}, tmp_path / "data"))
+    ledger.append({}, [1])
+    ledger.append(ledger.due([styles[1]], False)[0])
+    return ledger
+
+
+def test_the_page_holds_everything_in_itself(ledger, model, tmp_path):
+    experiment = Experiment(model, "style", tmp_path / "run", None, {"ddim_steps": 2, "guidance_scale": 2.0, "batch_size": 32}, samples=2)
+    page = report(ledger, experiment, 2)
+    pictures = re.findall(r'<img src="data:image/png;base64,([^"]*)" alt="([^"]*)">', page)
+    assert len(pictures) == page.count("<img") == 5  # bars, pictures, leaks, curves, capacity
+    for picture, shows in pictures:
+        Image.open(io.BytesIO(base64.b64decode(picture))).verify()
+        assert len(shows) > 20
+    assert not re.search(r"(src|href)=.(?!data:)|url\(|@import", page)  # nothing is fetched
+    assert "a &lt;b&gt;cat &amp; dog" in page and "<b>" not in page  # what a ledger holds is text
+    for digest in (ledger.head, model.digest, *(entry["digest"] for entry in ledger.state().values())):
+        assert digest[:12] in page
+    assert "2 of 3 concepts are erased" in page and "no pixel of 6 pictures" in page
+
+
+def test_its_commands_make_the_same_weights_again(ledger, model, script, tmp_path):
+    for line in commands(ledger):
+        words = shlex.split(line.replace(str(ledger.root), str(tmp_path / "again")))
+        data = ["--data_path", tmp_path / "data"] if "--iter_break" in words else []
+        assert script(words[1], *words[2:], *data)[0] == 0, line
+    again = Ledger(tmp_path / "again" / HISTORY)
+    assert again.binding["protected"] == ledger.binding["protected"] and len(again.changes) == len(ledger.changes) == 4
+    for number in range(1, 5):
+        made = []
+        for known in (ledger, again):
+            with applied(model.unet, list(known.shifts(number).values())):
+                made.append(bits(model.unet))
+        assert made[0] == made[1]
