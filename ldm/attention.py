@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -92,6 +93,17 @@ def swapped(unet: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[No
         yield
     finally:
         put(base)
+
+
+def sharing(unet: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A U-Net of its own with `weights` in place of those of that name; all others are the very tensors of `unet`, which is not
+    touched, so that several may run at once."""
+    tensors = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
+    other = deepcopy(unet, tensors)
+    for name, weight in weights.items():
+        owner, _, own = name.rpartition(".")
+        setattr(other.get_submodule(owner), own, nn.Parameter(weight, requires_grad=False))
+    return other
 
 
 @contextmanager

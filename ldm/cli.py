@@ -20,9 +20,11 @@ from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElastic
 from omegaconf import OmegaConf
 
 from ldm.attention import TRAIN_METHODS
+from ldm.checkpoint import check_base
 from ldm.concepts import CATEGORIES, ROOT, parse_erased
 from ldm.erasure import Effort, make_shifts
 from ldm.export import FORMATS
+from ldm.ledger import HISTORY, Ledger
 from ldm.losses import METHODS
 from ldm.metrics.compare import to_markdown
 from ldm.model import TextToImage, folder_of, load, names, settings
@@ -356,6 +358,17 @@ def methods_settings(base: str, changes: list[str]) -> dict[str, dict]:
 def load_model(args: Namespace, device: torch.device, dtype: str = "float32") -> TextToImage:
     """The model that --ckpt_path (with --config_path) or --model names, its U-Net in `dtype`."""
     return load(args.ckpt_path or args.model, device, args.config_path, DTYPES[dtype])
+
+
+def open_ledger(args: Namespace, path: Path) -> tuple[Ledger, TextToImage]:
+    """The ledger in a folder, or file, and its model, or the one of the same digest that --model names."""
+    ledger = Ledger(path if path.suffix == ".jsonl" else path / HISTORY)
+    if not args.model and not args.ckpt_path:
+        args.model = ledger.binding.get("model") or str(ROOT / "models" / "mini-sd")
+        args.ckpt_path, args.config_path = (ledger.binding.get(name) for name in ("ckpt_path", "config_path"))
+    model = load_model(args, parse_devices(args.device)[0])
+    check_base(ledger.binding, model.digest, ledger.path)
+    return ledger, model
 
 
 def fill(args: Namespace, settings) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
@@ -67,25 +67,37 @@ class Ledger:
         """The history as it stands on disk."""
         if not self.path.is_file():
             raise ValueError(f"no ledger in {self.root}: begin one with python train-scripts/ledger.py init --root {self.root}")
-        self.changes, before, erased = [], "", set()
-        for number, line in enumerate(self.path.read_text().splitlines()):
+        self.binding, self.changes, self.head, erased = {}, [], "", set()
+        for number, line in enumerate(self.path.read_text().splitlines() or [""]):
             try:
                 entry = json.loads(line)
-                if entry["number"] != number or entry["before"] != before:
+                if entry["number"] != number or entry["before"] != self.head:
                     raise ValueError
                 if number:
-                    change = Change(number, entry["time"], {int(index): dict(shift) for index, shift in entry["erase"].items()},
-                                    tuple(entry["restore"]))
+                    change = self._change(entry)
                     if set(change.erase) & erased or not set(change.restore) <= erased:
                         raise ValueError
                     erased = erased - set(change.restore) | set(change.erase)
                     self.changes.append(change)
                 else:
                     self.binding = entry
+                    if not all(isinstance(text, str) for text in (entry["base"], entry["base_digest"], entry["time"], *entry["protected"])):
+                        raise ValueError
+                    self.concepts  # each is one of its category's
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{self.path}, line {number + 1}, is not what was written there: get the file back from a copy") from None
-            before = hashlib.sha256(line.encode()).hexdigest()
-        self.head = before
+            self.head = hashlib.sha256(line.encode()).hexdigest()
+
+    def _change(self, entry: Mapping) -> Change:
+        """A line as a change. Raises ValueError, KeyError, TypeError or AttributeError for one that no ledger writes."""
+        change = Change(entry["number"], entry["time"], {int(index): shift for index, shift in entry["erase"].items()}, tuple(entry["restore"]))
+        for shift in change.erase.values():
+            inside = (self.root / shift["shift"]).resolve().is_relative_to(self.root.resolve())
+            if not inside or not all(isinstance(shift[name], str) for name in ("concept", "method", "digest")):
+                raise ValueError
+        if not set(change.erase) <= set(self.binding["concepts"]) or not isinstance(change.time, str):
+            raise ValueError
+        return change
 
     @property
     def concepts(self) -> list[Concept]:
@@ -155,11 +167,11 @@ class Ledger:
         return WeightShift.load(path)
 
     def append(self, erase: Mapping[int, Mapping], restore: Collection[int] = (), when: str = "") -> None:
-        """Write one change, at `when` or else now; where others may write too the caller holds `locked(root)` and has read the history since. `erase` maps
-        concepts to what is known of their shifts, `shift` (a path below the root) among it; digests are taken here."""
+        """Write one change, at `when` or else now; where others may write too the caller holds `locked(root)` and has read the history
+        since. `erase` maps concepts to what is known of their shifts, `shift` (a path below the root) among it; digests are taken here."""
         on = self.state()
         if set(erase) & set(on) or not set(restore) <= set(on):
-            raise ValueError("a change erases what is not erased, and gives back what is")
+            raise ValueError("only what is not erased can be erased, and only what is can be given back")
         entries = {str(index): {**entry, "digest": file_digest(self.root / entry["shift"])} for index, entry in sorted(erase.items())}
         entry = {"number": len(self.changes) + 1, "time": when or _now(), "before": self.head, "erase": entries, "restore": sorted(restore)}
         write_text(self.path, self.path.read_text() + _line(entry))
@@ -187,12 +199,13 @@ def make(ledger: Ledger, model: TextToImage, concepts: Sequence[Concept], method
                        also=ledger.binding["protected"]):
             pass
     make_shifts(model, store, concepts, given, data, effort)
-    effort_spent = {"seconds": round(time.perf_counter() - begin, 1), "peak_gib": round(peak_memory() / 2**30, 2)}
+    spent = {"seconds": round(time.perf_counter() - begin, 1), "peak_gib": round(peak_memory() / 2**30, 2)}
     layers, seen, made = kv_layers(model.unet), model.seen(ledger.prompts), {}
     for concept in concepts:
         shift, entry = describe(ledger, store, concept)
         moved = leaks(layers, {"": shift}, {prompt: rows for prompt, rows in seen.items() if prompt != concept.prompt})
-        made[concept.index] = entry | {"leak": max(row["leak"] for row in moved)} | effort_spent
+        inside = set(shift.names) <= {f"{name}.weight" for name in layers}  # otherwise keys and values do not say all
+        made[concept.index] = entry | {"leak": max(row["leak"] for row in moved) if inside else None} | spent
     return made
 
 
@@ -214,7 +227,7 @@ def table(ledger: Ledger) -> pd.DataFrame:
         rows.append({"index": concept.index, "concept": concept.name, "since": ledger.since(concept.index),
                      "state": "erased" if concept.index in on else "restored" if last else "untouched",
                      "method": last.get("method", ""), "rank": last.get("rank") or "", "KB": last["bytes"] // 1000 if last else "",
-                     "steps": last.get("steps", ""), "leak on others": last.get("leak", "")})
+                     "steps": last.get("steps", ""), "leak on others": last.get("leak") or ""})
     return pd.DataFrame(rows)
 
 
@@ -247,6 +260,10 @@ def peak_memory() -> int:
     """The most bytes that this process has held so far: its tensors on a GPU if it has used one, else all of it (Linux' count)."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows, where psutil knows
+        return psutil.Process().memory_info().peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

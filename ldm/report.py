@@ -125,7 +125,7 @@ def _spans(ledger: Ledger, path: Path) -> None:
     last = len(ledger.changes) + 1
     states = {number: set(ledger.state(number)) for number in range(1, last)}
     rows = {concept.name: [(number, number + 1) for number, on in states.items() if concept.index in on] for concept in ledger.concepts}
-    spans(rows, {change.number: change.time for change in ledger.changes} | {last: "now"}, path)
+    spans(rows, {change.number: change.time[:16].replace("T", " ") for change in ledger.changes} | {last: "now"}, path)
 
 
 def _leaks(ledger: Ledger, experiment: Experiment) -> Section:

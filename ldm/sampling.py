@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,22 +32,31 @@ def schedule(model: TextToImage, steps: int):
 
 
 @torch.no_grad()
-def denoise(model: TextToImage, noise: torch.Tensor, embedding: torch.Tensor, blank: torch.Tensor, steps: int,
-            guidance: float, stop: int | None = None) -> torch.Tensor:
-    """From noise (N, C, h, w) to clean latents under prompts `embedding` (N, rows, d), by the model's own scheduler.
+def denoising(model: TextToImage, noise: torch.Tensor, embedding: torch.Tensor, blank: torch.Tensor, steps: int,
+              guidance: float) -> Iterator[torch.Tensor]:
+    """From noise (N, C, h, w) to clean latents under prompts `embedding` (N, rows, d), by the model's own scheduler: the latents
+    after each step, as noisy as the next one expects them.
 
-    The guided noise is `eps("") + guidance (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598). With `stop` only the
-    first `stop` of the `steps` steps are taken, which leaves latents as noisy as the next step expects them.
+    The guided noise is `eps("") + guidance (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598).
     """
     scheduler = schedule(model, steps)
     latents = noise.to(model.device) * scheduler.init_noise_sigma
     both = torch.cat([blank.expand_as(embedding), embedding])  # (2N, rows, d)
-    for step in scheduler.timesteps[:stop]:
+    for step in scheduler.timesteps:
         doubled = scheduler.scale_model_input(torch.cat([latents, latents]), step)
         parts = zip(doubled.split(_AT_ONCE), both.split(_AT_ONCE))
         unconditional, conditional = torch.cat([model.predict(part, step, prompts) for part, prompts in parts]).chunk(2)
         noise = unconditional + guidance * (conditional - unconditional)
         latents = scheduler.step(noise, step, latents).prev_sample
+        yield latents
+
+
+def denoise(model: TextToImage, noise: torch.Tensor, embedding: torch.Tensor, blank: torch.Tensor, steps: int,
+            guidance: float, stop: int | None = None) -> torch.Tensor:
+    """The last latents of `denoising`, or with `stop` those after the first `stop` of the `steps` steps."""
+    latents = noise * schedule(model, steps).init_noise_sigma
+    for latents in itertools.islice(denoising(model, noise, embedding, blank, steps, guidance), stop):
+        pass
     return latents
 
 

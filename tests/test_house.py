@@ -12,7 +12,7 @@ LDM = sorted((ROOT / "ldm").rglob("*.py"))
 SCRIPTS = sorted([*(ROOT / "train-scripts").glob("*.py"), *(ROOT / "eval-scripts").glob("*.py")])
 # Bottom to top: a module imports only from lines above its own.
 ORDER = ["share", "concepts", "images", "checkpoint", "model", "attention", "null_space", "shift", "export", "sampling", "latents",
-         "losses", "plan", "store", "training", "erasure", "capacity", "metrics", "mini", "plots", "ledger", "experiment", "scenes", "report", "ablation", "cli", "cli_experiment"]
+         "losses", "plan", "store", "training", "erasure", "capacity", "metrics", "mini", "plots", "ledger", "desk", "experiment", "scenes", "report", "ablation", "cli", "cli_experiment"]
 
 
 def imports(path: Path) -> set[str]:

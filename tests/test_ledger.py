@@ -1,5 +1,6 @@
 """The ledger's state is what its history says, whoever writes, and whenever one is killed; MOVES=100 KILLS=20 is the whole trial."""
 
+import hashlib
 import json
 import os
 import random
@@ -76,6 +77,21 @@ def test_no_line_can_be_changed_dropped_or_doubled_unseen(ledger, line):
             Ledger(ledger.path)
     ledger.path.write_text("".join(kept))
     assert Ledger(ledger.path).head == ledger.head
+
+
+@pytest.mark.parametrize("line, wrong", [
+    (0, {"concepts": [99]}), (0, {"erase_cat": "x"}), (0, {"protected": [3]}), (0, {"base": None}), (1, {"erase": {"77": entry(1)}}),
+    (1, {"erase": {"1": entry(1) | {"shift": "../../1.safetensors"}}}), (1, {"erase": {"1": entry(1) | {"digest": 5}}}),
+    (1, {"erase": {"1": "x"}}), (1, {"restore": [3]}), (1, {"restore": 3}), (1, {"time": 3})])
+def test_a_history_that_was_made_up_is_refused(ledger, line, wrong):
+    ledger.append({1: entry(1)})
+    lines, before = [], ""
+    for number, text in enumerate(ledger.path.read_text().splitlines()):  # with digests that fit
+        lines.append(json.dumps(json.loads(text) | {"before": before} | (wrong if number == line else {})))
+        before = hashlib.sha256(lines[-1].encode()).hexdigest()
+    ledger.path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=f"line {line + 1}, is not what was written there"):
+        Ledger(ledger.path)
 
 
 def test_another_file_in_a_shifts_place_is_refused(ledger, tmp_path):

@@ -8,13 +8,11 @@ recomputes every digest, and export writes the present weights as Merge_model.py
 from pathlib import Path
 
 from ldm import cli
-from ldm.checkpoint import check_base
 from ldm.concepts import ROOT, parse_erased
 from ldm.export import export
 from ldm.ledger import HISTORY, Ledger, bind, locked, make, table, verify
 from ldm.losses import METHODS
 from ldm.metrics.compare import to_markdown
-from ldm.model import TextToImage
 from ldm.store import joined
 
 
@@ -30,22 +28,12 @@ def begin(args: cli.Namespace) -> None:
     print(f"{len(concepts)} concepts of {model.name}; always protected: the blank prompt, {', '.join(ledger.binding['protected'][1:])}")
 
 
-def opened(args: cli.Namespace) -> tuple[Ledger, TextToImage]:
-    """The ledger of --root, and its model, or the one of the same digest that --model names."""
-    ledger = Ledger(args.root / HISTORY)
-    if not args.model and not args.ckpt_path:
-        args.model, args.ckpt_path, args.config_path = (ledger.binding[name] for name in ("model", "ckpt_path", "config_path"))
-    model = cli.load_model(args, cli.parse_devices(args.device)[0])
-    check_base(ledger.binding, model.digest, ledger.path)
-    return ledger, model
-
-
 def erase(args: cli.Namespace) -> None:
     with locked(args.root):
         ledger, flags = Ledger(args.root / HISTORY), [name for name in cli.SETTINGS if getattr(args, name) is not None]
         entries, new = ledger.due([ledger.concept(name) for name in args.concept], bool(flags or args.method))
         if new:
-            (ledger, model), method = opened(args), args.method or "SRS-ME"
+            (ledger, model), method = cli.open_ledger(args, args.root), args.method or "SRS-ME"
             given = cli.given_settings(args, model.base, method)
             if foreign := [name for name in flags if name not in given]:
                 raise ValueError(f"--{foreign[0]} is no setting of {method}, which has {', '.join(given)}")
@@ -73,11 +61,11 @@ def history(args: cli.Namespace) -> None:
 
 
 def prove(args: cli.Namespace) -> None:
-    print(to_markdown(verify(*opened(args))))
+    print(to_markdown(verify(*cli.open_ledger(args, args.root))))
 
 
 def write(args: cli.Namespace) -> None:
-    ledger, model = opened(args)
+    ledger, model = cli.open_ledger(args, args.root)
     shifts = ledger.shifts()
     if not shifts:
         raise ValueError(f"nothing is erased in {args.root}: its weights are those of {ledger.binding['base']}; erase a concept first")
