@@ -4,6 +4,7 @@ their difference.
 Each visitor has switches of their own; they change no weights that others see, and nothing in the ledger. A button exports the state.
 """
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -20,8 +21,8 @@ WAITING = 100  # requests that may wait; further ones are told so
 STYLE = "#original img, #present img, #difference img { width: 100%; object-fit: contain; image-rendering: pixelated; }"
 
 
-def build(desk: Desk, sampling) -> gr.Blocks:
-    """The page."""
+def build(desk: Desk, sampling, folder: str) -> gr.Blocks:
+    """The page; `folder` is for the export that is under way."""
     def draw(prompt, seed, steps, guidance, names, progress=gr.Progress()):
         pictures = None
         try:
@@ -31,12 +32,15 @@ def build(desk: Desk, sampling) -> gr.Blocks:
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         off = max(high for _, high in pictures.difference.getextrema())
-        return pictures.original, pictures.present, pictures.difference, \
-            f"Erased: {', '.join(names) or 'nothing'}. Largest pixel difference {off} of 255; this prompt's keys and values move by {pictures.leak:.1e}."
+        return pictures.original, pictures.present, pictures.difference, (
+            f"Erased: {', '.join(names) or 'nothing'}. Largest pixel difference {off} of 255; this prompt's keys and values move by "
+            f"{pictures.leak:.1e}.")
 
     def save(names, kind):
-        try:
-            return str(desk.write(names, kind, Path(tempfile.mkdtemp(dir=kept))))
+        try:  # one export at a time, which Gradio copies before the next
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.mkdir()
+            return str(desk.write(names, kind, kept))
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -44,7 +48,7 @@ def build(desk: Desk, sampling) -> gr.Blocks:
         status = desk.reread().map(cell)
         return gr.CheckboxGroup(list(desk.shifts), value=desk.erased), status
 
-    kept = tempfile.mkdtemp()
+    kept = Path(folder)
     with gr.Blocks(title=f"{desk.model.name}: concepts erased", analytics_enabled=False, delete_cache=(600, 600)) as page:
         with gr.Row():
             prompt = gr.Textbox(next(iter(desk.shifts)), label="prompt", max_length=LONGEST, scale=3)
@@ -63,7 +67,8 @@ def build(desk: Desk, sampling) -> gr.Blocks:
             file = gr.Button("export")
             download = gr.File(label="the present state", height=90, elem_id="download")
         page.load(opened, None, [names, status])
-        gr.on([button.click, prompt.submit, names.input], draw, [prompt, seed, steps, guidance, names], [*pictures, said], concurrency_limit=2)
+        gr.on([button.click, prompt.submit, names.input], draw, [prompt, seed, steps, guidance, names], [*pictures, said],
+              concurrency_limit=2)
         file.click(save, [names, kind], download, concurrency_limit=1)
     return page
 
@@ -82,8 +87,10 @@ def main() -> None:
     if not desk.shifts:
         raise ValueError(f"nothing was ever erased in {args.ledger}: python train-scripts/ledger.py erase CONCEPT --root {args.ledger}")
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none that a network would have to bring
-    build(desk, settings(model.base).sampling).queue(max_size=WAITING).launch(
-        server_name="127.0.0.1", server_port=args.port, share=args.share, theme=theme, css=STYLE, footer_links=[], quiet=True, show_error=True)
+    with tempfile.TemporaryDirectory() as folder:
+        build(desk, settings(model.base).sampling, folder).queue(max_size=WAITING).launch(
+            server_name="127.0.0.1", server_port=args.port, share=args.share, theme=theme, css=STYLE, footer_links=[], quiet=True,
+            show_error=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ def main() -> None:
     args = parser.parse_args()
     ledger = Ledger(args.ledger if args.ledger.suffix == ".jsonl" else args.ledger / HISTORY)
     args.erase_cat = ledger.binding["erase_cat"]
-    write_text(args.save_path / "report.html", report(ledger, cli_experiment.experiment(args), args.num_shown))
+    tried = cli_experiment.experiment(args)
+    tried.also = ledger.binding["protected"]
+    write_text(args.save_path / "report.html", report(ledger, tried, args.num_shown))
     print(f"-> {args.save_path / 'report.html'}")
 
 

@@ -90,9 +90,10 @@ class Desk:
 
     def check(self, prompt: str, seed: int, steps: int, guidance: float) -> None:
         """Raises ValueError, saying what to give instead, for what no picture is drawn from."""
-        if len(prompt) > LONGEST:
-            raise ValueError(f"the prompt has {len(prompt)} characters: give at most {LONGEST}")
-        for name, value, least, most in (("seed", seed, 0, 2**31 - 1), ("steps", steps, 1, MOST_STEPS), ("guidance", guidance, 0, STRONGEST)):
+        if not isinstance(prompt, str) or len(prompt) > LONGEST:
+            raise ValueError(f"the prompt has {len(prompt or '')} characters: give at most {LONGEST}")
+        limits = {"seed": (seed, 0, 2**31 - 1), "steps": (steps, 1, MOST_STEPS), "guidance": (guidance, 0, STRONGEST)}
+        for name, (value, least, most) in limits.items():
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
                 raise ValueError(f"{name} is {value}: give a number from {least} to {most:g}")
         if seed != int(seed) or steps != int(steps):

@@ -42,6 +42,7 @@ class Experiment:
     inception: Path | None = None
     seed: int = 2024
     held_out: bool = False  # whether held-out templates are drawn too
+    also: Sequence[str] = ()  # further prompts to draw
     _tables: dict[Path, pd.DataFrame] = field(default_factory=dict)
 
     def learn(self, store: Store, concepts: Sequence[Concept], protected: Sequence[int], given: Mapping,
@@ -68,6 +69,7 @@ class Experiment:
         prompts = [*(concept.prompt for concept in load_concepts(self.category)), ""]
         if self.held_out:
             prompts += [template.format(concept.prompt) for concept in erasable(self.category) for template in concept.held_out]
+        prompts = list(dict.fromkeys([*prompts, *self.also]))
         with applied(self.model.unet, list(shifts.values())):
             self._draw(seeded_cases(prompts, self.samples, self.seed), folder, recipe)
         return folder

@@ -59,9 +59,8 @@ def report(ledger: Ledger, experiment: Experiment, num_shown: int) -> str:
         Section("What is erased", " ".join([f"{ledger.binding['base']}, digest {ledger.binding['base_digest'][:12]}.",
                                             f"{len(erased)} of {len(ledger.concepts)} concepts are erased."]), [table(ledger)]),
         Section("When", "", [pd.DataFrame({"history": ledger.story()})],
-                [_plot(lambda path: _spans(ledger, path), "bars over time: when each concept was erased")]),
-        Section("Before and after", "The original on the left, the present state on the right, from the same seeds.", [],
-                [picture]),
+                [_plot(lambda path: _spans(ledger, path), "bars over time: when each concept was erased")] if ledger.changes else []),
+        Section("Before and after", "The original on the left, the present state on the right, from the same seeds.", [], [picture]),
         Section("Results", "Accuracies in per cent by the classifier, distances between the two pictures of a seed.", [results]),
         Section("Watermarks and the blank prompt", f"They must not move: no pixel of {int(marks.images.sum())} pictures is off by more than "
                 f"{int(marks.largest_pixel.max())} of 255.", [marks[["prompt", "images", "lpips", "psnr", "largest_pixel"]]]),
@@ -70,8 +69,8 @@ def report(ledger: Ledger, experiment: Experiment, num_shown: int) -> str:
         Section("Capacity", "What the prompts of all concepts leave free at several tolerances, and what each tolerance costs.", [found.table],
                 [_plot(lambda path: room(found.values.tolist(), found.table, path), "the spectrum of the protected prompts, and leaks by "
                        "tolerance")])]
-    spent = pd.DataFrame([{"erased": entry["concept"], "at": change.time, "seconds": entry.get("seconds", ""), "peak GiB": entry.get("peak_gib", "")}
-                          for change in ledger.changes for entry in change.erase.values()])
+    spent = pd.DataFrame([{"erased": entry["concept"], "at": change.time, "seconds": entry.get("seconds", ""),
+                           "peak GiB": entry.get("peak_gib", "")} for change in ledger.changes for entry in change.erase.values()])
     sections += [
         Section("Time and memory", f"Erasures with all that was erased by the same command. This page took {time.perf_counter() - start:.0f} s "
                 f"and at most {peak_memory() / 2**30:.2f} GiB.", [spent]),
@@ -116,8 +115,8 @@ def _picture(original: Path, present: Path, results: pd.DataFrame, num_shown: in
     for prompt, kind in zip(results.prompt, results.status):
         names = [image_name(case.number, 0) for case in cases if case.prompt == prompt][:num_shown]
         rows.append((f"{prompt or BLANK} ({kind})", [[open_image(folder / name) for name in names] for folder in (original, present)]))
-    shows = "; ".join(label for label, _ in rows)
-    return _plot(lambda path: save_image(path, sheet(rows, ["original", "present state"])), f"pictures before and after, a row for each prompt: {shows}")
+    shows = "pictures before and after, a row for each prompt: " + "; ".join(label for label, _ in rows)
+    return _plot(lambda path: save_image(path, sheet(rows, ["original", "present state"])), shows)
 
 
 def _spans(ledger: Ledger, path: Path) -> None:

@@ -40,7 +40,8 @@ def ledger(model, mini_path, tmp_path):
 
 
 def test_the_page_holds_everything_in_itself(ledger, model, tmp_path):
-    experiment = Experiment(model, "style", tmp_path / "run", None, {"ddim_steps": 2, "guidance_scale": 2.0, "batch_size": 32}, samples=2)
+    experiment = Experiment(model, "style", tmp_path / "run", None, {"ddim_steps": 2, "guidance_scale": 2.0, "batch_size": 32}, samples=2,
+                            also=ledger.binding["protected"])
     page = report(ledger, experiment, 2)
     pictures = re.findall(r'<img src="data:image/png;base64,([^"]*)" alt="([^"]*)">', page)
     assert len(pictures) == page.count("<img") == 5  # bars, pictures, leaks, curves, capacity
@@ -51,7 +52,14 @@ def test_the_page_holds_everything_in_itself(ledger, model, tmp_path):
     assert "a &lt;b&gt;cat &amp; dog" in page and "<b>" not in page  # what a ledger holds is text
     for digest in (ledger.head, model.digest, *(entry["digest"] for entry in ledger.state().values())):
         assert digest[:12] in page
-    assert "2 of 3 concepts are erased" in page and "no pixel of 6 pictures" in page
+    assert "2 of 3 concepts are erased" in page and "no pixel of 8 pictures" in page
+
+
+def test_a_ledger_of_nothing_has_a_page_too(model, tmp_path):
+    ledger = Ledger.create(tmp_path / HISTORY, bind(model, "style", [get_concept("style", 0)], [], {}))
+    experiment = Experiment(model, "style", tmp_path / "run", None, {"ddim_steps": 2, "guidance_scale": 2.0, "batch_size": 32}, samples=1)
+    page = report(ledger, experiment, 1)
+    assert "0 of 1 concepts are erased" in page and "No concept was ever erased" in page
 
 
 def test_its_commands_make_the_same_weights_again(ledger, model, script, tmp_path):
