@@ -2,7 +2,7 @@
 every command and digest to make it again.
 
 Draws the original's pictures and the present state's, on the same seeds, and writes one HTML file that needs no network. A scene's
-ledger, `sceneN-METHOD.jsonl` beside its shifts, is one too.
+ledger, `sceneN-CATEGORY-METHOD.jsonl` beside its shifts, is one too.
 """
 
 from pathlib import Path

@@ -25,7 +25,7 @@ from torch import nn
 from ldm.attention import kv_layers
 from ldm.checkpoint import check_base, file_digest
 from ldm.concepts import Concept, get_concept, watermarks
-from ldm.erasure import Effort, make_shifts, solve
+from ldm.erasure import make_shifts, solve
 from ldm.images import write_text
 from ldm.losses import METHODS
 from ldm.model import TextToImage, settings
@@ -55,7 +55,9 @@ class Ledger:
         self.binding: dict = {}
         self.changes: list[Change] = []
         self.head = ""  # the digest of the last line
-        self.read()
+        if not self.path.is_file():
+            raise ValueError(f"no ledger in {self.root}: begin one with python train-scripts/ledger.py init --root {self.root}")
+        self._read(self.path.read_text())
 
     @classmethod
     def create(cls, path: Path, binding: Mapping, when: str = "") -> Ledger:
@@ -63,12 +65,10 @@ class Ledger:
         write_text(path, _line({"number": 0, "time": when or _now(), "before": "", **binding}))
         return cls(path)
 
-    def read(self) -> None:
-        """The history as it stands on disk."""
-        if not self.path.is_file():
-            raise ValueError(f"no ledger in {self.root}: begin one with python train-scripts/ledger.py init --root {self.root}")
+    def _read(self, text: str) -> None:
+        self._text = text
         self.binding, self.changes, self.head, erased = {}, [], "", set()
-        for number, line in enumerate(self.path.read_text().splitlines() or [""]):
+        for number, line in enumerate(text.splitlines() or [""]):
             try:
                 entry = json.loads(line)
                 if entry["number"] != number or entry["before"] != self.head:
@@ -167,15 +167,17 @@ class Ledger:
         return WeightShift.load(path)
 
     def append(self, erase: Mapping[int, Mapping], restore: Collection[int] = (), when: str = "") -> None:
-        """Write one change, at `when` or else now; where others may write too the caller holds `locked(root)` and has read the history
-        since. `erase` maps concepts to what is known of their shifts, `shift` (a path below the root) among it; digests are taken here."""
+        """Write one change, at `when` or else now; where others may write too the caller opens the ledger within `locked(root)`, and
+        appends there. `erase` maps concepts to what is known of their shifts, `shift` (a path below the root) among it; digests are
+        taken here."""
         on = self.state()
         if set(erase) & set(on) or not set(restore) <= set(on):
             raise ValueError("only what is not erased can be erased, and only what is can be given back")
         entries = {str(index): {**entry, "digest": file_digest(self.root / entry["shift"])} for index, entry in sorted(erase.items())}
         entry = {"number": len(self.changes) + 1, "time": when or _now(), "before": self.head, "erase": entries, "restore": sorted(restore)}
-        write_text(self.path, self.path.read_text() + _line(entry))
-        self.read()
+        text = self._text + _line(entry)
+        write_text(self.path, text)
+        self._read(text)
 
 
 def bind(model: TextToImage, category: str, concepts: Sequence[Concept], also: Sequence[str], source: Mapping) -> dict:
@@ -185,8 +187,8 @@ def bind(model: TextToImage, category: str, concepts: Sequence[Concept], also: S
             "protected": list(dict.fromkeys(["", *watermarks(), *also])), **source}
 
 
-def make(ledger: Ledger, model: TextToImage, concepts: Sequence[Concept], method: str, given: Mapping, data: Path,
-         effort: Effort = Effort()) -> dict[int, dict]:
+def make(ledger: Ledger, model: TextToImage, concepts: Sequence[Concept], method: str, given: Mapping,
+         data: Path) -> dict[int, dict]:
     """The shifts that erase `concepts` by `method`, for `Ledger.append`: kept under the number of the next line, so that no file
     that a line names is ever written again. Each protects all that the ledger protects, and its other concepts. `seconds` and
     `peak_gib` are of all concepts together, the memory that of the whole process, or on a GPU of its tensors."""
@@ -198,7 +200,7 @@ def make(ledger: Ledger, model: TextToImage, concepts: Sequence[Concept], method
         for _ in solve(model, store, concepts, ledger.binding["concepts"], own.tolerance, own.basis, own.templates, own.always,
                        also=ledger.binding["protected"]):
             pass
-    make_shifts(model, store, concepts, given, data, effort)
+    make_shifts(model, store, concepts, given, data)
     spent = {"seconds": round(time.perf_counter() - begin, 1), "peak_gib": round(peak_memory() / 2**30, 2)}
     layers, seen, made = kv_layers(model.unet), model.seen(ledger.prompts), {}
     for concept in concepts:

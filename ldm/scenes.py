@@ -25,13 +25,13 @@ def play(experiment: Experiment, method: str, scene: int, moments: Sequence[Mome
 
     Columns: method, time, prompt, status, then those of `compare`. Shifts are kept below `root`. Where the method can
     protect, it protects the concepts that the scene ever erases, or, with `everything`, all of the category. The moves are those of a
-    ledger, `sceneN-METHOD.jsonl` beside the shifts.
+    ledger, `sceneN-CATEGORY-METHOD.jsonl` beside the shifts.
     """
     protected = sorted({index for moment in moments for index in moment.new})
     if everything:
         protected = [concept.index for concept in erasable(experiment.category)]
     binding = bind(experiment.model, experiment.category, erasable(experiment.category), (), {})
-    ledger = Ledger.create(root / f"scene{scene}-{method}.jsonl", binding, "begin")  # no clock: the same files in every run
+    ledger = Ledger.create(root / f"scene{scene}-{experiment.category}-{method}.jsonl", binding, "begin")  # no clock: the same files in every run
     tables, folders = [], []
     for moment in moments:
         store = Store(root, method, experiment.model.name, experiment.category, scene, moment.time)

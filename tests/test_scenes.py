@@ -8,6 +8,7 @@ from ldm.checkpoint import file_digest
 from ldm.concepts import Moment, get_concept, load_concepts, load_scene
 from ldm.experiment import Experiment
 from ldm.images import Case, image_name, save_image, write_cases
+from ldm.ledger import Ledger
 from ldm.model import load
 from ldm.scenes import averages, picture, play, wide
 from ldm.shift import SeparableShift, WeightShift
@@ -85,6 +86,17 @@ def test_all_of_the_category_can_be_protected(tmp_path):
     owner = Owner(tmp_path)
     play(owner, "SRS-ME", 4, load_scene(4)[:1], tmp_path / "shifts", {}, everything=True)
     assert {protected for *_, protected in owner.learnt} == {tuple(range(9))}
+
+
+def test_a_scene_leaves_the_ledger_of_its_moves(tmp_path):
+    owner, moments = Owner(tmp_path), load_scene(4)
+    play(owner, "FMN", 4, moments, tmp_path / "shifts", {})
+    ledger = Ledger(tmp_path / "shifts" / "scene4-style-FMN.jsonl")
+    assert [tuple(ledger.state(number + 1)) for number in range(4)] == [moment.erased for moment in moments]
+    play(owner, "ESD", 4, moments, tmp_path / "shifts", {})
+    text = ledger.path.read_text()
+    play(owner, "FMN", 4, moments, tmp_path / "shifts", {})  # plays it anew, to the same lines
+    assert ledger.path.read_text() == text
 
 
 def test_a_concept_erased_again_gets_its_first_shift(tmp_path):
