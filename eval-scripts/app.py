@@ -45,8 +45,8 @@ def build(desk: Desk, sampling, folder: str) -> gr.Blocks:
             raise gr.Error(str(error), print_exception=False) from error
 
     def opened():
-        status = desk.reread().map(cell)
-        return gr.CheckboxGroup(list(desk.shifts), value=desk.erased), status
+        rows = desk.reread().map(cell)
+        return gr.CheckboxGroup(list(desk.shifts), value=desk.erased), rows
 
     kept = Path(folder)
     with gr.Blocks(title=f"{desk.model.name}: concepts erased", analytics_enabled=False, delete_cache=(600, 600)) as page:
@@ -61,7 +61,7 @@ def build(desk: Desk, sampling, folder: str) -> gr.Blocks:
             pictures = [gr.Image(label=name, alt_text=name, format="png", height=300, interactive=False, elem_id=name, buttons=["download"])
                         for name in ("original", "present", "difference")]
         said = gr.Markdown(elem_id="said")
-        status = gr.Dataframe(desk.reread().map(cell), label="the ledger", interactive=False)
+        status = gr.Dataframe(label="the ledger", interactive=False)
         with gr.Row():
             kind = gr.Dropdown(list(FORMATS), value="unet", label="format")
             file = gr.Button("export")

@@ -10,7 +10,6 @@ from pathlib import Path
 from ldm import cli, cli_experiment
 from ldm.concepts import ROOT
 from ldm.images import write_text
-from ldm.ledger import HISTORY, Ledger
 from ldm.report import report
 
 
@@ -18,9 +17,10 @@ def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("ledger", type=Path, nargs="?", default=ROOT / "models" / "ledger", help="a ledger's folder, or its .jsonl file")
     cli_experiment.add_experiment(parser, "report")
+    parser.set_defaults(model=None)
     parser.add_argument("--num_shown", type=cli.positive, default=4, help="pictures of each prompt that the page shows")
     args = parser.parse_args()
-    ledger = Ledger(args.ledger if args.ledger.suffix == ".jsonl" else args.ledger / HISTORY)
+    ledger = cli.ledger_at(args, args.ledger)
     args.erase_cat = ledger.binding["erase_cat"]
     tried = cli_experiment.experiment(args)
     tried.also = ledger.binding["protected"]

@@ -18,6 +18,8 @@ from ldm.model import TextToImage
 from ldm.null_space import NullSpaceBasis, factor, null_space, spectrum, without_each
 from ldm.shift import SeparableShift, triangle
 
+TOLERANCES = (1e-7, 1e-4, 5e-4, 2e-3, 5e-3, 2e-2)  # to compare where nobody names others
+
 
 @dataclass(frozen=True)
 class Capacity:

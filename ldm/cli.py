@@ -360,12 +360,18 @@ def load_model(args: Namespace, device: torch.device, dtype: str = "float32") ->
     return load(args.ckpt_path or args.model, device, args.config_path, DTYPES[dtype])
 
 
-def open_ledger(args: Namespace, path: Path) -> tuple[Ledger, TextToImage]:
-    """The ledger in a folder, or file, and its model, or the one of the same digest that --model names."""
+def ledger_at(args: Namespace, path: Path) -> Ledger:
+    """The ledger in a folder, or file; where no model is given, `args` get the ledger's."""
     ledger = Ledger(path if path.suffix == ".jsonl" else path / HISTORY)
     if not args.model and not args.ckpt_path:
         args.model = ledger.binding.get("model") or str(ROOT / "models" / "mini-sd")
         args.ckpt_path, args.config_path = (ledger.binding.get(name) for name in ("ckpt_path", "config_path"))
+    return ledger
+
+
+def open_ledger(args: Namespace, path: Path) -> tuple[Ledger, TextToImage]:
+    """The ledger in a folder, or file, and its model, or the one of the same digest that --model names."""
+    ledger = ledger_at(args, path)
     model = load_model(args, parse_devices(args.device)[0])
     check_base(ledger.binding, model.digest, ledger.path)
     return ledger, model

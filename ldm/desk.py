@@ -52,8 +52,7 @@ class Desk:
     def reread(self) -> pd.DataFrame:
         """The ledger's `table` as it stands now; what can be switched is what was ever erased."""
         ledger = Ledger(self.ledger.path)
-        entries = {concept.name: entry for concept in ledger.concepts if (entry := ledger.last_shift(concept.index))}
-        self.ledger, self.shifts = ledger, {name: ledger.load(entry) for name, entry in entries.items()}
+        self.ledger, self.shifts = ledger, {name: ledger.load(entry) for name, entry in ledger.last_shifts().items()}
         self.erased = [concept.name for concept in ledger.concepts if concept.index in ledger.state()]
         return table(ledger)
 

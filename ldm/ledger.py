@@ -127,6 +127,10 @@ class Ledger:
         """The shift that a concept was erased by when it last was."""
         return next((change.erase[index] for change in reversed(self.changes) if index in change.erase), None)
 
+    def last_shifts(self) -> dict[str, Mapping]:
+        """The last shift of every concept that was ever erased, by name."""
+        return {concept.name: entry for concept in self.concepts if (entry := self.last_shift(concept.index))}
+
     def due(self, concepts: Sequence[Concept], anew: bool) -> tuple[dict[int, Mapping], list[Concept]]:
         """To erase `concepts`: the shifts to switch on again, and the concepts whose shift is still to be made, all of them if `anew`.
         Raises ValueError for a concept that is erased and would be `anew`, and for a shift that is not what it was."""

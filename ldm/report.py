@@ -14,7 +14,7 @@ import pandas as pd
 from jinja2 import Environment
 
 from ldm.attention import kv_layers
-from ldm.capacity import capacity
+from ldm.capacity import TOLERANCES, capacity
 from ldm.concepts import BLANK, STATUSES, status, watermarks
 from ldm.experiment import Experiment
 from ldm.images import image_name, open_image, read_cases, save_image, sheet
@@ -23,8 +23,6 @@ from ldm.metrics.compare import cell
 from ldm.model import settings
 from ldm.plots import heat, lines, room, spans
 from ldm.shift import leaks
-
-TOLERANCES = (1e-7, 1e-4, 5e-4, 2e-3, 5e-3, 2e-2)
 
 
 @dataclass
@@ -56,8 +54,8 @@ def report(ledger: Ledger, experiment: Experiment, num_shown: int) -> str:
     own = settings(model.base)
     found = capacity(model, ledger.concepts, own.solution.templates, own.solution.always, TOLERANCES, own.erasure["SRS-ME"])
     sections = [
-        Section("What is erased", " ".join([f"{ledger.binding['base']}, digest {ledger.binding['base_digest'][:12]}.",
-                                            f"{len(erased)} of {len(ledger.concepts)} concepts are erased."]), [table(ledger)]),
+        Section("What is erased", f"{ledger.binding['base']}, digest {model.digest[:12]}. {len(erased)} of {len(ledger.concepts)} concepts are "
+                "erased.", [table(ledger)]),
         Section("When", "", [pd.DataFrame({"history": ledger.story()})],
                 [_plot(lambda path: _spans(ledger, path), "bars over time: when each concept was erased")] if ledger.changes else []),
         Section("Before and after", "The original on the left, the present state on the right, from the same seeds.", [], [picture]),
@@ -129,7 +127,7 @@ def _spans(ledger: Ledger, path: Path) -> None:
 
 def _leaks(ledger: Ledger, experiment: Experiment) -> Section:
     """How far each shift that was ever on moves each prompt."""
-    entries = {concept.name: entry for concept in ledger.concepts if (entry := ledger.last_shift(concept.index))}
+    entries = ledger.last_shifts()
     text = "How far each shift moves what the key and value layers put out for each prompt, relatively. A concept's own shift must move " \
            "it; the others, and the protected prompts, must stay."
     if not entries:
@@ -145,11 +143,10 @@ def _leaks(ledger: Ledger, experiment: Experiment) -> Section:
 def _curves(ledger: Ledger) -> Section:
     """Loss and momentum of each erasure that learnt."""
     curves = []
-    for concept in ledger.concepts:
-        entry = ledger.last_shift(concept.index)
-        path = (ledger.root / entry["shift"]).with_suffix(".csv") if entry else None
-        if path and path.is_file() and entry["steps"]:
-            curves.append(pd.read_csv(path).assign(concept=concept.name))
+    for name, entry in ledger.last_shifts().items():
+        path = (ledger.root / entry["shift"]).with_suffix(".csv")
+        if path.is_file() and entry["steps"]:
+            curves.append(pd.read_csv(path).assign(concept=name))
     if not curves:
         return Section("Curves", "Nothing was learnt: all shifts are closed forms.")
     table = pd.concat(curves, ignore_index=True)

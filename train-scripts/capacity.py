@@ -8,7 +8,7 @@ protected prompt and held-out template.
 from pathlib import Path
 
 from ldm import cli
-from ldm.capacity import capacity
+from ldm.capacity import TOLERANCES, capacity
 from ldm.concepts import BLANK, ROOT, parse_erased
 from ldm.images import atomic
 from ldm.metrics.compare import to_markdown
@@ -21,7 +21,7 @@ def main() -> None:
     cli.add_model(parser)
     cli.add_category(parser)
     parser.add_argument("--erased_index", required=True, help="all concepts that will ever be erased, such as 0-8")
-    parser.add_argument("--tolerances", default="1e-7,1e-4,5e-4,2e-3,5e-3,2e-2", help="what counts as zero, relatively")
+    parser.add_argument("--tolerances", default=",".join(map(str, TOLERANCES)), help="what counts as zero, relatively")
     parser.add_argument("--templates", type=cli.from_zero, default=None,
                         help="caption templates to protect beside each bare name (default: the model's config)")
     parser.add_argument("--save_path", type=Path, default=ROOT / "evaluation_folder" / "capacity")
