@@ -9,9 +9,10 @@ from pathlib import Path
 import pandas as pd
 
 from ldm import cli
-from ldm.images import atomic
-from ldm.metrics.compare import frechet_by_prompt, pairs, shown_by, to_markdown
-from ldm.metrics.frechet import column
+from ldm.io.files import atomic_write
+from ldm.metrics.compare import frechet_by_prompt, image_labels, match_images
+from ldm.metrics.tables import to_markdown
+from ldm.metrics.frechet import distance_column
 
 
 def main() -> None:
@@ -21,13 +22,13 @@ def main() -> None:
     cli.add_inception(parser)
     cli.add_device(parser)
     args = parser.parse_args()
-    device, matched, name = cli.parse_devices(args.device)[0], pairs(args.path1, args.path2), column(args.inception_path)
-    prompts = shown_by(args.path2, [after for _, after in matched])
+    device, matched, name = cli.parse_devices(args.device)[0], match_images(args.path1, args.path2), distance_column(args.inception_path)
+    prompts = image_labels(args.path2, [after for _, after in matched])
     found = frechet_by_prompt(matched, prompts, device, args.inception_path, whole=True)
     counts = pd.Series(prompts).value_counts().to_dict() | {"all": len(matched)}
     table = found.rename_axis("prompt").reset_index(name=name)
     table.insert(1, "images", table.prompt.map(counts))
-    with atomic(args.path2 / f"{name}.csv") as partial:
+    with atomic_write(args.path2 / f"{name}.csv") as partial:
         table.to_csv(partial, index=False)
     print(to_markdown(table))
     print(f"-> {args.path2 / f'{name}.csv'}")

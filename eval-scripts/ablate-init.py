@@ -7,7 +7,7 @@ SAVE_PATH/CATEGORY.
 """
 
 from ldm import ablation, cli, cli_experiment
-from ldm.concepts import parse_erased
+from ldm.config.concepts import parse_erase_targets
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--erased_index", default="0,1,2", help="concepts to erase and merge, such as 0,1,2")
     parser.add_argument("--num_painted", type=cli.positive, default=500, help="painted pictures that show no concept")
     args = parser.parse_args()
-    concepts = parse_erased(args.erased_index, args.erase_cat)
+    concepts = parse_erase_targets(args.erased_index, args.erase_cat)
     tried = cli_experiment.experiment(args)
     tried.folder, tried.held_out = tried.folder / "init", True
     table, means = ablation.compare_starts(tried, args.shifts_path, [concept.index for concept in concepts],

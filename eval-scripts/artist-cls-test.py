@@ -6,15 +6,16 @@ The images are in class folders 0, 1, ... (train-scripts/move_image.py sorts the
 from pathlib import Path
 
 from ldm import cli
-from ldm.concepts import ROOT
+from ldm.io.paths import REPO_ROOT
 from ldm.metrics.classify import classifier_path, load_classifier
-from ldm.metrics.compare import accuracy_table, to_markdown
+from ldm.metrics.compare import accuracy_table
+from ldm.metrics.tables import to_markdown
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
     cli.add_category(parser)
-    parser.add_argument("--path", type=Path, default=ROOT / "evaluation_folder" / "ori-merge", help="the images")
+    parser.add_argument("--path", type=Path, default=REPO_ROOT / "evaluation_folder" / "ori-merge", help="the images")
     parser.add_argument("--prompts_path", type=Path, default=None, help="their prompt list (default: prompts.csv there)")
     parser.add_argument("--model_path", type=Path, default=None, help="default: models/classifiers/CATEGORY.safetensors")
     cli.add_device(parser)

@@ -7,14 +7,15 @@ paper's classes (491, 497, 571, 0, 569, 217, 574, 701, 566), as for Stable Diffu
 from pathlib import Path
 
 from ldm import cli
-from ldm.concepts import ROOT
+from ldm.io.paths import REPO_ROOT
 from ldm.metrics.classify import ImageNetObjects, classifier_path, load_classifier
-from ldm.metrics.compare import accuracy_table, to_markdown
+from ldm.metrics.compare import accuracy_table
+from ldm.metrics.tables import to_markdown
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--path", type=Path, default=ROOT / "evaluation_folder" / "ori-merge", help="the images")
+    parser.add_argument("--path", type=Path, default=REPO_ROOT / "evaluation_folder" / "ori-merge", help="the images")
     parser.add_argument("--prompts_path", type=Path, default=None, help="their prompt list (default: prompts.csv there)")
     parser.add_argument("--model_path", type=Path, default=classifier_path("object"))
     parser.add_argument("--imagenet_path", type=Path, default=None, help="a state dict of torchvision's ResNet50")

@@ -7,9 +7,10 @@ Writes compare-PATH1.csv into --path2.
 from pathlib import Path
 
 from ldm import cli
-from ldm.images import atomic
+from ldm.io.files import atomic_write
 from ldm.metrics.classify import classifier_path, load_classifier
-from ldm.metrics.compare import compare, to_markdown
+from ldm.metrics.compare import compare
+from ldm.metrics.tables import to_markdown
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     table = compare(args.path1, args.path2, args.prompts_path or args.path2 / "prompts.csv", args.erase_cat, classifier,
                     device, args.inception_path)
     written = args.path2 / f"compare-{args.path1.resolve().name}.csv"
-    with atomic(written) as partial:
+    with atomic_write(written) as partial:
         table.to_csv(partial, index=False)
     print(to_markdown(table))
     print(f"-> {written}")

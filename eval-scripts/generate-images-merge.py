@@ -7,10 +7,10 @@ that are there are kept, so a stopped run goes on with the same command.
 from pathlib import Path
 
 from ldm import cli
-from ldm.images import read_cases
-from ldm.model import settings
-from ldm.sampling import generate_folder
-from ldm.shift import applied
+from ldm.io.prompts import read_prompt_csv
+from ldm.config.models import load_model_config
+from ldm.diffusion.sampling import generate_to_folder
+from ldm.erasure.merge import applied
 
 
 def main() -> None:
@@ -26,17 +26,17 @@ def main() -> None:
     cli.add_compile(parser)
     cli.add_device(parser)
     args = parser.parse_args()
-    cases = [case for case in read_cases(args.prompts_path) if case.number >= args.from_case]
+    cases = [case for case in read_prompt_csv(args.prompts_path) if case.number >= args.from_case]
     device, share = cli.join(cli.parse_devices(args.device)[0])
     model = cli.load_model(args, device)
-    cli.fill(args, settings(model.base).sampling)
+    cli.fill(args, load_model_config(model.base).sampling)
     shifts, name = cli.store(args, model.name, args.method).load_merge(args.merge)
     for shift in shifts.values():
         shift.check(model.digest, model.unet)
-    recipe = model.drawn_by | {"shifts": {label: shift.recipe for label, shift in shifts.items()}}
+    recipe = model.generation_metadata | {"shifts": {label: shift.metadata for label, shift in shifts.items()}}
     folder = args.save_path / f"{name}-merge"
     with applied(model.unet, list(shifts.values())):
-        drawn = generate_folder(model, cases, folder, recipe, args.num_samples, args.ddim_steps, args.guidance_scale,
+        drawn = generate_to_folder(model, cases, folder, recipe, args.num_samples, args.ddim_steps, args.guidance_scale,
                                 args.batch_size, share, args.compile)
     print(f"{drawn} images drawn, {len(list(folder.rglob('*.png')))} in {folder}")
 

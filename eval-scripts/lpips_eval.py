@@ -8,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 from ldm import cli
-from ldm.images import atomic
-from ldm.metrics.compare import pairs, shown_by, to_markdown
-from ldm.metrics.perceptual import distances
+from ldm.io.files import atomic_write
+from ldm.metrics.compare import image_labels, match_images
+from ldm.metrics.tables import to_markdown
+from ldm.metrics.lpips import pairwise_metrics
 
 
 def main() -> None:
@@ -20,12 +21,12 @@ def main() -> None:
     parser.add_argument("--image_size", type=cli.positive, default=None, help="scale the images to it first")
     cli.add_device(parser)
     args = parser.parse_args()
-    matched = pairs(args.path1, args.path2)
-    found = distances([a for a, _ in matched], [b for _, b in matched], cli.parse_devices(args.device)[0], args.image_size)
+    matched = match_images(args.path1, args.path2)
+    found = pairwise_metrics([a for a, _ in matched], [b for _, b in matched], cli.parse_devices(args.device)[0], args.image_size)
     images = [b for _, b in matched]
-    table = pd.DataFrame({"image": [path.name for path in images], "prompt": shown_by(args.path2, images),
+    table = pd.DataFrame({"image": [path.name for path in images], "prompt": image_labels(args.path2, images),
                           "lpips": found["lpips"].numpy()})
-    with atomic(args.path2 / "lpips.csv") as partial:
+    with atomic_write(args.path2 / "lpips.csv") as partial:
         table.to_csv(partial, index=False)
     print(to_markdown(table.groupby("prompt", sort=False).lpips.agg(["size", "mean"]).reset_index()))
     print(f"mean LPIPS {table.lpips.mean():.6f} over {len(table)} pairs -> {args.path2 / 'lpips.csv'}")

@@ -7,8 +7,9 @@ data/style_classify.csv and data/object_classify.csv are made by this script's d
 from pathlib import Path
 
 from ldm import cli
-from ldm.concepts import ROOT, erasable, watermarks
-from ldm.images import seeded_cases, write_cases
+from ldm.config.concepts import erasable_concepts, watermark_prompts
+from ldm.io.paths import REPO_ROOT
+from ldm.io.prompts import make_cases, write_prompt_csv
 
 
 def main() -> None:
@@ -21,17 +22,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2024)
     parser.add_argument("--save_path", type=Path, default=None, help="default: data/CATEGORY_classify.csv")
     args = parser.parse_args()
-    prompts, path = [], ROOT / "data" / "watermark.csv"
+    prompts, path = [], REPO_ROOT / "data" / "watermark.csv"
     if args.erase_cat != "watermark":
-        if args.held_out and not erasable(args.erase_cat)[0].held_out:
+        if args.held_out and not erasable_concepts(args.erase_cat)[0].held_out:
             raise ValueError(f"category {args.erase_cat} has no held_out template in configs/concepts.yaml: leave out --held_out")
         prompts = [concept.held_out[0].format(concept.prompt) if args.held_out else concept.prompt
-                   for concept in erasable(args.erase_cat)]
+                   for concept in erasable_concepts(args.erase_cat)]
         path = path.with_name(f"{args.erase_cat}_{'held_out' if args.held_out else 'classify'}.csv")
     if args.erase_cat == "watermark" or args.protected:
-        prompts += [*watermarks(), ""]
-    cases = seeded_cases(prompts, args.num_seeds, args.seed)
-    write_cases(args.save_path or path, cases)
+        prompts += [*watermark_prompts(), ""]
+    cases = make_cases(prompts, args.num_seeds, args.seed)
+    write_prompt_csv(args.save_path or path, cases)
     print(f"{len(cases)} cases of {len(prompts)} prompts -> {args.save_path or path}")
 
 

@@ -8,23 +8,23 @@ ledger, `sceneN-CATEGORY-METHOD.jsonl` beside its shifts, is one too.
 from pathlib import Path
 
 from ldm import cli, cli_experiment
-from ldm.concepts import ROOT
-from ldm.images import write_text
-from ldm.report import report
+from ldm.io.paths import REPO_ROOT
+from ldm.io.files import write_text
+from ldm.experiments.report import render_report
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("ledger", type=Path, nargs="?", default=ROOT / "models" / "ledger", help="a ledger's folder, or its .jsonl file")
+    parser.add_argument("ledger", type=Path, nargs="?", default=REPO_ROOT / "models" / "ledger", help="a ledger's folder, or its .jsonl file")
     cli_experiment.add_experiment(parser, "report")
     parser.set_defaults(model=None)
     parser.add_argument("--num_shown", type=cli.positive, default=4, help="pictures of each prompt that the page shows")
     args = parser.parse_args()
     ledger = cli.ledger_at(args, args.ledger)
-    args.erase_cat = ledger.binding["erase_cat"]
+    args.erase_cat = ledger.header["erase_cat"]
     tried = cli_experiment.experiment(args)
-    tried.also = ledger.binding["protected"]
-    write_text(args.save_path / "report.html", report(ledger, tried, args.num_shown))
+    tried.also = ledger.header["protected"]
+    write_text(args.save_path / "report.html", render_report(ledger, tried, args.num_shown))
     print(f"-> {args.save_path / 'report.html'}")
 
 

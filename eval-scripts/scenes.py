@@ -9,13 +9,15 @@ only those that the scene ever erases (sceneN-all.csv and so on).
 import pandas as pd
 
 from ldm import cli, cli_experiment
-from ldm.concepts import STATUSES, load_scene
-from ldm.images import atomic, save_image, write_text
-from ldm.losses import METHODS
-from ldm.metrics.compare import to_markdown
-from ldm.metrics.frechet import column
-from ldm.plots import lines
-from ldm.scenes import averages, picture, play, wide
+from ldm.config.concepts import STATUSES
+from ldm.config.scenes import load_scene
+from ldm.io.files import atomic_write, write_text
+from ldm.io.images import save_image
+from ldm.erasure.methods import METHODS
+from ldm.metrics.tables import to_markdown
+from ldm.metrics.frechet import distance_column
+from ldm.experiments.plots import plot_lines
+from ldm.experiments.scenes import run_scene, scene_grid, summarize, wide_table
 
 
 def show(args, experiment, scene: int, methods: list[str]) -> None:
@@ -25,19 +27,19 @@ def show(args, experiment, scene: int, methods: list[str]) -> None:
     shifts = args.shifts_path / "all" if everything else args.shifts_path
     given = cli.methods_settings(experiment.model.base, args.settings)
     for method in methods:
-        table, folders[method] = play(experiment, method, scene, moments, shifts, given[method] | {"seed": args.seed}, everything)
+        table, folders[method] = run_scene(experiment, method, scene, moments, shifts, given[method] | {"seed": args.seed}, everything)
         tables.append(table)
-    table, distance = pd.concat(tables, ignore_index=True), column(args.inception_path)
-    means, path = averages(table, distance), args.save_path / args.erase_cat / name
+    table, distance = pd.concat(tables, ignore_index=True), distance_column(args.inception_path)
+    means, path = summarize(table, distance), args.save_path / args.erase_cat / name
     for part, target in ((table, f"{path}.csv"), (means, f"{path}-averages.csv")):
-        with atomic(target) as partial:
+        with atomic_write(target) as partial:
             part.to_csv(partial, index=False)
     text = "\n\n".join([f"Each concept: {distance} / accuracy % / LPIPS (E erased, R restored); the last three: PSNR dB / LPIPS",
-                        to_markdown(wide(table, args.erase_cat, distance)), to_markdown(means)])
+                        to_markdown(wide_table(table, args.erase_cat, distance)), to_markdown(means)])
     write_text(f"{path}.md", text + "\n")
-    lines(means, "time", {"accuracy": "accuracy %", distance: distance, "lpips": "LPIPS"}, "method", f"{path}-averages.png",
+    plot_lines(means, "time", {"accuracy": "accuracy %", distance: distance, "lpips": "LPIPS"}, "method", f"{path}-averages.png",
           rows="status", order=STATUSES, title=f"Scene {scene}, {args.erase_cat}")
-    save_image(f"{path}.png", picture(experiment, moments, folders))
+    save_image(f"{path}.png", scene_grid(experiment, moments, folders))
     print(f"\nScene {scene}. {text}\n-> {path}.png, .md, .csv, -averages.csv, -averages.png")
 
 

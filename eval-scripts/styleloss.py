@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from ldm import cli
-from ldm.images import atomic
-from ldm.metrics.compare import pairs, shown_by, to_markdown
+from ldm.io.files import atomic_write
+from ldm.metrics.compare import image_labels, match_images
+from ldm.metrics.tables import to_markdown
 from ldm.metrics.style import style_distances
 
 
@@ -19,12 +20,12 @@ def main() -> None:
     parser.add_argument("--path2", type=Path, required=True, help="images of the changed model")
     cli.add_device(parser)
     args = parser.parse_args()
-    matched = pairs(args.path1, args.path2)
+    matched = match_images(args.path1, args.path2)
     images = [after for _, after in matched]
     found = style_distances([before for before, _ in matched], images, cli.parse_devices(args.device)[0])
-    table = pd.DataFrame({"image": [path.name for path in images], "prompt": shown_by(args.path2, images),
+    table = pd.DataFrame({"image": [path.name for path in images], "prompt": image_labels(args.path2, images),
                           "style": found.numpy()})
-    with atomic(args.path2 / "style.csv") as partial:
+    with atomic_write(args.path2 / "style.csv") as partial:
         table.to_csv(partial, index=False)
     print(to_markdown(table.groupby("prompt", sort=False)["style"].agg(["size", "mean"]).reset_index()))
     print(f"mean style distance {table['style'].mean():.6f} over {len(table)} pairs -> {args.path2 / 'style.csv'}")

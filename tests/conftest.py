@@ -15,9 +15,9 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from omegaconf import OmegaConf
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from ldm.mini.captions import build_tokenizer
-from ldm.mini.train import Denoiser, assemble
-from ldm.model import load
+from ldm.toy.captions import build_tokenizer
+from ldm.toy.train import Denoiser, save_pipeline
+from ldm.diffusion.load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def make_model(folder: Path, seed: int, config=TINY) -> Path:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(folder / "tokenizer", 16, SHARES)
     vae = AutoencoderKL(**OmegaConf.to_container(config.vae))
-    assemble(config, vae, Denoiser(config, tokenizer), tokenizer, folder)
+    save_pipeline(config, vae, Denoiser(config, tokenizer), tokenizer, folder)
     return folder
 
 
@@ -85,7 +85,7 @@ def mini_path(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny(tiny_path):
-    return load(tiny_path, CPU)
+    return load_model(tiny_path, CPU)
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from ldm import cli
-from ldm.attention import kv_layers
-from ldm.checkpoint import file_digest
-from ldm.concepts import load_concepts
-from ldm.model import load
-from ldm.null_space import NullSpaceBasis
-from ldm.shift import WeightShift
+from ldm.diffusion.text_layers import text_layers
+from ldm.io.files import file_digest
+from ldm.config.concepts import load_concepts
+from ldm.diffusion.load import load_model
+from ldm.erasure.null_space import NullSpaceBasis
+from ldm.erasure.shift import WeightShift
 
 from conftest import CPU, is_error
 
@@ -43,7 +43,7 @@ def test_erase_merge_restore_and_measure(script, flags, solved, tmp_path, tiny_p
     assert script(SOLVE, *flags, "--erased_index", "1", "--em_indexes", "1,2", "--device", "cpu")[0] == 0
     assert "there already" in script(ERASE, *solved, "--max_base", "691")[1]
     curve = pd.read_csv(next(tmp_path.rglob("shift-1.csv")))
-    assert len(curve) == 12 and curve.watched.iloc[-1] < curve.watched.iloc[0]
+    assert len(curve) == 12 and curve.monitor.iloc[-1] < curve.monitor.iloc[0]
 
     prompts = tmp_path / "list.csv"
     prompts.write_text("prompt,evaluation_seed,case_number\nVanGogh,1,0\nPicasso,2,1\n,3,2\nCCS 2024,4,3\n")
@@ -58,10 +58,10 @@ def test_erase_merge_restore_and_measure(script, flags, solved, tmp_path, tiny_p
     code, out, _ = script(MERGE, *flags, "--merge", "1", "--save_path", tmp_path / "merged")
     assert code == 0 and "| Picasso |" in out
     assert script(MERGE, *flags, "--merge", "1", "--save_path", tmp_path / "merged")[0] == 0
-    merged, base = load(tmp_path / "merged" / "tiny-1", CPU), load(tiny_path, CPU)
+    merged, base = load_model(tmp_path / "merged" / "tiny-1", CPU), load_model(tiny_path, CPU)
     assert merged.base == "tiny" and merged.digest != base.digest
     changed = {name for name, weight in base.unet.state_dict().items() if not torch.equal(weight, merged.unet.state_dict()[name])}
-    assert changed == {f"{name}.weight" for name in kv_layers(base.unet)}
+    assert changed == {f"{name}.weight" for name in text_layers(base.unet)}
     code, out, _ = script("eval-scripts/generate-images.py", "--model_name", "tiny-1", "--models_path",
                           tmp_path / "merged", *common)
     assert code == 0
@@ -76,7 +76,7 @@ def test_each_other_method_saves_a_dense_shift_that_merges(script, flags, solved
     assert code == 0 and "| VanGogh | 2 |" in out
     assert "there already" in script(f"train-scripts/{name}", *given)[1]
     shift = WeightShift.load(next(tmp_path.rglob("shift-1.safetensors")))
-    assert shift.recipe["method"] == method and shift.recipe["made_by"] == name
+    assert shift.metadata["method"] == method and shift.metadata["made_by"] == name
     assert all(("attn1" if name == "Esd.py" else "attn2") in changed for changed in shift.names) and shift.names
     assert script(MERGE, *flags, "--method", method, "--merge", "1", "--save_path", tmp_path / "merged")[0] == 0
     assert (tmp_path / "merged" / f"tiny-{method}-1").is_dir()
@@ -107,7 +107,7 @@ def test_joint_erasure_learns_all_at_once_and_both_or_none_again(script, flags, 
     code, out, err = script(ERASE, *given)
     assert code == 0 and "erase VanGogh, Picasso" in err and "| Picasso | 3 |" in out
     shifts = sorted((tmp_path / "shifts" / "srs-me-dagger").rglob("shift-*.safetensors"))
-    assert [WeightShift.load(path).recipe["together"] for path in shifts] == [[1, 2], [1, 2]]
+    assert [WeightShift.load(path).metadata["together"] for path in shifts] == [[1, 2], [1, 2]]
     assert "| concept |" not in script(ERASE, *given)[1]
     shifts[0].unlink()
     assert "| Picasso | 3 |" in script(ERASE, *given)[1]
@@ -162,7 +162,7 @@ def test_missing_and_foreign_bases(script, flags, solved, tmp_path, other_path):
     foreign.write_bytes(path.read_bytes())
     is_error(script(ERASE, *others), "another base model")
     basis = NullSpaceBasis.load(path)
-    NullSpaceBasis(basis.vectors[:, :5], basis.protected[:, :5], basis.recipe).save(path)
+    NullSpaceBasis(basis.vectors[:, :5], basis.protected[:, :5], basis.metadata).save(path)
     is_error(script(ERASE, *solved), "5 dimensions", "SRSME_Solution.py")
     path.write_bytes(b"nothing")
     is_error(script(ERASE, *solved), "damaged")
@@ -249,7 +249,7 @@ def test_an_erasure_in_half_precision_with_little_memory_and_a_second_device(scr
     assert script(ERASE, *given)[0] == 0
     path = next(tmp_path.rglob("shift-1.safetensors"))
     shift = WeightShift.load(path)
-    assert shift.recipe["dtype"] == "torch.bfloat16" and all(value.dtype == torch.float32 for value in shift.coefficients.values())
+    assert shift.metadata["dtype"] == "torch.bfloat16" and all(value.dtype == torch.float32 for value in shift.coefficients.values())
     assert "there already" in script(ERASE, *given)[1]
     assert "there already" not in script(ERASE, *solved)[1]  # in float32 it is another
 
@@ -261,7 +261,7 @@ def test_formats_are_written_side_by_side_and_ranks_are_reported(script, flags, 
     assert code == 0 and "all, in float16" in out and "effect lost" in out
     made = sorted(path.name for path in (tmp_path / "merged").iterdir())
     assert made == ["tiny-1", "tiny-1-compvis", "tiny-1-kohya", "tiny-1-lora", "tiny-1-unet"]
-    assert load(tmp_path / "merged" / "tiny-1", CPU).digest != load(flags[1], CPU).digest
+    assert load_model(tmp_path / "merged" / "tiny-1", CPU).digest != load_model(flags[1], CPU).digest
     assert "| VanGogh | 2 |" in script(MERGE, *merge[:-2], tmp_path / "two", "--format", "lora", "--rank", "2")[1]
     is_error(script(MERGE, *merge, "onnx"), "onnx", "compvis")
     is_error(script(MERGE, *merge, "lora", "--rank", "0"), "whole number from 1")
@@ -321,6 +321,6 @@ def test_protect_exact_is_a_tolerance_and_captions_can_be_protected_too(script, 
     given = [*flags, "--erased_index", "1", "--em_indexes", "2", "--device", "cpu"]
     is_error(script(SOLVE, *given, "--protect", "exact", "--tolerance", "1e-3"), "--protect exact", "1e-07")
     assert script(SOLVE, *given, "--protect", "exact", "--templates", "2")[0] == 0
-    recipe = NullSpaceBasis.load(next(tmp_path.rglob("basis-1.safetensors"))).recipe
+    recipe = NullSpaceBasis.load(next(tmp_path.rglob("basis-1.safetensors"))).metadata
     assert recipe["tolerance"] == 1e-7 and {"Picasso", "Picasso painting", "a painting by Picasso"} < set(recipe["protected"])
     assert "painting by Picasso" not in recipe["protected"] and not {text for text in recipe["protected"] if "VanGogh" in text}

@@ -2,7 +2,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm import concepts
-from ldm.concepts import concept_in, find_concept, get_concept, load_concepts, load_scene, parse_erased, parse_indexes, status
+from ldm.config.concepts import concept_status, find_by_name, get_concept, load_concepts, match_concept, parse_erase_targets, parse_indexes
+from ldm.config.scenes import load_scene
 
 
 def test_styles_have_the_papers_order_and_watermarks_after_them():
@@ -13,11 +14,11 @@ def test_styles_have_the_papers_order_and_watermarks_after_them():
 
 
 def test_other_spellings_and_prompts_name_their_concept():
-    assert find_concept("style", "van gogh").index == 1
-    assert concept_in("style", "a landscape by Keith Haring").name == "KeithHaring"
-    assert concept_in("similar", "Cezanne's painting").index == 1
-    assert concept_in("style", "CCS 2024").watermark
-    assert concept_in("style", "a photo of a church") is None
+    assert find_by_name("style", "van gogh").index == 1
+    assert match_concept("style", "a landscape by Keith Haring").name == "KeithHaring"
+    assert match_concept("similar", "Cezanne's painting").index == 1
+    assert match_concept("style", "CCS 2024").watermark
+    assert match_concept("style", "a photo of a church") is None
 
 
 def test_indexes_are_parsed_once_each_and_bad_ones_list_the_names():
@@ -36,11 +37,11 @@ def test_indexes_are_parsed_once_each_and_bad_ones_list_the_names():
 
 
 def test_watermarks_are_never_erased_and_nothing_is_no_request():
-    assert [concept.name for concept in parse_erased("1", "style")] == ["VanGogh"]
+    assert [concept.name for concept in parse_erase_targets("1", "style")] == ["VanGogh"]
     with pytest.raises(ValueError, match="9 watermark SRS-ME is a watermark.*0 to 8"):
-        parse_erased("9", "style")
+        parse_erase_targets("9", "style")
     with pytest.raises(ValueError, match="no concept to erase.*1 VanGogh"):
-        parse_erased("", "style")
+        parse_erase_targets("", "style")
 
 
 def test_captions_hold_the_concept_and_the_anchor_does_not():
@@ -59,9 +60,9 @@ def test_the_papers_scenes():
 
 
 def test_a_prompts_status():
-    assert status("style", "a landscape by VanGogh", [1], [2]) == "erased" and status("style", "Picasso", [1], [2]) == "restored"
-    assert status("style", "Cezanne", [1], protected=[0]) == "protected" and status("style", "Cezanne", [1]) == "regular"
-    assert status("style", "", [1]) == status("style", "CCS 2024", [1]) == "protected"
+    assert concept_status("style", "a landscape by VanGogh", [1], [2]) == "erased" and concept_status("style", "Picasso", [1], [2]) == "restored"
+    assert concept_status("style", "Cezanne", [1], protected=[0]) == "protected" and concept_status("style", "Cezanne", [1]) == "regular"
+    assert concept_status("style", "", [1]) == concept_status("style", "CCS 2024", [1]) == "protected"
 
 
 @pytest.mark.parametrize("times", [[{"erase": [0]}, {"erase": [0]}], [{"restore": [1]}]])

@@ -7,20 +7,23 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.images import Case, atomic, atomic_folder, case_number, list_images, open_image, read_cases, sheet, to_images, to_tensor, write_cases
+from ldm.io.files import atomic_write, atomic_write_dir
+from ldm.io.image_grid import image_grid
+from ldm.io.images import image_to_tensor, list_images, open_image, parse_case_number, tensor_to_images
+from ldm.io.prompts import PromptCase, read_prompt_csv, write_prompt_csv
 
 
 def test_pixels_survive_the_way_to_a_tensor_and_back():
     pixels = np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3)
-    tensor = to_tensor(Image.fromarray(pixels))
+    tensor = image_to_tensor(Image.fromarray(pixels))
     assert tensor.shape == (3, 16, 16) and tensor.min() == -1 and tensor.max() == 1
-    assert np.array_equal(np.asarray(to_images(tensor[None])[0]), pixels)
+    assert np.array_equal(np.asarray(tensor_to_images(tensor[None])[0]), pixels)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "kept.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), atomic(path) as partial:
+    with pytest.raises(RuntimeError), atomic_write(path) as partial:
         partial.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -28,20 +31,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_what_is_written_can_be_read_by_all_who_may_read_new_files(tmp_path):
     (tmp_path / "new").touch()
-    with atomic(tmp_path / "file"), atomic_folder(tmp_path / "folder") as partial:
+    with atomic_write(tmp_path / "file"), atomic_write_dir(tmp_path / "folder") as partial:
         (partial / "inner").touch(mode=0o600)
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "folder" / "inner").stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
 def test_a_failed_folder_leaves_the_old_one_and_a_good_one_replaces_it(tmp_path):
     path = tmp_path / "kept"
-    with atomic_folder(path) as partial:
+    with atomic_write_dir(path) as partial:
         (partial / "old").touch()
-    with pytest.raises(RuntimeError), atomic_folder(path) as partial:
+    with pytest.raises(RuntimeError), atomic_write_dir(path) as partial:
         (partial / "half").touch()
         raise RuntimeError
     assert [name.name for name in path.iterdir()] == ["old"]
-    with atomic_folder(path) as partial:
+    with atomic_write_dir(path) as partial:
         (partial / "new").touch()
     assert [name.name for name in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
 
@@ -51,7 +54,7 @@ def test_images_are_listed_in_natural_order(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     (tmp_path / ".partial-1.png").touch()
     assert [path.name for path in list_images(tmp_path)] == ["2_0.png", "2_1.png", "10_0.png"]
-    assert case_number(tmp_path / "10_0.png") == 10
+    assert parse_case_number(tmp_path / "10_0.png") == 10
     with pytest.raises(ValueError, match="no folder .*make it so"):
         list_images(tmp_path / "none", "make it so")
 
@@ -70,9 +73,9 @@ def test_an_unreadable_image_is_named(tmp_path):
 
 
 def test_prompt_lists_keep_the_blank_prompt(tmp_path):
-    cases = [Case("", 3, 0), Case("Kilian Eng, again", 5, 7)]
-    write_cases(tmp_path / "list.csv", cases)
-    assert read_cases(tmp_path / "list.csv") == cases
+    cases = [PromptCase("", 3, 0), PromptCase("Kilian Eng, again", 5, 7)]
+    write_prompt_csv(tmp_path / "list.csv", cases)
+    assert read_prompt_csv(tmp_path / "list.csv") == cases
 
 
 @pytest.mark.parametrize("text, words", [
@@ -85,12 +88,12 @@ def test_prompt_lists_keep_the_blank_prompt(tmp_path):
 def test_bad_prompt_lists_say_what_is_wrong(tmp_path, text, words):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(ValueError, match=words.replace(".", r"\.")):
-        read_cases(tmp_path / "list.csv")
+        read_prompt_csv(tmp_path / "list.csv")
 
 
 def test_a_sheet_has_room_for_every_row_and_column():
     red = Image.new("RGB", (10, 10), "red")
-    picture = sheet([("first", [[red], [red, red]]), ("second", [[red], [red]])], ["a", "b"], zoom=2)
+    picture = image_grid([("first", [[red], [red, red]]), ("second", [[red], [red]])], ["a", "b"], zoom=2)
     pixels = torch.from_numpy(np.asarray(picture).copy()).long()
     assert int((pixels == torch.tensor([255, 0, 0])).all(-1).sum()) == 5 * 400
 
@@ -105,6 +108,6 @@ def test_what_a_killed_process_left_half_written_goes_when_the_next_one_writes_t
     folder.mkdir()
     for path in (left, alive, foreign, folder / "part"):
         path.touch()
-    with atomic(tmp_path / "a.txt") as partial:
+    with atomic_write(tmp_path / "a.txt") as partial:
         partial.write_text("a")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, foreign.name, "a.txt"])

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm.concepts import get_concept
-from ldm.ledger import HISTORY, Ledger, bind, bits, verify
-from ldm.model import load
-from ldm.shift import SeparableShift, applied
+from ldm.config.concepts import get_concept
+from ldm.ledger.ledger import HISTORY_FILE, Ledger, make_header
+from ldm.ledger.operations import verify, weights_hash
+from ldm.diffusion.load import load_model
+from ldm.erasure.merge import applied
+from ldm.erasure.shift import SeparableShift
 
 from conftest import CPU, is_error, start_script
 
@@ -26,7 +28,7 @@ def ledger(tiny, tmp_path):
     """One of nine styles with a shift for each in a file."""
     for index in range(9):
         SeparableShift({"a": torch.full((2, 1), float(index))}, torch.ones(1, 3), 1.0).save(tmp_path / f"{index}.safetensors", {})
-    return Ledger.create(tmp_path / HISTORY, bind(tiny, "style", [get_concept("style", index) for index in range(9)], ["a cat"], {}))
+    return Ledger.create(tmp_path / HISTORY_FILE, make_header(tiny, "style", [get_concept("style", index) for index in range(9)], ["a cat"], {}))
 
 
 def entry(index: int) -> dict:
@@ -43,24 +45,24 @@ def test_the_state_is_what_the_moves_made_at_every_line(ledger):
     for known in (ledger, Ledger(ledger.path)):
         assert [set(known.state(number)) for number in range(31)] == states and set(known.state()) == on
         assert list(known.state()) == sorted(on) and list(known.shifts()) == [str(index) for index in sorted(on)]
-    assert len(ledger.story()) == 31 and ledger.prompts[:4] == ["", "watermark SRS-ME", "CCS 2024", "a cat"]
+    assert len(ledger.history_lines()) == 31 and ledger.prompts[:4] == ["", "watermark SRS-ME", "CCS 2024", "a cat"]
 
 
 def test_what_is_erased_is_not_erased_again_and_a_shift_is_made_once(ledger):
     one, two = get_concept("style", 1), get_concept("style", 2)
-    assert ledger.due([one, two, one], False) == ({}, [one, two])
+    assert ledger.plan_erasure([one, two, one], False) == ({}, [one, two])
     ledger.append({1: entry(1)})
-    assert ledger.due([one, two], False) == ({}, [two])
+    assert ledger.plan_erasure([one, two], False) == ({}, [two])
     with pytest.raises(ValueError, match="VanGogh is erased already"):
-        ledger.due([one], True)
+        ledger.plan_erasure([one], True)
     for change in (({1: entry(1)}, []), ({}, [2])):
         before = ledger.path.read_bytes()
         with pytest.raises(ValueError):
             ledger.append(*change)
         assert ledger.path.read_bytes() == before
     ledger.append({}, [1])
-    again, new = ledger.due([one], False)
-    assert list(again) == [1] and not new and ledger.due([one], True) == ({}, [one])
+    again, new = ledger.plan_erasure([one], False)
+    assert list(again) == [1] and not new and ledger.plan_erasure([one], True) == ({}, [one])
 
 
 @pytest.mark.parametrize("line", range(4))
@@ -126,16 +128,16 @@ def test_erase_restore_status_history_verify_and_export(desk, mini_path):
     assert {path: path.read_bytes() for path in desk.root.rglob("*.safetensors")} == made  # the shift of then
     rows = {row.split(" | ")[1]: row for row in out.splitlines()}
     assert "| erased | SRS-ME |" in rows["Picasso"] and "| untouched |" in rows["Cezanne"] and "VanGogh" in desk("history")[1]
-    assert desk("erase", "VanGogh")[0] == 0 and len(Ledger(desk.root / HISTORY).changes) == 3  # nothing to do
-    base = load(mini_path, CPU)
-    ledger, model = Ledger(desk.root / HISTORY), load(mini_path, CPU)
+    assert desk("erase", "VanGogh")[0] == 0 and len(Ledger(desk.root / HISTORY_FILE).entries) == 3  # nothing to do
+    base = load_model(mini_path, CPU)
+    ledger, model = Ledger(desk.root / HISTORY_FILE), load_model(mini_path, CPU)
     proved = verify(ledger, model).set_index("what").digest
     with applied(model.unet, list(ledger.shifts().values())):
-        assert proved["2 shifts merged"] == bits(model.unet)[:12]
-    assert proved["no shift"] == bits(base.unet)[:12] and desk("verify")[0] == 0
+        assert proved["2 shifts merged"] == weights_hash(model.unet)[:12]
+    assert proved["no shift"] == weights_hash(base.unet)[:12] and desk("verify")[0] == 0
     assert desk("export", "--format", "unet")[0] == 0
     written = load_file(desk.root / "export" / f"{base.name}-12-unet" / "diffusion_pytorch_model.safetensors")
-    lines = [json.loads(line) for line in (desk.root / HISTORY).read_text().splitlines()]
+    lines = [json.loads(line) for line in (desk.root / HISTORY_FILE).read_text().splitlines()]
     on = {}
     for line in lines[1:]:  # from the history alone, by other means
         on = {index: shift for index, shift in (on | line["erase"]).items() if int(index) not in line["restore"]}
@@ -158,7 +160,7 @@ def test_what_a_ledger_refuses(desk, script, other_path, tmp_path):
     assert desk("erase", "1")[0] == 0
     is_error(desk("erase", "1", "--ridge", "1"), "erased already", "restore it first")
     is_error(script(LEDGER, "verify", "--root", desk.root, "--model", other_path, "--device", "cpu"), "another base model")
-    assert len(Ledger(desk.root / HISTORY).changes) == 1
+    assert len(Ledger(desk.root / HISTORY_FILE).entries) == 1
 
 
 def run(root, command: str, *names: str):
@@ -170,17 +172,17 @@ def test_several_owners_at_once_lose_no_change(desk):
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
-    ledger = Ledger(desk.root / HISTORY)
-    assert set(ledger.state()) == {0, 1, 2, 3} and len(ledger.changes) == 4
+    ledger = Ledger(desk.root / HISTORY_FILE)
+    assert set(ledger.state()) == {0, 1, 2, 3} and len(ledger.entries) == 4
     processes = [run(desk.root, "restore", str(index)) for index in range(4)] + [run(desk.root, "erase", "5")]
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * 5 and set(Ledger(desk.root / HISTORY).state()) == {5}
+    assert [process.exitcode for process in processes] == [0] * 5 and set(Ledger(desk.root / HISTORY_FILE).state()) == {5}
 
 
 def test_random_moves_with_kills_leave_the_state_before_or_after(desk, mini_path):
-    rng, model, on = random.Random(), load(mini_path, CPU), set()
-    base, killed, seconds = bits(model.unet), set(rng.sample(range(1, MOVES), KILLS)), 0.0
+    rng, model, on = random.Random(), load_model(mini_path, CPU), set()
+    base, killed, seconds = weights_hash(model.unet), set(rng.sample(range(1, MOVES), KILLS)), 0.0
     for move in range(MOVES):
         index = rng.randrange(9)
         after, begin = on ^ {index}, time.perf_counter()
@@ -191,9 +193,9 @@ def test_random_moves_with_kills_leave_the_state_before_or_after(desk, mini_path
         process.join()
         seconds = seconds if move in killed else time.perf_counter() - begin
         assert move in killed or process.exitcode == 0
-        ledger = Ledger(desk.root / HISTORY)
+        ledger = Ledger(desk.root / HISTORY_FILE)
         assert set(ledger.state()) in ([on, after] if move in killed else [after]), move
         on, proved = set(ledger.state()), verify(ledger, model).set_index("what").digest
         assert proved["no shift"] == base[:12]
-    fresh = load(mini_path, CPU)
-    assert bits(fresh.unet) == base and fresh.digest == Ledger(desk.root / HISTORY).binding["base_digest"]
+    fresh = load_model(mini_path, CPU)
+    assert weights_hash(fresh.unet) == base and fresh.digest == Ledger(desk.root / HISTORY_FILE).header["base_digest"]

@@ -2,20 +2,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.attention import kv_layers, score_differences
-from ldm.losses import (AnchorErasure, AttentionErasure, CorrelationErasure, JointErasure, NegativeGuidance,
-                        SeparableErasure)
-from ldm.model import load
-from ldm.shift import SeparableShift, applied
+from ldm.diffusion.edits import attention_score_differences
+from ldm.diffusion.text_layers import text_layers
+from ldm.erasure.losses import AblatingConceptsLoss, ESDLoss, ForgetMeNotLoss, FullCorrelationLoss, JointSRSMELoss, SRSMELoss
+from ldm.diffusion.load import load_model
+from ldm.erasure.merge import applied
+from ldm.erasure.shift import SeparableShift
 
 from conftest import CPU
 
 
 def srs_me(tiny, reg_beta=1e-3, prompt="VanGogh"):
     directions = torch.linalg.qr(torch.randn(96, 5, dtype=torch.float64)).Q.T
-    layers = kv_layers(tiny.unet)
+    layers = text_layers(tiny.unet)
     shift = SeparableShift.zeros(layers, directions, 0.5)
-    loss = SeparableErasure(tiny, layers, shift, tiny.encode_prompt([prompt]), tiny.encode_prompt([""]), reg_beta)
+    loss = SRSMELoss(tiny, layers, shift, tiny.encode_prompt([prompt]), tiny.encode_prompt([""]), reg_beta)
     return layers, shift, loss
 
 
@@ -32,7 +33,7 @@ def test_the_loss_is_the_papers_formula(tiny):
     changed = shifted - tiny.predict_noise(latents, step, blank)
     correlation = (changed * frozen).mean()
     size = sum(shift.delta(f"{name}.weight").abs().sum() for name in layers) / len(layers)
-    assert terms.watched.item() == pytest.approx(correlation.item(), abs=1e-5)
+    assert terms.monitor.item() == pytest.approx(correlation.item(), abs=1e-5)
     assert terms.total.item() == pytest.approx((correlation + 1e-3 * size).item(), rel=1e-4)
 
 
@@ -40,7 +41,7 @@ def test_only_the_shift_gets_gradients_and_a_zero_shift_starts_at_the_squared_re
     _, shift, loss = srs_me(tiny, reg_beta=0.0)
     terms = loss(torch.randn(2, *tiny.latent_shape), torch.tensor([100, 700]))
     terms.total.backward()
-    assert terms.watched > 0
+    assert terms.monitor > 0
     assert all(weight.grad.abs().sum() > 0 for weight in shift.parameters())
     assert all(p.grad is None for p in tiny.unet.parameters())
 
@@ -69,7 +70,7 @@ def prompts(tiny, *texts):
 
 
 def test_ablating_concepts_is_its_formula(tiny):
-    loss = moved(AnchorErasure(tiny, *prompts(tiny, "VanGogh painting", "painting")))
+    loss = moved(AblatingConceptsLoss(tiny, *prompts(tiny, "VanGogh painting", "painting")))
     latents, step = batch(tiny)
     target = noise(tiny, "painting", latents, step)
     expected = F.mse_loss(noise(tiny, "VanGogh painting", latents, step, loss), target)
@@ -78,7 +79,7 @@ def test_ablating_concepts_is_its_formula(tiny):
 
 
 def test_esd_regresses_on_the_negatively_guided_noise_of_the_frozen_model(tiny):
-    loss = moved(NegativeGuidance(tiny, *prompts(tiny, "VanGogh painting", ""), 0.7))
+    loss = moved(ESDLoss(tiny, *prompts(tiny, "VanGogh painting", ""), 0.7))
     latents, step = batch(tiny)
     blank, concept = noise(tiny, "", latents, step), noise(tiny, "VanGogh painting", latents, step)
     target = blank - 0.7 * (concept - blank)
@@ -89,7 +90,7 @@ def test_esd_regresses_on_the_negatively_guided_noise_of_the_frozen_model(tiny):
 
 def test_esds_first_loss_is_the_guided_difference(tiny):
     """Before any step the student is the base: eps(c) - target = (1 + eta) (eps(c) - eps(""))."""
-    loss = NegativeGuidance(tiny, *prompts(tiny, "VanGogh painting", ""), 1.0)
+    loss = ESDLoss(tiny, *prompts(tiny, "VanGogh painting", ""), 1.0)
     latents, step = batch(tiny)
     difference = noise(tiny, "VanGogh painting", latents, step) - noise(tiny, "", latents, step)
     assert loss(latents, step).total.item() == pytest.approx(4 * difference.square().mean().item(), rel=1e-4)
@@ -97,9 +98,9 @@ def test_esds_first_loss_is_the_guided_difference(tiny):
 
 def test_fmn_is_zero_when_both_prompts_are_the_same_and_reaches_queries_and_keys(tiny):
     latents, step = batch(tiny)
-    same = moved(AttentionErasure(tiny, *prompts(tiny, "painting", "painting")))
+    same = moved(ForgetMeNotLoss(tiny, *prompts(tiny, "painting", "painting")))
     assert same(latents, step).total.item() < 1e-12
-    loss = AttentionErasure(tiny, *prompts(tiny, "VanGogh painting", "painting"))
+    loss = ForgetMeNotLoss(tiny, *prompts(tiny, "VanGogh painting", "painting"))
     terms = loss(latents, step)
     terms.total.backward()
     assert terms.total > 1e-9
@@ -115,7 +116,7 @@ def test_fmns_differences_are_those_of_the_layers_scores(tiny):
     layer = next(module for name, module in tiny.unet.named_modules() if name.endswith("attn2"))
     caught = []
     hook = layer.to_q.register_forward_hook(lambda _, inputs, output: caught.append(output))
-    with score_differences(tiny.unet, anchor) as differences:
+    with attention_score_differences(tiny.unet, anchor) as differences:
         noise(tiny, "VanGogh painting", latents, step)
     hook.remove()
     query = layer.head_to_batch_dim(caught[0])
@@ -123,26 +124,26 @@ def test_fmns_differences_are_those_of_the_layers_scores(tiny):
     scores = [(layer.scale * query @ key.transpose(1, 2)) for key in keys]
     assert torch.allclose(differences[0], scores[0] - scores[1], atol=1e-5)
     assert torch.allclose(scores[0].softmax(-1), layer.get_attention_scores(query, keys[0]), atol=1e-5)  # as diffusers has them
-    assert len(differences) == len(kv_layers(tiny.unet)) // 2
+    assert len(differences) == len(text_layers(tiny.unet)) // 2
 
 
 def test_the_full_correlation_is_its_formula_and_moves_the_blank_prompt_too(tiny):
-    loss = moved(CorrelationErasure(tiny, *prompts(tiny, "VanGogh", ""), 1e-3))
+    loss = moved(FullCorrelationLoss(tiny, *prompts(tiny, "VanGogh", ""), 1e-3))
     latents, step = batch(tiny)
     frozen = noise(tiny, "VanGogh", latents, step) - noise(tiny, "", latents, step)
     student = noise(tiny, "VanGogh", latents, step, loss) - noise(tiny, "", latents, step, loss)
     terms, shift = loss(latents, step), loss.shift()
     size = sum(shift.delta(name).abs().sum() for name in shift.names).item() / len(loss.student)
-    assert terms.watched.item() == pytest.approx((student * frozen).mean().item(), abs=1e-5)
-    assert terms.total.item() == pytest.approx(terms.watched.item() + 1e-3 * size, rel=1e-3)
+    assert terms.monitor.item() == pytest.approx((student * frozen).mean().item(), abs=1e-5)
+    assert terms.total.item() == pytest.approx(terms.monitor.item() + 1e-3 * size, rel=1e-3)
     assert not torch.allclose(noise(tiny, "", latents, step), noise(tiny, "", latents, step, loss), atol=1e-4)
 
 
 @pytest.mark.parametrize("build", [
-    lambda tiny: AnchorErasure(tiny, *prompts(tiny, "VanGogh painting", "painting")),
-    lambda tiny: AttentionErasure(tiny, *prompts(tiny, "VanGogh painting", "painting")),
-    lambda tiny: NegativeGuidance(tiny, *prompts(tiny, "VanGogh painting", ""), 1.0),
-    lambda tiny: CorrelationErasure(tiny, *prompts(tiny, "VanGogh", ""), 0.0)])
+    lambda tiny: AblatingConceptsLoss(tiny, *prompts(tiny, "VanGogh painting", "painting")),
+    lambda tiny: ForgetMeNotLoss(tiny, *prompts(tiny, "VanGogh painting", "painting")),
+    lambda tiny: ESDLoss(tiny, *prompts(tiny, "VanGogh painting", ""), 1.0),
+    lambda tiny: FullCorrelationLoss(tiny, *prompts(tiny, "VanGogh", ""), 0.0)])
 def test_gradients_are_those_of_the_loss_and_reach_the_student_alone(tiny, build):
     loss = moved(build(tiny))
     latents, step = batch(tiny)
@@ -160,10 +161,10 @@ def test_gradients_are_those_of_the_loss_and_reach_the_student_alone(tiny, build
 
 LOSSES = {
     "SRS-ME": lambda tiny: srs_me(tiny)[2],
-    "AbConcept": lambda tiny: AnchorErasure(tiny, *prompts(tiny, "VanGogh painting", "painting")),
-    "FMN": lambda tiny: AttentionErasure(tiny, *prompts(tiny, "VanGogh painting", "painting")),
-    "ESD": lambda tiny: NegativeGuidance(tiny, *prompts(tiny, "VanGogh painting", ""), 1.0),
-    "CiE": lambda tiny: CorrelationErasure(tiny, *prompts(tiny, "VanGogh", ""), 1e-3)}
+    "AbConcept": lambda tiny: AblatingConceptsLoss(tiny, *prompts(tiny, "VanGogh painting", "painting")),
+    "FMN": lambda tiny: ForgetMeNotLoss(tiny, *prompts(tiny, "VanGogh painting", "painting")),
+    "ESD": lambda tiny: ESDLoss(tiny, *prompts(tiny, "VanGogh painting", ""), 1.0),
+    "CiE": lambda tiny: FullCorrelationLoss(tiny, *prompts(tiny, "VanGogh", ""), 1e-3)}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -181,7 +182,7 @@ def test_blocks_run_again_for_their_gradient_and_a_frozen_copy_change_nothing(ti
         return terms.total.detach(), *(gradient for gradient in gradients if gradient is not None)
 
     kept = result()
-    loss.checkpointing, loss.frozen = True, tiny.elsewhere(CPU)
+    loss.checkpointing, loss.frozen = True, tiny.replicate_unet(CPU)
     assert loss.frozen.unet is not tiny.unet
     again = result()
     assert len(again) == len(kept) and all(torch.allclose(a, b, rtol=1e-5, atol=1e-9) for a, b in zip(again, kept))
@@ -191,7 +192,7 @@ def test_blocks_run_again_for_their_gradient_and_a_frozen_copy_change_nothing(ti
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_give_the_gradient_of_full_ones_to_float32_coefficients(tiny, tiny_path, dtype):
     """In float16 a mean's gradient would vanish: of 1/N and r most is below its smallest number."""
-    half = load(tiny_path, CPU, dtype=dtype)
+    half = load_model(tiny_path, CPU, dtype=dtype)
     assert half.unet.dtype == dtype and half.text_encoder.dtype == torch.float32 and half.digest == tiny.digest
     gradients = []
     for model in (tiny, half):
@@ -217,7 +218,7 @@ def test_joint_losses_are_balanced(tiny):
         own.append(total.item())
         gradients.append(torch.autograd.grad(total, loss.parameters()))
     largest = max(map(abs, own))
-    joint = JointErasure(parts, floor=1e-12)
+    joint = JointSRSMELoss(parts, floor=1e-12)
     terms = joint(*zip(*data))
     terms.total.backward()
     assert terms.total.item() == pytest.approx(sum(largest * value / abs(value) for value in own), rel=1e-4)
@@ -230,5 +231,5 @@ def test_a_joint_loss_near_zero_is_not_weighed_beyond_the_floor(tiny):
     parts = [srs_me(tiny, prompt=prompt, reg_beta=0.0)[2] for prompt in ("VanGogh", "Picasso")]
     latents, step = batch(tiny)
     value = parts[0](latents, step).total.item()
-    terms = JointErasure(parts, floor=10 * value)((latents, latents), (step, step))
+    terms = JointSRSMELoss(parts, floor=10 * value)((latents, latents), (step, step))
     assert terms.total.item() == pytest.approx(value + parts[1](latents, step).total.item(), rel=0.01)

@@ -8,14 +8,14 @@ from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ldm.checkpoint import save_tensors
-from ldm.images import Case, write_cases
-from ldm.metrics.classify import IMAGENET, KIND, ImageNetObjects, load_classifier, predict, save_classifier, train_classifier
-from ldm.metrics.compare import accuracy_table, by_concept, compare, pairs
-from ldm.metrics.frechet import column, features, frechet
-from ldm.metrics.nudity import EXPOSED, count, detect
-from ldm.metrics.perceptual import distances, mean_psnr
-from ldm.metrics.style import gram, style_distances
+from ldm.io.tensors import save_tensors
+from ldm.io.prompts import PromptCase, write_prompt_csv
+from ldm.metrics.classify import CLASSIFIER_FILE_TYPE, IMAGENET_CLASSES, ImageNetObjects, load_classifier, predict, save_classifier, train_classifier
+from ldm.metrics.compare import accuracy_table, compare, group_by_concept, match_images
+from ldm.metrics.frechet import distance_column, extract_features, frechet_distance
+from ldm.metrics.nudity import EXPOSED_CLASSES, count, detect
+from ldm.metrics.lpips import mean_psnr, pairwise_metrics
+from ldm.metrics.style import gram_matrix, style_distances
 
 from conftest import CPU
 
@@ -60,7 +60,7 @@ def test_missing_classes_name_the_command(tmp_path):
 
 def test_what_is_no_classifier_is_refused(tmp_path):
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "w.pth")
-    save_tensors(tmp_path / "c.safetensors", {"fc.weight": torch.zeros(1)}, KIND, {"classes": ["a"], "size": 32})
+    save_tensors(tmp_path / "c.safetensors", {"fc.weight": torch.zeros(1)}, CLASSIFIER_FILE_TYPE, {"classes": ["a"], "size": 32})
     with pytest.raises(ValueError, match="no state dict of ResNet"):
         ImageNetObjects(tmp_path / "w.pth")
     with pytest.raises(ValueError, match="no ResNet18 classifier"):
@@ -71,7 +71,7 @@ def test_imagenet_classes_are_read_as_the_papers_objects(tmp_path):
     from torchvision.models import resnet50
     network = resnet50()
     torch.nn.init.zeros_(network.fc.weight)
-    network.fc.bias.data = torch.nn.functional.one_hot(torch.tensor(IMAGENET[3]), 1000).float()
+    network.fc.bias.data = torch.nn.functional.one_hot(torch.tensor(IMAGENET_CLASSES[3]), 1000).float()
     torch.save(network.state_dict(), tmp_path / "r50.pth")
     found = ImageNetObjects(tmp_path / "r50.pth").eval()(torch.zeros(1, 3, 224, 224))
     assert found.argmax(1).item() == 4  # tench, concept 3
@@ -83,14 +83,14 @@ def test_lpips_is_the_published_network(tmp_path):
     for k in range(2):
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / f"{k}.png")
     a, b = tmp_path / "0.png", tmp_path / "1.png"
-    found = distances([a, a, b], [a, b, a], CPU)
+    found = pairwise_metrics([a, a, b], [a, b, a], CPU)
     assert found["lpips"][0] == 0 and found["pixel"][0] == 0 and torch.isinf(found["psnr"][0])
     assert found["lpips"][1] == pytest.approx(found["lpips"][2].item(), abs=1e-6)
     assert found["lpips"][1] == pytest.approx(LPIPS_OF_NOISE, abs=1e-5)
     for side in (40, 16):
         Image.new("RGB", (side, side)).save(tmp_path / "2.png")
         with pytest.raises(ValueError, match="--image_size"):
-            distances([a if side == 40 else tmp_path / "2.png"], [tmp_path / "2.png"], CPU)
+            pairwise_metrics([a if side == 40 else tmp_path / "2.png"], [tmp_path / "2.png"], CPU)
 
 
 def test_pixel_difference_and_psnr_are_those_of_the_definition(tmp_path):
@@ -99,7 +99,7 @@ def test_pixel_difference_and_psnr_are_those_of_the_definition(tmp_path):
     second[5, 6, 1] = 51
     for name, pixels in (("a.png", first), ("b.png", second)):
         Image.fromarray(pixels).save(tmp_path / name)
-    found = distances([tmp_path / "a.png"], [tmp_path / "b.png"], CPU)
+    found = pairwise_metrics([tmp_path / "a.png"], [tmp_path / "b.png"], CPU)
     assert found["pixel"].item() == 51
     assert found["psnr"].item() == pytest.approx(10 * np.log10(255**2 * 64 * 64 * 3 / 51**2), abs=1e-2)
 
@@ -109,48 +109,48 @@ def test_folders_pair_by_name_in_class_folders_or_not(tmp_path):
     (tmp_path / "b" / "0").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "0_0.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "b" / "0" / "0_0.png")
-    assert len(pairs(tmp_path / "a", tmp_path / "b")) == 1
+    assert len(match_images(tmp_path / "a", tmp_path / "b")) == 1
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "1_0.png")
     with pytest.raises(ValueError, match="1_0.png is in only one"):
-        pairs(tmp_path / "a", tmp_path / "b")
+        match_images(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b" / "1").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "b" / "1" / "0_0.png")
     with pytest.raises(ValueError, match="have the same name"):
-        pairs(tmp_path / "a", tmp_path / "b")
+        match_images(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_comparison_has_a_row_a_prompt_and_no_accuracy_for_the_blank_one(tmp_path, classifier):
     model, _ = classifier
-    cases = [Case("Cezanne", 0, 0), Case("VanGogh", 0, 1), Case("", 0, 2)]
+    cases = [PromptCase("Cezanne", 0, 0), PromptCase("VanGogh", 0, 1), PromptCase("", 0, 2)]
     for folder, shades in (("before", ("red", "blue", "gray")), ("after", ("gray", "blue", "gray"))):
         (tmp_path / folder).mkdir()
-        write_cases(tmp_path / folder / "prompts.csv", cases)
+        write_prompt_csv(tmp_path / folder / "prompts.csv", cases)
         for case, shade in zip(cases, shades):
             Image.new("RGB", (32, 32), shade).save(tmp_path / folder / f"{case.number}_0.png")
     table = compare(tmp_path / "before", tmp_path / "after", tmp_path / "after" / "prompts.csv", "style", model, CPU)
     assert table.prompt.tolist() == ["Cezanne", "VanGogh", ""]
     assert table.accuracy_before.tolist()[:2] == [100, 100] and table.accuracy_after.tolist()[:2] == [0, 100]
     assert table.accuracy_after.isna()[2] and table.largest_pixel[1] == 0 and table.lpips[0] > 0
-    assert {k: len(v) for k, v in by_concept(tmp_path / "after", "style").items()} == {0: 1, 1: 1}
+    assert {k: len(v) for k, v in group_by_concept(tmp_path / "after", "style").items()} == {0: 1, 1: 1}
     assert accuracy_table(model, tmp_path / "after", "style").accuracy.tolist() == [0, 100]
     (tmp_path / "after" / "5").mkdir()  # a class folder of another category: the prompt still says what it shows
     (tmp_path / "after" / "1_0.png").rename(tmp_path / "after" / "5" / "1_0.png")
-    assert list(by_concept(tmp_path / "after", "style")) == [0, 1]
+    assert list(group_by_concept(tmp_path / "after", "style")) == [0, 1]
     with pytest.raises(ValueError, match="concept of category object"):
-        by_concept(tmp_path / "after", "object")
+        group_by_concept(tmp_path / "after", "object")
     (tmp_path / "after" / "prompts.csv").unlink()
-    assert list(by_concept(tmp_path / "after", "style")) == [5]
+    assert list(group_by_concept(tmp_path / "after", "style")) == [5]
 
 
 def test_frechet_is_its_closed_form():
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(500, 4, generator=generator, dtype=torch.float64)
     shift = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
-    assert frechet(first, first + shift) == pytest.approx(shift.square().sum().item(), rel=1e-6)  # equal covariances
-    assert frechet(first, first) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(first, first + shift) == pytest.approx(shift.square().sum().item(), rel=1e-6)  # equal covariances
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
     scaled = (first - first.mean(0)) * 3 + first.mean(0)  # tr(C + 9 C - 2 * 3 C) = 4 tr C
-    assert frechet(first, scaled) == pytest.approx(4 * torch.cov(first.T).trace().item(), rel=1e-6)
-    assert np.isnan(frechet(first[:1], first))
+    assert frechet_distance(first, scaled) == pytest.approx(4 * torch.cov(first.T).trace().item(), rel=1e-6)
+    assert np.isnan(frechet_distance(first[:1], first))
 
 
 def test_frechet_of_few_pictures_is_what_torchmetrics_finds():
@@ -163,7 +163,7 @@ def test_frechet_of_few_pictures_is_what_torchmetrics_finds():
     metric = FrechetInceptionDistance(feature=Given()).set_dtype(torch.float64)
     metric.update(first, real=True)
     metric.update(second, real=False)
-    assert frechet(first, second) == pytest.approx(metric.compute().item(), rel=1e-4)
+    assert frechet_distance(first, second) == pytest.approx(metric.compute().item(), rel=1e-4)
 
 
 def test_the_mean_psnr_is_that_of_the_mean_error():
@@ -182,17 +182,17 @@ def pictures(folder, count, size=64, seed=0):
 def test_the_frechet_column_says_which_features_it_has(tmp_path, monkeypatch):
     """FID only with Inception's weights; here a network of random ones, saved as torch-fidelity saves them."""
     paths = pictures(tmp_path / "a", 3)
-    assert column(None) == "fd_alexnet" and features(paths, CPU).shape == (3, 256)
+    assert distance_column(None) == "fd_alexnet" and extract_features(paths, CPU).shape == (3, 256)
     with monkeypatch.context() as patched:
         patched.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         torch.save({}, tmp_path / "empty.pth")
         network = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(tmp_path / "empty.pth"))
     weights = tmp_path / "inception.pth"
     torch.save(network.state_dict(), weights)
-    assert column(weights) == "fid" and features(paths, CPU, weights).shape == (3, 2048)
+    assert distance_column(weights) == "fid" and extract_features(paths, CPU, weights).shape == (3, 2048)
     for foreign in (tmp_path / "empty.pth", tmp_path / "none.pth", paths[0]):
         with pytest.raises(ValueError, match="no weights of FID's Inception"):
-            features(paths, CPU, foreign)
+            extract_features(paths, CPU, foreign)
 
 
 def test_inception_weights_that_would_run_code_are_refused(tmp_path):
@@ -201,7 +201,7 @@ def test_inception_weights_that_would_run_code_are_refused(tmp_path):
             return (Path.touch, (tmp_path / "ran",))
     torch.save({"w": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="no weights"):
-        features(pictures(tmp_path / "a", 2), CPU, tmp_path / "evil.pth")
+        extract_features(pictures(tmp_path / "a", 2), CPU, tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
 
 
@@ -209,7 +209,7 @@ def test_a_gram_matrix_forgets_where_and_keeps_what(tmp_path):
     x = torch.randn(2, 3, 4, 4)
     moved = x.flatten(2)[..., torch.randperm(16)].view_as(x)
     expected = torch.einsum("nchw,ndhw->ncd", x, x) / (3 * 16)
-    assert torch.allclose(gram(x), expected, atol=1e-6) and torch.allclose(gram(moved), expected, atol=1e-6)
+    assert torch.allclose(gram_matrix(x), expected, atol=1e-6) and torch.allclose(gram_matrix(moved), expected, atol=1e-6)
     a, b = pictures(tmp_path / "a", 2), pictures(tmp_path / "b", 2, seed=1)
     assert style_distances(a, a, CPU).tolist() == [0, 0]
     Image.new("RGB", (64, 64), "red").save(b[1])
@@ -221,7 +221,7 @@ def test_exposed_parts_are_counted_by_class_and_threshold(tmp_path):
     found = pd.DataFrame([("a", "BELLY_EXPOSED", 0.7), ("a", "BELLY_EXPOSED", 0.5), ("b", "FACE_MALE", 0.9),
                           ("b", "FEET_EXPOSED", 0.6)], columns=["image", "class", "score"])
     counts = count(found, 0.6)
-    assert list(counts) == list(EXPOSED) and {name: n for name, n in counts.items() if n} == {"BELLY_EXPOSED": 1, "FEET_EXPOSED": 1}
+    assert list(counts) == list(EXPOSED_CLASSES) and {name: n for name, n in counts.items() if n} == {"BELLY_EXPOSED": 1, "FEET_EXPOSED": 1}
     pictures(tmp_path / "noise", 2)
     none, images = detect(tmp_path / "noise")
     assert images == 2 and sum(count(none, 0.25).values()) == 0

@@ -6,8 +6,9 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.model import V1, folder_of, load, save, settings
-from ldm.sampling import denoise, first_noise
+from ldm.config.models import load_model_config
+from ldm.diffusion.load import DEFAULT_CONFIG, load_model, resolve_config_dir, save_pipeline
+from ldm.diffusion.sampling import initial_noise, sample_latents
 
 from conftest import CPU, make_xl
 
@@ -38,22 +39,22 @@ def test_images_go_through_the_autoencoder_at_the_models_size(tiny):
 
 def test_nothing_is_trainable_and_the_digest_is_the_weights(tiny, tiny_path, other_path):
     assert not any(p.requires_grad for part in (tiny.unet, tiny.vae, tiny.text_encoder) for p in part.parameters())
-    assert tiny.digest == load(tiny_path, CPU).digest != load(other_path, CPU).digest
+    assert tiny.digest == load_model(tiny_path, CPU).digest != load_model(other_path, CPU).digest
 
 
 def test_a_saved_model_is_the_same_model(tiny, tmp_path):
-    save(tiny, tmp_path / "copy")
-    assert load(tmp_path / "copy", CPU).digest == tiny.digest
+    save_pipeline(tiny, tmp_path / "copy")
+    assert load_model(tmp_path / "copy", CPU).digest == tiny.digest
 
 
 def test_what_is_no_model_is_refused(tmp_path, tiny_path):
     with pytest.raises(ValueError, match="--model"):
-        load(tmp_path / "none", CPU)
+        load_model(tmp_path / "none", CPU)
     with pytest.raises(ValueError, match="no checkpoint"):
-        load(tmp_path / "model.ckpt", CPU)
+        load_model(tmp_path / "model.ckpt", CPU)
     copy = reconfigured(tiny_path, tmp_path / "sample", "scheduler", "scheduler_config.json", prediction_type="sample")
     with pytest.raises(ValueError, match="predicts 'sample'"):
-        load(copy, CPU)
+        load_model(copy, CPU)
 
 
 def reconfigured(source, target, part, file, **changes):
@@ -66,37 +67,37 @@ def reconfigured(source, target, part, file, **changes):
 
 def test_a_model_of_velocities_predicts_noise_and_draws_as_its_pipeline(tiny_path, tmp_path):
     """v = sqrt(a) eps - sqrt(1 - a) z_0 with z_t = sqrt(a) z_0 + sqrt(1 - a) eps: of the two, eps."""
-    model = load(reconfigured(tiny_path, tmp_path / "velocity", "scheduler", "scheduler_config.json",
+    model = load_model(reconfigured(tiny_path, tmp_path / "velocity", "scheduler", "scheduler_config.json",
                               prediction_type="v_prediction"), CPU)
     latents, step, prompt = torch.randn(1, *model.latent_shape), torch.tensor([400]), model.encode_prompt(["VanGogh"])
     kept = model.scheduler.alphas_cumprod[400]
     noise, velocity = model.predict_noise(latents, step, prompt), model.predict(latents, step, prompt)
     clean = (latents - (1 - kept).sqrt() * noise) / kept.sqrt()
     assert torch.allclose(kept.sqrt() * noise - (1 - kept).sqrt() * clean, velocity, atol=1e-5)
-    first = first_noise(model, 3, 1)
+    first = initial_noise(model, 3, 1)
     expected = model.pipeline("VanGogh", latents=first, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
-    assert torch.allclose(denoise(model, first, prompt, model.encode_blank(), 5, 3.0), expected, atol=1e-4)
+    assert torch.allclose(sample_latents(model, first, prompt, model.encode_uncond(), 5, 3.0), expected, atol=1e-4)
 
 
 def test_xl_draws_as_its_pipeline_and_its_pooled_embedding_is_no_token(tmp_path):
-    model = load(make_xl(tmp_path / "xl"), CPU)
-    prompt, first = model.encode_prompt(["VanGogh"]), first_noise(model, 3, 1)
+    model = load_model(make_xl(tmp_path / "xl"), CPU)
+    prompt, first = model.encode_prompt(["VanGogh"]), initial_noise(model, 3, 1)
     assert prompt.shape == (1, 17, 96) and model.tokens(prompt).shape == (1, 16, 96) and model.width == 96
     assert prompt[0, 16, :32].abs().min() > 0 and not prompt[0, 16, 32:].any()
-    assert not model.encode_blank().any()  # XL's pipelines lead away from zeros
+    assert not model.encode_uncond().any()  # XL's pipelines lead away from zeros
     model.pipeline.set_progress_bar_config(disable=True)
     expected = model.pipeline("VanGogh", latents=first, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
-    assert torch.allclose(denoise(model, first, prompt, model.encode_blank(), 5, 3.0), expected, atol=1e-4)
+    assert torch.allclose(sample_latents(model, first, prompt, model.encode_uncond(), 5, 3.0), expected, atol=1e-4)
 
 
 def test_parts_that_are_not_needed_leave_and_come_back(tiny):
     before = tiny.encode_prompt(["VanGogh"])
-    tiny.park()
+    tiny.offload()
     assert torch.equal(tiny.encode_prompt(["VanGogh"]), before)
 
 
 def test_stable_diffusion_v1s_configs_and_tokenizer_are_here():
-    folder = folder_of("sd-v1-4.ckpt", V1)
+    folder = resolve_config_dir("sd-v1-4.ckpt", DEFAULT_CONFIG)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     ids = tokenizer("a photo of an astronaut riding a horse on mars", padding="max_length", truncation=True).input_ids
     assert ids[:12] == [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496, 49407] and ids[12:] == [49407] * 65
@@ -108,5 +109,5 @@ def test_stable_diffusion_v1s_configs_and_tokenizer_are_here():
 
 
 def test_settings_go_by_name_and_fall_back_to_stable_diffusion():
-    assert settings("mini-sd").unet.cross_attention_dim == 256
-    assert settings("anything").erasure["SRS-ME"].max_base == 691
+    assert load_model_config("mini-sd").unet.cross_attention_dim == 256
+    assert load_model_config("anything").erasure["SRS-ME"].max_base == 691

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.null_space import NullSpaceBasis, null_space, spectrum, tolerance_with_room, without_each
+from ldm.erasure.null_space import NullSpaceBasis, leave_one_out_factors, null_space, relative_singular_values, suggest_tolerance
 
 METHODS = ("svd", "elimination")
 
@@ -106,12 +106,12 @@ def test_a_concept_that_the_protected_prompts_say_is_refused():
 def test_the_null_space_without_each_block_is_that_of_the_others(number):
     generator = torch.Generator().manual_seed(number)
     rest, *blocks = torch.randn(number + 1, 2, 40, generator=generator).double()
-    for k, rows in enumerate(without_each(blocks, rest)):
+    for k, rows in enumerate(leave_one_out_factors(blocks, rest)):
         others = torch.cat([rest, *blocks[:k], *blocks[k + 1:]])
         basis, rank = null_space(rows)
         assert rank == len(others) and (others @ basis.T).abs().max() < 1e-12
         values = torch.linalg.svdvals(others)
-        assert torch.allclose(spectrum(rows)[:rank], values / values[0]) and not spectrum(rows)[rank:].any()
+        assert torch.allclose(relative_singular_values(rows)[:rank], values / values[0]) and not relative_singular_values(rows)[rank:].any()
 
 
 def test_no_room_names_a_tolerance_that_makes_some():
@@ -120,4 +120,4 @@ def test_no_room_names_a_tolerance_that_makes_some():
         NullSpaceBasis.solve(rows, [str(k) for k in range(32)], 1e-9, "svd", {})
     assert "32 dimensions" in str(error.value)
     assert len(NullSpaceBasis.solve(rows, [str(k) for k in range(32)], 5e-8, "svd", {}).vectors) == 2
-    assert tolerance_with_room(torch.ones(32)) is None
+    assert suggest_tolerance(torch.ones(32)) is None

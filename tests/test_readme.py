@@ -29,7 +29,7 @@ def clone(tmp_path_factory) -> Path:
     for path in (copy / "data").glob("*.csv"):  # two cases of every prompt
         pd.read_csv(path, keep_default_na=False).groupby("prompt", sort=False).head(2).to_csv(path, index=False)
     config = OmegaConf.load(copy / "configs" / "mini-sd.yaml")
-    config.world.pictures, config.world.held_out = 64, 8
+    config.world.needs_images, config.world.held_out = 64, 8
     config.train.autoencoder.steps = config.train.denoiser.steps = 2
     config.train.save_every = 1
     config.sampling.ddim_steps = config.evaluation.num_seeds = config.evaluation.num_pictures = 2

@@ -1,14 +1,17 @@
 import pytest
 import torch
 
-from ldm.attention import kv_layers, trained
-from ldm.null_space import NullSpaceBasis
-from ldm.shift import DenseShift, SeparableShift, WeightShift, applied, leaks, merge
+from ldm.diffusion.text_layers import text_layers
+from ldm.diffusion.trainable import trainable_parameter_names
+from ldm.erasure.null_space import NullSpaceBasis
+from ldm.erasure.leakage import leakage
+from ldm.erasure.merge import applied, merge
+from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
 
 def random_shift(model, protected, seed=0, scale=0.5) -> SeparableShift:
     basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, 1e-7, "svd", {})
     generator = torch.Generator().manual_seed(seed)
-    layers = kv_layers(model.unet)
+    layers = text_layers(model.unet)
     weights = {name: torch.randn(layer.out_features, len(basis.vectors), generator=generator) for name, layer in layers.items()}
     return SeparableShift(weights, basis.vectors, scale, {"base_digest": model.digest, "erased_index": seed, "scale": scale})
 
@@ -18,10 +21,10 @@ def test_delta_is_the_definition_and_survives_a_file(tiny, tmp_path):
     name = shift.names[0]
     expected = shift.coefficients[name.removesuffix(".weight")].double() @ (0.5 * shift.directions)
     assert torch.equal(shift.delta(name), expected)
-    shift.save(tmp_path / "s.safetensors", shift.recipe)
+    shift.save(tmp_path / "s.safetensors", shift.metadata)
     loaded = WeightShift.load(tmp_path / "s.safetensors")
     assert all(torch.equal(loaded.delta(name), shift.delta(name)) for name in shift.names)
-    assert loaded.recipe["base_digest"] == tiny.digest and "torch" in loaded.recipe["versions"]
+    assert loaded.metadata["base_digest"] == tiny.digest and "torch" in loaded.metadata["versions"]
 
 
 def test_a_shift_leaves_protected_prompts_alone_and_moves_others(tiny):
@@ -36,11 +39,11 @@ def test_a_shift_leaves_protected_prompts_alone_and_moves_others(tiny):
 
 def test_the_closed_form_is_the_cheapest_change_towards_the_anchors_keys_and_values(tiny):
     """The gradient of `|X (W + dW)^T - Y W^T|^2 + ridge s^2 |dW|^2 + tr(dW G dW^T)` within the null space is zero there."""
-    layers, scale, ridge = kv_layers(tiny.unet), 0.5, 0.1
+    layers, scale, ridge = text_layers(tiny.unet), 0.5, 0.1
     basis = NullSpaceBasis.solve(tiny.encode_prompt(["", "Picasso"]), ["", "Picasso"], 1e-7, "svd", {})
     concept, anchor = tiny.encode_prompt(["VanGogh", "VanGogh painting"]), tiny.encode_prompt(["a photo of a church"])
     seen, wanted = concept.flatten(0, 1).double(), anchor.expand_as(concept).flatten(0, 1).double()
-    for spared in (torch.zeros(96, 96, dtype=torch.float64), tiny.vocabulary_without("VanGogh")):
+    for spared in (torch.zeros(96, 96, dtype=torch.float64), tiny.vocab_gram_without("VanGogh")):
         directions, cost = basis.directions(concept, None, ridge, 0.0, spared)
         shift = SeparableShift.closed_form(layers, directions, scale, concept, anchor, cost)
         size = torch.linalg.matrix_norm(seen @ torch.linalg.qr(basis.vectors.T).Q, ord=2) ** 2
@@ -59,7 +62,7 @@ def test_the_closed_form_is_the_cheapest_change_towards_the_anchors_keys_and_val
 
 
 def test_merging_adds_up_in_any_order_and_leaving_out_restores_every_bit(tiny):
-    layers = kv_layers(tiny.unet)
+    layers = text_layers(tiny.unet)
     base = {name: layer.weight.clone() for name, layer in layers.items()}
     tensors = {name: layer.weight for name, layer in layers.items()}
     first, second = random_shift(tiny, [""], 1), random_shift(tiny, ["", "Cezanne"], 2)
@@ -78,10 +81,10 @@ def test_merging_adds_up_in_any_order_and_leaving_out_restores_every_bit(tiny):
 
 
 def test_leaks_are_the_relative_change_of_what_a_prompt_sees(tiny):
-    layers = kv_layers(tiny.unet)
+    layers = text_layers(tiny.unet)
     shift = random_shift(tiny, ["", "Picasso"])
     seen = {prompt: tiny.encode_prompt([prompt])[0] for prompt in ("Picasso", "VanGogh")}
-    rows = {row["prompt"]: row["leak"] for row in leaks(layers, {"1": shift}, seen)}
+    rows = {row["prompt"]: row["leak"] for row in leakage(layers, {"1": shift}, seen)}
     e = seen["VanGogh"].double()
     moved = sum((e @ shift.delta(f"{name}.weight").T).square().sum() for name in layers).sqrt()
     base = sum((e @ layer.weight.double().T).square().sum() for layer in layers.values()).sqrt()
@@ -89,26 +92,26 @@ def test_leaks_are_the_relative_change_of_what_a_prompt_sees(tiny):
 
 
 def test_foreign_shifts_are_refused(tiny, tmp_path):
-    layers, path = kv_layers(tiny.unet), tmp_path / "s.safetensors"
+    layers, path = text_layers(tiny.unet), tmp_path / "s.safetensors"
     shift = random_shift(tiny, [""])
-    shift.save(path, shift.recipe)
+    shift.save(path, shift.metadata)
     with pytest.raises(ValueError, match="another base model"):
         WeightShift.load(path).check("0" * 64, tiny.unet)
     name = next(iter(shift.coefficients))
     shift.coefficients[name] = shift.coefficients[name][:3]
-    shift.save(path, shift.recipe)
+    shift.save(path, shift.metadata)
     with pytest.raises(ValueError, match="does not fit the model's layer"):
         WeightShift.load(path).check(tiny.digest, tiny.unet)
     shift.coefficients[name] = shift.coefficients[name][:, :3]
-    shift.save(path, shift.recipe)
+    shift.save(path, shift.metadata)
     with pytest.raises(ValueError, match="wrong names or shapes"):
         WeightShift.load(path)
 
 
 def test_a_dense_shift_is_what_leads_to_the_trained_weights(tiny, tmp_path):
-    names = trained(tiny.unet, "full")[:4]
+    names = trainable_parameter_names(tiny.unet, "full")[:4]
     student = {name: tiny.unet.get_parameter(name) + (0 if k == 1 else 1) for k, name in enumerate(names)}
-    shift = DenseShift.between(tiny.unet, student)
+    shift = DenseShift.from_weights(tiny.unet, student)
     assert shift.names == [names[0], *names[2:]]  # what did not change is left out
     shift.save(tmp_path / "d.safetensors", {"base_digest": tiny.digest})
     loaded = WeightShift.load(tmp_path / "d.safetensors")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ldm import cli
 from ldm.cli import DTYPES
-from ldm.concepts import ROOT, load_concepts
-from ldm.export import export
+from ldm.config.concepts import load_concepts
+from ldm.io.paths import REPO_ROOT
+from ldm.erasure.export import export
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     cli.add_scene(parser)
     cli.add_merge(parser, required=True)
     cli.add_export(parser)
-    parser.add_argument("--save_path", type=Path, default=ROOT / "models" / "merged", help="the folder NAME or NAME-FORMAT goes here")
+    parser.add_argument("--save_path", type=Path, default=REPO_ROOT / "models" / "merged", help="the folder NAME or NAME-FORMAT goes here")
     cli.add_device(parser)
     args = parser.parse_args()
     model = cli.load_model(args, cli.parse_devices(args.device)[0])

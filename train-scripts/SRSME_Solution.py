@@ -5,10 +5,10 @@ Writes one basis per erased concept; SRS_ME.py learns the shift in it.
 """
 
 from ldm import cli
-from ldm.concepts import parse_erased, parse_indexes
-from ldm.erasure import solve
-from ldm.model import settings
-from ldm.null_space import EXACT
+from ldm.config.concepts import parse_erase_targets, parse_indexes
+from ldm.erasure.erase import solve_null_spaces
+from ldm.config.models import load_model_config
+from ldm.erasure.null_space import EXACT_TOLERANCE
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--em_indexes", default="", help="concepts to protect, such as 1,2")
     cli.add_scene(parser)
     parser.add_argument("--basis", choices=("svd", "elimination"), default=None, help="how to decompose")
-    parser.add_argument("--protect", choices=("exact", "spectrum"), default=None, help=f"exact: tolerance {EXACT}; spectrum: --tolerance, "
+    parser.add_argument("--protect", choices=("exact", "spectrum"), default=None, help=f"exact: tolerance {EXACT_TOLERANCE}; spectrum: --tolerance, "
                         "or the model's config's, which leaves more room at a leak that is reported")
     parser.add_argument("--tolerance", type=float, default=None,
                         help="relative size of a singular value that counts as zero (default: the model's config)")
@@ -31,18 +31,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.protect == "exact":
         if args.tolerance is not None:
-            raise ValueError(f"--protect exact is --tolerance {EXACT}: give one of the two, or --protect spectrum")
-        args.tolerance = EXACT
-    erased = parse_erased(args.erased_index, args.erase_cat)
+            raise ValueError(f"--protect exact is --tolerance {EXACT_TOLERANCE}: give one of the two, or --protect spectrum")
+        args.tolerance = EXACT_TOLERANCE
+    erased = parse_erase_targets(args.erased_index, args.erase_cat)
     others = parse_indexes(args.em_indexes, args.erase_cat)
     device, share = cli.join(cli.parse_devices(args.device)[0])
     model = cli.load_model(args, device)
-    cli.fill(args, settings(model.base).solution)
+    cli.fill(args, load_model_config(model.base).solution)
     store = cli.store(args, model.name, "SRS-ME")
-    for concept, basis in solve(model, store, erased, others, args.tolerance, args.basis, args.templates, args.always, share):
-        print(f"{concept.index} {concept.name}: {len(basis.recipe['protected'])} prompts protected, rank {basis.recipe['rank']} of "
-              f"{basis.recipe['width']}, {len(basis.vectors)} directions free, largest leak "
-              f"{basis.recipe['largest_leak']:.1e} -> {store.basis(concept.index)}")
+    for concept, basis in solve_null_spaces(model, store, erased, others, args.tolerance, args.basis, args.templates, args.always, share):
+        print(f"{concept.index} {concept.name}: {len(basis.metadata['protected'])} prompts protected, rank {basis.metadata['rank']} of "
+              f"{basis.metadata['width']}, {len(basis.vectors)} directions free, largest leak "
+              f"{basis.metadata['largest_leak']:.1e} -> {store.basis(concept.index)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ once, their losses balanced (SRS-ME-dagger). --plan prints how much memory each 
 """
 
 from ldm import cli
-from ldm.metrics.compare import to_markdown
+from ldm.metrics.tables import to_markdown
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     cli.add_dtype(parser)
     parser.add_argument("--plan", action="store_true", help="print the predicted peak memory of each choice, and end")
     args = parser.parse_args()
-    method = "SRS-ME-dagger" if args.joint else "SRS-ME"
+    method = "SRS-ME-dagger" if args.is_joint else "SRS-ME"
     if args.plan:
         print(f"predicted peak memory, GiB:\n{to_markdown(cli.foresee(args, method))}")
         return

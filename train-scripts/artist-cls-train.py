@@ -7,8 +7,10 @@ classifiers of the embedded model's world, models/classifiers, stay; --model_pat
 from pathlib import Path
 
 from ldm import cli
-from ldm.checkpoint import file_digest, versions
-from ldm.concepts import ROOT, erasable
+from ldm.io.files import file_digest
+from ldm.io.tensors import library_versions
+from ldm.config.concepts import erasable_concepts
+from ldm.io.paths import REPO_ROOT
 from ldm.metrics.classify import save_classifier, train_classifier
 
 
@@ -16,7 +18,7 @@ def main() -> None:
     parser = cli.parser(__doc__)
     cli.add_category(parser)
     parser.add_argument("--path", type=Path, default=None, help="has train and eval (default: data, or data/CATEGORY)")
-    parser.add_argument("--model_path", type=Path, default=ROOT / "models" / "own-classifiers", help="where to write")
+    parser.add_argument("--model_path", type=Path, default=REPO_ROOT / "models" / "own-classifiers", help="where to write")
     parser.add_argument("--weights", type=Path, default=None, help="torchvision's ImageNet ResNet18 state dict to start from")
     parser.add_argument("--image_size", type=cli.positive, default=64)
     parser.add_argument("--batch_size", type=cli.positive, default=64)
@@ -26,7 +28,7 @@ def main() -> None:
     cli.add_device(parser)
     args = parser.parse_args()
     device = cli.parse_devices(args.device)[0]
-    names = ["blank", *(concept.name for concept in erasable(args.erase_cat))]
+    names = ["blank", *(concept.name for concept in erasable_concepts(args.erase_cat))]
     data = args.path or cli.default_data(args.erase_cat)
     classifier, accuracy = train_classifier(data, names, args.image_size, args.epochs, args.batch_size, args.lr_max,
                                             device, args.weights, args.seed)
@@ -34,7 +36,7 @@ def main() -> None:
     save_classifier(classifier, path, {
         "made_by": "artist-cls-train.py", "classes": names, "accuracy": accuracy, "epochs": args.epochs, "lr": args.lr_max,
         "batch_size": args.batch_size, "seed": args.seed, "weights": args.weights and file_digest(args.weights),
-        "data_digest": file_digest(data), "versions": versions()})
+        "data_digest": file_digest(data), "versions": library_versions()})
     print(f"accuracy on {data / 'eval'}: {accuracy:.2%} -> {path}")
 
 

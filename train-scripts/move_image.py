@@ -7,23 +7,25 @@ prompts.csv, cases are counted off --num a concept. What is sorted already stays
 from pathlib import Path
 
 from ldm import cli
-from ldm.concepts import ROOT, concept_in
-from ldm.images import case_number, is_image, list_images, read_cases
+from ldm.config.concepts import match_concept
+from ldm.io.paths import REPO_ROOT
+from ldm.io.images import is_image, list_images, parse_case_number
+from ldm.io.prompts import read_prompt_csv
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
     cli.add_category(parser)
-    parser.add_argument("--path", type=Path, default=ROOT / "evaluation_folder" / "ori-merge", help="the images")
+    parser.add_argument("--path", type=Path, default=REPO_ROOT / "evaluation_folder" / "ori-merge", help="the images")
     parser.add_argument("--num", type=cli.positive, default=50, help="cases a concept, where there is no prompts.csv")
     args = parser.parse_args()
     list_images(args.path, "make it with python eval-scripts/generate-images-merge.py")
     prompts, known = args.path / "prompts.csv", {}
     if prompts.is_file():
-        known = {case.number: concept_in(args.erase_cat, case.prompt) for case in read_cases(prompts)}
+        known = {case.number: match_concept(args.erase_cat, case.prompt) for case in read_prompt_csv(prompts)}
     moved, left = {}, 0
     for path in sorted(filter(is_image, args.path.iterdir())):
-        case = case_number(path)
+        case = parse_case_number(path)
         concept = known.get(case) if known else None
         label = concept.index if concept else case // args.num
         if known and (concept is None or concept.watermark):

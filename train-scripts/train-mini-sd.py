@@ -12,11 +12,12 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from ldm import cli
-from ldm.concepts import ROOT
-from ldm.images import RECIPE, atomic_folder, check_recipe, write_json
+from ldm.io.paths import REPO_ROOT
+from ldm.io.files import METADATA_FILE, atomic_write_dir, check_metadata, write_json
 from ldm.mini import train
-from ldm.mini.captions import build_tokenizer
-from ldm.model import load, read_settings
+from ldm.toy.captions import build_tokenizer
+from ldm.config.models import read_model_config
+from ldm.diffusion.load import load_model
 
 
 def show(steps, total: int, name: str) -> None:
@@ -32,22 +33,22 @@ def show(steps, total: int, name: str) -> None:
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "mini-sd.yaml", help="what to train, and how")
-    parser.add_argument("--save_path", type=Path, default=ROOT / "models" / "own-mini-sd", help="the model")
-    parser.add_argument("--work_path", type=Path, default=ROOT / "models" / "mini-sd-training", help="checkpoints")
+    parser.add_argument("--config", type=Path, default=REPO_ROOT / "configs" / "mini-sd.yaml", help="what to train, and how")
+    parser.add_argument("--save_path", type=Path, default=REPO_ROOT / "models" / "own-mini-sd", help="the model")
+    parser.add_argument("--work_path", type=Path, default=REPO_ROOT / "models" / "mini-sd-training", help="checkpoints")
     args = parser.parse_args()
-    config = read_settings(args.config)
+    config = read_model_config(args.config)
     work = args.work_path
     made = {name: config[name] for name in ("seed", "world", "tokenizer", "text_encoder", "vae", "unet", "scheduler", "train")}
     recipe = {"made_by": "train-mini-sd.py", "base": args.config.stem, "config": OmegaConf.to_container(OmegaConf.create(made))}
-    check_recipe(work, recipe)
-    write_json(work / RECIPE, recipe)
+    check_metadata(work, recipe)
+    write_json(work / METADATA_FILE, recipe)
     fabric = Fabric(accelerator="auto", devices=1, precision=config.train.precision)
     seed_everything(config.seed)
-    older = load(ROOT / "models" / config.train.start, fabric.device) if "start" in config.train else None
+    older = load_model(REPO_ROOT / "models" / config.train.start, fabric.device) if "start" in config.train else None
 
     world = config.world
-    pictures, captions = train.stored_world(work / "world.npz", world.pictures, config.seed, world.shares)
+    pictures, captions = train.stored_world(work / "world.npz", world.needs_images, config.seed, world.shares)
     if older:
         vae = older.vae
     else:
@@ -70,9 +71,9 @@ def main() -> None:
     average = train.new_average(denoiser, config).to(fabric.device)
     show(train.train_denoiser(fabric, config, denoiser, average, latents, tokens, work / "denoiser.ckpt"),
          config.train.denoiser.steps, "denoiser")
-    with atomic_folder(args.save_path) as partial:
+    with atomic_write_dir(args.save_path) as partial:
         train.assemble(config, vae, average.module, tokenizer, partial)
-        write_json(partial / RECIPE, recipe)
+        write_json(partial / METADATA_FILE, recipe)
     print(f"saved {args.save_path}")
 
 

@@ -1,28 +1,29 @@
-"""Which concept a picture shows: ResNet18 over a category's concepts, class 0 the blank one, and accuracies."""
+"""TODO metrics.classify."""
 
 from __future__ import annotations
 
-import logging
-import pickle
 from collections.abc import Sequence
+import logging
 from pathlib import Path
-
+import pickle
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import nn
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
 from torchvision.models import resnet18, resnet50
 from torchvision.transforms import v2
+from ldm.io.images import image_to_tensor, is_image, open_image
+from ldm.io.paths import REPO_ROOT
+from ldm.io.tensors import load_tensors, save_tensors
 
-from ldm.checkpoint import load_tensors, save_tensors
-from ldm.concepts import ROOT
-from ldm.images import is_image, open_image, to_tensor
 
-KIND = "classifier"
-IMAGENET = (491, 497, 571, 0, 569, 217, 574, 701, 566)  # the paper's ImageNet classes of the nine objects, in order
+CLASSIFIER_FILE_TYPE = "classifier"
+
+
+IMAGENET_CLASSES = (491, 497, 571, 0, 569, 217, 574, 701, 566)  # the paper's ImageNet classes of the nine objects, in order
 
 
 class Classifier(pl.LightningModule):
@@ -52,7 +53,7 @@ class Classifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
 
-def _folder(path: Path, classes: Sequence[str], transform: v2.Transform) -> ImageFolder:
+def _image_folder(path: Path, classes: Sequence[str], transform: v2.Transform) -> ImageFolder:
     """An ImageFolder whose classes are 0..n in order of number. Raises ValueError when one is missing or too many."""
     lacking = [name for name in classes if not any(map(is_image, (path / name).glob("*")))]
     foreign = [part.name for part in path.glob("*") if part.is_dir() and part.name not in classes]
@@ -90,9 +91,9 @@ def train_classifier(data: Path, names: Sequence[str], size: int, epochs: int, b
     see = [v2.Resize(size), v2.CenterCrop(size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
            v2.Normalize([0.5] * 3, [0.5] * 3)]
     classes = [str(k) for k in range(len(names))]
-    pictures = _folder(data / "train", classes, v2.Compose(fit))
+    pictures = _image_folder(data / "train", classes, v2.Compose(fit))
     train = DataLoader(pictures, min(batch, len(pictures)), shuffle=True, drop_last=True)
-    held_out = DataLoader(_folder(data / "eval", classes, v2.Compose(see)), batch)
+    held_out = DataLoader(_image_folder(data / "eval", classes, v2.Compose(see)), batch)
     network = resnet18()
     if weights is not None:
         _load_torchvision(network, weights)
@@ -109,17 +110,17 @@ def save_classifier(classifier: Classifier, path: Path, recipe: dict) -> None:
     """Write the network in fp16 with its classes and input size."""
     tensors = {name: value.half() if value.is_floating_point() else value
                for name, value in classifier.network.state_dict().items()}
-    save_tensors(path, tensors, KIND, recipe | {"size": classifier.size})
+    save_tensors(path, tensors, CLASSIFIER_FILE_TYPE, recipe | {"size": classifier.size})
 
 
 def classifier_path(category: str) -> Path:
     """Where the committed classifier of the embedded model's world is."""
-    return ROOT / "models" / "classifiers" / f"{category}.safetensors"
+    return REPO_ROOT / "models" / "classifiers" / f"{category}.safetensors"
 
 
 def load_classifier(path: Path, device: torch.device, hint: str = "") -> tuple[Classifier, dict]:
     """A saved classifier and its recipe (with `classes`). Raises ValueError when the file is missing or foreign."""
-    tensors, recipe = load_tensors(path, KIND, hint)
+    tensors, recipe = load_tensors(path, CLASSIFIER_FILE_TYPE, hint)
     try:
         network = resnet18(num_classes=len(recipe["classes"]))
         network.load_state_dict({name: value.float() if value.is_floating_point() else value
@@ -134,7 +135,7 @@ def predict(classifier: Classifier, paths: Sequence[Path], batch: int = 64) -> t
     """The most likely class of each image, (N,) on the CPU."""
     found = []
     for start in range(0, len(paths), batch):
-        images = [to_tensor(open_image(path, classifier.size)) for path in paths[start:start + batch]]
+        images = [image_to_tensor(open_image(path, classifier.size)) for path in paths[start:start + batch]]
         found.append(classifier(torch.stack(images).to(classifier.device)).argmax(1).cpu())
     return torch.cat(found)
 
@@ -147,7 +148,7 @@ class ImageNetObjects(Classifier):
         _load_torchvision(network, weights)
         super().__init__(network.eval(), 1000, 224)
         ids = torch.zeros(1000, dtype=torch.long)
-        ids[list(IMAGENET)] = torch.arange(1, 10)
+        ids[list(IMAGENET_CLASSES)] = torch.arange(1, 10)
         self.register_buffer("concept", ids)  # ImageNet class -> class 1..9, everything else 0
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))

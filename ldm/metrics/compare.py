@@ -1,22 +1,21 @@
-"""Two folders of images from the same prompts and seeds, before and after an erasure: one row per concept."""
+"""TODO metrics.compare."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
+from pathlib import Path
 import torch
-
-from ldm.concepts import concept_in, get_concept
-from ldm.images import case_number, list_images, read_cases
-from ldm.metrics import frechet
+from ldm.TODO.ldm.metrics import frechet
+from ldm.config.concepts import get_concept, match_concept
+from ldm.io.images import list_images, parse_case_number
+from ldm.io.prompts import read_prompt_csv
 from ldm.metrics.classify import Classifier, predict
-from ldm.metrics.perceptual import distances, mean_psnr
+from ldm.metrics.lpips import mean_psnr, pairwise_metrics
 
 
-def by_name(folder: Path) -> dict[str, Path]:
+def _index_by_name(folder: Path) -> dict[str, Path]:
     """The images below `folder`, in class folders or not, by file name. Raises ValueError when two have the same name."""
     images = list_images(folder, "make it with python eval-scripts/generate-images-merge.py")
     named = {path.name: path for path in images}
@@ -27,9 +26,9 @@ def by_name(folder: Path) -> dict[str, Path]:
     return named
 
 
-def pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
+def match_images(before: Path, after: Path) -> list[tuple[Path, Path]]:
     """Images of the same name in two folders. Raises ValueError when either has one that the other lacks."""
-    first, second = by_name(before), by_name(after)
+    first, second = _index_by_name(before), _index_by_name(after)
     alone = set(first) ^ set(second)
     if alone:
         name = min(alone)
@@ -38,23 +37,23 @@ def pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
     return [(first[name], second[name]) for name in first]
 
 
-def prompts_of(paths: Sequence[Path], prompts: Path) -> list[str]:
+def image_prompts(paths: Sequence[Path], prompts: Path) -> list[str]:
     """The prompt of each image, by the case number in its name. Raises ValueError when `prompts` lacks a case."""
-    known = {case.number: case.prompt for case in read_cases(prompts)}
-    foreign = [path for path in paths if case_number(path) not in known]
+    known = {case.number: case.prompt for case in read_prompt_csv(prompts)}
+    foreign = [path for path in paths if parse_case_number(path) not in known]
     if foreign:
-        raise ValueError(f"{prompts} has no case {case_number(foreign[0])}, which {foreign[0]} shows: "
+        raise ValueError(f"{prompts} has no case {parse_case_number(foreign[0])}, which {foreign[0]} shows: "
                          "pass the list that the images were made from to --prompts_path")
-    return [known[case_number(path)] for path in paths]
+    return [known[parse_case_number(path)] for path in paths]
 
 
-def shown_by(folder: Path, paths: Sequence[Path]) -> list[str]:
+def image_labels(folder: Path, paths: Sequence[Path]) -> list[str]:
     """What each image of `folder` shows: its prompt where `prompts.csv` is there, else the name of its class folder."""
     prompts = folder / "prompts.csv"
-    return prompts_of(paths, prompts) if prompts.is_file() else [path.parent.name for path in paths]
+    return image_prompts(paths, prompts) if prompts.is_file() else [path.parent.name for path in paths]
 
 
-def by_concept(folder: Path, category: str, prompts: Path | None = None) -> dict[int, list[Path]]:
+def group_by_concept(folder: Path, category: str, prompts: Path | None = None) -> dict[int, list[Path]]:
     """Images by concept index: from the prompts of their cases, or, where there is no prompt list, from class folders
     0, 1, ...
 
@@ -64,7 +63,7 @@ def by_concept(folder: Path, category: str, prompts: Path | None = None) -> dict
     images = list_images(folder, "make it with python eval-scripts/generate-images-merge.py")
     prompts = prompts or folder / "prompts.csv"
     if prompts.is_file() or not any(path.parent.name.isdigit() for path in images):
-        indexes = [_index(category, prompt) for prompt in prompts_of(images, prompts)]
+        indexes = [_index(category, prompt) for prompt in image_prompts(images, prompts)]
     else:
         indexes = [int(path.parent.name) if path.parent.name.isdigit() else None for path in images]
     groups: dict[int, list[Path]] = {}
@@ -77,7 +76,7 @@ def by_concept(folder: Path, category: str, prompts: Path | None = None) -> dict
 
 
 def _index(category: str, prompt: str) -> int | None:
-    concept = concept_in(category, prompt)
+    concept = match_concept(category, prompt)
     return None if concept is None or concept.watermark else concept.index
 
 
@@ -103,9 +102,9 @@ def compare(before: Path, after: Path, prompts: Path, category: str, classifier:
 
     `prompts` is the prompt list of both. Prompts of no concept of `category`, such as watermarks, have no accuracy.
     """
-    matched = pairs(before, after)
-    measured = distances([a for a, _ in matched], [b for _, b in matched], device)
-    table = pd.DataFrame({"prompt": prompts_of([b for _, b in matched], prompts),
+    matched = match_images(before, after)
+    measured = pairwise_metrics([a for a, _ in matched], [b for _, b in matched], device)
+    table = pd.DataFrame({"prompt": image_prompts([b for _, b in matched], prompts),
                           **{name: values.numpy() for name, values in measured.items()}})
     result = table.groupby("prompt", sort=False).agg(
         images=("lpips", "size"), lpips=("lpips", "mean"), largest_pixel=("pixel", "max"), psnr=("psnr", mean_psnr))
@@ -132,18 +131,5 @@ def accuracy_table(classifier: Classifier, folder: Path, category: str, prompts:
     """One row per concept with images in `folder`: how many, and the share (in per cent) taken for that concept."""
     rows = [{"concept": get_concept(category, index).name, "images": len(paths),
              "accuracy": 100 * (predict(classifier, paths) == index + 1).float().mean().item()}
-            for index, paths in by_concept(folder, category, prompts).items()]
+            for index, paths in group_by_concept(folder, category, prompts).items()]
     return pd.DataFrame(rows)
-
-
-def cell(value) -> str:
-    """What stands in a table for a value: numbers with few digits, nothing for NaN."""
-    if isinstance(value, float):
-        return "" if value != value else f"{value:.4g}"
-    return str(value)
-
-
-def to_markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown."""
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
-    return "\n".join(lines + ["| " + " | ".join(map(cell, row)) + " |" for row in table.itertuples(index=False)])

@@ -1,24 +1,19 @@
-"""The Frechet distance between the features of two sets of pictures (Heusel et al., arXiv 1706.08500).
-
-With Inception's weights it is FID; without them the features are those of LPIPS' AlexNet, and it is never called FID.
-"""
+"""TODO metrics.frechet."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-
+import pickle
 import torch
 from torch import nn
 from torchmetrics.image.fid import NoTrainInceptionV3
+from ldm.io.images import load_batch
+from ldm.metrics.lpips import alexnet_features
 
-from ldm.images import load_batch
-from ldm.metrics.perceptual import layers
 
-
-def column(inception: Path | None) -> str:
+def distance_column(inception: Path | None) -> str:
     """What a table calls the distance."""
     return "fid" if inception else "fd_alexnet"
 
@@ -34,7 +29,7 @@ def _inception(weights: Path, device: torch.device) -> nn.Module:
 
 
 @torch.no_grad()
-def features(paths: Sequence[Path], device: torch.device, inception: Path | None = None, batch: int = 64) -> torch.Tensor:
+def extract_features(paths: Sequence[Path], device: torch.device, inception: Path | None = None, batch: int = 64) -> torch.Tensor:
     """One row per picture, float64 on the CPU: Inception's pooled 2048, else AlexNet's last convolution, pooled, 256.
 
     Raises ValueError when `inception` is no file of FID's Inception.
@@ -45,11 +40,11 @@ def features(paths: Sequence[Path], device: torch.device, inception: Path | None
         if network:
             found.append(network(((images + 1) * 127.5).round().to(torch.uint8)))
         else:
-            found.append(layers(images)[-1].mean((2, 3)))
+            found.append(alexnet_features(images)[-1].mean((2, 3)))
     return torch.cat(found).double().cpu()
 
 
-def frechet(first: torch.Tensor, second: torch.Tensor) -> float:
+def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` of two sets of features (N, F) and (M, F); NaN for fewer than two.
 
     With A and B the centred features over sqrt(N - 1) and sqrt(M - 1), C1 = A^T A and C2 = B^T B, so that the eigenvalues

@@ -1,23 +1,24 @@
-"""Exposed body parts in pictures, by NudeNet's detector, which brings its own weights (ONNX)."""
+"""TODO metrics.nudity."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
-from pathlib import Path
-
+from nudenet import NudeDetector
 import numpy as np
 import pandas as pd
-from nudenet import NudeDetector
+from pathlib import Path
 from tqdm import tqdm
+from ldm.io.images import list_images, open_image
 
-from ldm.images import list_images, open_image
 
-LEAST = 0.25  # the detector drops what scores less
-EXPOSED = ("ANUS_EXPOSED", "ARMPITS_EXPOSED", "BELLY_EXPOSED", "BUTTOCKS_EXPOSED", "FEET_EXPOSED", "FEMALE_BREAST_EXPOSED",
+MIN_SCORE = 0.25  # the detector drops what scores less
+
+
+EXPOSED_CLASSES = ("ANUS_EXPOSED", "ARMPITS_EXPOSED", "BELLY_EXPOSED", "BUTTOCKS_EXPOSED", "FEET_EXPOSED", "FEMALE_BREAST_EXPOSED",
            "FEMALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED", "MALE_GENITALIA_EXPOSED")
 
 
-def detector() -> str:
+def detector_name() -> str:
     """The detector's name and version."""
     return f"nudenet {version('nudenet')}"
 
@@ -37,4 +38,4 @@ def detect(folder: Path) -> tuple[pd.DataFrame, int]:
 def count(detections: pd.DataFrame, threshold: float) -> dict[str, int]:
     """How many detections of each exposed class score at least `threshold`."""
     counted = detections[detections.score >= threshold]["class"].value_counts()
-    return {name: int(counted.get(name, 0)) for name in EXPOSED}
+    return {name: int(counted.get(name, 0)) for name in EXPOSED_CLASSES}

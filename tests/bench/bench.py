@@ -29,19 +29,23 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from ldm import cli
-from ldm.attention import kv_layers
-from ldm.concepts import ROOT, Concept, erasable, get_concept, watermarks
-from ldm.images import Case, to_tensor
-from ldm.latents import noisy
-from ldm.losses import JointErasure, SeparableErasure
+from ldm.diffusion.text_layers import text_layers
+from ldm.config.concepts import Concept, erasable_concepts, get_concept, watermark_prompts
+from ldm.io.paths import REPO_ROOT
+from ldm.io.images import image_to_tensor
+from ldm.io.prompts import PromptCase
+from ldm.diffusion.latents import noised_batches
+from ldm.erasure.losses import JointSRSMELoss, SRSMELoss
 from ldm.metrics.classify import classifier_path, load_classifier
-from ldm.model import load, settings
-from ldm.null_space import NullSpaceBasis, null_space, without_each
-from ldm.sampling import denoise, first_noise, generate
-from ldm.shift import SeparableShift, WeightShift, added_to, applied
-from ldm.training import MomentumStop, erase
+from ldm.config.models import load_model_config
+from ldm.diffusion.load import load_model
+from ldm.erasure.null_space import NullSpaceBasis, leave_one_out_factors, null_space
+from ldm.diffusion.sampling import generate, initial_noise, sample_latents
+from ldm.erasure.merge import applied, merged_weight
+from ldm.erasure.shift import SeparableShift, WeightShift
+from ldm.erasure.training import MomentumStopping, training_loop
 
-MODEL = ROOT / "models" / "mini-sd"
+MODEL = REPO_ROOT / "models" / "mini-sd"
 
 
 def seconds(*runs, repeat: int = 5) -> list[float]:
@@ -78,20 +82,20 @@ def peak(run) -> int:
 
 def joint_memory(model, layers, basis, blank) -> None:
     def losses(*prompts):
-        return [SeparableErasure(model, layers, SeparableShift.zeros(layers, basis.vectors, 0.05), model.encode_prompt([prompt]),
+        return [SRSMELoss(model, layers, SeparableShift.zeros(layers, basis.vectors, 0.05), model.encode_prompt([prompt]),
                                  blank, 1e-6) for prompt in prompts]
 
     def steps(build, batches):
         def run():
             loss = build()  # within, so that its coefficients count
-            for _ in itertools.islice(erase(loss, loss.parameters(), batches, 0.01), 3):
+            for _ in itertools.islice(training_loop(loss, loss.parameters(), batches, 0.01), 3):
                 pass
         return run
 
     pictures = torch.randn(4, *model.latent_shape)
-    together = (tuple(zip(*parts)) for parts in zip(*(noisy(model, pictures, 4, seed) for seed in range(3))))
-    one = peak(steps(lambda: losses("VanGogh")[0], noisy(model, pictures, 4, 0)))
-    three = peak(steps(lambda: JointErasure(losses("VanGogh", "Cezanne", "Caravaggio")), together))
+    together = (tuple(zip(*parts)) for parts in zip(*(noised_batches(model, pictures, 4, seed) for seed in range(3))))
+    one = peak(steps(lambda: losses("VanGogh")[0], noised_batches(model, pictures, 4, 0)))
+    three = peak(steps(lambda: JointSRSMELoss(losses("VanGogh", "Cezanne", "Caravaggio")), together))
     print(f"joint memory: {three / 2**20:.1f} MiB, {three / one:.2f} times one concept's ({one / 2**20:.1f} MiB)", flush=True)
 
 
@@ -132,15 +136,15 @@ def step(model, layers) -> None:
     concept, blank = model.encode_prompt(["VanGogh"]), model.encode_prompt([""])
     protected = ["", "watermark SRS-ME", "CCS 2024", "Picasso"]
     basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, 5e-4, "svd", {})
-    given = settings(model.base).erasure["SRS-ME"]
-    loss = SeparableErasure.of(model, get_concept("style", 1), given, basis)
+    given = load_model_config(model.base).erasure["SRS-ME"]
+    loss = SRSMELoss.of(model, get_concept("style", 1), given, basis)
     frozen = copy.deepcopy(model.unet)
-    full = SeparableErasure(model, layers, SeparableShift.zeros(layers, basis.vectors, 0.05), concept, blank, 1e-6)
-    full.lifted = 1.0  # its own call alone lifts gradients
+    full = SRSMELoss(model, layers, SeparableShift.zeros(layers, basis.vectors, 0.05), concept, blank, 1e-6)
+    full.grad_scale = 1.0  # its own call alone lifts gradients
     own_adam, adam = torch.optim.Adam(loss.parameters(), given.lr), torch.optim.Adam(full.parameters(), given.lr)
 
     for size in (1, 4):
-        latents, when = next(noisy(model, torch.randn(size, *model.latent_shape), size, 0))
+        latents, when = next(noised_batches(model, torch.randn(size, *model.latent_shape), size, 0))
 
         def ours():
             own_adam.zero_grad()
@@ -173,28 +177,28 @@ def step(model, layers) -> None:
 
 def accuracies(model, shifts: list[WeightShift], category: str, said: list[tuple[Concept, str]]) -> list[int]:
     """How many of 20 pictures of each prompt show its concept, in per cent, with the shifts merged."""
-    cases = [Case(prompt, seed, 20 * k + seed) for k, (_, prompt) in enumerate(said) for seed in range(20)]
+    cases = [PromptCase(prompt, seed, 20 * k + seed) for k, (_, prompt) in enumerate(said) for seed in range(20)]
     with applied(model.unet, shifts):
         drawn = list(generate(model, [(case, 0) for case in cases], 20, 1.5, 60))
     classifier, _ = load_classifier(classifier_path(category), model.device)
-    found = classifier(torch.stack([to_tensor(image) for _, _, image in drawn])).argmax(1).view(-1, 20)
+    found = classifier(torch.stack([image_to_tensor(image) for _, _, image in drawn])).argmax(1).view(-1, 20)
     return [round(100 * (row == concept.index + 1).float().mean().item()) for (concept, _), row in zip(said, found)]
 
 
 def eighteen(model) -> None:
-    given = settings(model.base)
-    concepts = [(category, concept) for category in ("style", "object") for concept in erasable(category)]
-    fixed, names = ["", *watermarks()], [concept.prompt for _, concept in concepts]
+    given = load_model_config(model.base)
+    concepts = [(category, concept) for category in ("style", "object") for concept in erasable_concepts(category)]
+    fixed, names = ["", *watermark_prompts()], [concept.prompt for _, concept in concepts]
 
     def erased() -> list[WeightShift]:
         embeddings = dict(zip([*fixed, *names], model.encode_prompt([*fixed, *names])))
-        rows = without_each([embeddings[name] for name in names], torch.cat([embeddings[prompt] for prompt in fixed]))
+        rows = leave_one_out_factors([embeddings[name] for name in names], torch.cat([embeddings[prompt] for prompt in fixed]))
         shifts = []
         for (_, concept), triangle in zip(concepts, rows):
             protected = [prompt for prompt in embeddings if prompt != concept.prompt]
             basis = NullSpaceBasis.solve([embeddings[prompt] for prompt in protected], protected, given.solution.tolerance, "svd", {},
                                          triangle)
-            shifts.append(SeparableErasure.of(model, concept, given.erasure["SRS-ME"], basis).shift())
+            shifts.append(SRSMELoss.of(model, concept, given.erasure["SRS-ME"], basis).shift())
         return shifts
 
     start = time.perf_counter()
@@ -213,28 +217,28 @@ def eighteen(model) -> None:
 
 
 def erasures(model) -> None:
-    given, concepts = settings(model.base), [get_concept("style", index) for index in range(3)]
-    names, blank = [concept.prompt for concept in concepts], model.encode_blank()
+    given, concepts = load_model_config(model.base), [get_concept("style", index) for index in range(3)]
+    names, blank = [concept.prompt for concept in concepts], model.encode_uncond()
     bases, pictures = {}, {}
     for concept in concepts:
         protected = ["", "watermark SRS-ME", "CCS 2024", *(name for name in names if name != concept.prompt)]
         bases[concept] = NullSpaceBasis.solve(model.encode_prompt(protected), protected, given.solution.tolerance, "svd", {})
-        noise = torch.cat([first_noise(model, 10_000 + seed, 1) for seed in range(32)])
-        pictures[concept] = denoise(model, noise, model.encode_prompt([concept.prompt]).expand(32, -1, -1), blank, 20, 1.5)
+        noise = torch.cat([initial_noise(model, 10_000 + seed, 1) for seed in range(32)])
+        pictures[concept] = sample_latents(model, noise, model.encode_prompt([concept.prompt]).expand(32, -1, -1), blank, 20, 1.5)
 
     def erased(init: str, steps: int) -> tuple[float, list[WeightShift]]:
         start, shifts = time.perf_counter(), []
         for concept in concepts:
             own = given.erasure["SRS-ME"] | {"init": init, "iter_break": steps}
-            loss, stop = SeparableErasure.of(model, concept, own, bases[concept]), MomentumStop(own.threshold)
-            batches = noisy(model, pictures[concept], own.batch_size, 0)
-            for done in itertools.islice(erase(loss, loss.parameters(), batches, own.lr), steps):
+            loss, stop = SRSMELoss.of(model, concept, own, bases[concept]), MomentumStopping(own.threshold)
+            batches = noised_batches(model, pictures[concept], own.batch_size, 0)
+            for done in itertools.islice(training_loop(loss, loss.parameters(), batches, own.lr), steps):
                 if stop.update(done):
                     break
             shifts.append(loss.shift())
         return time.perf_counter() - start, shifts
 
-    styles = [(concept, concept.prompt) for concept in erasable("style")]
+    styles = [(concept, concept.prompt) for concept in erasable_concepts("style")]
     before = accuracies(model, [], "style", styles)
     erased("closed-form", 0)  # to warm up: the vocabulary is encoded once for a model
     times = {}
@@ -247,15 +251,15 @@ def erasures(model) -> None:
 
 
 def generation(model) -> None:
-    cases = [Case("VanGogh", seed, seed) for seed in range(64)]
+    cases = [PromptCase("VanGogh", seed, seed) for seed in range(64)]
     pipeline = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, dtype=torch.float32).to(model.device)
     pipeline.set_progress_bar_config(disable=True)
-    noise = torch.cat([first_noise(model, case.seed, 1) for case in cases])
+    noise = torch.cat([initial_noise(model, case.seed, 1) for case in cases])
 
     def ours():
         return list(generate(model, [(case, 0) for case in cases], 20, 4.0, 64))
 
-    shift = SeparableShift.zeros(kv_layers(model.unet), torch.eye(model.width)[:3], 1.0)
+    shift = SeparableShift.zeros(text_layers(model.unet), torch.eye(model.width)[:3], 1.0)
 
     def merged():
         with applied(model.unet, [shift]):
@@ -279,7 +283,7 @@ def many(number: int = 100) -> None:
     process, times, memory = psutil.Process(), [], []
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        for k, rows in enumerate(without_each(list(own), rest)):
+        for k, rows in enumerate(leave_one_out_factors(list(own), rest)):
             others = torch.cat([prompts[:3 + k], prompts[4 + k:]])
             basis = NullSpaceBasis.solve(others, names[:3 + k] + names[4 + k:], 2e-3, "svd", {}, rows)
             basis.save(Path(folder) / f"basis-{k}.safetensors")
@@ -291,13 +295,13 @@ def many(number: int = 100) -> None:
         each = [later - earlier for earlier, later in zip([0.0, *times], times)]
         print(f"many: {number} concepts at Stable Diffusion v1's size, bases and shifts written: {times[-1]:.1f} s; a concept of the last "
               f"ten {sum(each[-10:]) / sum(each[:10]):.2f} times one of the first ten; memory {memory[-1] / 2**20:.0f} MiB, "
-              f"{memory[-1] / memory[9]:.2f} times that after ten; rank {basis.recipe['rank']} of 768, {len(acting)} directions a shift",
+              f"{memory[-1] / memory[9]:.2f} times that after ten; rank {basis.metadata['rank']} of 768, {len(acting)} directions a shift",
               flush=True)
         before, start = process.memory_info().rss, time.perf_counter()
         shifts = [WeightShift.load(Path(folder) / f"shift-{k}.safetensors") for k in range(number)]
         most = 0
         for name, layer in layers.items():
-            added_to(layer.weight, f"{name}.weight", shifts)
+            merged_weight(layer.weight, f"{name}.weight", shifts)
             most = max(most, process.memory_info().rss - before)
         size = sum(path.stat().st_size for path in Path(folder).glob("shift-*"))
         print(f"  merging them: {time.perf_counter() - start:.1f} s, {most / 2**20:.0f} MiB more, {most / size:.2f} times the shifts' files "
@@ -310,8 +314,8 @@ def main() -> None:
     parser.add_argument("--only", default=None, help="one of null space, step, erasure, eighteen, generation, many, joint memory")
     cli.add_device(parser)
     args = parser.parse_args()
-    model = load(MODEL, cli.parse_devices(args.device)[0])
-    layers = kv_layers(model.unet)
+    model = load_model(MODEL, cli.parse_devices(args.device)[0])
+    layers = text_layers(model.unet)
     protected = ["", "watermark SRS-ME", "CCS 2024", "Picasso"]
     basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, 1e-3, "svd", {})
     parts |= {"step": lambda: step(model, layers), "erasure": lambda: erasures(model), "eighteen": lambda: eighteen(model),

@@ -19,18 +19,18 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm import cli
-from ldm.checkpoint import to_compvis
-from ldm.concepts import ROOT
-from ldm.metrics.compare import to_markdown
-from ldm.model import V1, folder_of, quiet
+from ldm.diffusion.compvis import convert_to_compvis
+from ldm.io.paths import REPO_ROOT
+from ldm.metrics.tables import to_markdown
+from ldm.diffusion.load import DEFAULT_CONFIG, resolve_config_dir, silence_hf_logging
 
-SCRIPTS = ROOT / "train-scripts"
+SCRIPTS = REPO_ROOT / "train-scripts"
 
 
 def make(work: Path) -> None:
     """The diffusers folder WORK/sd and the checkpoint WORK/sd.ckpt, which names a callback as the original does; two pictures."""
     torch.manual_seed(0)
-    configs = folder_of("sd.ckpt", V1)
+    configs = resolve_config_dir("sd.ckpt", DEFAULT_CONFIG)
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_config(AutoencoderKL.load_config(configs / "vae")),
         text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder")),
@@ -38,7 +38,7 @@ def make(work: Path) -> None:
         unet=UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs / "unet")),
         scheduler=PNDMScheduler.from_config(PNDMScheduler.load_config(configs / "scheduler")),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    tensors = to_compvis(pipeline.unet.state_dict(), pipeline.vae.state_dict(), pipeline.text_encoder.state_dict())
+    tensors = convert_to_compvis(pipeline.unet.state_dict(), pipeline.vae.state_dict(), pipeline.text_encoder.state_dict())
     torch.save({"state_dict": tensors, "callbacks": {ModelCheckpoint: {"best_model_path": ""}}}, work / "sd.ckpt")
     for n in range(2):
         (work / "data" / "VanGogh").mkdir(parents=True, exist_ok=True)
@@ -86,13 +86,13 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="an empty folder with 40 GB of room")
     parser.add_argument("--part", choices=("all", "make", "original"), default="all", help="one part alone, in this process")
     args = parser.parse_args()
-    quiet()
+    silence_hf_logging()
     if args.part != "all":
         {"make": make, "original": original}[args.part](args.work)
         return
     args.work.mkdir(parents=True, exist_ok=True)
     rows = [measured("make the model", [__file__, args.work, "--part", "make"])]
-    for name, model in (("folder", ["--model", args.work / "sd"]), ("checkpoint", ["--ckpt_path", args.work / "sd.ckpt", "--config_path", V1])):
+    for name, model in (("folder", ["--model", args.work / "sd"]), ("checkpoint", ["--ckpt_path", args.work / "sd.ckpt", "--config_path", DEFAULT_CONFIG])):
         kept = [*model, "--shifts_path", args.work / "shifts"]
         rows.append(measured(f"{name}: solution", [SCRIPTS / "SRSME_Solution.py", *kept, "--erased_index", "1", "--em_indexes", "2"]))
         choices = ([], ["--gradient_checkpointing"], ["--dtype", "bfloat16"], ["--dtype", "bfloat16", "--gradient_checkpointing"])

@@ -1,0 +1,148 @@
+"""TODO config.concepts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from omegaconf import OmegaConf
+import re
+from ldm.io.paths import REPO_ROOT
+
+
+CATEGORIES = ("style", "object", "similar", "nudity", "logo")
+
+
+STATUSES = ("erased", "restored", "regular", "protected")
+
+
+INDEX_RANGE_RE = re.compile(r"(\d+)(?:-(\d+))?")  # an index, or a first and a last one
+
+
+EMPTY_PROMPT_LABEL = "(blank)"  # what tables and pictures call the blank prompt
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One concept: `index` in its category, `prompt` (its bare name), other spellings, caption templates with `{}`.
+
+    `held_out` are templates that the embedded model's captions never use. `anchor` is the first template without the
+    concept, to which some methods pull it.
+    """
+
+    index: int
+    name: str
+    prompt: str
+    aliases: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    anchor: str = ""
+    watermark: bool = False
+
+    @property
+    def captions(self) -> list[str]:
+        """Each template with the concept in it; without templates, the bare name."""
+        return [template.format(self.prompt) for template in self.templates] or [self.prompt]
+
+
+def said(concept: Concept, templates: int) -> list[str]:
+    """A concept's bare name and its first `templates` captions, once each."""
+    return list(dict.fromkeys([concept.prompt, *concept.captions[:templates]]))
+
+
+@cache
+def _load_config():
+    return OmegaConf.merge(*(OmegaConf.load(REPO_ROOT / "configs" / name) for name in ("concepts.yaml", "many.yaml")))
+
+
+@cache
+def load_concepts(category: str) -> tuple[Concept, ...]:
+    """All concepts of `category` in order of index, the watermark prompts after them.
+
+    Raises ValueError for an unknown category.
+    """
+    if category not in CATEGORIES:
+        raise ValueError(f"unknown category '{category}': choose one of {', '.join(CATEGORIES)}")
+    group = _load_config().categories[category]
+    concepts = [Concept(index, entry.name, entry.get("prompt", entry.name), tuple(entry.get("aliases", ())),
+                        tuple(group.templates), tuple(group.held_out), group.anchor)
+                for index, entry in enumerate(group.concepts)]
+    marks = [Concept(len(concepts) + k, text, text, watermark=True) for k, text in enumerate(_load_config().watermarks)]
+    return tuple(concepts + marks)
+
+
+def erasable_concepts(category: str) -> tuple[Concept, ...]:
+    """The concepts of `category` without the watermark prompts."""
+    return tuple(concept for concept in load_concepts(category) if not concept.watermark)
+
+
+def watermark_prompts() -> tuple[str, ...]:
+    """The prompts whose pictures prove ownership; every shift leaves them untouched."""
+    return tuple(_load_config().watermarks)
+
+
+def _format_choices(category: str) -> str:
+    return ", ".join(f"{concept.index} {concept.name}" for concept in load_concepts(category))
+
+
+def get_concept(category: str, index: int) -> Concept:
+    """The concept with that index. Raises ValueError, listing all names, when there is none."""
+    concepts = load_concepts(category)
+    if not 0 <= index < len(concepts):
+        raise ValueError(f"no {category} concept has index {index}: choose from {_format_choices(category)}")
+    return concepts[index]
+
+
+def find_by_name(category: str, text: str) -> Concept | None:
+    """The concept whose name, prompt or alias is `text`, upper and lower case alike; None when there is none."""
+    wanted = text.strip().lower()
+    for concept in load_concepts(category):
+        if wanted in {spelling.lower() for spelling in (concept.name, concept.prompt, *concept.aliases)}:
+            return concept
+    return None
+
+
+def match_concept(category: str, prompt: str) -> Concept | None:
+    """The concept that a prompt names: all of the prompt, or the longest spelling within it; None when there is none."""
+    inside = [(len(spelling), -concept.index, concept) for concept in erasable_concepts(category)
+              for spelling in (concept.prompt, concept.name, *concept.aliases) if spelling.lower() in prompt.lower()]
+    return find_by_name(category, prompt) or (max(inside)[2] if inside else None)
+
+
+def concept_status(category: str, prompt: str, erased: Collection[int], restored: Collection[int] = (),
+           protected: Collection[int] = ()) -> str:
+    """What a prompt's concept is, given the indexes of those: erased, restored, protected (as the watermarks and the blank
+    prompt always are), or regular."""
+    concept = match_concept(category, prompt)
+    if concept is None or concept.watermark:
+        return "protected"
+    kinds = {"erased": erased, "restored": restored, "protected": protected}
+    return next((kind for kind, indexes in kinds.items() if concept.index in indexes), "regular")
+
+
+def parse_indexes(text: str, category: str) -> list[int]:
+    """'0,1,4-6' -> [0, 1, 4, 5, 6], each checked against `category`; '' -> []. Raises ValueError on anything else."""
+    indexes = []
+    for piece in filter(None, (piece.strip() for piece in text.split(","))):
+        span = INDEX_RANGE_RE.fullmatch(piece)
+        if not span:
+            raise ValueError(f"'{piece}' is not a concept index: give numbers such as 0,1,2 or 0-8 from {_format_choices(category)}")
+        first, last = int(span[1]), int(span[2] or span[1])
+        if last < first:
+            raise ValueError(f"'{piece}' counts backwards: write {last}-{first}")
+        for end in (first, last):  # before a range of billions is made
+            get_concept(category, end)
+        indexes += range(first, last + 1)
+    return list(dict.fromkeys(indexes))
+
+
+def parse_erase_targets(text: str, category: str) -> list[Concept]:
+    """The concepts to erase, by `parse_indexes`. Raises ValueError for none at all, and for a watermark."""
+    concepts = [get_concept(category, index) for index in parse_indexes(text, category)]
+    if not concepts:
+        raise ValueError(f"no concept to erase: give indexes such as 0,1,2 from {_format_choices(category)}")
+    for concept in concepts:
+        if concept.watermark:
+            raise ValueError(f"{concept.index} {concept.name} is a watermark, which every shift protects: "
+                             f"erase one of {erasable_concepts(category)[0].index} to {erasable_concepts(category)[-1].index}")
+    return concepts

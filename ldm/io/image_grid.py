@@ -1,0 +1,37 @@
+"""TODO io.image_grid."""
+
+from __future__ import annotations
+
+from PIL import Image, ImageDraw, ImageFont
+from collections.abc import Sequence
+
+
+def image_grid(rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]], columns: Sequence[str], zoom: int = 1,
+          frames: Sequence[Sequence[str | None]] = ()) -> Image.Image:
+    """A labelled picture sheet: each row is a label and, for every column, a few images side by side.
+
+    A column's title may have several lines, of which the last decides how wide the column must be: those above may stand
+    over its neighbours too. `frames` may give the colour of a frame for each cell.
+    """
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    width, height = (side * zoom for side in rows[0][1][0][0].size)
+    gap, left = 6, 20 + max(int(small.getlength(label)) for label, _ in rows)
+    top = 11 + 19 * max(title.count("\n") + 1 for title in columns)
+    lengths = [max(len(cells[k]) for _, cells in rows) * width for k in range(len(columns))]
+    steps = [max(length, int(font.getlength(title.split("\n")[-1]))) for length, title in zip(lengths, columns)]
+    starts = [left + sum(steps[:k]) + gap * 3 * k for k in range(len(columns))]
+    canvas = Image.new("RGB", (starts[-1] + steps[-1] + gap, top + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for start, title in zip(starts, columns):
+        for n, line in enumerate(reversed(title.split("\n"))):
+            draw.text((start, top - 22 - 19 * n), line, fill="black", font=font)
+    for k, (label, cells) in enumerate(rows):
+        y = top + k * (height + gap)
+        draw.text((8, y + height // 2), label, fill="black", font=small, anchor="lm")
+        for column, (start, images) in enumerate(zip(starts, cells)):
+            for n, image in enumerate(images):
+                canvas.paste(image.resize((width, height), Image.Resampling.NEAREST), (start + n * width, y))
+            if frames and frames[k][column]:
+                box = (start - 3, y - 3, start + len(images) * width + 2, y + height + 2)
+                draw.rectangle(box, outline=frames[k][column], width=3)
+    return canvas

@@ -1,0 +1,80 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm.io.files import file_digest
+from ldm.io.pickles import load_numpy_pickle
+from ldm.io.tensors import load_tensors, read_metadata, save_tensors, tensor_digest
+
+
+def test_tensors_and_recipe_come_back(tmp_path):
+    value = torch.randn(3, 4, dtype=torch.float64)
+    save_tensors(tmp_path / "a.safetensors", {"x": value}, "thing", {"why": [1, "é"]})
+    tensors, recipe = load_tensors(tmp_path / "a.safetensors", "thing")
+    assert torch.equal(tensors["x"], value) and recipe == {"why": [1, "é"]}
+
+
+def test_the_same_content_is_the_same_bytes(tmp_path):
+    for n in range(12):  # safetensors writes several header entries in random order
+        save_tensors(tmp_path / str(n), {"x": torch.ones(2)}, "thing", {"b": 1, "a": 2})
+    assert len({(tmp_path / str(n)).read_bytes() for n in range(12)}) == 1
+
+
+def test_foreign_damaged_and_nan_files_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ValueError, match="no thing .*: do this"):
+        load_tensors(path, "thing", "do this")
+    save_file({"x": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="is not a thing but a foreign file"):
+        load_tensors(path, "thing")
+    save_tensors(path, {"x": torch.tensor([float("nan")])}, "thing", {})
+    with pytest.raises(ValueError, match="x holds NaN"):
+        load_tensors(path, "thing")
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="damaged"):
+        load_tensors(path, "thing")
+    assert read_metadata(path, "thing") == {}
+
+
+def test_a_model_and_its_half_precision_copy_are_one_base():
+    weights = {"a": torch.randn(5, 5)}
+    assert tensor_digest(weights) == tensor_digest({"a": weights["a"].half()})
+    assert tensor_digest(weights) != tensor_digest({"a": weights["a"] + 0.01})
+    assert tensor_digest(weights) != tensor_digest({"b": weights["a"]})
+
+
+def test_a_folders_digest_sees_names_and_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"1")
+    first = file_digest(tmp_path)
+    (tmp_path / "a").write_bytes(b"2")
+    second = file_digest(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len({first, second, file_digest(tmp_path)}) == 3
+
+
+class _Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (self.target, "w")
+
+
+def test_a_pickle_is_read_without_running_what_it_asks_for(tmp_path):
+    good, bad, target = tmp_path / "good", tmp_path / "bad", tmp_path / "written"
+    good.write_bytes(pickle.dumps({"a": {"b": np.arange(6.0).reshape(2, 3)}}))
+    assert np.array_equal(load_numpy_pickle(good)["a"]["b"], np.arange(6.0).reshape(2, 3))
+    bad.write_bytes(pickle.dumps({"a": _Hostile(str(target))}))
+    with pytest.raises(ValueError, match="open"):
+        load_numpy_pickle(bad)
+    assert not target.exists()
+
+
+def test_tensors_are_read_when_they_are_asked_for(tmp_path):
+    save_tensors(tmp_path / "x.safetensors", {"w.a": torch.ones(2), "w.b": torch.zeros(3), "c": torch.ones(1)}, "thing", {})
+    tensors, _ = load_tensors(tmp_path / "x.safetensors", "thing")
+    under = tensors.with_prefix("w.")
+    assert list(under) == ["a", "b"] and torch.equal(under["b"], torch.zeros(3)) and under["a"] is not under["a"]
