@@ -3,30 +3,29 @@
 The images are in class folders 0, 1, ... (train-scripts/move_image.py sorts them), or in one folder with prompts.csv.
 """
 
-from pathlib import Path
-
-from ldm import cli
-from ldm.io.paths import REPO_ROOT
-from ldm.metrics.classify import classifier_path, load_classifier
-from ldm.metrics.compare import accuracy_table
-from ldm.metrics.tables import to_markdown
+from ldm.cli import arguments
+from ldm.cli.run import run
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    cli.add_category(parser)
-    parser.add_argument("--path", type=Path, default=REPO_ROOT / "evaluation_folder" / "ori-merge", help="the images")
-    parser.add_argument("--prompts_path", type=Path, default=None, help="their prompt list (default: prompts.csv there)")
-    parser.add_argument("--model_path", type=Path, default=None, help="default: models/classifiers/CATEGORY.safetensors")
-    cli.add_device(parser)
+    parser = arguments.make_parser(__doc__)
+    arguments.add_category(parser)
+    arguments.add_image_dir(parser)
+    arguments.add_image_prompts(parser)
+    arguments.add_classifier(parser)
+    arguments.add_device(parser)
     args = parser.parse_args()
-    path = args.model_path or classifier_path(args.erase_cat)
-    classifier, _ = load_classifier(path, cli.parse_devices(args.device)[0],
-                                    f"train it with python train-scripts/artist-cls-train.py --erase_cat {args.erase_cat}")
-    table = accuracy_table(classifier, args.path, args.erase_cat, args.prompts_path)
+    from ldm.cli.devices import parse_devices
+    from ldm.metrics.classify import classifier_path, load_classifier
+    from ldm.metrics.compare import accuracy_table
+    from ldm.metrics.tables import to_markdown
+
+    path = args.classifier or classifier_path(args.category)
+    classifier, _ = load_classifier(path, parse_devices(args.device)[0])
+    table = accuracy_table(classifier, args.image_dir, args.category, args.prompts_path)
     print(to_markdown(table))
     print(f"mean accuracy {table.accuracy.mean():.2f} %")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,51 +1,67 @@
 """How many concepts fit: what the protected prompts' spectrum leaves free at several tolerances, and what each would cost.
 
-Erases every concept of --erased_index in closed form, each by its own shift that protects all the others, the blank prompt and
-the watermarks, without drawing anything. Writes SAVE_PATH/capacity.csv and .png, and leaks.csv with the leak on every
-protected prompt and held-out template.
+Erases every concept of --erased_index in closed form, each by its own shift that protects all the others, the empty
+prompt and the watermarks, without generating anything. Writes SAVE_PATH/capacity.csv and .png, and leakage.csv with the
+leakage on every protected prompt and held-out template.
 """
 
 from pathlib import Path
 
-from ldm import cli
-from ldm.erasure.capacity import DEFAULT_TOLERANCES, measure_capacity
+from ldm.cli import arguments
+from ldm.cli.run import run
 from ldm.config.concepts import EMPTY_PROMPT_LABEL, parse_erase_targets
+from ldm.config.methods import NullSpaceConfig
 from ldm.io.paths import REPO_ROOT
-from ldm.io.files import atomic_write
-from ldm.metrics.tables import to_markdown
-from ldm.config.models import load_model_config
-from ldm.experiments.plots import plot_spectrum
+
+DEFAULT_TOLERANCES = "1e-07,0.0001,0.0005,0.002,0.005,0.02"
+SPECTRUM_NUMBERS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # of the singular values that are printed, beside the last
+NUM_PROMPTS = 20  # that are printed, those with the largest leakage
+
+
+def leakage_summary(leakage):
+    """Return the rows of the prompts with the largest leakage, with a column for each tolerance."""
+    wide = leakage.pivot(index="prompt", columns="tolerance", values="leakage")
+    largest = wide.max(axis=1).sort_values(ascending=False).index[:NUM_PROMPTS]
+    summary = wide.loc[largest].rename(index={"": EMPTY_PROMPT_LABEL}).reset_index()
+    summary.columns = ["prompts with the largest leakage", *(f"leakage at {tolerance:g}" for tolerance in wide.columns)]
+    return summary
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    cli.add_model(parser)
-    cli.add_category(parser)
-    parser.add_argument("--erased_index", required=True, help="all concepts that will ever be erased, such as 0-8")
-    parser.add_argument("--tolerances", default=",".join(map(str, DEFAULT_TOLERANCES)), help="what counts as zero, relatively")
-    parser.add_argument("--templates", type=cli.from_zero, default=None,
-                        help="caption templates to protect beside each bare name (default: the model's config)")
-    parser.add_argument("--save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / "capacity")
-    cli.add_device(parser)
+    parser = arguments.make_parser(__doc__)
+    arguments.add_model(parser)
+    arguments.add_category(parser)
+    parser.option("erased_index", required=True, help="all concepts that will ever be erased, such as 0-8")
+    parser.option("tolerances", default=DEFAULT_TOLERANCES, help="what counts as zero, relatively")
+    arguments.add_settings(parser, NullSpaceConfig, "protected_templates")
+    parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / "capacity", help="where to write")
+    arguments.add_device(parser)
     args = parser.parse_args()
-    concepts, tolerances = parse_erase_targets(args.erased_index, args.erase_cat), cli.parse_numbers(args.tolerances, "--tolerances", 1)
+    concepts = parse_erase_targets(args.erased_index, args.category)
+    tolerances = arguments.parse_numbers(args.tolerances, "tolerances", 1)
     if not all(0 < tolerance < 1 for tolerance in tolerances):
-        raise ValueError(f"--tolerances {args.tolerances}: give numbers between 0 and 1, such as 1e-7,1e-3")
-    model = cli.load_model(args, cli.parse_devices(args.device)[0])
-    own = load_model_config(model.base)
-    cli.fill(args, own.solution)
-    found = measure_capacity(model, concepts, args.templates, own.solution.always, sorted(tolerances), own.erasure["SRS-ME"])
-    print("spectrum: " + ", ".join(f"{number}: {found.values[number - 1]:.1e}" for number in (1, 2, 5, 10, 20, 50, 100, 200, 500)
-                                   if number <= model.width) + f", {model.width}: {found.values[-1]:.1e}")
-    for name, table in (("capacity", found.table), ("leaks", found.leaks)):
+        raise ValueError(f"`tolerances` {args.tolerances}: give numbers between 0 and 1, such as 1e-7,1e-3")
+    from ldm.cli import session
+    from ldm.config.models import load_model_config
+    from ldm.erasure.capacity import measure_capacity
+    from ldm.experiments.plots import plot_spectrum
+    from ldm.io.files import atomic_write
+    from ldm.metrics.tables import to_markdown
+
+    model = session.load_model(args, session.first_device(args))
+    config = load_model_config(model.config_name)
+    null_space = session.fill_settings(args, config.null_space)
+    report = measure_capacity(model, concepts, null_space, sorted(tolerances), config.methods["SRS-ME"])
+    values = report.singular_values.tolist()
+    shown = [*(number for number in SPECTRUM_NUMBERS if number <= len(values)), len(values)]
+    print("spectrum: " + ", ".join(f"{number}: {values[number - 1]:.1e}" for number in shown))
+    for name, table in (("capacity", report.table), ("leakage", report.leakage)):
         with atomic_write(args.save_path / f"{name}.csv") as partial:
             table.to_csv(partial, index=False)
-    plot_spectrum(found.values.tolist(), found.table, args.save_path / "capacity.png")
-    worst = found.leaks.pivot(index="prompt", columns="tolerance", values="leak")
-    few = worst.loc[worst.max(axis=1).sort_values(ascending=False).index[:20]].rename(index={"": EMPTY_PROMPT_LABEL}).reset_index()
-    few.columns = ["the most moved prompts", *(f"leak at {tolerance:g}" for tolerance in worst.columns)]
-    print(f"{to_markdown(found.table)}\n\n{to_markdown(few)}\n-> capacity.csv, capacity.png and leaks.csv in {args.save_path}")
+    plot_spectrum(values, report.table, args.save_path / "capacity.png")
+    print(f"{to_markdown(report.table)}\n\n{to_markdown(leakage_summary(report.leakage))}")
+    print(f"-> capacity.csv, capacity.png and leakage.csv in {args.save_path}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,74 +1,90 @@
-"""The figures of the embedded model's card: how well it draws its world, and how well its autoencoder keeps pictures.
+"""Measure what a bundled model's card reports: how well it generates its dataset, and how well its autoencoder reconstructs.
 
-Draws style_classify.csv, object_classify.csv and watermark.csv, counts them by the classifiers, compares the watermarks
-with their pictures, and encodes painted pictures that training never saw. Goes on where it stopped.
+Generates style_classify.csv, object_classify.csv and watermark.csv, classifies the images, compares the watermarks with
+the rendered ones, and encodes rendered images that training never saw. The same command resumes a stopped run.
 """
 
 import time
 from pathlib import Path
 
-import pandas as pd
-from PIL import Image
-
-from ldm import cli
+from ldm.cli import arguments
+from ldm.cli.run import run
 from ldm.io.paths import REPO_ROOT
-from ldm.io.images import image_filename, save_image
-from ldm.io.prompts import read_prompt_csv
-from ldm.metrics.classify import classifier_path, load_classifier
-from ldm.metrics.compare import accuracy_table
-from ldm.metrics.tables import to_markdown
-from ldm.metrics.lpips import pairwise_metrics
-from ldm.toy.render import render_watermark
-from ldm.toy.train import reconstruction_psnr, render_dataset
-from ldm.config.models import load_model_config
-from ldm.diffusion.sampling import generate_to_folder
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    cli.add_model(parser)
-    parser.add_argument("--save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / "mini-sd", help="for the images")
-    parser.add_argument("--held_out", type=cli.positive, default=1000, help="painted pictures for the autoencoder")
-    cli.add_sampling(parser, samples=1)
-    cli.add_device(parser)
+    parser = arguments.make_parser(__doc__)
+    arguments.add_model(parser)
+    save_path = REPO_ROOT / "evaluation_folder" / "mini-sd"
+    parser.option("save_path", type=Path, default=save_path, help="for the images")
+    text = "rendered images for the autoencoder"
+    parser.option("num_held_out", type=arguments.positive_int, default=1000, help=text)
+    arguments.add_sampling(parser, images_per_seed=1)
+    arguments.add_device(parser)
     args = parser.parse_args()
-    device = cli.parse_devices(args.device)[0]
-    model = cli.load_model(args, device)
-    cli.fill(args, load_model_config(model.base).sampling)
-    own = load_model_config(model.base)
-    if "world" not in own:
-        raise ValueError(f"{args.model} was not made by train-mini-sd.py: pass --model a folder that it wrote")
+    import pandas as pd
+    from PIL import Image
 
-    def draw(name: str) -> Path:
-        cases, folder, start = read_prompt_csv(REPO_ROOT / "data" / f"{name}.csv"), args.save_path / name, time.perf_counter()
-        drawn = generate_to_folder(model, cases, folder, model.generation_metadata, args.num_samples, args.ddim_steps, args.guidance_scale,
-                                args.batch_size)
-        if drawn:
-            print(f"{name}: {drawn} images, {64 * (time.perf_counter() - start) / drawn:.1f} s for 64")
+    from ldm.cli import session
+    from ldm.config.models import load_model_config, read_yaml
+    from ldm.diffusion.sampling import generate_to_folder
+    from ldm.io.images import image_filename, save_image
+    from ldm.io.prompts import read_prompt_csv
+    from ldm.metrics.classify import classifier_path, load_classifier
+    from ldm.metrics.compare import accuracy_table
+    from ldm.metrics.lpips import pairwise_metrics
+    from ldm.metrics.tables import to_markdown
+    from ldm.toy.render import render_watermark
+    from ldm.toy.train import reconstruction_psnr, render_dataset
+
+    device = session.first_device(args)
+    model = session.load_model(args, device)
+    sampling = session.fill_settings(args, load_model_config(model.config_name).sampling)
+    config_path = REPO_ROOT / "configs" / f"{model.config_name}.yaml"
+    config = read_yaml(config_path) if config_path.is_file() else {}
+    if "dataset" not in config:
+        raise ValueError(f"{args.model} was not trained here: pass as `model` a folder that train-mini-sd.py wrote")
+
+    def generate(name: str) -> Path:
+        cases, folder = read_prompt_csv(REPO_ROOT / "data" / f"{name}.csv"), args.save_path / name
+        start = time.perf_counter()
+        num_generated = generate_to_folder(
+            model, cases, folder, model.generation_metadata, sampling, args.images_per_seed
+        )
+        if num_generated:
+            seconds = 64 * (time.perf_counter() - start) / num_generated
+            print(f"{name}: {num_generated} images, {seconds:.1f} s for 64")
         return folder
 
     for category in ("style", "object"):
-        classifier, recipe_of = load_classifier(classifier_path(category), device)
-        table = accuracy_table(classifier, draw(f"{category}_classify"), category)
+        classifier, metadata = load_classifier(classifier_path(category), device)
+        table = accuracy_table(classifier, generate(f"{category}_classify"), category)
         print(to_markdown(table))
-        print(f"mean {table.accuracy.mean():.2f} %, least {table.accuracy.min():.2f} %; the classifier itself: "
-              f"{100 * recipe_of['accuracy']:.2f} % on held-out painted pictures\n")
+        print(
+            f"mean {table.accuracy.mean():.2f} %, min {table.accuracy.min():.2f} %; the classifier itself: "
+            f"{100 * metadata['accuracy']:.2f} % on held-out rendered images\n"
+        )
 
-    folder, rows = draw("watermark"), []
+    folder, rows = generate("watermark"), []
     for case in read_prompt_csv(REPO_ROOT / "data" / "watermark.csv"):
         if case.prompt:
-            painted = args.save_path / "painted" / image_filename(case.number, 0)
-            save_image(painted, Image.fromarray(render_watermark(case.prompt)))
-            found = pairwise_metrics([painted], [folder / image_filename(case.number, 0)], device)
-            rows.append((case.prompt, found["psnr"].item(), found["lpips"].item()))
+            name = image_filename(case.case_number, 0)
+            rendered = args.save_path / "rendered" / name
+            save_image(rendered, Image.fromarray(render_watermark(case.prompt)))
+            metrics = pairwise_metrics([rendered], [folder / name], device)
+            rows.append((case.prompt, metrics["psnr"].item(), metrics["lpips"].item()))
     table = pd.DataFrame(rows, columns=["watermark", "psnr", "lpips"]).groupby("watermark", sort=False)
-    print(to_markdown(table.agg(least_psnr=("psnr", "min"), mean_psnr=("psnr", "mean"), mean_lpips=("lpips", "mean")).reset_index()))
+    table = table.agg(min_psnr=("psnr", "min"), mean_psnr=("psnr", "mean"), mean_lpips=("lpips", "mean"))
+    print(to_markdown(table.reset_index()))
 
-    painted, _ = render_dataset(args.held_out, own.seed + 1, own.world.shares)  # training's pictures are the seed's
-    psnr = reconstruction_psnr(model.vae, painted)
-    print(f"\nautoencoder on {args.held_out} held-out pictures: {psnr.mean():.2f} dB PSNR on average, "
-          f"{-10 * (10 ** (-psnr / 10)).mean().log10():.2f} dB of all pixels together")
+    # Training's images are those of the seed itself.
+    images, _ = render_dataset(args.num_held_out, config["seed"] + 1, config["dataset"]["mixture_weights"])
+    psnr = reconstruction_psnr(model.vae, images)
+    print(
+        f"\nautoencoder on {args.num_held_out} held-out images: {psnr.mean():.2f} dB PSNR on average, "
+        f"{-10 * (10 ** (-psnr / 10)).mean().log10():.2f} dB of all pixels together"
+    )
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,36 +1,42 @@
 """LPIPS (AlexNet) between images of the same name in two folders, for each concept and in all.
 
-Writes lpips.csv into --path2.
+Writes lpips.csv into EDITED_DIR.
 """
 
-from pathlib import Path
-
-import pandas as pd
-
-from ldm import cli
-from ldm.io.files import atomic_write
-from ldm.metrics.compare import image_labels, match_images
-from ldm.metrics.tables import to_markdown
-from ldm.metrics.lpips import pairwise_metrics
+from ldm.cli import arguments
+from ldm.cli.run import run
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    parser.add_argument("--path1", type=Path, required=True, help="images of the original model")
-    parser.add_argument("--path2", type=Path, required=True, help="images of the changed model")
-    parser.add_argument("--image_size", type=cli.positive, default=None, help="scale the images to it first")
-    cli.add_device(parser)
+    parser = arguments.make_parser(__doc__)
+    arguments.add_image_pair(parser)
+    parser.option("image_size", type=arguments.positive_int, default=None, help="scale the images to it first")
+    arguments.add_device(parser)
     args = parser.parse_args()
-    matched = match_images(args.path1, args.path2)
-    found = pairwise_metrics([a for a, _ in matched], [b for _, b in matched], cli.parse_devices(args.device)[0], args.image_size)
-    images = [b for _, b in matched]
-    table = pd.DataFrame({"image": [path.name for path in images], "prompt": image_labels(args.path2, images),
-                          "lpips": found["lpips"].numpy()})
-    with atomic_write(args.path2 / "lpips.csv") as partial:
+    import pandas as pd
+
+    from ldm.cli.devices import parse_devices
+    from ldm.io.files import atomic_write
+    from ldm.metrics.compare import image_labels, match_images
+    from ldm.metrics.lpips import pairwise_metrics
+    from ldm.metrics.tables import to_markdown
+
+    matched = match_images(args.original_dir, args.edited_dir)
+    originals, images = [original for original, _ in matched], [edited for _, edited in matched]
+    metrics = pairwise_metrics(originals, images, parse_devices(args.device)[0], args.image_size)
+    table = pd.DataFrame(
+        {
+            "image": [path.name for path in images],
+            "prompt": image_labels(args.edited_dir, images),
+            "lpips": metrics["lpips"].numpy(),
+        }
+    )
+    path = args.edited_dir / "lpips.csv"
+    with atomic_write(path) as partial:
         table.to_csv(partial, index=False)
     print(to_markdown(table.groupby("prompt", sort=False).lpips.agg(["size", "mean"]).reset_index()))
-    print(f"mean LPIPS {table.lpips.mean():.6f} over {len(table)} pairs -> {args.path2 / 'lpips.csv'}")
+    print(f"mean LPIPS {table.lpips.mean():.6f} over {len(table)} pairs -> {path}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,40 +1,52 @@
 """Make the prompt list of a category: every concept's prompt at the same number of seeded random seeds.
 
 data/style_classify.csv and data/object_classify.csv are made by this script's defaults, data/watermark.csv by
-`--erase_cat watermark --num_seeds 10`, and data/*_held_out.csv by `--held_out`.
+`--category watermark --seeds_per_prompt 10`, and data/*_held_out.csv by `--held_out`.
 """
 
 from pathlib import Path
 
-from ldm import cli
-from ldm.config.concepts import erasable_concepts, watermark_prompts
+from ldm.cli import arguments
+from ldm.cli.run import run
+from ldm.config.concepts import CATEGORIES, erasable_concepts, watermark_prompts
 from ldm.io.paths import REPO_ROOT
-from ldm.io.prompts import make_cases, write_prompt_csv
+
+WATERMARK = "watermark"
+
+
+def category_prompts(category: str, held_out: bool) -> list[str]:
+    """Return the prompt of each concept of a category, or its first held-out template with that in it."""
+    concepts = erasable_concepts(category)
+    if not held_out:
+        return [concept.prompt for concept in concepts]
+    if not concepts[0].held_out_templates:
+        raise ValueError(f"category {category} has no held-out template in configs/concepts.yaml: leave out `held_out`")
+    return [concept.held_out_prompts[0] for concept in concepts]
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    parser.add_argument("--erase_cat", choices=(*cli.CATEGORIES, "watermark"), default="style",
-                        help="whose prompts; watermark: those that every shift leaves alone, with the blank one")
-    parser.add_argument("--num_seeds", type=cli.positive, default=50, help="seeds for each prompt")
-    parser.add_argument("--protected", action="store_true", help="add the watermark prompts and the blank one")
-    parser.add_argument("--held_out", action="store_true", help="use the first template that training never showed")
-    parser.add_argument("--seed", type=int, default=2024)
-    parser.add_argument("--save_path", type=Path, default=None, help="default: data/CATEGORY_classify.csv")
+    parser = arguments.make_parser(__doc__)
+    text = f"whose prompts; {WATERMARK}: those that every shift protects, with the empty one"
+    parser.option("category", choices=(*CATEGORIES, WATERMARK), default="style", help=text)
+    parser.option("seeds_per_prompt", type=arguments.positive_int, default=50, help="seeds for each prompt")
+    parser.option("protected", action="store_true", help="add the watermark prompts and the empty one")
+    parser.option("held_out", action="store_true", help="use the first template that training never showed")
+    parser.option("seed", type=int, default=2024, help="what the seeds are drawn from")
+    parser.option("save_path", type=Path, default=None, help="default: data/CATEGORY_classify.csv")
     args = parser.parse_args()
-    prompts, path = [], REPO_ROOT / "data" / "watermark.csv"
-    if args.erase_cat != "watermark":
-        if args.held_out and not erasable_concepts(args.erase_cat)[0].held_out:
-            raise ValueError(f"category {args.erase_cat} has no held_out template in configs/concepts.yaml: leave out --held_out")
-        prompts = [concept.held_out[0].format(concept.prompt) if args.held_out else concept.prompt
-                   for concept in erasable_concepts(args.erase_cat)]
-        path = path.with_name(f"{args.erase_cat}_{'held_out' if args.held_out else 'classify'}.csv")
-    if args.erase_cat == "watermark" or args.protected:
+    from ldm.io.prompts import make_cases, write_prompt_csv
+
+    prompts, name = [], WATERMARK
+    if args.category != WATERMARK:
+        prompts = category_prompts(args.category, args.held_out)
+        name = f"{args.category}_{'held_out' if args.held_out else 'classify'}"
+    if args.category == WATERMARK or args.protected:
         prompts += [*watermark_prompts(), ""]
-    cases = make_cases(prompts, args.num_seeds, args.seed)
-    write_prompt_csv(args.save_path or path, cases)
-    print(f"{len(cases)} cases of {len(prompts)} prompts -> {args.save_path or path}")
+    cases = make_cases(prompts, args.seeds_per_prompt, args.seed)
+    path = args.save_path or REPO_ROOT / "data" / f"{name}.csv"
+    write_prompt_csv(path, cases)
+    print(f"{len(cases)} cases of {len(prompts)} prompts -> {path}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

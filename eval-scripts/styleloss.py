@@ -1,35 +1,41 @@
 """How far images of the same name in two folders differ in style (Gram matrices of AlexNet), for each concept and in all.
 
-Writes style.csv into --path2.
+Writes style.csv into EDITED_DIR.
 """
 
-from pathlib import Path
-
-import pandas as pd
-
-from ldm import cli
-from ldm.io.files import atomic_write
-from ldm.metrics.compare import image_labels, match_images
-from ldm.metrics.tables import to_markdown
-from ldm.metrics.style import style_distances
+from ldm.cli import arguments
+from ldm.cli.run import run
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    parser.add_argument("--path1", type=Path, required=True, help="images of the original model")
-    parser.add_argument("--path2", type=Path, required=True, help="images of the changed model")
-    cli.add_device(parser)
+    parser = arguments.make_parser(__doc__)
+    arguments.add_image_pair(parser)
+    arguments.add_device(parser)
     args = parser.parse_args()
-    matched = match_images(args.path1, args.path2)
-    images = [after for _, after in matched]
-    found = style_distances([before for before, _ in matched], images, cli.parse_devices(args.device)[0])
-    table = pd.DataFrame({"image": [path.name for path in images], "prompt": image_labels(args.path2, images),
-                          "style": found.numpy()})
-    with atomic_write(args.path2 / "style.csv") as partial:
+    import pandas as pd
+
+    from ldm.cli.devices import parse_devices
+    from ldm.io.files import atomic_write
+    from ldm.metrics.compare import image_labels, match_images
+    from ldm.metrics.style import style_distances
+    from ldm.metrics.tables import to_markdown
+
+    matched = match_images(args.original_dir, args.edited_dir)
+    originals, images = [original for original, _ in matched], [edited for _, edited in matched]
+    distances = style_distances(originals, images, parse_devices(args.device)[0])
+    table = pd.DataFrame(
+        {
+            "image": [path.name for path in images],
+            "prompt": image_labels(args.edited_dir, images),
+            "style": distances.numpy(),
+        }
+    )
+    path = args.edited_dir / "style.csv"
+    with atomic_write(path) as partial:
         table.to_csv(partial, index=False)
     print(to_markdown(table.groupby("prompt", sort=False)["style"].agg(["size", "mean"]).reset_index()))
-    print(f"mean style distance {table['style'].mean():.6f} over {len(table)} pairs -> {args.path2 / 'style.csv'}")
+    print(f"mean style distance {table['style'].mean():.6f} over {len(table)} pairs -> {path}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -3,14 +3,19 @@
 Writes a dense weight shift per concept, for --method AbConcept of generate-images-merge.py and Merge_model.py.
 """
 
-from ldm import cli
+from ldm.cli import arguments
+from ldm.cli.run import run
+from ldm.config.methods import AblatingConceptsConfig
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    cli.add_erasure(parser, "lr", "iter_break", "batch_size", "train_method")
-    cli.erase(parser.parse_args(), "AbConcept")
+    parser = arguments.make_parser(__doc__)
+    arguments.add_erasure(parser, AblatingConceptsConfig)
+    args = parser.parse_args()
+    from ldm.cli import session
+
+    session.run_erasure(args, AblatingConceptsConfig.name)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

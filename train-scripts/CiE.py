@@ -4,14 +4,19 @@ For what must never come back: nothing else is protected. Writes a dense weight 
 --method SRS-ME-double-dagger of generate-images-merge.py and Merge_model.py.
 """
 
-from ldm import cli
+from ldm.cli import arguments
+from ldm.cli.run import run
+from ldm.config.methods import FullCorrelationConfig
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    cli.add_erasure(parser, "lr", "threshold", "reg_beta", "iter_break", "batch_size", "train_method")
-    cli.erase(parser.parse_args(), "SRS-ME-double-dagger")
+    parser = arguments.make_parser(__doc__)
+    arguments.add_erasure(parser, FullCorrelationConfig)
+    args = parser.parse_args()
+    from ldm.cli import session
+
+    session.run_erasure(args, FullCorrelationConfig.name)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,17 +1,22 @@
 """Erase concepts by ESD (Erased Stable Diffusion): the noise under "VanGogh painting" turns away from the concept.
 
-It trains on latents that the changing model draws itself. Writes a dense weight shift per concept, for --method ESD of
+It trains on latents that the edited model samples itself. Writes a dense weight shift per concept, for --method ESD of
 generate-images-merge.py and Merge_model.py.
 """
 
-from ldm import cli
+from ldm.cli import arguments
+from ldm.cli.run import run
+from ldm.config.methods import ESDConfig
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    cli.add_erasure(parser, "lr", "iter_break", "batch_size", "train_method", "start_guidance", "negative_guidance", "ddim_steps")
-    cli.erase(parser.parse_args(), "ESD")
+    parser = arguments.make_parser(__doc__)
+    arguments.add_erasure(parser, ESDConfig)
+    args = parser.parse_args()
+    from ldm.cli import session
+
+    session.run_erasure(args, ESDConfig.name)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

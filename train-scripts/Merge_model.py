@@ -1,38 +1,41 @@
 """Merge any set of shifts into a copy of the base model, or write each as a LoRA, in the format that its user reads.
 
 --format takes one or more of compvis, diffusers, unet (merged weights) and lora, kohya (a LoRA a concept, cut to --rank).
-Reports how far each shift moves what the other concepts' prompts see. A concept left out of --merge is restored.
+Reports the leakage of each shift on the other concepts' prompts. A concept left out of --shifts is restored.
 """
 
 from pathlib import Path
 
-from ldm import cli
-from ldm.cli import DTYPES
+from ldm.cli import arguments
+from ldm.cli.run import run
 from ldm.config.concepts import load_concepts
 from ldm.io.paths import REPO_ROOT
-from ldm.erasure.export import export
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    cli.add_model(parser)
-    cli.add_category(parser)
-    cli.add_scene(parser)
-    cli.add_merge(parser, required=True)
-    cli.add_export(parser)
-    parser.add_argument("--save_path", type=Path, default=REPO_ROOT / "models" / "merged", help="the folder NAME or NAME-FORMAT goes here")
-    cli.add_device(parser)
+    parser = arguments.make_parser(__doc__)
+    arguments.add_model(parser)
+    arguments.add_category(parser)
+    arguments.add_artifacts(parser)
+    arguments.add_shifts(parser, required=True)
+    arguments.add_export(parser)
+    parser.option("save_path", type=Path, default=REPO_ROOT / "models" / "merged", help="the folder NAME or NAME-FORMAT goes here")
+    arguments.add_device(parser)
     args = parser.parse_args()
-    model = cli.load_model(args, cli.parse_devices(args.device)[0])
-    shifts, name = cli.store(args, model.name, args.method).load_merge(args.merge)
+    from ldm.cli import session
+    from ldm.erasure.export import export
+    from ldm.erasure.merge import load_shifts
+
+    config = arguments.export_config(args)
+    model = session.load_model(args, session.first_device(args))
+    shifts, name = load_shifts(session.artifact_paths(args, model.name, args.method), args.shifts)
     if not shifts:
-        raise ValueError("--merge names no shift: give indexes such as 0,1,2, or shift files")
+        raise ValueError("`shifts` names no shift: give indexes such as 0,1,2, or shift files")
     for shift in shifts.values():
         shift.check(model.digest, model.unet)
-    prompts = ["", *(concept.prompt for concept in load_concepts(args.erase_cat))]
-    cli.show_export(*export(model, shifts, args.save_path / f"{model.name}-{name}", args.format, DTYPES[args.dtype], args.rank,
-                            args.share, prompts, "Merge_model.py"))
+    prompts = ["", *(concept.prompt for concept in load_concepts(args.category))]
+    session.print_export(export(model, shifts, args.save_path / f"{model.name}-{name}", config, prompts))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,30 +1,33 @@
-"""Erase concepts by SRS-ME: learn, for each, a weight shift inside the null space that SRSME_Solution.py found.
+"""Erase concepts by SRS-ME: make, for each, a weight shift inside the null space that SRSME_Solution.py found.
 
-Writes shift-INDEX.safetensors and its curve shift-INDEX.csv. The base model is never changed; merge shifts with
+Writes shift-INDEX.safetensors and its learning curve shift-INDEX.csv. The base model is never changed; merge shifts with
 generate-images-merge.py or Merge_model.py, and restore a concept by leaving its shift out. --joint learns all of them at
-once, their losses balanced (SRS-ME-dagger). --plan prints how much memory each choice of --dtype and
+once, their losses balanced (SRS-ME-dagger). --estimate_memory prints how much memory each choice of --unet_dtype and
 --gradient_checkpointing will take, and ends.
 """
 
-from ldm import cli
-from ldm.metrics.tables import to_markdown
+from ldm.cli import arguments
+from ldm.cli.run import run
+from ldm.config.methods import JointSRSMEConfig, SRSMEConfig
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    cli.add_erasure(parser, "lr", "scale_factor", "threshold", "reg_beta", "iter_break", "max_base", "batch_size", "templates",
-                    "init", "ridge", "keep", "spare", "anchor")
-    parser.add_argument("--joint", action="store_true", help="all concepts at once: SRS-ME-dagger")
-    cli.add_dtype(parser)
-    parser.add_argument("--plan", action="store_true", help="print the predicted peak memory of each choice, and end")
+    parser = arguments.make_parser(__doc__)
+    arguments.add_erasure(parser, SRSMEConfig)
+    parser.option("joint", action="store_true", help="all concepts at once: SRS-ME-dagger")
+    arguments.add_unet_dtype(parser)
+    parser.option("estimate_memory", action="store_true", help="print the predicted peak memory of each choice, and end")
     args = parser.parse_args()
-    method = "SRS-ME-dagger" if args.is_joint else "SRS-ME"
-    if args.plan:
-        print(f"predicted peak memory, GiB:\n{to_markdown(cli.foresee(args, method))}")
+    from ldm.cli import session
+    from ldm.metrics.tables import to_markdown
+
+    method = JointSRSMEConfig.name if args.joint else SRSMEConfig.name
+    if args.estimate_memory:
+        print(f"predicted peak memory, GiB:\n{to_markdown(session.memory_table(args, method))}")
         return
-    with cli.memory_explained(args, method):
-        cli.erase(args, method)
+    with session.explain_oom(args, method):
+        session.run_erasure(args, method)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,81 +1,91 @@
-"""Train the embedded model models/mini-sd from nothing: paint its world, then autoencoder, text encoder and U-Net.
+"""Train the bundled model models/mini-sd from nothing: render its dataset, then autoencoder, text encoder and U-Net.
 
---config configs/mini-many.yaml trains models/mini-many, which starts from mini-sd and learns a hundred logos too.
-Stopped and started again with the same command, it goes on from its last checkpoint in --work_path.
+--config configs/mini-sd-logos.yaml trains models/mini-sd-logos, which starts from mini-sd and learns a hundred logos
+too. Stopped and started again with the same command, it resumes from its last checkpoint in --checkpoint_dir.
 """
 
 from pathlib import Path
 
-from diffusers import AutoencoderKL
-from lightning_fabric import Fabric, seed_everything
-from omegaconf import OmegaConf
-from tqdm import tqdm
-
-from ldm import cli
+from ldm.cli import arguments
+from ldm.cli.run import run
 from ldm.io.paths import REPO_ROOT
-from ldm.io.files import METADATA_FILE, atomic_write_dir, check_metadata, write_json
-from ldm.mini import train
-from ldm.toy.captions import build_tokenizer
-from ldm.config.models import read_model_config
-from ldm.diffusion.load import load_model
+
+CONFIG_KEYS = ("seed", "dataset", "tokenizer", "text_encoder", "vae", "unet", "scheduler", "train")
 
 
-def show(steps, total: int, name: str) -> None:
+def show_progress(iterations, total: int, name: str) -> None:
+    """Run a stage of the training, and show how far it is and its running mean loss."""
+    from tqdm import tqdm
+
     mean = None
-    with tqdm(total=total, desc=name, unit="step") as bar:
-        for step, loss in steps:
+    with tqdm(total=total, desc=name, unit="iteration") as bar:
+        for iteration, loss in iterations:
             if mean is None:
-                bar.initial = bar.n = step  # where the checkpoint was
+                bar.initial = bar.n = iteration  # where the checkpoint was
             mean = loss if mean is None else 0.98 * mean + 0.02 * loss
             bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
             bar.update()
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    parser.add_argument("--config", type=Path, default=REPO_ROOT / "configs" / "mini-sd.yaml", help="what to train, and how")
-    parser.add_argument("--save_path", type=Path, default=REPO_ROOT / "models" / "own-mini-sd", help="the model")
-    parser.add_argument("--work_path", type=Path, default=REPO_ROOT / "models" / "mini-sd-training", help="checkpoints")
+    parser = arguments.make_parser(__doc__)
+    parser.option("config", type=Path, default=REPO_ROOT / "configs" / "mini-sd.yaml", help="what to train, and how")
+    parser.option("save_path", type=Path, default=REPO_ROOT / "models" / "own-mini-sd", help="the model")
+    checkpoint_dir = REPO_ROOT / "models" / "mini-sd-training"
+    parser.option("checkpoint_dir", type=Path, default=checkpoint_dir, help="where a stopped training resumes from")
     args = parser.parse_args()
-    config = read_model_config(args.config)
-    work = args.work_path
-    made = {name: config[name] for name in ("seed", "world", "tokenizer", "text_encoder", "vae", "unet", "scheduler", "train")}
-    recipe = {"made_by": "train-mini-sd.py", "base": args.config.stem, "config": OmegaConf.to_container(OmegaConf.create(made))}
-    check_metadata(work, recipe)
-    write_json(work / METADATA_FILE, recipe)
+    from diffusers import AutoencoderKL
+    from lightning_fabric import Fabric, seed_everything
+    from omegaconf import OmegaConf
+
+    from ldm.config.models import read_yaml
+    from ldm.diffusion.load import load_model
+    from ldm.io.files import METADATA_FILE, atomic_write_dir, check_metadata, write_json
+    from ldm.io.tensors import CREATED_BY
+    from ldm.toy import train
+    from ldm.toy.captions import build_tokenizer
+
+    config, work = read_yaml(args.config), args.checkpoint_dir
+    missing = [key for key in CONFIG_KEYS if key not in config]
+    if missing:
+        raise ValueError(f"{args.config} lacks {', '.join(missing)}: `config` is a file such as configs/mini-sd.yaml")
+    trained_config = OmegaConf.to_container(OmegaConf.masked_copy(config, list(CONFIG_KEYS)))
+    metadata = {"created_by": CREATED_BY, "base_model": args.config.stem, "config": trained_config}
+    check_metadata(work, metadata)
+    write_json(work / METADATA_FILE, metadata)
     fabric = Fabric(accelerator="auto", devices=1, precision=config.train.precision)
     seed_everything(config.seed)
-    older = load_model(REPO_ROOT / "models" / config.train.start, fabric.device) if "start" in config.train else None
+    start = load_model(REPO_ROOT / "models" / config.train.start, fabric.device) if "start" in config.train else None
 
-    world = config.world
-    pictures, captions = train.stored_world(work / "world.npz", world.needs_images, config.seed, world.shares)
-    if older:
-        vae = older.vae
+    weights = config.dataset.mixture_weights
+    images, captions = train.cached_dataset(work / "dataset.npz", config.dataset.num_images, config.seed, weights)
+    if start:
+        vae = start.vae
     else:
         vae = AutoencoderKL(**OmegaConf.to_container(config.vae))
-        show(train.train_autoencoder(fabric, config, vae, pictures, work / "autoencoder.ckpt"),
-             config.train.autoencoder.steps, "autoencoder")
-    held_out, _ = train.paint_world(world.held_out, config.seed + 1, world.shares)
+        stage = train.train_autoencoder(fabric, config, vae, images, work / "autoencoder.ckpt")
+        show_progress(stage, config.train.autoencoder.iterations, "autoencoder")
+    held_out, _ = train.render_dataset(config.dataset.num_held_out, config.seed + 1, weights)
     psnr = train.reconstruction_psnr(vae.to(fabric.device).eval(), held_out)
-    print(f"autoencoder on {len(held_out)} held-out pictures: {psnr.mean():.2f} dB PSNR on average")
+    print(f"autoencoder on {len(held_out)} held-out images: {psnr.mean():.2f} dB PSNR on average")
 
-    latents = train.encode_all(fabric, vae, pictures)
-    if not older:
+    latents = train.encode_all(fabric, vae, images)
+    if not start:
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))  # so that their variance is 1
     latents = latents * vae.config.scaling_factor
-    tokenizer = build_tokenizer(work / "tokenizer", config.tokenizer.model_max_length, world.shares, config.seed)
-    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    tokenizer = build_tokenizer(work / "tokenizer", config.tokenizer.model_max_length, weights, config.seed)
+    token_ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     denoiser = train.Denoiser(config, tokenizer)
-    if older:
-        train.begin_from(older, denoiser, tokenizer)
-    average = train.new_average(denoiser, config).to(fabric.device)
-    show(train.train_denoiser(fabric, config, denoiser, average, latents, tokens, work / "denoiser.ckpt"),
-         config.train.denoiser.steps, "denoiser")
+    if start:
+        train.init_from(start, denoiser, tokenizer)
+    ema = train.make_ema(denoiser, config).to(fabric.device)
+    stage = train.train_denoiser(fabric, config, denoiser, ema, latents, token_ids, work / "denoiser.ckpt")
+    show_progress(stage, config.train.denoiser.iterations, "denoiser")
     with atomic_write_dir(args.save_path) as partial:
-        train.assemble(config, vae, average.module, tokenizer, partial)
-        write_json(partial / METADATA_FILE, recipe)
+        train.save_pipeline(config, vae, ema.module, tokenizer, partial)
+        write_json(partial / METADATA_FILE, metadata)
     print(f"saved {args.save_path}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,414 +1,358 @@
-"""What all scripts share: arguments, devices, and the one place where an exception becomes a line and exit code 2."""
+"""The arguments that scripts share, and flags made from the fields of the settings. No torch here: `--help` answers at once."""
 
 from __future__ import annotations
 
 import argparse
-import logging
-import math
-import os
-import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
 from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
-import pandas as pd
-import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from omegaconf import OmegaConf
-
-from ldm.diffusion.trainable import TRAIN_METHODS
-from ldm.io.tensors import check_base_model
-from ldm.config.concepts import CATEGORIES, parse_erase_targets
+from ldm.cli.flags import OLDER, OLDER_VALUES, ORIGINAL, RENAMED_VALUES
+from ldm.config.concepts import CATEGORIES
+from ldm.config.methods import (
+    DTYPES,
+    FORMATS,
+    METHODS,
+    ExportConfig,
+    MethodConfig,
+    NullSpaceConfig,
+    SamplingConfig,
+    Settings,
+    SRSMEConfig,
+    check_value,
+    did_you_mean,
+)
 from ldm.io.paths import REPO_ROOT
-from ldm.erasure.erase import ExecutionConfig, erase_concepts
-from ldm.erasure.export import FORMATS
-from ldm.ledger.ledger import HISTORY_FILE, Ledger
-from ldm.erasure.methods import METHODS
-from ldm.metrics.tables import to_markdown
-from ldm.config.models import load_model_config
-from ldm.diffusion.load import load_model, resolve_config_dir, resolve_names
-from ldm.diffusion.model import DiffusionModel
-from ldm.erasure.memory import estimate_memory
-from ldm.io.sharding import Shard
-from ldm.io.paths import ArtifactPaths
-
 
 Namespace = argparse.Namespace
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AnySettings = TypeVar("AnySettings", bound=Settings)
+DEFAULT_MODEL = REPO_ROOT / "models" / "mini-sd"
+FROM_CONFIG = "(default: the model's config)"
+
+spelled: dict[str, str] = {}  # the flags as the user typed them, by the name of the argument
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show a default where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default in ([], "") or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose flags have other spellings, and whose errors are one line."""
 
-    def error(self, message: str):
-        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+    def __init__(self, **options: Any):
+        options.setdefault("formatter_class", _HelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def option(self, name: str, original: Sequence[str] = (), older: Sequence[str] = (), **options: Any) -> None:
+        """Add `--name` with the spellings of `ldm.cli.flags`, or those given here: `original` ones are shown, `older` ones work."""
+        original = original or ORIGINAL.get(name, ())
+        action = self.add_argument(f"--{name}", *original, dest=name, **options)
+        for flag in older or OLDER.get(name, ()):
+            self._option_string_actions.setdefault(flag, action)
+
+    def retire(self, flag: str, advice: str) -> None:
+        """Let `flag`, whose meaning has changed, end in one line that says what to give instead."""
+
+        class Retired(argparse.Action):
+            def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+                parser.error(advice)
+
+        self.add_argument(flag, action=Retired, nargs="*", help=argparse.SUPPRESS, dest=argparse.SUPPRESS)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        typed = sys.argv[1:] if args is None else list(args)
+        for text in typed:
+            flag = text.split("=")[0]
+            if flag in self._option_string_actions:
+                spelled[self._option_string_actions[flag].dest] = flag
+        known, unknown = super().parse_known_args(args, namespace)
+        for text in unknown:
+            flag = text.split("=")[0]
+            if flag.startswith("--"):
+                self.error(f"unrecognized argument {flag}{did_you_mean(flag, list(self._option_string_actions))}")
+        return known, unknown
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {' '.join(message.split())} (see --help)", file=sys.stderr)
         sys.exit(2)
 
 
-def parser(description: str) -> Parser:
-    return Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def make_parser(description: str | None) -> Parser:
+    """Return a parser for a script whose docstring is `description`."""
+    return Parser(description=description)
 
 
-def add_commands(parser: Parser, root: Path, **runs: Callable[[Namespace], None]) -> dict[str, Parser]:
-    """A parser for each command of a script, by name, all with --root; `args.run` is what it runs."""
-    commands, made = parser.add_subparsers(required=True, metavar="{" + ",".join(runs) + "}"), {}
+def add_commands(parser: Parser, ledger_dir: Path, **runs: Callable[[Namespace], None]) -> dict[str, Parser]:
+    """Return a parser for each command of a script, by name, all with `--ledger_dir`; `args.run` is what it runs."""
+    subparsers = parser.add_subparsers(required=True, metavar="{" + ",".join(runs) + "}")
+    commands: dict[str, Parser] = {}
     for name, run in runs.items():
-        made[name] = commands.add_parser(name, formatter_class=parser.formatter_class)
-        made[name].add_argument("--root", type=Path, default=root, help="the ledger's folder")
-        made[name].set_defaults(run=run)
-    return made
+        commands[name] = subparsers.add_parser(name)
+        commands[name].option("ledger_dir", type=Path, default=ledger_dir, help="the ledger's folder")
+        commands[name].set_defaults(run=run)
+    return commands
 
 
-def add_category(parser: Parser) -> None:
-    parser.add_argument("--erase_cat", choices=CATEGORIES, default="style", help="which concepts the indexes count")
+# Types of single arguments.
 
 
-def add_device(parser: Parser, flag: str = "--device") -> None:
-    several = "; of several, such as 0,1, the second runs the frozen model" if flag == "--devices" else ""
-    parser.add_argument(flag, default=None,
-                        help=f"cpu, cuda:0 or 0{several}; without it CUDA if there is one, else cpu")
-
-
-def add_dtype(parser: Parser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what the U-Net is held in; shifts are float32")
-
-
-def add_model(parser: Parser) -> None:
-    """--model and the CompVis pair of the original."""
-    parser.add_argument("--model", default=str(REPO_ROOT / "models" / "mini-sd"), help="a diffusers folder or a hub id")
-    parser.add_argument("--ckpt_path", default=None, help="instead, a checkpoint in CompVis' layout: .ckpt or .safetensors")
-    parser.add_argument("--config_path", default=None, help="what that is made of (default: Stable Diffusion v1)")
-
-
-def add_scene(parser: Parser) -> None:
-    parser.add_argument("--scenei", type=int, default=1, help="scene, part of where bases and shifts are kept")
-    parser.add_argument("--timei", type=int, default=0, help="time in the scene, likewise")
-    parser.add_argument("--shifts_path", type=Path, default=REPO_ROOT / "models", help="where they are kept, by method")
-
-
-def add_merge(parser: Parser, required: bool = False) -> None:
-    """--merge and the method whose shifts its indexes mean."""
-    parser.add_argument("--merge", default="", required=required,
-                        help="shifts to merge: indexes such as 0,1,2, or shift files" + ("" if required else "; none: original"))
-    parser.add_argument("--method", choices=METHODS, default="SRS-ME", help="whose shifts the indexes mean")
-
-
-def add_export(parser: Parser) -> None:
-    """What `show_export` shows: in which formats weights are written, and how."""
-    parser.add_argument("--format", type=formats, default="diffusers", help=f"one or more of {','.join(FORMATS)}")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32",
-                        help="what the weights are written in; a compvis checkpoint keeps its own unless this is a half")
-    parser.add_argument("--rank", type=rank, default=None, help="directions that each shift keeps, or auto for the fewest with "
-                        "--share of its effect (default: auto for lora and kohya, all for merged weights)")
-    parser.add_argument("--share", type=float, default=0.85, help="of the effect on the concept's own prompts, for --rank auto")
-
-
-def show_export(table: pd.DataFrame, report: list[dict], targets: list[Path]) -> None:
-    """Print what `ldm.export.export` returns."""
-    print(to_markdown(table.reset_index()))
-    if report:
-        print(f"\n{to_markdown(pd.DataFrame(report))}")
-    for target in targets:
-        print(f"-> {target}")
-
-
-def positive(text: str) -> int:
-    """argparse type: a whole number from 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
+def _whole_number(text: str, minimum: int) -> int:
+    if not text.isdigit() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {minimum}")
     return int(text)
 
 
-def from_zero(text: str) -> int:
-    """argparse type: a whole number from 0."""
-    return 0 if text == "0" else positive(text)
+def positive_int(text: str) -> int:
+    """Return a whole number from 1."""
+    return _whole_number(text, 1)
 
 
-def number(text: str) -> float:
-    """argparse type: a number from 0."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
-    if not 0 <= found < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0")
-    return found
+def nonnegative_int(text: str) -> int:
+    """Return a whole number from 0."""
+    return _whole_number(text, 0)
 
 
-def positive_number(text: str) -> float:
-    """argparse type: a number above 0."""
-    found = number(text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"'{text}' is not above 0")
-    return found
+def choice(*names: str) -> Callable[[str], str]:
+    """Return a type that takes one of `names`, also as it was spelt before."""
 
-
-def one_of(*resolve_names: str) -> Callable[[str], str]:
-    """argparse type: one of `names`."""
     def chosen(text: str) -> str:
-        if text not in resolve_names:
-            raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(resolve_names)}")
+        for older in OLDER_VALUES.values():
+            if text in older and older[text] in names:
+                return older[text]
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(names)}")
         return text
+
     return chosen
 
 
-# A method's settings that are flags of its script; where one is left out, the model's config gives the value.
-SETTINGS = {
-    "lr": (float, "Adam's rate"), "iter_break": (from_zero, "most steps; 0 stops at the closed form, and needs no pictures"),
-    "batch_size": (positive, "latents a step"),
-    "scale_factor": (float, "beta, the basis' scale"), "reg_beta": (float, "weight of |dW|_1"),
-    "threshold": (float, "stop when the momentum of the correlation falls to it"),
-    "max_base": (positive, "most basis vectors, those that the concept reaches most"),
-    "templates": (from_zero, "caption templates to erase beside the bare name"),
-    "init": (one_of("closed-form", "zero"), "what to start from: the closed form, which gives the concept its anchor's keys and "
-             "values, or zero"),
-    "ridge": (positive_number, "weight of |dW|^2, relative to how far the concept reaches"),
-    "keep": (number, "weight of how far the protected prompts move, where the tolerance lets them"),
-    "spare": (number, "weight of how far the words of the model's vocabulary move, other than the concept's own"),
-    "anchor": (one_of("blank", "template"), "what the closed form makes of the concept: the blank prompt, or its category's anchor"),
-    "train_method": (str, f"which weights to train: {', '.join(TRAIN_METHODS)}"),
-    "start_guidance": (float, "guidance with which the training latents are drawn"),
-    "negative_guidance": (float, "eta, how far to turn away from the concept"),
-    "ddim_steps": (positive, "sampler steps of the training latents")}
-
-
-LEARNING = ("lr", "batch_size", "reg_beta", "threshold")  # what acts only while something is learnt
-
-
-def add_erasure(parser: Parser, *flags: str) -> None:
-    """What every erasure takes, and those of a method's settings that `flags` names."""
-    add_model(parser)
-    add_category(parser)
-    parser.add_argument("--erased_index", default="", help="concepts to erase, such as 0, 0,1,2 or 0-8")
-    add_scene(parser)
-    add_settings(parser, *flags)
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory for a third more time")
-    add_device(parser, "--devices")
-
-
-def add_settings(parser: Parser, *flags: str) -> None:
-    """Those of a method's settings that `flags` names, the pictures it learns from, and its seed."""
-    for flag in flags:
-        kind, text = SETTINGS[flag]
-        parser.add_argument(f"--{flag}", type=kind, default=None, help=f"{text} (default: the model's config)")
-    parser.add_argument("--data_path", type=Path, default=REPO_ROOT / "data", help="has a folder of images per concept")
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def erase(args: Namespace, method: str) -> None:
-    """Run a method on the concepts of --erased_index, and print what it took."""
-    concepts, devices = parse_erase_targets(args.erased_index, args.erase_cat), parse_devices(args.devices)
-    device, share = join(devices[0])
-    effort = ExecutionConfig(devices[1] if len(devices) > 1 else None, args.gradient_checkpointing)
-    model = load_model(args, device, getattr(args, "dtype", "float32"))  # which SRS_ME.py alone asks for
-    given = given_settings(args, model.base, method)
-    unused = [f"--{name}" for name in LEARNING if getattr(args, name, None) is not None]
-    if not given["iter_break"] and unused:
-        print(f"{', '.join(unused)}: not used, since nothing is learnt: --iter_break, here 0, is the most steps")
-    rows = erase_concepts(model, store(args, model.name, method), concepts, given, args.data_path, effort, share)
-    if rows:
-        print(to_markdown(pd.DataFrame(rows)))
-
-
-def given_settings(args: Namespace, base: str, method: str) -> dict:
-    """A method's settings in the config of model `base`, with those that flags gave."""
-    given = methods_settings(base, [])[method] | {"seed": args.seed}
-    return given | {name: value for name, value in vars(args).items() if name in given and value is not None}
-
-
-def foresee(args: Namespace, method: str) -> pd.DataFrame:
-    """The table of `plan` for what the arguments say."""
-    source = args.ckpt_path or args.model
-    try:
-        folder = resolve_config_dir(source, args.config_path)
-        given = given_settings(args, resolve_names(source, args.config_path)[1], method)
-        return estimate_memory(folder, parse_devices(args.devices)[0], given["batch_size"], given["max_base"])
-    except (OSError, KeyError) as error:
-        raise ValueError(f"no configs of a model in '{source}': pass --model a diffusers folder, or --ckpt_path a checkpoint") from error
-
-
-@contextmanager
-def memory_explained(args: Namespace, method: str) -> Iterator[None]:
-    """While the block runs, running out of memory ends in the table of `foresee` and a ValueError."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        print(f"predicted peak memory, GiB:\n{to_markdown(foresee(args, method))}")
-        raise ValueError("out of memory, and nothing was lost: choose a smaller row of the table, such as --dtype bfloat16 "
-                         "--gradient_checkpointing, or a smaller --batch_size, or another device") from error
-
-
-def add_sampling(parser: Parser, samples: int | None = None) -> None:
-    if samples:
-        parser.add_argument("--num_samples", type=positive, default=samples, help="images for each seed")
-    parser.add_argument("--ddim_steps", type=positive, default=None, help="sampler steps (default: the model's config)")
-    parser.add_argument("--guidance_scale", type=float, default=None, help="guidance (default: the model's config)")
-    parser.add_argument("--batch_size", type=positive, default=None, help="images at once (default: the model's config)")
-
-
-def add_compile(parser: Parser) -> None:
-    parser.add_argument("--compile", action="store_true", help="draw by torch.compile: faster after minutes of compiling, for thousands "
-                        "of images")
-
-
-def add_inception(parser: Parser) -> None:
-    parser.add_argument("--inception_path", type=Path, default=None,
-                        help="FID's Inception weights (torch-fidelity's .pth); without them AlexNet's features")
-
-
-def parse_numbers(text: str, flag: str = "--values", least: int = 2) -> list[float]:
-    """'0,1e-6' -> numbers. Raises ValueError for anything else, or fewer than `least` different ones."""
+def parse_numbers(text: str, name: str, minimum: int = 2) -> list[float]:
+    """Return the numbers in such as '0,1e-6'. Raises ValueError for anything else, or fewer than `minimum` different ones."""
+    numbers: list[float] = []
     try:
         numbers = list(dict.fromkeys(float(piece) for piece in text.split(",")))
     except ValueError:
-        numbers = [math.nan]
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{flag} {text}: give numbers such as 0,1e-6")
-    if len(numbers) < least:
-        raise ValueError(f"{flag} {text}: give two different numbers or more, such as 0,1e-6")
+        pass
+    if not numbers or not all(abs(number) < float("inf") for number in numbers):
+        raise ValueError(f"`{name}` {text}: give numbers such as 0,1e-6")
+    if len(numbers) < minimum:
+        raise ValueError(f"`{name}` {text}: give two different numbers or more, such as 0,1e-6")
     return numbers
 
 
-def formats(text: str) -> list[str]:
-    """argparse type: names of `FORMATS`, separated by commas, in the order in which they are written."""
+def parse_formats(text: str) -> tuple[str, ...]:
+    """Return the export formats in such as 'unet,lora'."""
     wanted = [piece.strip() for piece in text.split(",") if piece.strip()]
     unknown = [name for name in wanted if name not in FORMATS]
     if unknown or not wanted:
         raise argparse.ArgumentTypeError(f"'{text}' names no format: choose from {', '.join(FORMATS)}")
-    return [name for name in FORMATS if name in wanted]
+    return tuple(wanted)
 
 
-def rank(text: str) -> int | str:
-    """argparse type: a whole number from 1, or auto."""
-    return text if text == "auto" else positive(text)
+def parse_rank(text: str) -> int | str:
+    """Return a whole number from 1, or auto."""
+    return text if text == "auto" else positive_int(text)
 
 
-def parse_devices(text: str | None) -> list[torch.device]:
-    """'0,1', 'cuda:0', 'cpu' or None (CUDA if there is one, else CPU) -> devices.
+def setting_type(entry: Field[Any]) -> Callable[[str], Any]:
+    """Return what reads a text as the value of a settings field, within the field's limits."""
 
-    Raises ValueError for anything else, and for a CUDA device that is not here.
-    """
-    if text is None:
-        return [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
-    devices = []
-    for piece in (piece.strip() for piece in text.split(",")):
+    def parse(text: str) -> Any:
+        renamed = RENAMED_VALUES.get(entry.name, {})
+        if text in renamed:
+            raise argparse.ArgumentTypeError(f"'{text}' is called {renamed[text]} today")
+        value: Any = OLDER_VALUES.get(entry.name, {}).get(text, text)
+        kind = str(entry.type)
+        if kind.startswith("int"):
+            return _whole_number(text, int(entry.metadata["minimum"] or 0))
+        if kind.startswith("float"):
+            try:
+                value = float(text)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
         try:
-            device = torch.device(f"cuda:{piece}" if piece.isdigit() else piece)
-        except RuntimeError:
-            device = None
-        if device is None or device.type not in ("cpu", "cuda"):
-            raise ValueError(f"'{piece}' is no device: give cpu, or cuda:0 or 0 for the first GPU")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device '{piece}' needs CUDA device {device.index or 0}, and this machine has "
-                             f"{torch.cuda.device_count()}: use cpu")
-        devices.append(device)
-    return devices
+            check_value(entry.name, value, entry.metadata)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).replace(f"`{entry.name}` ", "")) from error
+        return value
+
+    return parse
 
 
-def join(device: torch.device) -> tuple[torch.device, Shard]:
-    """This process's device, and its share of the work: of the processes that torchrun or SLURM has started together, one for
-    each device, and of the tasks of a SLURM job array.
-
-    Raises ValueError where several processes are told to take the same GPU.
-    """
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="The `srun` command")
-    rank, size = 0, 1
-    try:
-        environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
-    except RuntimeError as error:  # Lightning's, which names the flag of sbatch to use instead
-        raise ValueError(str(error)) from error
-    if environment and environment.world_size() > 1:
-        nodes = int(os.environ.get("SLURM_NNODES", 1)) if isinstance(environment, SLURMEnvironment) else \
-            environment.world_size() // int(os.environ["LOCAL_WORLD_SIZE"])
-        if device.index is not None:
-            raise ValueError(f"device {device} would be that of all {environment.world_size()} processes: leave the flag out, so that "
-                             "each takes its own, or give cpu")
-        fabric = Fabric(accelerator=device.type, devices=environment.world_size() // nodes, num_nodes=nodes, strategy="ddp")
-        fabric.launch()
-        rank, size, device = fabric.global_rank, fabric.world_size, fabric.device
-    tasks = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1))
-    task = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0)) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
-    if not 0 <= task < tasks:
-        raise ValueError("the tasks of the job array are not numbered one by one: pass such as --array=0-3 to sbatch")
-    return device, Shard(task * size + rank, tasks * size)
+def add_settings(parser: Parser, kind: type[Settings], *names: str) -> None:
+    """Add a flag for each field of a settings class, or those called `names`; without one the model's config decides."""
+    for entry in fields(kind):
+        if names and entry.name not in names or entry.name in {action.dest for action in parser._actions}:
+            continue
+        listed = f": {', '.join(entry.metadata['choices'])}" if entry.metadata["choices"] else ""
+        text = f"{entry.metadata['help']}{listed} {FROM_CONFIG}"
+        parse: Callable[[str], Any] = setting_type(entry)
+        if entry.name == "max_steps" and issubclass(kind, SRSMEConfig):
+            parse, text = nonnegative_int, f"{entry.metadata['help']}; 0 is --mode closed_form {FROM_CONFIG}"
+        parser.option(entry.name, type=parse, default=None, help=text)
 
 
-def methods_settings(base: str, changes: list[str]) -> dict[str, dict]:
-    """The settings of every method in the config of model `base`, changed by such as `FMN.lr=1e-2`.
-
-    Raises ValueError when a change names no setting.
-    """
-    given = OmegaConf.to_container(load_model_config(base).erasure)
-    for change in changes:
-        place, _, text = change.partition("=")
-        method, _, name = place.partition(".")
-        try:
-            if name not in given[method]:
-                raise ValueError
-            kind = positive if name == "iter_break" and "init" not in given[method] else SETTINGS[name][0]
-            given[method][name] = kind(text)
-        except (KeyError, ValueError, argparse.ArgumentTypeError):
-            raise ValueError(f"--settings {change}: give METHOD.SETTING=VALUE as in the model's config, such as FMN.lr=1e-2") from None
-    return given
+def add_settings_with_defaults(parser: Parser, settings: Settings) -> None:
+    """Add a flag for each field of settings that no model's config decides: without one its value stays."""
+    for entry in fields(settings):
+        default = getattr(settings, entry.name)
+        parser.option(entry.name, type=setting_type(entry), default=default, help=entry.metadata["help"])
 
 
-def load_model(args: Namespace, device: torch.device, dtype: str = "float32") -> DiffusionModel:
-    """The model that --ckpt_path (with --config_path) or --model names, its U-Net in `dtype`."""
-    return load_model(args.ckpt_path or args.model, device, args.config_path, DTYPES[dtype])
+def typed_settings(args: Namespace, kind: type[Settings]) -> dict[str, Any]:
+    """Return the values of a settings class that were typed."""
+    values = {entry.name: getattr(args, entry.name, None) for entry in fields(kind)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def ledger_at(args: Namespace, path: Path) -> Ledger:
-    """The ledger in a folder, or file; where no model is given, `args` get the ledger's."""
-    ledger = Ledger(path if path.suffix == ".jsonl" else path / HISTORY_FILE)
-    if not args.model and not args.ckpt_path:
-        args.model = ledger.header.get("model") or str(REPO_ROOT / "models" / "mini-sd")
-        args.ckpt_path, args.config_path = (ledger.header.get(name) for name in ("ckpt_path", "config_path"))
-    return ledger
+# Groups of arguments.
 
 
-def open_ledger(args: Namespace, path: Path) -> tuple[Ledger, DiffusionModel]:
-    """The ledger in a folder, or file, and its model, or the one of the same digest that --model names."""
-    ledger = ledger_at(args, path)
-    model = load_model(args, parse_devices(args.device)[0])
-    check_base_model(ledger.header, model.digest, ledger.path)
-    return ledger, model
+def add_category(parser: Parser) -> None:
+    """Add --category."""
+    parser.option("category", choices=CATEGORIES, default="style", help="which concepts the indexes count")
 
 
-def fill(args: Namespace, load_model_config) -> None:
-    """Give every argument that was left out its value from the model's config."""
-    for name, value in load_model_config.items():
-        if getattr(args, name, value) is None:
-            setattr(args, name, value)
+def add_device(parser: Parser) -> None:
+    """Add --device."""
+    parser.option("device", default=None, help="cpu, cuda:0 or 0; without it CUDA if there is one, else cpu")
 
 
-def store(args: Namespace, model_name: str, method: str) -> ArtifactPaths:
-    return ArtifactPaths(args.shifts_path, method, model_name, args.erase_cat, args.scenei, args.timei)
+def add_unet_dtype(parser: Parser) -> None:
+    """Add --unet_dtype."""
+    parser.option("unet_dtype", choices=DTYPES, default="float32", help="what the U-Net is held in; shifts are float32")
 
 
-def default_data(category: str, root: Path = REPO_ROOT / "data") -> Path:
-    """Where a category's train and eval folders are: `root` for styles, else root/CATEGORY."""
+def add_model(parser: Parser, default: str | None = str(DEFAULT_MODEL)) -> None:
+    """Add --model and the CompVis pair of the original."""
+    parser.option("model", default=default, help="a diffusers folder or a hub id")
+    parser.option("ckpt_path", default=None, help="instead, a checkpoint in CompVis' layout: .ckpt or .safetensors")
+    parser.option("config_path", default=None, help="what that is made of (default: Stable Diffusion v1)")
+
+
+def add_artifacts(parser: Parser) -> None:
+    """Add where bases and shifts are kept."""
+    parser.option("scene", type=int, default=1, help="scene, part of where bases and shifts are kept")
+    parser.option("scene_time", type=int, default=0, help="time in the scene, likewise")
+    parser.option("artifacts_dir", type=Path, default=REPO_ROOT / "models", help="where they are kept, by method")
+
+
+def add_shifts(parser: Parser, required: bool = False) -> None:
+    """Add --shifts and the method whose shifts its indexes mean."""
+    text = "shifts to merge: indexes such as 0,1,2, or shift files" + ("" if required else "; none: the original model")
+    parser.option("shifts", default="", required=required, help=text)
+    parser.option("method", choices=METHODS, default="SRS-ME", help="whose shifts the indexes mean")
+
+
+def add_export(parser: Parser) -> None:
+    """Add the fields of `ExportConfig`."""
+    texts = {entry.name: entry.metadata["help"] for entry in fields(ExportConfig)}
+    defaults = ExportConfig()
+    parser.option("format", type=parse_formats, default=defaults.formats[0], help=texts["formats"])
+    parser.option("save_dtype", choices=DTYPES, default=defaults.save_dtype, help=texts["save_dtype"])
+    parser.option("rank", type=parse_rank, default=None, help=texts["rank"])
+    parser.option("effect_fraction", type=float, default=defaults.effect_fraction, help=texts["effect_fraction"])
+
+
+def export_config(args: Namespace) -> ExportConfig:
+    """Return what `add_export`'s arguments say."""
+    formats = args.format if isinstance(args.format, tuple) else (args.format,)
+    return ExportConfig(formats, args.save_dtype, args.rank, args.effect_fraction)
+
+
+def add_erasure(parser: Parser, kind: type[MethodConfig]) -> None:
+    """Add what every erasure takes, and the settings of a method."""
+    add_model(parser)
+    add_category(parser)
+    parser.option("erased_index", default="", help="concepts to erase, such as 0, 0,1,2 or 0-8")
+    add_artifacts(parser)
+    add_settings(parser, kind)
+    add_training_images(parser)
+    parser.option("gradient_checkpointing", action="store_true", help="less memory for a third more time")
+    add_device(parser)
+    parser.option("frozen_device", default=None, help="another device for the passes without gradient")
+    parser.option("devices", default=None, help="--device and --frozen_device in one, such as 0,1 (the original's flag)")
+
+
+def add_training_images(parser: Parser) -> None:
+    """Add --training_image_dir."""
+    parser.option("training_image_dir", type=Path, default=REPO_ROOT / "data", help="has a folder of images per concept")
+
+
+def add_null_space(parser: Parser) -> None:
+    """Add the settings of a null space; --rank_rtol also takes the word exact."""
+    tolerance = next(entry for entry in fields(NullSpaceConfig) if entry.name == "rank_rtol")
+
+    def parse_tolerance(text: str) -> float:
+        return float(tolerance.default) if text == "exact" else setting_type(tolerance)(text)
+
+    text = f"{tolerance.metadata['help']}, or exact for {tolerance.default} {FROM_CONFIG}"
+    parser.option("rank_rtol", type=parse_tolerance, default=None, help=text)
+    add_settings(parser, NullSpaceConfig)
+
+
+def add_sampling(parser: Parser, images_per_seed: int | None = None) -> None:
+    """Add the settings of a sampler, and how many images a seed gets where several may be asked for."""
+    if images_per_seed:
+        parser.option("images_per_seed", type=positive_int, default=images_per_seed, help="images for each seed")
+    add_settings(parser, SamplingConfig)
+
+
+def add_compile(parser: Parser) -> None:
+    """Add --compile."""
+    text = "generate by torch.compile: faster after minutes of compiling, for thousands of images"
+    parser.option("compile", action="store_true", help=text)
+
+
+def add_prompt_list(parser: Parser) -> None:
+    """Add the prompt list of a generation, and where its images go."""
+    parser.option("prompts_path", type=Path, required=True, help="CSV: prompt,evaluation_seed,case_number")
+    parser.option("save_path", type=Path, required=True, help="folder for the image folders")
+    parser.option("start_case", type=int, default=0, help="leave out lower case numbers")
+
+
+def add_image_pair(parser: Parser) -> None:
+    """Add the two image folders that are compared."""
+    parser.option("original_dir", type=Path, required=True, help="images of the original model")
+    parser.option("edited_dir", type=Path, required=True, help="images of the edited model")
+
+
+def add_image_dir(parser: Parser) -> None:
+    """Add the image folder that is sorted or classified."""
+    default = REPO_ROOT / "evaluation_folder" / "ori-merge"
+    parser.option("image_dir", type=Path, default=default, help="the images")
+
+
+def add_image_prompts(parser: Parser) -> None:
+    """Add the prompt list that images were generated from."""
+    text = "the images' prompt list (default: prompts.csv in their folder)"
+    parser.option("prompts_path", type=Path, default=None, help=text)
+
+
+def add_inception(parser: Parser) -> None:
+    """Add --inception_weights."""
+    text = "FID's Inception weights (torch-fidelity's .pth); without them AlexNet's features"
+    parser.option("inception_weights", type=Path, default=None, help=text)
+
+
+def add_imagenet(parser: Parser) -> None:
+    """Add --imagenet_weights."""
+    text = "for objects, as in the paper: a state dict of torchvision's ImageNet ResNet50 to classify by"
+    parser.option("imagenet_weights", type=Path, default=None, help=text)
+
+
+def add_classifier(parser: Parser) -> None:
+    """Add --classifier."""
+    parser.option("classifier", type=Path, default=None, help="default: models/classifiers/CATEGORY.safetensors")
+
+
+def default_data_dir(category: str, root: Path = REPO_ROOT / "data") -> Path:
+    """Return where a category's train and eval folders are: `root` for styles, else root/CATEGORY."""
     return root if category == "style" else root / category
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script's main. Bad input ends in one line on stderr and exit code 2; SRSME_TRACEBACK=1 shows where.
-
-    A batch system's SIGTERM ends it like Ctrl-C, so that half-written files are removed.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("stopped; nothing is half written, and the same command goes on or starts over", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        if os.environ.get("SRSME_TRACEBACK"):
-            raise
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)

@@ -1,4 +1,4 @@
-"""TODO config.concepts."""
+"""The concepts of `configs/concepts.yaml` and `configs/logos.yaml`, by category and index. No torch here."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ STATUSES = ("erased", "restored", "regular", "protected")
 INDEX_RANGE_RE = re.compile(r"(\d+)(?:-(\d+))?")  # an index, or a first and a last one
 
 
-EMPTY_PROMPT_LABEL = "(blank)"  # what tables and pictures call the blank prompt
+EMPTY_PROMPT_LABEL = "(empty)"  # what tables and images call the empty prompt
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One concept: `index` in its category, `prompt` (its bare name), other spellings, caption templates with `{}`.
+    """One concept: `index` in its category, `prompt` (how prompts say it), other spellings, caption templates with `{}`.
 
-    `held_out` are templates that the embedded model's captions never use. `anchor` is the first template without the
-    concept, to which some methods pull it.
+    `held_out_templates` are templates that the bundled model's captions never use. `anchor_prompt` is the first template without
+    the concept, to which some methods pull it.
     """
 
     index: int
@@ -35,24 +35,28 @@ class Concept:
     prompt: str
     aliases: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
-    held_out: tuple[str, ...] = ()
-    anchor: str = ""
-    watermark: bool = False
+    held_out_templates: tuple[str, ...] = ()
+    anchor_prompt: str = ""
+    is_watermark: bool = False
 
     @property
     def captions(self) -> list[str]:
-        """Each template with the concept in it; without templates, the bare name."""
+        """Each template with the concept in it; without templates, the concept's name."""
         return [template.format(self.prompt) for template in self.templates] or [self.prompt]
 
+    @property
+    def held_out_prompts(self) -> list[str]:
+        """Each held-out template with the concept in it."""
+        return [template.format(self.prompt) for template in self.held_out_templates]
 
-def said(concept: Concept, templates: int) -> list[str]:
-    """A concept's bare name and its first `templates` captions, once each."""
-    return list(dict.fromkeys([concept.prompt, *concept.captions[:templates]]))
+    def prompts(self, num_templates: int) -> list[str]:
+        """Return the concept's name and its first `num_templates` captions, once each."""
+        return list(dict.fromkeys([self.prompt, *self.captions[:num_templates]]))
 
 
 @cache
 def _load_config():
-    return OmegaConf.merge(*(OmegaConf.load(REPO_ROOT / "configs" / name) for name in ("concepts.yaml", "many.yaml")))
+    return OmegaConf.merge(*(OmegaConf.load(REPO_ROOT / "configs" / name) for name in ("concepts.yaml", "logos.yaml")))
 
 
 @cache
@@ -65,15 +69,16 @@ def load_concepts(category: str) -> tuple[Concept, ...]:
         raise ValueError(f"unknown category '{category}': choose one of {', '.join(CATEGORIES)}")
     group = _load_config().categories[category]
     concepts = [Concept(index, entry.name, entry.get("prompt", entry.name), tuple(entry.get("aliases", ())),
-                        tuple(group.templates), tuple(group.held_out), group.anchor)
+                        tuple(group.templates), tuple(group.get("held_out_templates", group.get("held_out", ()))),
+                        group.get("anchor_prompt", group.get("anchor", "")))
                 for index, entry in enumerate(group.concepts)]
-    marks = [Concept(len(concepts) + k, text, text, watermark=True) for k, text in enumerate(_load_config().watermarks)]
+    marks = [Concept(len(concepts) + k, text, text, is_watermark=True) for k, text in enumerate(_load_config().watermarks)]
     return tuple(concepts + marks)
 
 
 def erasable_concepts(category: str) -> tuple[Concept, ...]:
     """The concepts of `category` without the watermark prompts."""
-    return tuple(concept for concept in load_concepts(category) if not concept.watermark)
+    return tuple(concept for concept in load_concepts(category) if not concept.is_watermark)
 
 
 def watermark_prompts() -> tuple[str, ...]:
@@ -114,7 +119,7 @@ def concept_status(category: str, prompt: str, erased: Collection[int], restored
     """What a prompt's concept is, given the indexes of those: erased, restored, protected (as the watermarks and the blank
     prompt always are), or regular."""
     concept = match_concept(category, prompt)
-    if concept is None or concept.watermark:
+    if concept is None or concept.is_watermark:
         return "protected"
     kinds = {"erased": erased, "restored": restored, "protected": protected}
     return next((kind for kind, indexes in kinds.items() if concept.index in indexes), "regular")
@@ -142,7 +147,7 @@ def parse_erase_targets(text: str, category: str) -> list[Concept]:
     if not concepts:
         raise ValueError(f"no concept to erase: give indexes such as 0,1,2 from {_format_choices(category)}")
     for concept in concepts:
-        if concept.watermark:
+        if concept.is_watermark:
             raise ValueError(f"{concept.index} {concept.name} is a watermark, which every shift protects: "
                              f"erase one of {erasable_concepts(category)[0].index} to {erasable_concepts(category)[-1].index}")
     return concepts

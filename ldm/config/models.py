@@ -1,20 +1,97 @@
-"""TODO config.models."""
+"""A model's own settings: `configs/NAME.yaml` merged over the defaults of `ldm.config.methods`."""
 
 from __future__ import annotations
 
-from omegaconf import DictConfig, OmegaConf
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from ldm.diffusion.load import DEFAULT_CONFIG, load_model
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ldm.config.methods import (
+    METHODS,
+    EvaluationConfig,
+    MethodConfig,
+    NullSpaceConfig,
+    SamplingConfig,
+    Settings,
+    did_you_mean,
+)
+from ldm.io.legacy import upgrade
 from ldm.io.paths import REPO_ROOT
 
+DEFAULT_CONFIG = REPO_ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
+_RENAMED_CONFIGS = {"mini-many": "mini-sd-logos"}
+_MODEL_KEYS = ("base_config", "component_configs", "sampling", "null_space", "evaluation", "methods")
+_TOY_KEYS = ("seed", "dataset", "tokenizer", "text_encoder", "vae", "unet", "scheduler", "train")
 
-def load_model_config(name: str) -> DictConfig:
-    """The sampling and erasure settings of a model: `configs/NAME.yaml`, else those of Stable Diffusion v1."""
-    own = REPO_ROOT / "configs" / f"{name}.yaml"
-    return read_model_config(own if own.is_file() else DEFAULT_CONFIG)
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def read_model_config(path: Path) -> DictConfig:
-    """The config at `path`, over that of the model that it `extends`, if it says so."""
-    config = OmegaConf.load(path)
-    return OmegaConf.merge(load_model_config(config.extends), config) if "extends" in config else config
+@dataclass(frozen=True)
+class ModelConfig:
+    """The settings that scripts use for a model where a flag is silent."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    null_space: NullSpaceConfig = NullSpaceConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    methods: Mapping[str, MethodConfig] = field(default_factory=lambda: {name: kind() for name, kind in METHODS.items()})
+
+
+def load_model_config(name: str) -> ModelConfig:
+    """Return the settings of the model called `name`: `configs/NAME.yaml`, else those of Stable Diffusion v1.
+
+    Raises ValueError, naming file and key, for a key that there is not or a value that it cannot have.
+    """
+    path = _config_path(name)
+    return make_model_config(read_yaml(path), path)
+
+
+def _config_path(name: str) -> Path:
+    path = REPO_ROOT / "configs" / f"{_RENAMED_CONFIGS.get(name, name)}.yaml"
+    return path if path.is_file() else DEFAULT_CONFIG
+
+
+def make_model_config(config: DictConfig, path: Path) -> ModelConfig:
+    """Return the settings in what `read_yaml` read from `path`. Raises ValueError as `load_model_config`."""
+    for key in config:
+        if key not in (*_MODEL_KEYS, *_TOY_KEYS):
+            raise ValueError(f"{path}: no key {key}{did_you_mean(str(key), [*_MODEL_KEYS, *_TOY_KEYS])}")
+    methods = config.get("methods", {})
+    for name in methods:
+        if name not in METHODS:
+            raise ValueError(f"{path}, methods: no method {name}{did_you_mean(str(name), list(METHODS))}")
+    return ModelConfig(
+        _merged(SamplingConfig, config.get("sampling", {}), path, "sampling"),
+        _merged(NullSpaceConfig, config.get("null_space", {}), path, "null_space"),
+        _merged(EvaluationConfig, config.get("evaluation", {}), path, "evaluation"),
+        {name: _merged(kind, methods.get(name, {}), path, f"methods, {name}") for name, kind in METHODS.items()},
+    )
+
+
+def _merged(kind: type[AnySettings], changes: Any, path: Path, section: str) -> AnySettings:
+    try:
+        settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), changes))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ValueError(f"{path}, {section}: {str(error).splitlines()[0]}") from error
+    return settings
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """Return the config at `path`, with today's keys, over that of the model that its `base_config` names.
+
+    Raises ValueError when it cannot be read or is no mapping.
+    """
+    try:
+        content = upgrade(OmegaConf.to_container(OmegaConf.load(path)))
+    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no mapping of settings")
+    config = OmegaConf.create(content)
+    if "base_config" not in config:
+        return config
+    return DictConfig(OmegaConf.merge(read_yaml(_config_path(config.base_config)), config))

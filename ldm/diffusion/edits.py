@@ -1,4 +1,4 @@
-"""TODO diffusion.edits."""
+"""Changes of a U-Net's layers and weights that last as long as a `with` block."""
 
 from __future__ import annotations
 
@@ -6,55 +6,66 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
+from typing import Any
+
 import torch
-from torch import nn
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
-def add_layer_outputs(layers: Mapping[str, nn.Linear], extra: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
-    """While the block runs, layer `name` puts out `W x + extra[name](x)`; its weight is not touched."""
+def add_layer_outputs(
+    layers: Mapping[str, nn.Linear], additions: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+) -> Iterator[None]:
+    """Make layer `name` return `W x + additions[name](x)` while the block runs; its weight is not touched."""
+
+    def make_hook(addition: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda _, inputs, output: output + addition(inputs[0])
+
     with ExitStack() as stack:
-        for name, add in extra.items():
-            hook = layers[name].register_forward_hook(lambda _, inputs, output, add=add: output + add(inputs[0]))
-            stack.callback(hook.remove)
+        for name, addition in additions.items():
+            stack.callback(layers[name].register_forward_hook(make_hook(addition)).remove)
         yield
+
+
+def _set_parameters(unet: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        module_name, _, parameter_name = name.rpartition(".")
+        setattr(unet.get_submodule(module_name), parameter_name, parameter)
 
 
 @contextmanager
-def replace_parameters(unet: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """While the block runs, the U-Net holds `weights` in place of its own of those names; then the very same are back."""
-    base = {name: unet.get_parameter(name) for name in weights}
-
-    def put(parameters: Mapping[str, nn.Parameter]) -> None:
-        for name, parameter in parameters.items():
-            owner, _, own = name.rpartition(".")
-            setattr(unet.get_submodule(owner), own, parameter)
-
+def replace_parameters(unet: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Put `parameters` in place of the U-Net's own of those names while the block runs; then the very same are back."""
+    originals = {name: unet.get_parameter(name) for name in parameters}
     try:
-        put(weights)
+        _set_parameters(unet, parameters)
         yield
     finally:
-        put(base)
+        _set_parameters(unet, originals)
 
 
 def clone_sharing_weights(unet: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A U-Net of its own with `weights` in place of those of that name; all others are the very tensors of `unet`, which is not
-    touched, so that several may run at once."""
-    tensors = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
-    other = deepcopy(unet, tensors)
-    for name, weight in weights.items():
-        owner, _, own = name.rpartition(".")
-        setattr(other.get_submodule(owner), own, nn.Parameter(weight, requires_grad=False))
-    return other
+    """Return a second U-Net with `weights` in place of those of that name.
+
+    All others are the very tensors of `unet`, which is not touched, so that several may run at once.
+    """
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
+    clone = deepcopy(unet, shared)
+    _set_parameters(clone, {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()})
+    return clone
 
 
 @contextmanager
-def gradient_checkpointing(unet: nn.Module, scope: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """While the block runs, the U-Net's blocks keep their inputs alone, and are run again, within `scope()`, when their
-    gradient is wanted: less memory for more time (gradient checkpointing; Chen et al., arXiv 1604.06174)."""
-    unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), scope())))
+def gradient_checkpointing(unet: Any, scope: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Keep the inputs of the U-Net's blocks alone, and run these again, within `scope()`, when a gradient is computed.
+
+    That takes less memory and more time (Chen et al., arXiv 1604.06174). It ends with the `with` block.
+    """
+    unet.enable_gradient_checkpointing(
+        partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), scope()))
+    )
     try:
         yield
     finally:
@@ -62,24 +73,37 @@ def gradient_checkpointing(unet: nn.Module, scope: Callable[[], AbstractContextM
 
 
 @contextmanager
-def attention_score_differences(unet: nn.Module, anchor: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """While the block runs, every cross-attention layer adds to the list how its scores, before the softmax, differ from
-    those under the prompt `anchor` (1, tokens, d): `scale q (k(c) - k(anchor))^T`, (N * heads, pixels, tokens).
+def attention_score_differences(unet: nn.Module, anchor_embeds: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Collect how attention scores differ from those under an anchor prompt while the block runs.
+
+    Every cross-attention layer adds one tensor (N * heads, pixels, tokens) to the list: the difference of the scores
+    before the softmax, `scale q (k(c) - k(anchor))^T`. `anchor_embeds` are (1, tokens, d).
     """
     differences: list[torch.Tensor] = []
     with ExitStack() as stack:
         for name, layer in unet.named_modules():
             if name.endswith("attn2"):
-                query: list[torch.Tensor] = []
-
-                def keep(_, inputs, output, query=query):
-                    query[:] = [output]
-
-                def compare(to_k, inputs, output, query=query, layer=layer):
-                    key = output - F.linear(anchor, to_k.weight, to_k.bias)  # (N, tokens, inner)
-                    q, k = (layer.head_to_batch_dim(part) for part in (query.pop(), key))
-                    differences.append(layer.scale * q @ k.transpose(1, 2))
-
-                stack.callback(layer.to_q.register_forward_hook(keep).remove)
-                stack.callback(layer.to_k.register_forward_hook(compare).remove)
+                to_q, to_k = layer.get_submodule("to_q"), layer.get_submodule("to_k")
+                store_query, compare_key = _score_hooks(layer, anchor_embeds, differences)
+                stack.callback(to_q.register_forward_hook(store_query).remove)
+                stack.callback(to_k.register_forward_hook(compare_key).remove)
         yield differences
+
+
+def _score_hooks(
+    layer: Any, anchor_embeds: torch.Tensor, differences: list[torch.Tensor]
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Return forward hooks for an attention layer's `to_q` and `to_k`, which runs after it and fills `differences`."""
+    query: list[torch.Tensor] = []
+
+    def store_query(_: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        query[:] = [output]
+
+    def compare_key(to_k: Any, inputs: Any, output: torch.Tensor) -> None:
+        key = output - F.linear(anchor_embeds, to_k.weight, to_k.bias)  # (N, tokens, inner)
+        q, k = (
+            layer.head_to_batch_dim(projection) for projection in (query.pop(), key)
+        )  # (N * heads, ..., inner / heads)
+        differences.append(layer.scale * q @ k.transpose(1, 2))
+
+    return store_query, compare_key

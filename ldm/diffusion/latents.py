@@ -1,60 +1,87 @@
-"""TODO diffusion.latents."""
+"""Latents to train on: noised latents of images, or what the model itself samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
+
 import torch
+
+from ldm.config.methods import ESDConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import make_scheduler, sample_latents
 from ldm.io.images import list_images, load_batch
 
+MAX_IMAGES = 256  # of a folder; more would only take longer to encode
+_IMAGES_AT_ONCE = 16  # that are read and encoded together
 
-MAX_IMAGES = 256  # images of a folder; more would only take longer to encode
 
+def latents_from_folder(
+    model: DiffusionModel, folder: Path, batch_size: int, seed: int, **details: object
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Return endless batches of noised latents of the first `MAX_IMAGES` images in `folder`, which are encoded once.
 
-def latents_from_folder(model: DiffusionModel, folder: Path, batch: int, seed: int,
-                hint: str = "") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Noisy latents of the first `MOST` images in `folder`, encoded once: z_t (batch, C, h, w), t (batch,).
-
-    Images, steps and noise are drawn uniformly from `seed`. Raises ValueError for a missing or empty folder (`hint`
-    says what makes it) or an unreadable image.
+    A batch is z_t (batch_size, C, h, w) and t (batch_size,). Images, timesteps and noise depend on `seed` alone.
+    Raises MissingFileError of kind "training images", with `details`, for a missing or empty folder, and ValueError for
+    an unreadable image.
     """
-    paths = list_images(folder, hint)[:MAX_IMAGES]
-    latents = torch.cat([model.encode_image(load_batch(paths[k:k + 16], model.image_size))
-                         for k in range(0, len(paths), 16)])
-    return noised_batches(model, latents, batch, seed)
+    paths = list_images(folder, "training images", **details)[:MAX_IMAGES]
+    latents = []
+    for start in range(0, len(paths), _IMAGES_AT_ONCE):
+        latents.append(model.encode_image(load_batch(paths[start : start + _IMAGES_AT_ONCE], model.image_size)))
+    return noised_batches(model, torch.cat(latents), batch_size, seed)
 
 
-def noised_batches(model: DiffusionModel, latents: torch.Tensor, batch: int,
-          seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of clean `latents` (N, C, h, w) at random steps, the same on every device for the same seed."""
+def noised_batches(
+    model: DiffusionModel, latents: torch.Tensor, batch_size: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield endless batches of clean `latents` (N, C, h, w), noised to random timesteps.
+
+    A batch is z_t (batch_size, C, h, w) and t (batch_size,), the same on every device for the same seed.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
-        chosen = torch.randint(len(latents), (batch,), generator=generator)
-        step = torch.randint(model.steps, (batch,), generator=generator).to(model.device)
-        noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(latents)
-        yield model.add_noise(latents[chosen.to(latents.device)], noise, step), step
+        indices = torch.randint(len(latents), (batch_size,), generator=generator)
+        timesteps = torch.randint(model.num_train_timesteps, (batch_size,), generator=generator).to(model.device)
+        noise = torch.randn((batch_size, *latents.shape[1:]), generator=generator).to(latents)
+        yield model.add_noise(latents[indices.to(latents.device)], noise, timesteps), timesteps
 
 
-def sampled_batches(model: DiffusionModel, embedding: torch.Tensor, batch: int, steps: int, guidance: float, seed: int,
-            scope: Callable[[], AbstractContextManager]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches that the model draws under one prompt (1, tokens, d), stopped before a random one of `steps` steps.
+def sampled_batches(
+    model: DiffusionModel,
+    prompt_embeds: torch.Tensor,
+    config: ESDConfig,
+    scope: Callable[[], AbstractContextManager[Any]],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Return endless batches that the model samples under one prompt (1, rows, d), stopped before a random timestep.
 
-    `scope()` is entered while it draws, so that a student's weights can be the ones that draw. Noise and steps come from
-    `seed`, the same on every device.
+    A batch is z_t (batch_size, C, h, w) and t (batch_size,), the same t for all. `scope()` is entered while the model
+    samples, so that the weights that are being trained can be the ones that sample. Noise and timesteps depend on the
+    config's seed alone, and are the same on every device.
     """
-    return _sampled(model, embedding, model.encode_uncond(), batch, steps, guidance, seed, scope)
+    uncond_embeds = model.encode_uncond()  # now, since the text encoder may leave the device before the first batch
+    return _sample_batches(model, prompt_embeds, uncond_embeds, config, scope)
 
 
-def _sampled(model: DiffusionModel, embedding: torch.Tensor, blank: torch.Tensor, batch: int, steps: int, guidance: float, seed: int,
-           scope: Callable[[], AbstractContextManager]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    timesteps = make_scheduler(model, steps).timesteps
+def _sample_batches(
+    model: DiffusionModel,
+    prompt_embeds: torch.Tensor,
+    uncond_embeds: torch.Tensor,
+    config: ESDConfig,
+    scope: Callable[[], AbstractContextManager[Any]],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    batch_size, num_inference_steps = config.train_batch_size, config.num_inference_steps
+    generator = torch.Generator().manual_seed(config.seed)
+    timesteps = make_scheduler(model, num_inference_steps).timesteps
+    batch_embeds = prompt_embeds.expand(batch_size, -1, -1)  # (batch_size, rows, d)
     while True:
         stop = int(torch.randint(len(timesteps), (), generator=generator))
-        noise = torch.randn((batch, *model.latent_shape), generator=generator)
+        noise = torch.randn((batch_size, *model.latent_shape), generator=generator)
         with scope():
-            latents = sample_latents(model, noise, embedding.expand(batch, -1, -1), blank, steps, guidance, stop)
-        yield make_scheduler(model, steps).scale_model_input(latents, timesteps[stop]), timesteps[stop].expand(batch)
+            latents = sample_latents(
+                model, noise, batch_embeds, uncond_embeds, num_inference_steps, config.start_guidance, stop
+            )
+        scheduler = make_scheduler(model, num_inference_steps)
+        yield scheduler.scale_model_input(latents, timesteps[stop]), timesteps[stop].expand(batch_size)

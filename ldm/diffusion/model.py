@@ -1,103 +1,123 @@
-"""TODO diffusion.model."""
+"""A frozen text-to-image model: embed prompts, encode and decode images, predict the noise."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import copy, deepcopy
 from dataclasses import dataclass
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
 from ldm.io.tensors import tensor_digest
 
-
-_MAX_WORDS = 512
-
-
-_MAX_PIXELS = 512 * 512  # that the autoencoder takes at once: its memory grows with them
+_MAX_WORDS = 512  # of the vocabulary that the second moment is taken over
+_WORDS_AT_ONCE = 64  # that the text encoder embeds in one pass
+_MAX_PIXELS = 512 * 512  # that the autoencoder takes in one pass: its memory grows with them
 
 
 @dataclass
 class DiffusionModel:
-    """Frozen parts of a Stable Diffusion model on one device: 1.x, 2.x or XL. `scheduler` is a template: copy it before
-    sampling. The U-Net is held in `dtype`, all else in float32; the text encoders and the autoencoder come to the device
-    when they are needed, and leave it when asked to (`park`)."""
+    """Frozen parts of a Stable Diffusion model (1.x, 2.x or XL) on one device.
+
+    The U-Net is held in `dtype`, all else in float32. The text encoders and the autoencoder come to the device when
+    they are needed, and leave it by `offload`. `scheduler` is a template, from which `sampling.make_scheduler` makes
+    one.
+    """
 
     name: str
-    base: str  # whose settings it takes: its own name, or that of the model it was merged from
+    config_name: str  # whose settings it takes: its own name, or that of the model it was merged from
     pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
     device: torch.device
     dtype: torch.dtype = torch.float32
     checkpoint: Path | None = None  # the single file that it was loaded from
 
-    def __post_init__(self):
-        self.unet: UNet2DConditionModel = self.pipeline.unet
-        self.vae: AutoencoderKL = self.pipeline.vae
-        self.text_encoder = self.pipeline.text_encoder  # of XL the first of two
-        self.scheduler = self.pipeline.scheduler
-        self._encoders = {name: part for name in ("text_encoder", "text_encoder_2")
-                          if (part := getattr(self.pipeline, name, None)) is not None}
-        for part in (*self._encoders.values(), self.unet, self.vae):
-            part.requires_grad_(False).eval()
-        self.digest  # of the weights before they are rounded
+    def __post_init__(self) -> None:
+        # Any: diffusers declares the entries of its configs nowhere, and torch.compile replaces the U-Net
+        self.unet: Any = self.pipeline.unet  # a UNet2DConditionModel
+        self.vae: Any = self.pipeline.vae  # an AutoencoderKL
+        self.text_encoder: Any = self.pipeline.text_encoder  # of XL the first of two
+        self.scheduler: Any = self.pipeline.scheduler
+        self._text_encoders: dict[str, Any] = {}
+        for name in ("text_encoder", "text_encoder_2"):
+            encoder = getattr(self.pipeline, name, None)
+            if encoder is not None:
+                self._text_encoders[name] = encoder
+        for module in (*self._text_encoders.values(), self.unet, self.vae):
+            module.requires_grad_(False).eval()
+        _ = self.digest  # of the weights before they are rounded
         self.unet.to(self.device, self.dtype)
-        for part in (self.unet, self.vae):  # made of convolutions
-            part.to(memory_format=torch.channels_last)
-        self._noise_levels = self.scheduler.alphas_cumprod.to(self.device)
+        for module in (self.unet, self.vae):  # made of convolutions
+            module.to(memory_format=torch.channels_last)
+        self._alphas_cumprod: torch.Tensor = self.scheduler.alphas_cumprod.to(self.device)  # (num_train_timesteps,)
 
     @property
     def image_size(self) -> int:
-        """Pixels on a side."""
+        """Return the side of an image in pixels."""
         return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
+        """Return the shape (C, h, w) of one image's latents."""
         return self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size
 
     @property
-    def width(self) -> int:
-        """d, the size of a token's embedding."""
+    def context_dim(self) -> int:
+        """Return d, the size of a token's embedding."""
         return self.unet.config.cross_attention_dim
 
     @property
-    def steps(self) -> int:
-        """The number of diffusion steps of training."""
+    def num_train_timesteps(self) -> int:
+        """Return the number of diffusion timesteps of training."""
         return self.scheduler.config.num_train_timesteps
 
     @property
-    def _pooled(self) -> int:
-        """The size of XL's pooled embedding, which goes to the U-Net beside the tokens; 0 where there is none."""
-        return self._encoders["text_encoder_2"].config.projection_dim if "text_encoder_2" in self._encoders else 0
+    def _pooled_dim(self) -> int:
+        """Return the size of XL's pooled embedding, which the U-Net takes beside the tokens; 0 where there is none."""
+        encoder = self._text_encoders.get("text_encoder_2")
+        return encoder.config.projection_dim if encoder is not None else 0
 
     @cached_property
     def digest(self) -> str:
-        """Identifies the base model: text encoders and U-Net, as loaded. Taken before any shift is merged."""
-        tensors = {f"{kind}.{name.removeprefix('text_model.')}": value  # which only some versions of transformers put before
-                   for kind, part in self._encoders.items() for name, value in part.state_dict().items()}
-        tensors |= {f"unet.{name}": value for name, value in self.unet.state_dict().items()}
+        """Return the digest of the base model: text encoders and U-Net as loaded, before any shift is merged."""
+        tensors: dict[str, torch.Tensor] = {}
+        for encoder_name, encoder in self._text_encoders.items():
+            for name, value in encoder.state_dict().items():
+                # only some versions of transformers put "text_model." before the name
+                tensors[f"{encoder_name}.{name.removeprefix('text_model.')}"] = value
+        for name, value in self.unet.state_dict().items():
+            tensors[f"unet.{name}"] = value
         return tensor_digest({name: value for name, value in tensors.items() if value.is_floating_point()})
 
     @cached_property
-    def generation_metadata(self) -> dict:
-        """What decides this model's pictures beside prompt, seed, steps and guidance; taken before any shift is merged."""
-        config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
-        rounded = {} if self.dtype == torch.float32 else {"dtype": str(self.dtype)}
-        return {"model_digest": self.digest, "decoder_digest": tensor_digest(self.vae.state_dict()),
-                "scheduler": type(self.scheduler).__name__, "scheduler_config": config} | rounded
+    def generation_metadata(self) -> dict[str, Any]:
+        """Return what decides this model's images beside prompt, seed and sampling settings; before any merge."""
+        scheduler_config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
+        metadata = {
+            "model_digest": self.digest,
+            "decoder_digest": tensor_digest(self.vae.state_dict()),
+            "scheduler": type(self.scheduler).__name__,
+            "scheduler_config": scheduler_config,
+        }
+        if self.dtype != torch.float32:
+            metadata["dtype"] = str(self.dtype)
+        return metadata
 
     def offload(self) -> None:
-        """Text encoders and autoencoder leave the device, until they are needed again."""
-        for part in (*self._encoders.values(), self.vae):
-            part.cpu()
+        """Move text encoders and autoencoder to the CPU, until they are needed again."""
+        for module in (*self._text_encoders.values(), self.vae):
+            module.cpu()
 
     def replicate_unet(self, device: torch.device) -> DiffusionModel:
-        """The same model with its U-Net once more, on another device, for passes that run beside this one's."""
-        other = copy(self)
-        other.device, other.unet = device, deepcopy(self.unet).to(device)
-        other._noise_levels = self._noise_levels.to(device)
-        return other
+        """Return the same model with a copy of its U-Net on another device, for passes that run beside this one's."""
+        replica = copy(self)
+        replica.device, replica.unet = device, deepcopy(self.unet).to(device)
+        replica._alphas_cumprod = self._alphas_cumprod.to(device)
+        return replica
 
     def to(self, dtype: torch.dtype) -> None:
         """Round all weights to `dtype`, for a model that is only to be saved."""
@@ -105,100 +125,133 @@ class DiffusionModel:
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
-        """Prompts as embeddings (N, rows, d), float32: a row for each of the model's tokens, and for XL one more with the
-        pooled embedding, filled up with zeros."""
-        for part in self._encoders.values():
-            part.to(self.device)
-        made = self.pipeline.encode_prompt(prompts, device=self.device, num_images_per_prompt=1,
-                                           do_classifier_free_guidance=False)
-        if not self._pooled:
-            return made[0].float()
-        tokens, _, pooled, _ = made
-        return torch.cat([tokens, F.pad(pooled, (0, self.width - self._pooled))[:, None]], dim=1).float()
+        """Embed prompts: (N, rows, d) in float32.
+
+        There is a row for each of the model's tokens, and for XL one more: the pooled embedding, padded to d with
+        zeros.
+        """
+        for encoder in self._text_encoders.values():
+            encoder.to(self.device)
+        pipeline: Any = self.pipeline  # XL's says that it takes one prompt, and takes several
+        outputs = pipeline.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        if not self._pooled_dim:
+            return outputs[0].float()  # (N, tokens, d)
+        token_embeds, _, pooled_embeds, _ = outputs  # (N, tokens, d), (N, pooled)
+        pooled_row = F.pad(pooled_embeds, (0, self.context_dim - self._pooled_dim))[:, None]  # (N, 1, d)
+        return torch.cat([token_embeds, pooled_row], dim=1).float()  # (N, tokens + 1, d)
 
     def encode_uncond(self) -> torch.Tensor:
-        """What guidance leads away from, (1, rows, d): the blank prompt; for XL zeros, if its pipeline says so."""
-        blank = self.encode_prompt([""])
-        return torch.zeros_like(blank) if self.pipeline.config.get("force_zeros_for_empty_prompt") else blank
+        """Embed the unconditional prompt, (1, rows, d): the empty one; for XL zeros, if its pipeline says so."""
+        uncond_embeds = self.encode_prompt([""])
+        if self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            return torch.zeros_like(uncond_embeds)
+        return uncond_embeds
 
-    def tokens(self, embedding: torch.Tensor) -> torch.Tensor:
-        """The rows of embeddings (..., rows, d) that the cross-attention layers see: all but XL's pooled one."""
-        return embedding[..., :-1, :] if self._pooled else embedding
+    def drop_pooled(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """Return the rows of (..., rows, d) that cross-attention takes, (..., tokens, d): all but XL's pooled one."""
+        return prompt_embeds[..., :-1, :] if self._pooled_dim else prompt_embeds
 
-    def seen(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
-        """What the cross-attention layers see of each prompt, (tokens, d)."""
-        return {prompt: self.tokens(self.encode_prompt([prompt]))[0] for prompt in prompts}
+    def embed_prompts(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return the embedding of each prompt that cross-attention takes, (tokens, d)."""
+        return {prompt: self.drop_pooled(self.encode_prompt([prompt]))[0] for prompt in prompts}
 
     @cached_property
     def vocab_gram(self) -> tuple[list[str], torch.Tensor]:
-        """Words that the model knows, at most `_WORDS` of its tokenizer's, evenly chosen, and the mean of `e^T e` over what the
-        layers see of each alone, e (tokens, d): (d, d), float64."""
-        known = self.pipeline.tokenizer.get_vocab()
-        words = sorted(word for word in (token.removesuffix("</w>") for token in known if token.endswith("</w>"))
-                       if len(word) > 2 and word.isalpha())
-        words = words[::max(1, -(-len(words) // _MAX_WORDS))]
-        gram = torch.zeros(self.width, self.width, dtype=torch.float64)
-        for start in range(0, len(words), 64):
-            gram += self._gram(words[start:start + 64])
+        """Return words of the tokenizer's vocabulary, and the mean of `e^T e` over them: (d, d), float64.
+
+        The words are at most 512, evenly spaced in alphabetical order; e (tokens, d) is the embedding of one alone.
+        """
+        words = []
+        for token in self.pipeline.tokenizer.get_vocab():
+            word = token.removesuffix("</w>")
+            if token.endswith("</w>") and len(word) > 2 and word.isalpha():
+                words.append(word)
+        words.sort()
+        words = words[:: max(1, -(-len(words) // _MAX_WORDS))]
+        gram = torch.zeros(self.context_dim, self.context_dim, dtype=torch.float64)
+        for start in range(0, len(words), _WORDS_AT_ONCE):
+            gram += self._gram(words[start : start + _WORDS_AT_ONCE])
         return words, gram / max(1, len(words))
 
     def _gram(self, prompts: list[str]) -> torch.Tensor:
-        seen = self.tokens(self.encode_prompt(prompts)).flatten(0, 1).cpu().double()
-        return seen.T @ seen
+        """Return the sum of `e^T e` over prompts, (d, d), float64."""
+        rows = self.drop_pooled(self.encode_prompt(prompts)).flatten(0, 1).cpu().double()  # (N * tokens, d)
+        return rows.T @ rows
 
     def vocab_gram_without(self, *spellings: str) -> torch.Tensor:
-        """The mean of `vocabulary` without the words, and pieces of words, of `spellings`."""
+        """Return the mean of `vocab_gram` without the words, and pieces of words, of `spellings`: (d, d), float64."""
         words, mean = self.vocab_gram
-        pieces = {piece.removesuffix("</w>") for text in spellings for piece in self.pipeline.tokenizer.tokenize(text)}
-        own = [word for word in words if word in pieces]
-        if not own or len(own) == len(words):
+        pieces = set()
+        for text in spellings:
+            pieces.update(piece.removesuffix("</w>") for piece in self.pipeline.tokenizer.tokenize(text))
+        left_out = [word for word in words if word in pieces]
+        if not left_out or len(left_out) == len(words):
             return mean
-        return (mean * len(words) - self._gram(own)) / (len(words) - len(own))
+        return (mean * len(words) - self._gram(left_out)) / (len(words) - len(left_out))
 
     @torch.no_grad()
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) in [-1, 1] -> scaled latents (N, C, h, w), the posterior's mean."""
+        """Encode images (N, 3, H, W) in [-1, 1] as scaled latents (N, C, h, w), the means of the posterior."""
         self.vae.to(self.device)
-        latents = torch.cat([self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist.mean
-                             for part in images.split(self._at_once())])
-        return latents * self.vae.config.scaling_factor
+        means = []
+        for batch in images.split(self._vae_batch_size()):
+            means.append(self.vae.encode(batch.to(self.device, self.vae.dtype)).latent_dist.mean)
+        return torch.cat(means) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (N, C, h, w) -> images (N, 3, H, W), about [-1, 1]."""
+        """Decode scaled latents (N, C, h, w) to images (N, 3, H, W), about in [-1, 1]."""
         self.vae.to(self.device)
-        return torch.cat([self.vae.decode(part.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
-                          for part in latents.split(self._at_once())])
+        images = []
+        for batch in latents.split(self._vae_batch_size()):
+            images.append(self.vae.decode(batch.to(self.vae.dtype) / self.vae.config.scaling_factor).sample)
+        return torch.cat(images)
 
-    def _at_once(self) -> int:
-        return max(1, _MAX_PIXELS // self.image_size ** 2)
+    def _vae_batch_size(self) -> int:
+        return max(1, _MAX_PIXELS // self.image_size**2)
 
-    def _kept(self, step: torch.Tensor) -> torch.Tensor:
-        """a_t, the cumulative product of alphas at `step` (N,) or (), as (N, 1, 1, 1)."""
-        return self._noise_levels[step.round().long() if step.is_floating_point() else step].view(-1, 1, 1, 1)
+    def _alpha_bar(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Return a_t, the cumulative product of alphas at `timestep` (N,) or (), as (N, 1, 1, 1)."""
+        index = timestep.round().long() if timestep.is_floating_point() else timestep
+        return self._alphas_cumprod[index].view(-1, 1, 1, 1)
 
-    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """z_t = sqrt(a_t) z + sqrt(1 - a_t) noise, with a_t the cumulative product of alphas at `step` (N,)."""
-        kept = self._kept(step).to(latents.dtype)
-        return kept.sqrt() * latents + (1 - kept).sqrt() * noise
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Return z_t = sqrt(a_t) z + sqrt(1 - a_t) noise, (N, C, h, w), with a_t the cumulative product of alphas.
 
-    def predict(self, latents: torch.Tensor, step: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """What the model's own scheduler expects of it, the noise or the velocity, (N, C, h, w) in float32: latents
-        (N, C, h, w), step scalar or (N,), embedding (N, rows, d)."""
-        given = {}
-        if self._pooled:
-            size = [self.image_size] * 2  # as drawn, cut at (0, 0), as wanted
-            sizes = torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=self.dtype)
-            given["added_cond_kwargs"] = {"text_embeds": embedding[:, -1, :self._pooled].to(self.device, self.dtype),
-                                          "time_ids": sizes.expand(len(latents), -1)}
-        return self.unet(latents.to(self.device, self.dtype), step.to(self.device),
-                         encoder_hidden_states=self.tokens(embedding).to(self.device, self.dtype), **given).sample.float()
+        `latents` and `noise` are (N, C, h, w), `timestep` is (N,).
+        """
+        alpha_bar = self._alpha_bar(timestep).to(latents.dtype)
+        return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
-    def predict_noise(self, latents: torch.Tensor, step: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """eps(z_t, t, e), likewise; of a velocity v it is `sqrt(a_t) v + sqrt(1 - a_t) z_t` (Salimans and Ho,
-        arXiv 2202.00512)."""
-        predicted = self.predict(latents, step, embedding)
+    def unet_output(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """Return what the U-Net predicts, the noise or the velocity, (N, C, h, w) in float32.
+
+        `latents` are (N, C, h, w), `timestep` is () or (N,), `prompt_embeds` are (N, rows, d).
+        """
+        conditions: dict[str, Any] = {}
+        if self._pooled_dim:
+            size = [self.image_size] * 2  # original size, crop offset (0, 0), target size
+            time_ids = torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=self.dtype)  # (1, 6)
+            conditions["added_cond_kwargs"] = {
+                "text_embeds": prompt_embeds[:, -1, : self._pooled_dim].to(self.device, self.dtype),  # (N, pooled)
+                "time_ids": time_ids.expand(len(latents), -1),  # (N, 6)
+            }
+        return self.unet(
+            latents.to(self.device, self.dtype),
+            timestep.to(self.device),
+            encoder_hidden_states=self.drop_pooled(prompt_embeds).to(self.device, self.dtype),
+            **conditions,
+        ).sample.float()
+
+    def predict_noise(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """Return eps(z_t, t, e), (N, C, h, w) in float32; the arguments are those of `unet_output`.
+
+        Of a velocity v it is `sqrt(a_t) v + sqrt(1 - a_t) z_t` (Salimans and Ho, arXiv 2202.00512).
+        """
+        output = self.unet_output(latents, timestep, prompt_embeds)
         if self.scheduler.config.get("prediction_type", "epsilon") == "epsilon":
-            return predicted
-        kept = self._kept(step.to(self.device))
-        return kept.sqrt() * predicted + (1 - kept).sqrt() * latents.to(self.device)
+            return output
+        alpha_bar = self._alpha_bar(timestep.to(self.device))
+        return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * latents.to(self.device)

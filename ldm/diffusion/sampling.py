@@ -1,121 +1,176 @@
-"""TODO diffusion.sampling."""
+"""Generate images: noise from a seed, the sampler's loop, and folders of images that a stopped run resumes."""
 
 from __future__ import annotations
 
-from PIL import Image
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
+
 import torch
+from PIL import Image
 from tqdm import tqdm
+
+from ldm.config.methods import SamplingConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.io.files import METADATA_FILE, check_metadata, write_json
 from ldm.io.images import image_filename, save_image, tensor_to_images
 from ldm.io.prompts import PromptCase, merge_prompt_csv, write_prompt_csv
 from ldm.io.sharding import Shard
 
-
-_MAX_LATENTS = 64  # latents that the U-Net takes in one pass: with more, what its layers hand on leaves a CPU's caches
-
-
-def initial_noise(model: DiffusionModel, seed: int, samples: int) -> torch.Tensor:
-    """The noise that `seed` starts its `samples` images from, (samples, C, h, w), the same on every device."""
-    return torch.randn((samples, *model.latent_shape), generator=torch.Generator().manual_seed(seed))
+_MAX_LATENTS = 64  # that the U-Net takes in one pass: with more, what its layers hand on leaves a CPU's caches
 
 
-def make_scheduler(model: DiffusionModel, steps: int):
-    """A fresh scheduler of the model's own kind, set to `steps` steps."""
+def initial_noise(model: DiffusionModel, seed: int, num_images: int) -> torch.Tensor:
+    """Return the noise that the first `num_images` images of a seed start from, (num_images, C, h, w), on the CPU.
+
+    It is the same on every device.
+    """
+    return torch.randn((num_images, *model.latent_shape), generator=torch.Generator().manual_seed(seed))
+
+
+def make_scheduler(model: DiffusionModel, num_inference_steps: int) -> Any:
+    """Return a new scheduler of the model's own kind, set to `num_inference_steps`."""
     scheduler = type(model.scheduler).from_config(model.scheduler.config)
-    scheduler.set_timesteps(steps, device=model.device)
+    scheduler.set_timesteps(num_inference_steps, device=model.device)
     return scheduler
 
 
 @torch.no_grad()
-def sample_trajectory(model: DiffusionModel, noise: torch.Tensor, embedding: torch.Tensor, blank: torch.Tensor, steps: int,
-              guidance: float) -> Iterator[torch.Tensor]:
-    """From noise (N, C, h, w) to clean latents under prompts `embedding` (N, rows, d), by the model's own scheduler: the latents
-    after each step, as noisy as the next one expects them.
+def sample_trajectory(
+    model: DiffusionModel,
+    noise: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    uncond_embeds: torch.Tensor,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Iterator[torch.Tensor]:
+    """Yield the latents (N, C, h, w) after each timestep of the model's own scheduler, from noise to clean.
 
-    The guided noise is `eps("") + guidance (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598).
+    `noise` is (N, C, h, w), `prompt_embeds` are (N, rows, d), `uncond_embeds` are (1, rows, d). The guided noise is
+    `eps("") + guidance_scale (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598).
     """
-    scheduler = make_scheduler(model, steps)
+    scheduler = make_scheduler(model, num_inference_steps)
     latents = noise.to(model.device) * scheduler.init_noise_sigma
-    both = torch.cat([blank.expand_as(embedding), embedding])  # (2N, rows, d)
-    for step in scheduler.timesteps:
-        doubled = scheduler.scale_model_input(torch.cat([latents, latents]), step)
-        parts = zip(doubled.split(_MAX_LATENTS), both.split(_MAX_LATENTS))
-        unconditional, conditional = torch.cat([model.predict(part, step, prompts) for part, prompts in parts]).chunk(2)
-        noise = unconditional + guidance * (conditional - unconditional)
-        latents = scheduler.step(noise, step, latents).prev_sample
+    cfg_embeds = torch.cat([uncond_embeds.expand_as(prompt_embeds), prompt_embeds])  # (2N, rows, d)
+    for timestep in scheduler.timesteps:
+        cfg_latents = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)  # (2N, C, h, w)
+        batches = zip(cfg_latents.split(_MAX_LATENTS), cfg_embeds.split(_MAX_LATENTS), strict=True)
+        outputs = torch.cat([model.unet_output(batch, timestep, embeds) for batch, embeds in batches])
+        unconditional, conditional = outputs.chunk(2)  # (N, C, h, w) each
+        guided = unconditional + guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(guided, timestep, latents).prev_sample
         yield latents
 
 
-def sample_latents(model: DiffusionModel, noise: torch.Tensor, embedding: torch.Tensor, blank: torch.Tensor, steps: int,
-            guidance: float, stop: int | None = None) -> torch.Tensor:
-    """The last latents of `denoising`, or with `stop` those after the first `stop` of the `steps` steps."""
-    latents = noise * make_scheduler(model, steps).init_noise_sigma
-    for latents in itertools.islice(sample_trajectory(model, noise, embedding, blank, steps, guidance), stop):
-        pass
+def sample_latents(
+    model: DiffusionModel,
+    noise: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    uncond_embeds: torch.Tensor,
+    num_inference_steps: int,
+    guidance_scale: float,
+    stop: int | None = None,
+) -> torch.Tensor:
+    """Return the last latents of `sample_trajectory`, (N, C, h, w), or those after its first `stop` timesteps."""
+    latents = noise * make_scheduler(model, num_inference_steps).init_noise_sigma
+    trajectory = sample_trajectory(model, noise, prompt_embeds, uncond_embeds, num_inference_steps, guidance_scale)
+    for next_latents in itertools.islice(trajectory, stop):
+        latents = next_latents
     return latents
 
 
 @contextmanager
-def compiled_unet(model: DiffusionModel, batch: int) -> Iterator[None]:
-    """While the block runs, the U-Net draws `batch` images at a time by torch.compile, and other numbers as before: faster, after
-    minutes of compiling that torch keeps for the next time. Raises ValueError where this machine cannot compile."""
-    unet, blank = model.unet, model.encode_uncond()
+def compiled_unet(model: DiffusionModel, batch_size: int) -> Iterator[None]:
+    """Run the U-Net by torch.compile, for `batch_size` images at a time, while the block runs.
+
+    It is faster, after minutes of compiling whose result torch keeps for the next time, and the last bits are others.
+    Raises ValueError where this machine cannot compile.
+    """
+    from torch._dynamo.exc import BackendCompilerFailed  # which takes seconds to import
+
+    unet, uncond_embeds = model.unet, model.encode_uncond()
     model.unet = torch.compile(unet, dynamic=False)
-    print(f"compiling the U-Net for {batch} images at a time", flush=True)
+    print(f"compiling the U-Net for {batch_size} images at a time", flush=True)
     try:
-        sample_latents(model, torch.zeros(batch, *model.latent_shape), blank.expand(batch, -1, -1), blank, 1, 1.0)
+        noise = torch.zeros(batch_size, *model.latent_shape)
+        sample_latents(model, noise, uncond_embeds.expand(batch_size, -1, -1), uncond_embeds, 1, 1.0)
         with torch.compiler.set_stance("eager_on_recompile"):
             yield
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        raise ValueError("torch.compile does not work on this machine: leave --compile out, or see to what it says: "
-                         f"{error.inner_exception}") from error
+    except BackendCompilerFailed as error:
+        raise ValueError(
+            "torch.compile does not work on this machine: leave `compile` out, or see to what it says: "
+            f"{error.inner_exception}"
+        ) from error
     finally:
         model.unet = unet
 
 
-def generate(model: DiffusionModel, wanted: Sequence[tuple[PromptCase, int]], steps: int, guidance: float,
-             batch: int) -> Iterator[tuple[PromptCase, int, Image.Image]]:
-    """Draw the wanted (case, n) pairs, `batch` at a time: the n-th image of each case's seed."""
-    blank = model.encode_uncond()
-    known = {prompt: model.encode_prompt([prompt])[0] for prompt in dict.fromkeys(case.prompt for case, _ in wanted)}
-    with tqdm(total=len(wanted), desc="images", unit="image") as bar:
-        for start in range(0, len(wanted), batch):
-            part = wanted[start:start + batch]
-            noise = torch.stack([initial_noise(model, case.seed, n + 1)[n] for case, n in part])
-            embedding = torch.stack([known[case.prompt] for case, _ in part])
-            images = tensor_to_images(model.decode(sample_latents(model, noise, embedding, blank, steps, guidance)))
-            for (case, n), image in zip(part, images):
+def generate(
+    model: DiffusionModel, requests: Sequence[tuple[PromptCase, int]], sampling: SamplingConfig
+) -> Iterator[tuple[PromptCase, int, Image.Image]]:
+    """Generate the requested (case, n) pairs, `sample_batch_size` at a time: the n-th image of each case's seed."""
+    uncond_embeds = model.encode_uncond()
+    prompts = dict.fromkeys(case.prompt for case, _ in requests)
+    embeds = {prompt: model.encode_prompt([prompt])[0] for prompt in prompts}  # (rows, d) each
+    with tqdm(total=len(requests), desc="images", unit="image") as bar:
+        for batch in _batches(requests, sampling.sample_batch_size):
+            noise = torch.stack([initial_noise(model, case.seed, n + 1)[n] for case, n in batch])  # (N, C, h, w)
+            prompt_embeds = torch.stack([embeds[case.prompt] for case, _ in batch])  # (N, rows, d)
+            latents = sample_latents(
+                model, noise, prompt_embeds, uncond_embeds, sampling.num_inference_steps, sampling.guidance_scale
+            )
+            images = tensor_to_images(model.decode(latents))
+            for (case, n), image in zip(batch, images, strict=True):
                 yield case, n, image
-            bar.update(len(part))
+            bar.update(len(batch))
 
 
-def generate_to_folder(model: DiffusionModel, cases: Sequence[PromptCase], folder: Path, recipe: dict, samples: int, steps: int,
-                    guidance: float, batch: int, share: Shard = Shard(), fast: bool = False) -> int:
-    """Draw every image of `cases` that `folder` lacks, `samples` each; returns how many were drawn.
+def _batches(requests: Sequence[tuple[PromptCase, int]], batch_size: int) -> list[Sequence[tuple[PromptCase, int]]]:
+    return [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
 
-    Which images are drawn together is the same in every run, and of several processes each draws its `share` of such batches:
-    so the files are the same to the last bit, however often a run was stopped, and however many processes there are. The
-    folder gets `prompts.csv` and `recipe.json` too; `fast` draws by torch.compile (`compiled`), whose last bits are others.
-    Raises ValueError when the folder holds images of another recipe, or of another prompt or seed under the same case number.
+
+def generate_to_folder(
+    model: DiffusionModel,
+    cases: Sequence[PromptCase],
+    folder: Path,
+    metadata: Mapping[str, Any],
+    sampling: SamplingConfig,
+    images_per_seed: int = 1,
+    shard: Shard = Shard(),
+    compile_unet: bool = False,
+) -> int:
+    """Generate the images of `cases` that `folder` lacks, `images_per_seed` each, and return how many were generated.
+
+    Which images are generated together is the same in every run, and of several processes each generates its `shard`
+    of these batches: so the files are the same to the last bit, however often a run was stopped, and however many
+    processes there are. The folder gets `prompts.csv` too, and `metadata.json` with `metadata` and the sampling
+    settings. With `compile_unet` the U-Net runs by torch.compile (`compiled_unet`), whose last bits are others.
+    Raises ValueError when the folder holds images of other metadata, or of another prompt or seed under a case number.
     """
-    recipe = recipe | {"ddim_steps": steps, "guidance_scale": guidance} | ({"compiled": True} if fast else {})
-    check_metadata(folder, recipe)
-    merged = merge_prompt_csv(folder / "prompts.csv", cases)
-    there = {path.name for path in folder.rglob("*.png")}  # sorted into class folders or not
-    wanted = [(case, n) for case in cases for n in range(samples)]
-    batches = share.of([wanted[start:start + batch] for start in range(0, len(wanted), batch)])
-    lacking = [pair for part in batches if not {image_filename(case.number, n) for case, n in part} <= there for pair in part]
-    write_prompt_csv(folder / "prompts.csv", merged)
-    write_json(folder / METADATA_FILE, recipe)
-    drawn = 0
-    with compiled_unet(model, batch) if fast and lacking else nullcontext():
-        for case, n, image in generate(model, lacking, steps, guidance, batch):
-            if image_filename(case.number, n) not in there:
-                save_image(folder / image_filename(case.number, n), image)
-                drawn += 1
-    return drawn
+    metadata = {
+        **metadata,
+        "num_inference_steps": sampling.num_inference_steps,
+        "guidance_scale": sampling.guidance_scale,
+    }
+    if compile_unet:
+        metadata["compiled"] = True
+    check_metadata(folder, metadata)
+    prompts = merge_prompt_csv(folder / "prompts.csv", cases)
+    existing = {path.name for path in folder.rglob("*.png")}  # sorted into class folders or not
+    requests = list(itertools.product(cases, range(images_per_seed)))
+    missing: list[tuple[PromptCase, int]] = []
+    for batch in shard.select(_batches(requests, sampling.sample_batch_size)):
+        if not {image_filename(case.case_number, n) for case, n in batch} <= existing:
+            missing += batch
+    write_prompt_csv(folder / "prompts.csv", prompts)
+    write_json(folder / METADATA_FILE, metadata)
+    num_generated = 0
+    with compiled_unet(model, sampling.sample_batch_size) if compile_unet and missing else nullcontext():
+        for case, n, image in generate(model, missing, sampling):
+            filename = image_filename(case.case_number, n)
+            if filename not in existing:
+                save_image(folder / filename, image)
+                num_generated += 1
+    return num_generated

@@ -1,4 +1,4 @@
-"""TODO diffusion.text_layers."""
+"""The linear layers of a U-Net that see the prompt alone: what erasure changes."""
 
 from __future__ import annotations
 
@@ -6,5 +6,12 @@ from torch import nn
 
 
 def text_layers(unet: nn.Module) -> dict[str, nn.Linear]:
-    """All `attn2.to_k` and `attn2.to_v` layers by name, in the order of the U-Net's modules."""
-    return {name: module for name, module in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    """Return the linear layers that see the prompt and nothing else, by name, in the order of the U-Net's modules.
+
+    In Stable Diffusion these are all `attn2.to_k` and `attn2.to_v`, the keys and values of cross-attention.
+    """
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(("attn2.to_k", "attn2.to_v"))
+    }

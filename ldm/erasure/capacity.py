@@ -1,88 +1,146 @@
-"""TODO erasure.capacity."""
+"""How many concepts a model's prompts leave room for, at several tolerances, and what each tolerance costs in leakage."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-import itertools
+
 import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
-from ldm.config.concepts import Concept, said, watermark_prompts
+
+from ldm.config.concepts import Concept, watermark_prompts
+from ldm.config.methods import NullSpaceConfig, SRSMEConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
-from ldm.erasure.closed_form import erasure_directions
-from ldm.erasure.null_space import NullSpaceBasis, leave_one_out_factors, null_space, qr_factor, relative_singular_values
+from ldm.erasure.closed_form import closed_form_map
+from ldm.erasure.erase import ProtectedRows, concept_space
+from ldm.erasure.null_space import null_space, qr_factor, relative_singular_values
 from ldm.erasure.shift import SeparableShift, stacked_qr_factor
-
 
 DEFAULT_TOLERANCES = (1e-7, 1e-4, 5e-4, 2e-3, 5e-3, 2e-2)  # to compare where nobody names others
 
 
 @dataclass(frozen=True)
 class CapacityReport:
-    """`values` (d,) is the spectrum of all prompts; `table` has a row for each tolerance, `leaks` one for each tolerance and
-    prompt: tolerance, prompt, held_out, leak."""
+    """What is left for further concepts.
 
-    values: torch.Tensor
-    table: pd.DataFrame
-    leaks: pd.DataFrame
-
-
-def measure_capacity(model: DiffusionModel, concepts: Sequence[Concept], templates: int, always: float, tolerances: Sequence[float],
-             given: Mapping) -> CapacityReport:
-    """What is left for further concepts when each of `concepts` is erased in closed form while the others, the blank prompt and
-    the watermarks are protected, by their bare names and `templates` captions; `always` as in `ldm.erasure.solve`.
-
-    The leak of a prompt is how far the shifts of all concepts but its own move what the layers put out for it. `given` holds
-    SRS-ME's settings. In the table: `rank` of all prompts, `room`, `directions` that a concept takes, how many `more` fit,
-    the least share of a concept's difference from the blank prompt that lies in its null space (`least_reach`), the largest
-    leak on protected and on held-out prompts.
+    `singular_values` (d,) are those of all prompts, relative to the largest; `table` has a row for each tolerance; `leakage` has
+    one for each tolerance and prompt: tolerance, prompt, held_out, leakage.
     """
-    protected = {concept.index: said(concept, templates) for concept in concepts}
-    held_out = {concept.index: [template.format(concept.prompt) for template in concept.held_out] for concept in concepts}
-    erased = {concept.index: said(concept, given["templates"]) for concept in concepts}
-    seen = model.seen(dict.fromkeys(["", *watermark_prompts(),
-                                     *itertools.chain(*protected.values(), *held_out.values(), *erased.values())]))
-    rest = always * torch.cat([seen[prompt] for prompt in ("", *watermark_prompts())])
-    blocks = [torch.cat([seen[prompt] for prompt in prompts]) for prompts in protected.values()]
-    every = qr_factor(rest, *blocks)
-    layers = text_layers(model.unet)
-    whole = stacked_qr_factor((layer.weight for layer in layers.values()), model.width)  # stands for all layers at once
-    one = nn.Linear(model.width, len(whole), bias=False, dtype=whole.dtype, device=whole.device)
-    one.weight.data = whole
-    shifts: dict[tuple[float, int], torch.Tensor] = {}
-    reaches: dict[tuple[float, int], float] = {}
-    for concept, rows in zip(tqdm(concepts, desc="concepts", unit="concept"), leave_one_out_factors(blocks, rest)):
-        own = torch.stack([seen[prompt] for prompt in erased[concept.index]])  # (P, tokens, d)
+
+    singular_values: torch.Tensor
+    table: pd.DataFrame
+    leakage: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class _Erased:
+    """A concept erased at one tolerance: dW of the surrogate layer, and the fraction of its difference that lies in its space."""
+
+    delta: torch.Tensor
+    projection: float
+
+
+def measure_capacity(
+    model: DiffusionModel,
+    concepts: Sequence[Concept],
+    null_space_config: NullSpaceConfig,
+    tolerances: Sequence[float],
+    config: SRSMEConfig,
+) -> CapacityReport:
+    """Erase each of `concepts` in closed form while all else is protected, at several tolerances, and report what is left.
+
+    What is protected are the other concepts, by their names and captions, the empty prompt and the watermarks. The leakage of a
+    prompt is that of the shifts of all concepts but its own. The table's columns: the `rank` of all prompts, the `nullity` left,
+    the `directions` that a concept takes, how many `remaining_concepts` fit, the smallest fraction of a concept's difference from the
+    empty prompt that lies in its directions (`min_projection`), and the largest leakage on protected and on held-out prompts.
+    """
+    always = ["", *watermark_prompts()]
+    protected = {concept.index: concept.prompts(null_space_config.protected_templates) for concept in concepts}
+    held_out = {concept.index: concept.held_out_prompts for concept in concepts}
+    targets = {concept.index: concept.prompts(config.target_templates) for concept in concepts}
+    prompts = itertools.chain(always, *protected.values(), *held_out.values(), *targets.values())
+    embeds = model.embed_prompts(dict.fromkeys(prompts))
+    rows = ProtectedRows(embeds, always, protected, null_space_config.always_protected_weight)
+    surrogate = _surrogate_layer(model)
+    results: dict[tuple[float, int], _Erased] = {}
+    factors = rows.leave_one_out(concepts)
+    for concept, factor in zip(tqdm(concepts, desc="concepts", unit="concept"), factors, strict=True):
+        target_embeds = torch.stack([embeds[prompt] for prompt in targets[concept.index]])  # (P, tokens, d)
         for tolerance in tolerances:
-            basis = NullSpaceBasis(null_space(rows, tolerance)[0], rows)
-            key = tolerance, concept.index
-            shifts[key], reaches[key] = torch.zeros_like(whole), 0.0
-            if len(basis.vectors):
-                directions, cost = erasure_directions(model, concept, own, given, basis)
-                far = (own - seen[""]).double().flatten(0, 1)
-                reaches[key] = ((far @ directions.T).norm() / far.norm()).item()
-                shifts[key] = SeparableShift.closed_form({"": one}, directions, 1.0, own, seen[""][None],
-                                                         cost).delta(".weight")
-    rows, leaks, unowned = [], [], {prompt: None for prompt in ("", *watermark_prompts())}
-    for tolerance in tolerances:
-        total = sum(shifts[tolerance, concept.index] for concept in concepts)
-        for held, prompts in ((False, protected), (True, held_out)):
-            owners = ({} if held else unowned) | {prompt: index for index, own in prompts.items() for prompt in own}
-            for prompt, index in owners.items():
-                others = total if index is None else total - shifts[tolerance, index]
-                embedding = seen[prompt].double()
-                leak = ((embedding @ others.T).norm() / (embedding @ whole.T).norm()).item()
-                leaks.append({"tolerance": tolerance, "prompt": prompt, "held_out": held, "leak": leak})
-        taken, least = (int((relative_singular_values(part) > tolerance).sum()) for part in (every, rest))
-        each = max((taken - least) / len(concepts), 1e-9)
-        row = {"tolerance": tolerance, "rank": taken, "room": model.width - taken, "directions": each,
-               "more": int((model.width - taken) / each),
-               "least_reach": min(reaches[tolerance, concept.index] for concept in concepts)}
-        for held, name in ((False, "leak_protected"), (True, "leak_held_out")):
-            row[name] = max((line["leak"] for line in leaks if line["tolerance"] == tolerance and line["held_out"] == held),
-                            default=float("nan"))
-        rows.append(row)
-    return CapacityReport(relative_singular_values(every), pd.DataFrame(rows), pd.DataFrame(leaks))
+            basis = null_space(factor, tolerance)[0]
+            erased = _Erased(torch.zeros_like(surrogate.weight), 0.0)
+            if len(basis):
+                space = concept_space(model, concept, config, basis, factor, target_embeds)
+                difference = (target_embeds - embeds[""]).double().flatten(0, 1)
+                projection = ((difference @ space.directions.T).norm() / difference.norm()).item()
+                embedding_map = closed_form_map(space, target_embeds, embeds[""][None])
+                shift = SeparableShift.from_map({"": surrogate}, space.directions, 1.0, embedding_map)
+                erased = _Erased(shift.delta_weight(".weight"), projection)
+            results[tolerance, concept.index] = erased
+    owners: dict[tuple[str, bool], int | None] = {(prompt, False): None for prompt in always}
+    for held, owned in ((False, protected), (True, held_out)):
+        for index, own in owned.items():
+            owners |= {(prompt, held): index for prompt in own}
+    leakage_rows = _leakage_rows(results, owners, embeds, surrogate.weight)
+    taken_values = relative_singular_values(qr_factor(torch.cat(rows.fixed_rows), *rows.blocks.values()))
+    fixed_values = relative_singular_values(torch.cat(rows.fixed_rows))
+    table = _summarize(results, leakage_rows, taken_values, fixed_values)
+    return CapacityReport(taken_values, table, leakage_rows)
+
+
+def _surrogate_layer(model: DiffusionModel) -> nn.Linear:
+    """Return one layer that stands for all text layers: it puts out rows of the same norms."""
+    weights = (layer.weight for layer in text_layers(model.unet).values())
+    factor = stacked_qr_factor(weights, model.context_dim)
+    layer = nn.Linear(model.context_dim, len(factor), bias=False, dtype=factor.dtype, device=factor.device)
+    layer.weight = nn.Parameter(factor, requires_grad=False)
+    return layer
+
+
+def _leakage_rows(
+    results: Mapping[tuple[float, int], _Erased],
+    owners: Mapping[tuple[str, bool], int | None],
+    embeds: Mapping[str, torch.Tensor],
+    weight: torch.Tensor,
+) -> pd.DataFrame:
+    """Return, for each tolerance and prompt, the leakage of the shifts of all concepts but its own."""
+    rows = []
+    for tolerance in dict.fromkeys(tolerance for tolerance, _ in results):
+        deltas = {index: erased.delta for (of, index), erased in results.items() if of == tolerance}
+        total = sum(deltas.values(), torch.zeros_like(weight))
+        for (prompt, held_out), owner in owners.items():
+            others = total if owner is None else total - deltas[owner]
+            embedding = embeds[prompt].double()
+            leakage = ((embedding @ others.T).norm() / (embedding @ weight.T).norm()).item()
+            rows.append({"tolerance": tolerance, "prompt": prompt, "held_out": held_out, "leakage": leakage})
+    return pd.DataFrame(rows)
+
+
+def _summarize(
+    results: Mapping[tuple[float, int], _Erased], leakage: pd.DataFrame, taken_values: torch.Tensor, fixed_values: torch.Tensor
+) -> pd.DataFrame:
+    """Return a row for each tolerance; `taken_values` and `fixed_values` (d,) are those of all and of the always protected prompts."""
+    width = len(taken_values)
+    rows = []
+    for tolerance in dict.fromkeys(tolerance for tolerance, _ in results):
+        erased = [entry for (of, _), entry in results.items() if of == tolerance]
+        rank, fixed_rank = (int((values > tolerance).sum()) for values in (taken_values, fixed_values))
+        directions = max((rank - fixed_rank) / len(erased), 1e-9)
+        here = leakage[leakage.tolerance == tolerance]
+        rows.append(
+            {
+                "tolerance": tolerance,
+                "rank": rank,
+                "nullity": width - rank,
+                "directions": directions,
+                "remaining_concepts": int((width - rank) / directions),
+                "min_projection": min(entry.projection for entry in erased),
+                "max_leakage_protected": here[~here.held_out].leakage.max(),
+                "max_leakage_held_out": here[here.held_out].leakage.max(),
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,198 +1,437 @@
-"""TODO erasure.erase."""
+"""The one way from concepts to shifts: solve the null spaces that a method needs, erase, and save what was made with its metadata."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 import itertools
-import pandas as pd
-from pathlib import Path
+import math
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
 import torch
 from tqdm import tqdm
-from ldm.config.concepts import Concept, get_concept, said, watermark_prompts
+
+from ldm.config.concepts import Concept, get_concept, watermark_prompts
+from ldm.config.methods import ESDConfig, ExecutionConfig, MethodConfig, NullSpaceConfig, SRSMEConfig
 from ldm.diffusion.latents import latents_from_folder, sampled_batches
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
+from ldm.erasure.closed_form import Costs, ErasureSpace, closed_form_map, erasure_space
 from ldm.erasure.leakage import base_norms, leakage
-from ldm.erasure.losses import JointSRSMELoss
-from ldm.erasure.methods import METHODS
+from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
+from ldm.erasure.methods import LOSSES
 from ldm.erasure.null_space import BASIS_FILE_TYPE, NullSpaceBasis, leave_one_out_factors, qr_factor
-from ldm.erasure.shift import SHIFT_FILE_TYPE
+from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift, WeightShift
 from ldm.erasure.training import CURVE_COLUMNS, fit
 from ldm.io.files import atomic_write, file_digest
 from ldm.io.paths import ArtifactPaths
 from ldm.io.sharding import Shard
-from ldm.io.tensors import read_metadata
-
-
-def solve_null_spaces(model: DiffusionModel, store: ArtifactPaths, concepts: Sequence[Concept], others: Sequence[int], tolerance: float, method: str,
-          templates: int = 0, always: float = 1.0, share: Shard = Shard(),
-          also: Sequence[str] = ()) -> Iterator[tuple[Concept, NullSpaceBasis]]:
-    """For each concept the basis in which it can be erased, kept in `store`: it protects the blank prompt, the watermarks, the
-    prompts `also` and the concepts `others`, less the erased one, each by its bare name and its first `templates` captions. Above
-    1 `always` weighs what is no concept more, in the spectrum and wherever a leak costs.
-
-    What the bases have in common is decomposed once; of several processes each finds its `share`. Raises ValueError when the
-    protected prompts leave no room.
-    """
-    fixed = list(dict.fromkeys(["", *watermark_prompts(), *also]))
-    said_by = {concept.index: said(concept, 0 if concept.watermark else templates)
-               for concept in (get_concept(store.category, other) for other in others)}
-    embeddings = {prompt: model.tokens(model.encode_prompt([prompt]))[0]
-                  for prompt in dict.fromkeys([*fixed, *itertools.chain(*said_by.values())])}
-    blocks = {index: torch.cat([embeddings[prompt] for prompt in prompts]) for index, prompts in said_by.items()}
-    inside = [concept for concept in concepts if concept.index in blocks]
-    rest = torch.cat([*(always * embeddings[prompt] for prompt in fixed),
-                      *(block for index, block in blocks.items() if index not in {concept.index for concept in inside})])
-    rows = leave_one_out_factors([blocks[concept.index] for concept in inside], rest) if inside else iter(())
-    whole = qr_factor(rest, *(blocks[concept.index] for concept in inside)) if len(inside) < len(concepts) else None
-    mine = share.of(concepts)
-    for concept in tqdm(concepts, desc="null spaces", unit="basis", disable=len(concepts) < 10):
-        triangle = next(rows) if concept in inside else whole
-        if concept not in mine:
-            continue
-        protected = list(dict.fromkeys([*fixed, *itertools.chain(*(prompts for index, prompts in said_by.items()
-                                                                    if index != concept.index))]))
-        recipe = {"made_by": "SRSME_Solution.py", "base": model.name, "base_digest": model.digest,
-                  "erase_cat": store.category, "erased_index": concept.index, "concept": concept.name, "always": always}
-        basis = NullSpaceBasis.solve([embeddings[prompt] for prompt in protected], protected, tolerance, method, recipe, triangle)
-        kept = read_metadata(store.basis(concept.index), BASIS_FILE_TYPE)
-        if kept | {"largest_leak": basis.metadata["largest_leak"]} != basis.metadata:  # whose last digits depend on the machine
-            basis.save(store.basis(concept.index))
-        yield concept, basis
+from ldm.io.tensors import CREATED_BY, read_metadata
 
 
 @dataclass(frozen=True)
-class ExecutionConfig:
-    """How a step is computed, which is not what it computes: `second` is a device for the passes without gradient,
-    `checkpointing` runs blocks again for their gradient, instead of keeping what they put out."""
+class Protection:
+    """What an erasure leaves alone beside the empty prompt and the watermarks: concepts by index, and further prompts."""
 
-    second: torch.device | None = None
-    checkpointing: bool = False
+    indices: Sequence[int]
+    null_space: NullSpaceConfig
+    extra_prompts: Sequence[str] = ()
 
 
-def erase_concepts(model: DiffusionModel, store: ArtifactPaths, concepts: Sequence[Concept], given: Mapping, data: Path,
-                effort: ExecutionConfig = ExecutionConfig(), share: Shard = Shard()) -> list[dict]:
-    """Learn and save the shift of each concept by the method of `store`, but for those that are there from the same
-    inputs already; returns a row for each that was learnt.
+@dataclass(frozen=True)
+class BasisSummary:
+    """What is known of a basis that was solved: how much it protects and what it leaves free."""
 
-    `given` holds the method's settings, `seed` among them; `data` has a folder of pictures per concept, which nobody asks for
-    when there is nothing to learn (`iter_break` 0). A curve goes beside each shift as CSV. Of several processes each makes
-    its `share`. Raises ValueError for a missing basis or folder.
+    concept: Concept
+    path: Path
+    num_protected: int
+    rank: int
+    width: int
+    nullity: int
+    max_leakage: float
+
+
+@dataclass(frozen=True)
+class ErasureSummary:
+    """What an erasure took, and the leakage of its shift on the concept's own prompt and on what is protected."""
+
+    concept: str
+    iterations: int
+    seconds: float
+    momentum: float
+    target_change: float
+    max_leakage_protected: float
+
+
+def erase(
+    model: DiffusionModel,
+    artifacts: ArtifactPaths,
+    concepts: Sequence[Concept],
+    config: MethodConfig,
+    protection: Protection,
+    image_dir: Path,
+) -> list[ErasureSummary]:
+    """Erase concepts by one method, solving the null spaces first where it needs them; what is there already is kept.
+
+    The shifts lie at `artifacts.shift(concept.index)`. `image_dir` has a folder of images per concept, for a method that learns
+    from them. Returns what `erase_concepts` does.
     """
-    kind = METHODS[store.method]
-    if not given["iter_break"] and given.get("init") != "closed-form":
-        raise ValueError("--iter_break 0 learns nothing: it goes with --init closed-form, which SRS_ME.py has")
-    concepts = list(concepts) if kind.is_joint else share.of(concepts)
-    if kind.is_joint and share.rank:
-        return []  # one process learns them, since they are learnt at once
-    if kind.null_space:
+    if config.needs_null_space:
+        solve_null_spaces(
+            model, artifacts, concepts, protection.indices, protection.null_space, extra_protected=protection.extra_prompts
+        )
+    return erase_concepts(model, artifacts, concepts, config, image_dir)
+
+
+class ProtectedRows:
+    """The embeddings of everything that is protected, and for each concept a `qr_factor` of all but its own.
+
+    `prompts` maps each protected concept, by index, to its prompts; `fixed` are the prompts that are always protected, whose rows
+    are multiplied by `weight`.
+    """
+
+    def __init__(self, embeds: Mapping[str, torch.Tensor], fixed: Sequence[str], prompts: Mapping[int, Sequence[str]], weight: float):
+        self.fixed, self.prompts = list(fixed), prompts
+        self.fixed_rows = [weight * embeds[prompt] for prompt in fixed]
+        self.blocks = {index: torch.cat([embeds[prompt] for prompt in own]) for index, own in prompts.items()}
+
+    def leave_one_out(self, concepts: Sequence[Concept]) -> Iterator[torch.Tensor]:
+        """Yield for each concept a `qr_factor` (at most d, d) of the rows of everything protected but itself.
+
+        What these have in common is decomposed once.
+        """
+        own = [concept for concept in concepts if concept.index in self.blocks]
+        own_indices = {concept.index for concept in own}
+        others = [block for index, block in self.blocks.items() if index not in own_indices]
+        rest = torch.cat([*self.fixed_rows, *others])
+        own_blocks = [self.blocks[concept.index] for concept in own]
+        factors = leave_one_out_factors(own_blocks, rest) if own else iter(())
+        every_factor = qr_factor(rest, *own_blocks) if len(own) < len(concepts) else None
         for concept in concepts:
-            _load_basis(model, store, concept)  # before any work, so that one that is missing costs none
-    recipes = {concept.index: _build_metadata(model, store, concept, given, data) for concept in concepts}
-    if kind.is_joint:
-        for recipe in recipes.values():
-            recipe["together"] = [concept.index for concept in concepts]
-    missing = [concept for concept in concepts
-               if not recipes[concept.index].items() <= read_metadata(store.shift(concept.index), SHIFT_FILE_TYPE).items()]
+            if concept.index in own_indices:
+                yield next(factors)
+            elif every_factor is not None:
+                yield every_factor
+
+    def without(self, concept: Concept) -> list[str]:
+        """Return the prompts that are protected when `concept` is erased, once each."""
+        others = [prompts for index, prompts in self.prompts.items() if index != concept.index]
+        return list(dict.fromkeys([*self.fixed, *itertools.chain(*others)]))
+
+
+def solve_null_spaces(
+    model: DiffusionModel,
+    artifacts: ArtifactPaths,
+    targets: Sequence[Concept],
+    protected_indices: Sequence[int],
+    config: NullSpaceConfig,
+    shard: Shard = Shard(),
+    extra_protected: Sequence[str] = (),
+) -> list[BasisSummary]:
+    """Save, for each concept of `targets`, the basis in which it can be erased, and return what is known of each.
+
+    A basis protects the empty prompt, the watermarks, the prompts `extra_protected` and the concepts `protected_indices`, less
+    the erased one, each by its name and its first `config.protected_templates` captions. Of several processes each solves its
+    `shard`. Raises ValueError when the protected prompts leave no room.
+    """
+    fixed = list(dict.fromkeys(["", *watermark_prompts(), *extra_protected]))
+    prompts = {}
+    for index in protected_indices:
+        concept = get_concept(artifacts.category, index)
+        prompts[index] = concept.prompts(0 if concept.is_watermark else config.protected_templates)
+    embeds = {}
+    for prompt in dict.fromkeys([*fixed, *itertools.chain(*prompts.values())]):
+        embeds[prompt] = model.drop_pooled(model.encode_prompt([prompt]))[0]  # (tokens, d)
+    rows = ProtectedRows(embeds, fixed, prompts, config.always_protected_weight)
+    local_targets = shard.select(targets)
+    summaries = []
+    progress = tqdm(targets, desc="null spaces", unit="basis", disable=len(targets) < 10)
+    for concept, factor in zip(progress, rows.leave_one_out(targets), strict=True):
+        if concept not in local_targets:
+            continue
+        protected = rows.without(concept)
+        basis = NullSpaceBasis.fit(
+            [embeds[prompt] for prompt in protected], protected, config.rank_rtol, config.null_space_method, factor
+        )
+        made_for = {
+            "created_by": CREATED_BY,
+            "base_model": model.name,
+            "base_digest": model.digest,
+            "category": artifacts.category,
+            "concept_index": concept.index,
+            "concept": concept.name,
+            "always_protected_weight": config.always_protected_weight,
+        }
+        basis = replace(basis, metadata=made_for | basis.metadata)
+        _save_if_changed(basis, artifacts.basis(concept.index))
+        summaries.append(_summarize(concept, basis, artifacts.basis(concept.index)))
+    return summaries
+
+
+def _save_if_changed(basis: NullSpaceBasis, path: Path) -> None:
+    """Keep a file that was made from the same inputs, whose last digits depend on the machine."""
+    anew = {name: basis.metadata[name] for name in ("max_leakage", "created_by")}
+    if read_metadata(path, BASIS_FILE_TYPE) | anew != basis.metadata:
+        basis.save(path)
+
+
+def _summarize(concept: Concept, basis: NullSpaceBasis, path: Path) -> BasisSummary:
+    metadata = basis.metadata
+    num_protected, nullity = len(metadata["protected"]), len(basis.vectors)
+    return BasisSummary(concept, path, num_protected, metadata["rank"], metadata["width"], nullity, metadata["max_leakage"])
+
+
+def erase_concepts(
+    model: DiffusionModel,
+    artifacts: ArtifactPaths,
+    concepts: Sequence[Concept],
+    config: MethodConfig,
+    image_dir: Path,
+    execution: ExecutionConfig = ExecutionConfig(),
+    shard: Shard = Shard(),
+) -> list[ErasureSummary]:
+    """Make and save the shift of each concept, but for those that are there from the same inputs; return what each took.
+
+    `image_dir` has a folder of images per concept, which is not asked for when nothing is learnt from images. A learning curve
+    goes beside each shift as CSV. Of several processes each makes its `shard`.
+    Raises ValueError for a missing basis or folder, and for settings that make nothing.
+    """
+    if isinstance(config, SRSMEConfig) and not config.learns and config.init == "zero":
+        raise ValueError("`mode` closed_form learns nothing from `init` zero: choose `init` closed_form, or `mode` learn")
+    if config.is_joint and shard.rank:
+        return []  # one process learns them, since they are learnt at once
+    concepts = list(concepts) if config.is_joint else shard.select(concepts)
+    erasure = _Erasure(model, artifacts, config, image_dir, execution)
+    if config.needs_null_space:
+        for concept in concepts:
+            erasure.load_basis(concept)  # before any work, so that one that is missing costs none
+    metadata = {concept.index: erasure.build_metadata(concept) for concept in concepts}
+    if config.is_joint:
+        for entry in metadata.values():
+            entry["joint_with"] = [concept.index for concept in concepts]
+    missing = []
     for concept in concepts:
-        if concept not in missing:
-            print(f"{concept.name}: {store.shift(concept.index)} is there already, from the same inputs")
+        path = artifacts.shift(concept.index)
+        if _made_from(metadata[concept.index], read_metadata(path, SHIFT_FILE_TYPE)):
+            print(f"{concept.name}: {path} is there already, from the same inputs")
+        else:
+            missing.append(concept)
     rounds = [[concept] for concept in missing]
-    if kind.is_joint and missing:
+    if config.is_joint and missing:
         rounds = [list(concepts)]
-    seen = _EmbeddingCache(model)
-    return [row for together in tqdm(rounds, desc="shifts", unit="shift", disable=bool(given["iter_break"]))
-            for row in _train(model, store, together, given, data, recipes, effort, seen)]
+    summaries: list[ErasureSummary] = []
+    for together in tqdm(rounds, desc="shifts", unit="shift", disable=config.learns):
+        summaries += erasure.run(together, metadata)
+    return summaries
+
+
+def _made_from(wanted: Mapping[str, Any], existing: Mapping[str, Any]) -> bool:
+    """Return whether a shift's metadata says that it was made from these inputs, whatever program wrote it."""
+    for key, value in wanted.items():
+        if key == "config":
+            config = existing.get("config", {})
+            if not isinstance(config, dict) or not value.items() <= config.items():
+                return False
+        elif key != "created_by" and existing.get(key) != value:
+            return False
+    return True
 
 
 class _EmbeddingCache:
-    """What the layers see of prompts, and how much they make of it, each computed once."""
+    """The embeddings of prompts, and the norms of what the text layers put out for them, each computed once."""
 
     def __init__(self, model: DiffusionModel):
-        self.model, self.embeddings, self.norms = model, {}, {}
+        self.model = model
+        self.embeds: dict[str, torch.Tensor] = {}
+        self.norms: dict[str, float] = {}
 
-    def of(self, prompts: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """The embeddings (tokens, d) of the prompts, and the `base_norms` of these."""
+    def get(self, prompts: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Return the embeddings (tokens, d) of the prompts, and the `base_norms` of these."""
         prompts = list(dict.fromkeys(prompts))
-        new = self.model.seen(prompt for prompt in prompts if prompt not in self.embeddings)
+        new = self.model.embed_prompts(prompt for prompt in prompts if prompt not in self.embeds)
         if new:
-            self.embeddings |= new
+            self.embeds |= new
             self.norms |= base_norms(text_layers(self.model.unet), new)
-        return {prompt: self.embeddings[prompt] for prompt in prompts}, self.norms
+        return {prompt: self.embeds[prompt] for prompt in prompts}, self.norms
 
 
-def _load_basis(model: DiffusionModel, store: ArtifactPaths, concept: Concept) -> NullSpaceBasis:
-    source = store.basis(concept.index)
-    basis = NullSpaceBasis.load(source, f"make it with python train-scripts/SRSME_Solution.py --erase_cat {store.category} "
-                                        f"--erased_index {concept.index} --scenei {store.scene} --timei {store.time} "
-                                        "--em_indexes ...")
-    basis.check(model.digest, model.width, source)
-    return basis
+class _Erasure:
+    """One method at work on one model: everything that the concepts of a run share."""
 
+    def __init__(
+        self, model: DiffusionModel, artifacts: ArtifactPaths, config: MethodConfig, image_dir: Path, execution: ExecutionConfig
+    ):
+        self.model, self.artifacts, self.config = model, artifacts, config
+        self.image_dir, self.execution = image_dir, execution
+        self.cache = _EmbeddingCache(model)
+        self.bases: dict[int, NullSpaceBasis] = {}
 
-def _build_metadata(model: DiffusionModel, store: ArtifactPaths, concept: Concept, given: Mapping, data: Path) -> dict:
-    """What a shift's file says that it was made from, as far as it is known before it is learnt."""
-    recipe = {"made_by": METHODS[store.method].script, "method": store.method, "base": model.name,
-              "base_digest": model.digest, "erase_cat": store.category, "erased_index": concept.index,
-              "concept": concept.name, "prompt": concept.prompt, "captions": concept.captions, "anchor": concept.anchor,
-              "arguments": dict(given), "dtype": str(model.dtype)}
-    if METHODS[store.method].null_space:
-        recipe["basis_digest"] = file_digest(store.basis(concept.index))
-    if METHODS[store.method].needs_images and given["iter_break"]:
-        recipe["data_digest"] = file_digest(data / concept.name)
-    else:
-        recipe |= model.generation_metadata
-    return recipe
+    def load_basis(self, concept: Concept) -> NullSpaceBasis:
+        """Return the basis of a concept. Raises ValueError for one that is missing or made for another model."""
+        path = self.artifacts.find_basis(concept.index)
+        basis = NullSpaceBasis.load(path)
+        basis.check(self.model.digest, self.model.context_dim, path)
+        return basis
 
-
-def _train(model: DiffusionModel, store: ArtifactPaths, concepts: Sequence[Concept], given: Mapping, data: Path,
-           recipes: Mapping[int, dict], effort: ExecutionConfig, prompts: _EmbeddingCache) -> Iterator[dict]:
-    null_space, start = METHODS[store.method].null_space, time.perf_counter()
-    bases = {concept.index: _load_basis(model, store, concept) for concept in concepts if null_space}
-    losses = [METHODS[store.method].of(model, concept, given, bases.get(concept.index)) for concept in concepts]
-    protected = {concept.index: bases[concept.index].metadata["protected"] if null_space else ["", *watermark_prompts()]
-                 for concept in concepts}
-    for concept, loss in zip(concepts, losses):
-        if null_space and given["max_base"] and len(loss.shift().directions) < given["max_base"]:
-            print(f"{concept.name}: it reaches {len(loss.shift().directions)} of the null space's directions, fewer than "
-                  f"--max_base {given['max_base']}, and all are used")
-    curve = pd.DataFrame(columns=CURVE_COLUMNS)
-    if given["iter_break"]:
-        frozen = model.replicate_unet(effort.second) if effort.second else model
-        for loss in losses:
-            loss.frozen, loss.checkpointing = frozen, effort.checkpointing
-        batches = [_batches(model, store, concept, given, data, loss) for concept, loss in zip(concepts, losses)]
-        if METHODS[store.method].is_joint:
-            loss, batch = JointSRSMELoss(losses), (tuple(zip(*parts)) for parts in zip(*batches))
+    def build_metadata(self, concept: Concept) -> dict[str, Any]:
+        """Return what a shift's file says that it was made from, as far as it is known before it is made."""
+        metadata = {
+            "created_by": CREATED_BY,
+            "method": self.config.name,
+            "base_model": self.model.name,
+            "base_digest": self.model.digest,
+            "category": self.artifacts.category,
+            "concept_index": concept.index,
+            "concept": concept.name,
+            "prompt": concept.prompt,
+            "captions": concept.captions,
+            "anchor": concept.anchor_prompt,
+            "config": self.config.acting(),
+            "dtype": str(self.model.dtype),
+        }
+        if self.config.needs_null_space:
+            metadata["basis_digest"] = file_digest(self.artifacts.basis(concept.index))
+        if self.config.needs_images and self.config.learns:
+            metadata["data_digest"] = file_digest(self.image_dir / concept.name)
         else:
-            loss, batch = losses[0], batches[0]
-        prompts.of(itertools.chain(*protected.values(), (concept.prompt for concept in concepts)))
-        model.offload()
+            metadata |= self.model.generation_metadata
+        return metadata
+
+    def run(self, concepts: Sequence[Concept], metadata: Mapping[int, dict[str, Any]]) -> list[ErasureSummary]:
+        """Make and save the shifts of concepts that are learnt together, or of one."""
         start = time.perf_counter()
-        curve = fit(loss, batch, given["lr"], given["iter_break"], given.get("threshold"),
-                      "erase " + ", ".join(concept.name for concept in concepts))
-    seconds, layers = time.perf_counter() - start, text_layers(model.unet)
-    for concept, own in zip(concepts, losses):
-        shift, path = own.shift(), store.shift(concept.index)
+        if self.config.needs_null_space:
+            self.bases = {concept.index: self.load_basis(concept) for concept in concepts}
+        shifts: dict[int, WeightShift] = {}
+        losses: dict[int, SingleConceptLoss] = {}
+        for concept in concepts:
+            initial = self._initial_shift(concept)
+            if initial is not None:
+                shifts[concept.index] = initial
+            if self.config.learns:
+                kind = LOSSES[self.config.name]
+                arguments = (initial,) if initial is not None else ()
+                losses[concept.index] = kind.from_config(self.model, concept, self.config, *arguments)
+        curve = pd.DataFrame(columns=CURVE_COLUMNS)
+        if losses:
+            curve, start = self._train(concepts, list(losses.values()))
+            shifts = {index: loss.to_shift() for index, loss in losses.items()}
+        seconds = time.perf_counter() - start
+        return [self._save(concept, shifts[concept.index], metadata[concept.index], curve, seconds) for concept in concepts]
+
+    def _initial_shift(self, concept: Concept) -> SeparableShift | None:
+        """Return what a method with a null space starts from; None for one without."""
+        if not isinstance(self.config, SRSMEConfig):
+            return None
+        shift = initial_shift(self.model, concept, self.config, self.bases[concept.index])
+        if self.config.max_directions and shift.rank < self.config.max_directions:
+            print(
+                f"{concept.name}: it reaches {shift.rank} of the null space's directions, fewer than the most "
+                f"({self.config.max_directions}), and all are used"
+            )
+        return shift
+
+    def _train(self, concepts: Sequence[Concept], losses: Sequence[SingleConceptLoss]) -> tuple[pd.DataFrame, float]:
+        """Learn, and return the learning curve and when the first iteration began."""
+        second = self.execution.frozen_device
+        frozen = self.model.replicate_unet(torch.device(second)) if second else self.model
+        for loss in losses:
+            loss.frozen, loss.checkpointing = frozen, self.execution.gradient_checkpointing
+        batches: list[Iterator[Any]] = []
+        for concept, loss in zip(concepts, losses, strict=True):
+            batches.append(self._batches(concept, loss))
+        trained: TrainableLoss = losses[0]
+        together = batches[0]
+        if self.config.is_joint:
+            trained = JointSRSMELoss([loss for loss in losses if isinstance(loss, SRSMELoss)])
+            together = (tuple(zip(*parts, strict=True)) for parts in zip(*batches, strict=False))
+        for concept in concepts:
+            self.cache.get([*self._protected(concept), concept.prompt])
+        self.model.offload()
+        start = time.perf_counter()
+        title = "erase " + ", ".join(concept.name for concept in concepts)
+        return fit(trained, together, self.config, title), start
+
+    def _batches(self, concept: Concept, loss: SingleConceptLoss) -> Iterator[Any]:
+        config = self.config
+        if isinstance(config, ESDConfig):
+            scope: Any = loss.edited_model
+            return sampled_batches(self.model, loss.target_embeds, config, scope)
+        details = {"category": self.artifacts.category, "concept": concept.name}
+        return latents_from_folder(
+            self.model, self.image_dir / concept.name, config.train_batch_size, config.seed, **details
+        )
+
+    def _protected(self, concept: Concept) -> list[str]:
+        if self.config.needs_null_space:
+            return self.bases[concept.index].metadata["protected"]
+        return ["", *watermark_prompts()]
+
+    def _save(
+        self, concept: Concept, shift: WeightShift, metadata: dict[str, Any], curve: pd.DataFrame, seconds: float
+    ) -> ErasureSummary:
+        """Write a shift and its learning curve, and return what it took and its measured leakage."""
+        path = self.artifacts.shift(concept.index)
         with atomic_write(path.with_suffix(".csv")) as partial:
             curve.to_csv(partial, index=False)
-        seen, base = prompts.of([concept.prompt, *protected[concept.index]])
-        moved = {row["prompt"]: row["leak"] for row in leakage(layers, {"": shift}, seen, base)}
-        if not set(shift.names) <= {f"{name}.weight" for name in layers}:
-            moved = dict.fromkeys(moved, float("nan"))  # keys and values do not say all
-        within = {name: bases[concept.index].metadata[name] for name in ("protected", "rank", "tolerance")} if null_space else {}
-        shift.save(path, recipes[concept.index] | {"steps": len(curve)} | within)
-        yield {"concept": concept.name, "steps": len(curve), "seconds": round(seconds, 1),
-               "momentum": curve.momentum.iloc[-1] if len(curve) else float("nan"), "moves own prompt": moved.pop(concept.prompt),
-               "moves blank, watermarks, protected": max(moved.values())}
+        metadata = metadata | {"iterations": len(curve)}
+        if self.config.needs_null_space:
+            basis = self.bases[concept.index].metadata
+            metadata |= {name: basis[name] for name in ("protected", "rank", "rank_rtol")}
+        shift.save(path, metadata)
+        changes = self._measure(concept, shift)
+        target_change = changes.pop(concept.prompt)
+        momentum = float(curve.momentum.iloc[-1]) if len(curve) else math.nan
+        return ErasureSummary(
+            concept.name, len(curve), round(seconds, 1), momentum, target_change, max(changes.values())
+        )
+
+    def _measure(self, concept: Concept, shift: WeightShift) -> dict[str, float]:
+        """Return the leakage of a shift on its own and the protected prompts; NaN where text layers do not say all."""
+        layers = text_layers(self.model.unet)
+        embeds, norms = self.cache.get([concept.prompt, *self._protected(concept)])
+        changes = {row["prompt"]: row["leakage"] for row in leakage(layers, {"": shift}, embeds, norms)}
+        if set(shift.parameter_names) <= {f"{name}.weight" for name in layers}:
+            return changes
+        return dict.fromkeys(changes, math.nan)
 
 
-def _batches(model: DiffusionModel, store: ArtifactPaths, concept: Concept, given: Mapping, data: Path, loss) -> Iterator:
-    if METHODS[store.method].needs_images:
-        return latents_from_folder(model, data / concept.name, given["batch_size"], given["seed"],
-                           f"make it with python eval-scripts/generate-data.py --erase_cat {store.category} "
-                           f"--prompt '{concept.name}' --model_name '0'")
-    return sampled_batches(model, loss.concept, given["batch_size"], given["ddim_steps"], given["start_guidance"],
-                   given["seed"], loss.active)
+def initial_shift(model: DiffusionModel, concept: Concept, config: SRSMEConfig, basis: NullSpaceBasis) -> SeparableShift:
+    """Return what SRS-ME starts from, or stops at, for a concept: the closed form in `basis`, or zero in its directions."""
+    target_embeds = model.drop_pooled(model.encode_prompt(concept.prompts(config.target_templates)))  # (P, tokens, d)
+    space = concept_space(model, concept, config, basis.vectors, basis.protected, target_embeds)
+    layers = text_layers(model.unet)
+    if config.init == "zero":
+        return SeparableShift.zeros(layers, space.directions, config.basis_scale)
+    anchor = concept.anchor_prompt if config.anchor == "category" else ""
+    anchor_embeds = model.drop_pooled(model.encode_prompt([anchor]))
+    embedding_map = closed_form_map(space, target_embeds, anchor_embeds)
+    return SeparableShift.from_map(layers, space.directions, config.basis_scale, embedding_map)
+
+
+def concept_space(
+    model: DiffusionModel,
+    concept: Concept,
+    config: SRSMEConfig,
+    basis: torch.Tensor,
+    protected_rows: torch.Tensor,
+    target_embeds: torch.Tensor,
+) -> ErasureSpace:
+    """Return `closed_form.erasure_space` for a concept by SRS-ME's settings.
+
+    The words of the vocabulary are preserved with the weight `vocab_preserve_scale` for each of the concept's prompts.
+    """
+    gram = torch.zeros(model.context_dim, model.context_dim, dtype=torch.float64)
+    if config.vocab_preserve_scale:
+        others = model.vocab_gram_without(concept.prompt, concept.name, *concept.aliases)
+        gram = config.vocab_preserve_scale * len(target_embeds) * others
+    costs = Costs(config.ridge_weight, config.preserve_scale, gram)
+    return erasure_space(basis, protected_rows, target_embeds, costs, config.max_directions)
+
+
+def summary_table(summaries: Sequence[ErasureSummary]) -> pd.DataFrame:
+    """Return a row for each erasure."""
+    return pd.DataFrame([asdict(summary) for summary in summaries])

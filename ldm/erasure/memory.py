@@ -1,50 +1,49 @@
-"""TODO erasure.memory."""
+"""How much memory an SRS-ME erasure will take, told from a model's configs alone: nothing is loaded or computed."""
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
 import itertools
 import os
-import pandas as pd
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
-from types import SimpleNamespace
-import weakref
+
 from ldm.diffusion.load import silence_hf_logging
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.losses import SRSMELoss
 from ldm.erasure.shift import SeparableShift
 
-
-GIB = 2 ** 30
-
-
+GIB = 2**30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # and float16 as bfloat16
-
-
 _LIBRARIES, _CONTEXT = 1.2, 0.6  # GiB that Python and its libraries take for themselves, and what CUDA takes on a GPU
 
 
 class _AllocationCounter(TorchDispatchMode):
-    """While the block runs, counts the bytes of tensors made within it, in whole blocks of an allocator: `peak` the most."""
+    """While the block runs, count the bytes of tensors made within it, in whole blocks of an allocator; `peak` is the maximum."""
 
     def __init__(self, block: int):
         super().__init__()
         self.block, self.now, self.peak = block, 0, 0
-        self.known = weakref.WeakSet()
+        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.known.update(_storages((args, kwargs)))  # what comes in was there before; views and results in place share it
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
             if storage not in self.known:
                 self.known.add(storage)
-                self._count(size := -(-storage.nbytes() // self.block) * self.block)
+                size = -(-storage.nbytes() // self.block) * self.block
+                self._count(size)
                 weakref.finalize(storage, self._count, -size)
         self.peak = max(self.peak, self.now)
         return result
@@ -57,26 +56,33 @@ def _storages(tree: object) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def training_step_memory(unet: UNet2DConditionModel, batch: int, tokens: int, directions: int, checkpointing: bool, block: int) -> int:
-    """The bytes beside the frozen weights that `SeparableErasure` and Adam hold at the peak of a step with `batch` latents.
+def training_step_memory(
+    unet: UNet2DConditionModel, batch_size: int, tokens: int, directions: int, checkpointing: bool, block: int
+) -> int:
+    """Return the bytes beside the frozen weights that `SRSMELoss` and Adam hold at the peak of an iteration.
 
-    `unet` is on the meta device, in the dtype asked for. The loss itself runs, and back, on fake tensors, which have shapes
-    but no data; attention is fused. What an allocator of `block` bytes cannot use in between is not known.
+    `unet` is on the meta device, in the dtype asked for. The loss itself runs, and back, on fake tensors, which have shapes but no
+    data; attention is fused. What an allocator of `block` bytes cannot use in between is not known.
     """
-    channels, side, width = unet.config.in_channels, unet.config.sample_size, unet.config.cross_attention_dim
+    config: Any = unet.config
     host = torch.get_default_device()
-    model = SimpleNamespace(device=host, unet=unet, predict_noise=lambda z, t, e: unet(z, t, e.to(unet.dtype)).sample.float())
+
+    def predict_noise(latents: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        return unet(latents, timestep, embeds.to(unet.dtype)).sample.float()
+
+    model: Any = SimpleNamespace(device=host, unet=unet, predict_noise=predict_noise)
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet.to_empty(device=host)
-        with _AllocationCounter(block) as held:
-            prompt, latents = torch.empty(1, tokens, width), torch.empty(batch, channels, side, side, dtype=unet.dtype)
-            layers = text_layers(unet)
-            learnt = SeparableShift.zeros(layers, torch.empty(directions, width), 1.0)
-            loss = SRSMELoss(model, layers, learnt, prompt, prompt, 1.0)
+        with _AllocationCounter(block) as counter:
+            embeds = torch.empty(1, tokens, config.cross_attention_dim)
+            latents = torch.empty(batch_size, config.in_channels, config.sample_size, config.sample_size, dtype=unet.dtype)
+            shift = SeparableShift.zeros(text_layers(unet), torch.empty(directions, config.cross_attention_dim), 1.0)
+            loss = SRSMELoss(model, shift, embeds, embeds, 1.0)
             loss.checkpointing = checkpointing
-            adam = [torch.zeros_like(weight) for weight in loss.parameters() for _ in range(2)]  # its two moments
-            loss(latents, torch.empty(batch, dtype=torch.long)).total.backward()
-    return held.peak
+            moments = [torch.zeros_like(weight) for weight in itertools.chain(*[loss.parameters()] * 2)]  # Adam's two
+            loss(latents, torch.empty(batch_size, dtype=torch.long)).loss.backward()
+            del moments
+    return counter.peak
 
 
 def _is_gpu(device: torch.device) -> bool:
@@ -84,41 +90,54 @@ def _is_gpu(device: torch.device) -> bool:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes that the device has in all."""
+    """Return the bytes that the device has in all."""
     if _is_gpu(device):
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def estimate_memory(folder: Path, device: torch.device, batch: int, directions: int | None) -> pd.DataFrame:
-    """The peak memory in GiB of an erasure in each choice of dtype and gradient checkpointing, the most exact and fastest
-    first, for a model whose parts' configs are in `folder`; `choice` marks the first that fits into nine tenths of the
-    device's memory. `directions` is the most that a shift has (None: as many as the prompts' width).
+def estimate_memory(folder: Path, device: torch.device, batch_size: int, max_directions: int | None) -> pd.DataFrame:
+    """Return the peak memory in GiB of an erasure in each choice of dtype and gradient checkpointing, the most exact and fastest first.
 
-    Weights are the U-Net's, and where the device is not a GPU the other parts' too, which cannot leave it; there loading
-    in float32 counts as well. Raises ValueError for a model of two text encoders, whose step is not foreseen.
+    `folder` has the configs of the model's parts; `choice` marks the first row that fits into nine tenths of the device's memory.
+    `max_directions` is the most that a shift has (None: as many as the prompts are wide). Weights are the U-Net's, and where the
+    device is not a GPU the other parts' too, which cannot leave it; there loading in float32 counts as well.
+    Raises ValueError for a model of two text encoders, whose iteration is not foreseen.
     """
     silence_hf_logging()
-    config = UNet2DConditionModel.load_config(str(folder), subfolder="unet")
+    config: Any = UNet2DConditionModel.load_config(str(folder), subfolder="unet")
     if config.get("addition_embed_type"):
-        raise ValueError(f"{folder}: memory is foreseen for Stable Diffusion 1.x and 2.x alone, not for XL: try --dtype bfloat16 "
-                         "--gradient_checkpointing, which takes least")
+        raise ValueError(
+            f"{folder}: memory is foreseen for Stable Diffusion 1.x and 2.x alone, not for XL: try `unet_dtype` bfloat16 with "
+            "`gradient_checkpointing`, which takes least"
+        )
     with torch.device("meta"):
         encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(str(folder), subfolder="text_encoder"))
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(str(folder), subfolder="vae"))
+        vae_config: Any = AutoencoderKL.load_config(str(folder), subfolder="vae")
+        vae: Any = AutoencoderKL.from_config(vae_config)
     tokens = encoder.config.max_position_embeddings
     on_gpu, rows = _is_gpu(device), []
-    beside = 0 if on_gpu else _num_bytes(encoder) + _num_bytes(vae)
+    other_parts = 0 if on_gpu else _num_bytes(encoder) + _num_bytes(vae)
     for dtype, checkpointing in itertools.product(DTYPES, (False, True)):
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(config).requires_grad_(False).eval()
-        loading = 0 if on_gpu else _num_bytes(unet) + beside
+            unet: Any = UNet2DConditionModel.from_config(config)
+            unet.requires_grad_(False).eval()
+        loading = 0 if on_gpu else _num_bytes(unet) + other_parts
         unet.to(dtype=DTYPES[dtype], memory_format=torch.channels_last)
-        weights = _num_bytes(unet) + beside
+        weights = _num_bytes(unet) + other_parts
         width = unet.config.cross_attention_dim
-        step = training_step_memory(unet, batch, tokens, min(directions or width, width), checkpointing, 512 if on_gpu else 64)
-        rows.append({"dtype": dtype, "gradient checkpointing": "yes" if checkpointing else "no", "weights": weights / GIB,
-                     "step": step / GIB, "peak": max(weights + step, loading) / GIB + (_CONTEXT if on_gpu else _LIBRARIES)})
+        directions = min(max_directions or width, width)
+        step = training_step_memory(unet, batch_size, tokens, directions, checkpointing, 512 if on_gpu else 64)
+        peak = max(weights + step, loading) / GIB + (_CONTEXT if on_gpu else _LIBRARIES)
+        rows.append(
+            {
+                "dtype": dtype,
+                "gradient checkpointing": "yes" if checkpointing else "no",
+                "weights": weights / GIB,
+                "iteration": step / GIB,
+                "peak": peak,
+            }
+        )
     table = pd.DataFrame(rows)
     fits = table["peak"] <= 0.9 * total_memory(device) / GIB
     table["choice"] = ""

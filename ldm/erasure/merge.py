@@ -1,30 +1,75 @@
-"""TODO erasure.merge."""
+"""Merging shifts: which ones, into new weights, or into a model for as long as a block runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 from torch import nn
+
+from ldm.config.concepts import CATEGORIES, INDEX_RANGE_RE, get_concept, parse_indexes
+from ldm.config.methods import METHODS, SRSMEConfig
 from ldm.diffusion.edits import replace_parameters
 from ldm.erasure.shift import WeightShift
+from ldm.io.paths import ArtifactPaths, merge_name
 
 
 def merged_weight(weight: torch.Tensor, name: str, shifts: Sequence[WeightShift], dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`W + sum of dW` of one parameter: summed in float64 and rounded once, to `dtype` or the weight's own."""
-    total = sum((shift.delta(name) for shift in shifts if name in shift.names), weight.detach().cpu().double())
-    return total.to(weight.device, dtype or weight.dtype)
+    """Return `W + sum of dW` of one parameter: summed in float64 and rounded once, to `dtype` or the weight's own."""
+    total = weight.detach().cpu().double()
+    deltas = (shift.delta_weight(name) for shift in shifts if name in shift.parameter_names)
+    return sum(deltas, total).to(weight.device, dtype or weight.dtype)
 
 
 def merge(unet: nn.Module, shifts: Sequence[WeightShift], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """`W + sum of dW` for the parameters that any shift changes, by `added_to`. Nothing is changed."""
-    changed = dict.fromkeys(name for shift in shifts for name in shift.names)
+    """Return `W + sum of dW` for the parameters that any shift changes, by `merged_weight`. Nothing is changed."""
+    changed: dict[str, None] = {}
+    for shift in shifts:
+        changed |= dict.fromkeys(shift.parameter_names)
     return {name: merged_weight(unet.get_parameter(name), name, shifts, dtype) for name in changed}
 
 
 @contextmanager
 def applied(unet: nn.Module, shifts: Sequence[WeightShift]) -> Iterator[None]:
-    """While the block runs, the U-Net holds the merged weights; then the very same base tensors are back."""
+    """While the block runs, let the U-Net hold the merged weights; then the very same base tensors are back."""
     merged = {name: nn.Parameter(weight, requires_grad=False) for name, weight in merge(unet, shifts).items()}
     with replace_parameters(unet, merged):
         yield
+
+
+def load_shifts(artifacts: ArtifactPaths, text: str) -> tuple[dict[str, WeightShift], str]:
+    """Return shifts by label, and the name of their merge, for '0,1,2', '0-99' or shift files, separated by commas.
+
+    A label is the concept's index, with its category before it when that is another one. The name is '012', or 'ori' for none;
+    shifts of another method than SRS-ME put its name before it: 'FMN-012'.
+    Raises ValueError for a file that does not say what it erases, and for a concept named twice.
+    """
+    shifts: dict[str, WeightShift] = {}
+    methods: dict[str, None] = {}
+    for path in _shift_paths(artifacts, text):
+        shift = WeightShift.load(path, "give an index such as 0, or the path of a shift file")
+        index, category = shift.metadata.get("concept_index"), shift.metadata.get("category", artifacts.category)
+        method = shift.metadata.get("method", SRSMEConfig.name)
+        if type(index) is not int or category not in CATEGORIES or method not in METHODS:
+            raise ValueError(f"{path} does not say which concept it erases, and by which method: make it again")
+        label = str(index) if category == artifacts.category else f"{category}{index}"
+        if label in shifts:
+            raise ValueError(f"`shifts` names the shift of {label} twice: name each once")
+        shifts[label] = shift
+        methods[method] = None
+    prefix = "".join(f"{method}-" for method in methods) if list(methods) != [SRSMEConfig.name] else ""
+    return shifts, prefix + merge_name(shifts) or "ori"
+
+
+def _shift_paths(artifacts: ArtifactPaths, text: str) -> list[Path]:
+    paths: list[Path] = []
+    for piece in text.split(","):
+        piece = piece.strip()
+        if INDEX_RANGE_RE.fullmatch(piece):
+            for index in parse_indexes(piece, artifacts.category):
+                paths.append(artifacts.find_shift(index, get_concept(artifacts.category, index).name))
+        elif piece:
+            paths.append(Path(piece))
+    return paths

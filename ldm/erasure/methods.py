@@ -1,10 +1,23 @@
-"""TODO erasure.methods."""
+"""The methods by name: the loss of each. Their settings are `ldm.config.methods.METHODS`."""
 
 from __future__ import annotations
 
-from ldm.erasure.losses import AblatingConceptsLoss, ESDLoss, ErasureMethod, ForgetMeNotLoss, FullCorrelationLoss, JointSRSMELoss, SRSMELoss
+from typing import Any
 
+from ldm.erasure.losses import (
+    AblatingConceptsLoss,
+    ESDLoss,
+    ForgetMeNotLoss,
+    FullCorrelationLoss,
+    SRSMELoss,
+)
 
-METHODS: dict[str, type[ErasureMethod]] = {
-    "SRS-ME": SRSMELoss, "SRS-ME-dagger": JointSRSMELoss, "SRS-ME-double-dagger": FullCorrelationLoss,
-    "FMN": ForgetMeNotLoss, "AbConcept": AblatingConceptsLoss, "ESD": ESDLoss}
+# The joint variant's parts are SRS-ME's losses, which JointSRSMELoss balances.
+LOSSES: dict[str, Any] = {
+    "SRS-ME": SRSMELoss,
+    "SRS-ME-dagger": SRSMELoss,
+    "SRS-ME-double-dagger": FullCorrelationLoss,
+    "FMN": ForgetMeNotLoss,
+    "AbConcept": AblatingConceptsLoss,
+    "ESD": ESDLoss,
+}

@@ -1,203 +1,235 @@
-"""TODO erasure.shift."""
+"""Weight shifts: the one home of a change that erases a concept and can be left out again.
+
+A separable shift is `dW = w (scale * S)` with directions S in the null space of what is protected (`ldm.erasure.null_space`); a dense
+one is dW as it is. (Separable Multi-Concept Erasure, arXiv 2402.05947.)
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-import math
 from pathlib import Path
+from typing import Any, Self
+
 import torch
 from torch import nn
-from ldm.io.tensors import LazyTensors, check_base_model, library_versions, load_tensors, save_tensors
 
+from ldm.io.tensors import LazyTensors, check_base_model, library_versions, load_tensors, save_tensors
 
 SHIFT_FILE_TYPE = "weight shift"
 
 
 class WeightShift(ABC):
-    """A change of the U-Net's weights that erases a concept, kept beside them: one dW for each parameter it changes."""
+    """A change of the denoiser's weights that erases a concept, kept beside them: one dW for each parameter it changes."""
 
-    def __init__(self, recipe: dict | None = None):
-        self.metadata = recipe or {}
+    def __init__(self, metadata: dict[str, Any] | None = None):
+        self.metadata = metadata or {}
         self.path: Path | str = "this shift"
 
     @property
     @abstractmethod
-    def names(self) -> list[str]:
-        """The parameters that it changes."""
+    def parameter_names(self) -> list[str]:
+        """The names of the parameters that it changes."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int | None:
+        """The number of directions that all its dW share; None for whole weights."""
 
     @abstractmethod
-    def delta(self, name: str) -> torch.Tensor:
-        """dW of one parameter, in its shape, float64 on the CPU."""
+    def delta_weight(self, name: str) -> torch.Tensor:
+        """Return dW of one parameter, in its shape, float64 on the CPU."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one parameter's dW."""
+        """Return the shape of one parameter's dW."""
 
     @abstractmethod
-    def save(self, path: Path, recipe: dict) -> None:
-        """Write the shift, and `recipe` beside what the kind of shift adds to it, as safetensors."""
+    def save(self, path: Path, metadata: dict[str, Any]) -> None:
+        """Write the shift as safetensors, with `metadata` beside what this kind of shift adds to it."""
 
-    def delta_output(self, name: str, seen: torch.Tensor) -> torch.Tensor:
-        """What inputs (tokens, d) float64 get added by a linear layer's dW: (tokens, out)."""
-        return seen @ self.delta(name).T
+    def delta_output(self, name: str, embeds: torch.Tensor) -> torch.Tensor:
+        """Return what a linear layer's dW adds to its output for `embeds` (tokens, d), float64: (tokens, out)."""
+        return embeds @ self.delta_weight(name).T
 
-    def delta_output_norms(self, names: Sequence[str], embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """The norm of what each prompt's embedding (tokens, d) gets added by dW of the linear layers `names` together."""
-        return output_norms((self.delta(name) for name in names if name in self.names), embeddings)
+    def delta_output_norms(self, names: Sequence[str], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Return, for each prompt's embedding (tokens, d), the norm of what dW adds to the outputs of all layers `names`."""
+        return output_norms((self.delta_weight(name) for name in names if name in self.parameter_names), embeds)
 
     @staticmethod
     def load(path: Path, hint: str = "") -> WeightShift:
-        """Raises ValueError for a file that is missing, damaged, of wrong shapes or not a shift."""
-        tensors, recipe = load_tensors(path, SHIFT_FILE_TYPE, hint)
-        shift = SeparableShift.read(tensors, recipe) if "directions" in tensors else DenseShift.read(tensors, recipe)
+        """Return the shift in a file. Raises ValueError for one that is missing, damaged, of wrong shapes or not a shift."""
+        tensors, metadata = load_tensors(path, SHIFT_FILE_TYPE, hint)
+        kind = SeparableShift if "directions" in tensors else DenseShift
+        shift = kind.read(tensors, metadata)
         if shift is None:
             raise ValueError(f"{path} has tensors of wrong names or shapes for a weight shift: make it again")
         shift.path = path
         return shift
 
     def check(self, digest: str, unet: nn.Module) -> None:
-        """Raises ValueError unless the shift was made for the base model with that digest and its weights."""
+        """Raise ValueError unless the shift was made for the base model with that digest and fits its weights."""
         check_base_model(self.metadata, digest, self.path)
         weights = dict(unet.named_parameters())
-        for name in self.names:
+        for name in self.parameter_names:
             if name not in weights or weights[name].shape != self.shape(name):
                 raise ValueError(f"{self.path}: {name} does not fit the model's layer: make it again")
 
 
 class SeparableShift(WeightShift):
-    """`dW = w (scale * S)` for every key and value layer: coefficients w (out, k) a layer, directions S (k, d) shared."""
+    """`dW = w (scale * S)` for every text layer: coefficients w (out, k) a layer, directions S (k, d) shared by all."""
 
-    def __init__(self, coefficients: Mapping[str, torch.Tensor], directions: torch.Tensor, scale: float,
-                 recipe: dict | None = None):
-        super().__init__(recipe)
+    def __init__(
+        self,
+        coefficients: Mapping[str, torch.Tensor],
+        directions: torch.Tensor,
+        scale: float,
+        metadata: dict[str, Any] | None = None,
+    ):
+        super().__init__(metadata)
         self.coefficients = coefficients
         self.directions = directions.detach().double().cpu()
         self.scale = scale
 
     @classmethod
-    def zeros(cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float) -> SeparableShift:
-        """A shift of nothing, ready to be learnt: its coefficients are leaf tensors with gradients."""
-        weights = {name: torch.zeros(layer.out_features, len(directions), device=layer.weight.device,
-                                     requires_grad=True) for name, layer in layers.items()}
-        return cls(weights, directions, scale)
+    def zeros(cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float) -> Self:
+        """Return a shift of nothing, ready to be learnt: its coefficients are leaf tensors with gradients."""
+        coefficients = {}
+        for name, layer in layers.items():
+            shape = layer.out_features, len(directions)
+            coefficients[name] = torch.zeros(shape, device=layer.weight.device, requires_grad=True)
+        return cls(coefficients, directions, scale)
 
     @classmethod
-    def closed_form(cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float, concept: torch.Tensor,
-                    anchor: torch.Tensor, cost: torch.Tensor) -> SeparableShift:
-        """The shift along `directions` S (k, d) that gives `concept` the keys and values of `anchor` (both (N, tokens, d), prompt
-        by prompt, token by token) at the least cost: the one that minimises
-
-        `|X (W + dW)^T - Y W^T|^2 + tr(w C w^T)` over `dW = w S`,
-
-        X and Y the rows of concept and anchor, C (k, k) the cost along the directions. The solution is `w = W A` with
-        `A = (Y - X)^T P (P^T P + C)^-1` and `P = X S^T`, and A is the same for all layers. (Closed forms edit attention
-        since TIME, arXiv 2303.08084, and UCE, 2308.14761; within a null space SPEED, 2503.07392.)
-        """
-        seen, wanted = (rows.flatten(0, 1).cpu().double() for rows in (concept, anchor.expand_as(concept)))  # (N * tokens, d)
-        reach = seen @ directions.T  # P
-        solution = torch.linalg.solve(reach.T @ reach + cost, reach.T @ (wanted - seen)).T / scale  # A (d, k)
-        weights = {name: (layer.weight.double() @ solution.to(layer.weight.device)).float().requires_grad_()
-                   for name, layer in layers.items()}
-        return cls(weights, directions, scale)
+    def from_map(cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float, embedding_map: torch.Tensor) -> Self:
+        """Return the shift with `dW = W A S`, A (d, k) the `embedding_map` of `ldm.erasure.closed_form`; it can be learnt on."""
+        scaled = embedding_map / scale
+        coefficients = {}
+        for name, layer in layers.items():
+            weight = layer.weight.double() @ scaled.to(layer.weight.device)  # (out, k)
+            coefficients[name] = weight.float().requires_grad_()
+        return cls(coefficients, directions, scale)
 
     def parameters(self) -> list[torch.Tensor]:
+        """Return what is learnt."""
         return list(self.coefficients.values())
 
-    def cut(self, rank: int) -> SeparableShift:
-        """The shift with only its `rank` strongest directions, orthonormal, the strongest first: the right singular vectors
-        of all layers' dW, stacked. They are combinations of the shift's own, so that what is protected stays so."""
-        orthogonal, stacked_qr_factor = torch.linalg.qr(self.directions.T)  # S = triangle^T orthogonal^T
-        within = {name: weight.detach().cpu().double() @ (self.scale * stacked_qr_factor.T)
-                  for name, weight in self.coefficients.items()}  # dW = within orthogonal^T, (out, k)
-        stacked = torch.linalg.qr(torch.cat(list(within.values())), mode="r").R
-        strongest = torch.linalg.svd(stacked).Vh[:rank]  # (rank, k)
-        return SeparableShift({name: weight @ strongest.T for name, weight in within.items()},
-                              strongest @ orthogonal.T, 1.0, self.metadata | {"cut_to_rank": rank})
-
-    def lora_factors(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """dW of a key or value layer as `up (out, k) @ down (k, d)`, float64."""
-        return self._weight(layer) * self.scale, self.directions
+    @property
+    def parameter_names(self) -> list[str]:
+        return [f"{layer}.weight" for layer in self.coefficients]
 
     @property
-    def names(self) -> list[str]:
-        return [f"{layer}.weight" for layer in self.coefficients]
+    def rank(self) -> int:
+        return len(self.directions)
+
+    def truncate(self, rank: int) -> SeparableShift:
+        """Return the shift with only its `rank` strongest directions, orthonormal, the strongest first.
+
+        They are the right singular vectors of all layers' dW, stacked: combinations of the shift's own directions, so that what is
+        protected stays so.
+        """
+        orthogonal, triangle = torch.linalg.qr(self.directions.T)  # S = triangle^T orthogonal^T
+        within = {}
+        for name, weight in self.coefficients.items():
+            within[name] = weight.detach().cpu().double() @ (self.scale * triangle.T)  # dW = within orthogonal^T, (out, k)
+        stacked = torch.linalg.qr(torch.cat(list(within.values())), mode="r").R
+        strongest = torch.linalg.svd(stacked).Vh[:rank]  # (rank, k)
+        coefficients = {name: weight @ strongest.T for name, weight in within.items()}
+        return SeparableShift(coefficients, strongest @ orthogonal.T, 1.0, self.metadata | {"truncated_to_rank": rank})
+
+    def lora_factors(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return dW of a text layer as `up (out, k) @ down (k, d)`, float64."""
+        return self._weight(layer) * self.scale, self.directions
 
     def _weight(self, name: str) -> torch.Tensor:
         return self.coefficients[name.removesuffix(".weight")].detach().cpu().double()
 
-    def delta(self, name: str) -> torch.Tensor:
+    def delta_weight(self, name: str) -> torch.Tensor:
         return self._weight(name) @ (self.scale * self.directions)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return len(self.coefficients[name.removesuffix(".weight")]), self.directions.shape[1]
 
-    def delta_output(self, name: str, seen: torch.Tensor) -> torch.Tensor:
-        return (seen @ (self.scale * self.directions).T) @ self._weight(name).T  # (tokens, k) @ (k, out)
+    def delta_output(self, name: str, embeds: torch.Tensor) -> torch.Tensor:
+        return (embeds @ (self.scale * self.directions).T) @ self._weight(name).T  # (tokens, k) @ (k, out)
 
-    def delta_output_norms(self, names: Sequence[str], embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        along = {prompt: seen.cpu().double() @ (self.scale * self.directions).T for prompt, seen in embeddings.items()}
-        return output_norms((self._weight(name) for name in names if name in self.names), along)  # of (tokens, k), not of (tokens, d)
+    def delta_output_norms(self, names: Sequence[str], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        projected = {}  # (tokens, k), which is smaller than (tokens, d)
+        for prompt, rows in embeds.items():
+            projected[prompt] = rows.cpu().double() @ (self.scale * self.directions).T
+        return output_norms((self._weight(name) for name in names if name in self.parameter_names), projected)
 
-    def save(self, path: Path, recipe: dict) -> None:
-        """Coefficients (float32), and the basis once."""
+    def save(self, path: Path, metadata: dict[str, Any]) -> None:
+        """Write the coefficients (float32) and the directions (float64), once."""
         tensors = {f"w.{name}": value.float() for name, value in self.coefficients.items()}
-        save_tensors(path, tensors | {"directions": self.directions}, SHIFT_FILE_TYPE,
-                     recipe | {"scale": self.scale, "versions": library_versions()})
+        tensors["directions"] = self.directions
+        added = {"scale": self.scale, "versions": library_versions()}
+        save_tensors(path, tensors, SHIFT_FILE_TYPE, metadata | added)
 
     @classmethod
-    def read(cls, tensors: LazyTensors, recipe: dict) -> SeparableShift | None:
-        """None when the tensors do not belong together."""
-        directions, scale, weights = tensors["directions"], recipe.get("scale"), tensors.with_prefix("w.")
-        good = directions.dim() == 2 and 0 < len(weights) == len(tensors) - 1 and all(
-            weight.dim() == 2 and weight.shape[1] == len(directions) for weight in weights.values())
-        if not good or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    def read(cls, tensors: LazyTensors, metadata: dict[str, Any]) -> Self | None:
+        """Return the shift that a file's tensors are; None when they do not belong together."""
+        directions, scale, weights = tensors["directions"], metadata.get("scale"), tensors.with_prefix("w.")
+        if directions.dim() != 2 or not 0 < len(weights) == len(tensors) - 1:
             return None
-        return cls(weights, directions, scale, recipe)
+        if any(weight.dim() != 2 or weight.shape[1] != len(directions) for weight in weights.values()):
+            return None
+        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            return None
+        return cls(weights, directions, scale, metadata)
 
 
 class DenseShift(WeightShift):
     """dW as it is, for a method that trains the weights themselves."""
 
-    def __init__(self, deltas: Mapping[str, torch.Tensor], recipe: dict | None = None):
-        super().__init__(recipe)
+    def __init__(self, deltas: Mapping[str, torch.Tensor], metadata: dict[str, Any] | None = None):
+        super().__init__(metadata)
         self.deltas = deltas
 
     @classmethod
-    def from_weights(cls, unet: nn.Module, student: Mapping[str, torch.Tensor]) -> DenseShift:
-        """What leads from the U-Net's weights to those of `student`; weights that are the same are left out."""
-        moved = {name: weight.detach() - unet.get_parameter(name).detach() for name, weight in student.items()}
-        return cls({name: delta for name, delta in moved.items() if delta.any()})
+    def from_weights(cls, unet: nn.Module, student: Mapping[str, torch.Tensor]) -> Self:
+        """Return what leads from the U-Net's weights to those of `student`; weights that are the same are left out."""
+        deltas = {}
+        for name, weight in student.items():
+            delta = weight.detach() - unet.get_parameter(name).detach()
+            if delta.any():
+                deltas[name] = delta
+        return cls(deltas)
 
     @property
-    def names(self) -> list[str]:
+    def parameter_names(self) -> list[str]:
         return list(self.deltas)
 
-    def delta(self, name: str) -> torch.Tensor:
+    @property
+    def rank(self) -> None:
+        return None
+
+    def delta_weight(self, name: str) -> torch.Tensor:
         return self.deltas[name].cpu().double()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.deltas[name].shape)
 
-    def save(self, path: Path, recipe: dict) -> None:
-        """All dW in float32."""
-        save_tensors(path, {f"d.{name}": value.float() for name, value in self.deltas.items()}, SHIFT_FILE_TYPE,
-                     recipe | {"versions": library_versions()})
+    def save(self, path: Path, metadata: dict[str, Any]) -> None:
+        """Write all dW in float32."""
+        tensors = {f"d.{name}": value.float() for name, value in self.deltas.items()}
+        save_tensors(path, tensors, SHIFT_FILE_TYPE, metadata | {"versions": library_versions()})
 
     @classmethod
-    def read(cls, tensors: LazyTensors, recipe: dict) -> DenseShift | None:
-        """None when the tensors are not named as those of such a shift."""
+    def read(cls, tensors: LazyTensors, metadata: dict[str, Any]) -> Self | None:
+        """Return the shift that a file's tensors are; None when they are not named as those of such a shift."""
         deltas = tensors.with_prefix("d.")
-        return cls(deltas, recipe) if len(deltas) == len(tensors) else None
+        return cls(deltas, metadata) if len(deltas) == len(tensors) else None
 
 
 def stacked_qr_factor(matrices: Iterable[torch.Tensor], width: int) -> torch.Tensor:
-    """A triangle R (at most d, d) with `|e R^T|` the norm of what all `matrices` (out, d) make of e."""
+    """Return a triangle R (at most d, d), float64, with `|e R^T|` the norm of what all `matrices` (out, d) make of e (d,)."""
     stacked = [matrix.detach().cpu().double() for matrix in matrices]
     return torch.linalg.qr(torch.cat(stacked), mode="r").R if stacked else torch.zeros(1, width, dtype=torch.float64)
 
 
-def output_norms(matrices: Iterable[torch.Tensor], embeddings: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """The norm of what all `matrices` (out, d) together make of each prompt's embedding (tokens, d)."""
-    whole = stacked_qr_factor(matrices, next(iter(embeddings.values())).shape[-1])
-    return {prompt: (seen.cpu().double() @ whole.T).norm().item() for prompt, seen in embeddings.items()}
+def output_norms(matrices: Iterable[torch.Tensor], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Return the norm of what all `matrices` (out, d) together make of each prompt's embedding (tokens, d)."""
+    factor = stacked_qr_factor(matrices, next(iter(embeds.values())).shape[-1])
+    return {prompt: (rows.cpu().double() @ factor.T).norm().item() for prompt, rows in embeds.items()}

@@ -1,72 +1,82 @@
-"""TODO erasure.training."""
+"""The one loop that every erasure trains in. It names no method; the caller logs and stops."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import pandas as pd
 import torch
 from tqdm import tqdm
 
+from ldm.config.methods import MethodConfig
+from ldm.erasure.losses import TrainableLoss
 
-CURVE_COLUMNS = ["step", "loss", "watched", "momentum"]  # of a learning curve
+CURVE_COLUMNS = ["iteration", "loss", "monitor", "momentum"]  # of a learning curve
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What one step saw, before its update: its number from 1, the whole loss and the watched term."""
+    """What one iteration saw, before its update: its number from 1, the whole loss and the monitored term."""
 
-    number: int
+    iteration: int
     loss: float
-    watched: float
+    monitor: float
 
 
-def training_loop(loss: Callable, parameters: list[torch.Tensor], batches: Iterable, lr: float) -> Iterator[TrainStep]:
-    """Minimise `loss(latents, step)` over `parameters` with Adam, one batch a step, for as long as it is iterated.
+def training_loop(loss: TrainableLoss, batches: Iterable[Any], lr: float) -> Iterator[TrainStep]:
+    """Minimise `loss(latents, timestep)` over its parameters with Adam, one batch an iteration, for as long as it is iterated.
 
-    Raises FloatingPointError when the loss or its gradient is NaN or infinite; `parameters` are then those before that
-    step.
+    Raises FloatingPointError when the loss or its gradient is NaN or infinite; the parameters are then those before that
+    iteration.
     """
+    parameters = loss.parameters()
     optimizer = torch.optim.Adam(parameters, lr=lr)
-    for number, (latents, step) in enumerate(batches, start=1):
+    for iteration, (latents, timestep) in enumerate(batches, start=1):
         optimizer.zero_grad()
-        terms = loss(latents, step)
-        terms.total.backward()
+        output = loss(latents, timestep)
+        output.loss.backward()
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
-        if not torch.isfinite(terms.total + norm):
-            raise FloatingPointError(f"the loss is {terms.total.item()} and its gradient's norm {norm.item()} at step {number}, "
-                                     "so nothing was saved: lower --lr or --scale_factor")
+        if not torch.isfinite(output.loss + norm):
+            raise FloatingPointError(
+                f"the loss is {output.loss.item()} and its gradient's norm {norm.item()} at iteration {iteration}, "
+                "so nothing was saved: lower `lr` or `basis_scale`"
+            )
         optimizer.step()
-        yield TrainStep(number, terms.total.item(), terms.monitor.item())
+        yield TrainStep(iteration, output.loss.item(), output.monitor.item())
 
 
 class MomentumStopping:
-    """Says when to stop: `m <- 0.9 m + 0.1 value` has fallen to `threshold`, though not before `least` steps."""
+    """Say when to stop: `m <- 0.9 m + 0.1 monitor` has fallen to `threshold`, though not before `min_iterations`."""
 
-    def __init__(self, threshold: float, least: int = 10):
-        self.threshold, self.least = threshold, least
+    def __init__(self, threshold: float, min_iterations: int = 10):
+        self.threshold, self.min_iterations = threshold, min_iterations
         self.momentum: float | None = None
 
     def update(self, step: TrainStep) -> bool:
+        """Take an iteration in, and return whether to stop after it."""
         self.momentum = step.monitor if self.momentum is None else 0.9 * self.momentum + 0.1 * step.monitor
-        return step.number >= self.least and self.momentum <= self.threshold
+        return step.iteration >= self.min_iterations and self.momentum <= self.threshold
 
 
-def fit(loss: Callable, batches: Iterable, lr: float, most: int, threshold: float | None, title: str) -> pd.DataFrame:
-    """Run `erase` on the loss' own parameters, with progress, until `threshold` stops it or `most` steps are done.
+def fit(loss: TrainableLoss, batches: Iterable[Any], config: MethodConfig, title: str) -> pd.DataFrame:
+    """Run `training_loop` with progress until the config's `stop_threshold`, if it has one, or `max_steps` ends it.
 
-    Returns one row per step: step, loss, watched, momentum.
+    Returns one row per iteration, with the columns `CURVE_COLUMNS`.
     """
-    stop, curve = MomentumStopping(float("-inf") if threshold is None else threshold), []
-    with tqdm(total=most, desc=title, unit="step") as bar:
-        for step in itertools.islice(training_loop(loss, loss.parameters(), batches, lr), most):
-            reached = stop.update(step)
-            curve.append((step.number, step.loss, step.monitor, stop.momentum))
-            bar.set_postfix(momentum=f"{stop.momentum:.2e}", refresh=False)
+    threshold: float | None = getattr(config, "stop_threshold", None)
+    stopping = MomentumStopping(float("-inf") if threshold is None else threshold)
+    curve, reached = [], False
+    with tqdm(total=config.max_steps, desc=title, unit="iteration") as bar:
+        for step in itertools.islice(training_loop(loss, batches, config.lr), config.max_steps):
+            reached = stopping.update(step)
+            curve.append((step.iteration, step.loss, step.monitor, stopping.momentum))
+            bar.set_postfix(momentum=f"{stopping.momentum:.2e}", refresh=False)
             bar.update()
             if reached:
                 break
     if threshold is not None and not reached:
-        tqdm.write(f"{title}: --threshold {threshold} was not reached within --iter_break {most}")
+        tqdm.write(f"{title}: the threshold {threshold} was not reached within {config.max_steps} iterations")
     return pd.DataFrame(curve, columns=CURVE_COLUMNS)

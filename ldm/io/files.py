@@ -1,21 +1,25 @@
-"""TODO io.files."""
+"""Atomic writes of files and folders, the metadata file of a folder, and digests of files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 import hashlib
 import json
 import os
-from pathlib import Path
-import psutil
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
 
+import psutil
 
-METADATA_FILE = "recipe.json"  # in a folder: what made it
+from ldm.io.legacy import upgrade
+
+METADATA_FILE = "metadata.json"  # in a folder: what made it
+_OLD_METADATA_FILE = "recipe.json"
 
 
 def _set_default_permissions(path: Path) -> None:
@@ -63,7 +67,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_write_dir(path: Path) -> Iterator[Path]:
-    """Like `atomic` for a folder, which replaces an older one at `path` only when the block has ended well."""
+    """Like `atomic_write` for a folder, which replaces an older one at `path` only when the block has ended well."""
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prepare(path)) as partial:
         new, old = Path(partial) / "new", Path(partial) / "old"
@@ -83,16 +87,48 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` to `path` as JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def check_metadata(folder: Path, recipe: dict) -> None:
-    """Raises ValueError when `folder` holds what another recipe made."""
-    path = folder / METADATA_FILE
-    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(recipe)):
-        raise ValueError(f"{folder} holds what another run made (see {path.name} there): "
-                         "choose another --save_path, or remove the folder")
+def find_metadata_file(folder: Path) -> Path | None:
+    """Return the path of a folder's metadata file, under today's or its older name; None where there is none."""
+    for name in (METADATA_FILE, _OLD_METADATA_FILE):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def read_dir_metadata(folder: Path) -> dict[str, Any]:
+    """Return what a folder's metadata file says, with today's keys; empty where there is none.
+
+    Raises ValueError when the file is not JSON, or no mapping.
+    """
+    path = find_metadata_file(folder)
+    content = upgrade(json.loads(path.read_text())) if path else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a mapping")
+    return content
+
+
+def check_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    """Raise ValueError when `folder` holds what was made from other metadata."""
+    path = find_metadata_file(folder)
+    wanted = json.loads(json.dumps(metadata))
+    if path and _without_creator(read_dir_metadata(folder)) != _without_creator(wanted):
+        raise ValueError(
+            f"{folder} holds what another run made (see {path.name} there): choose another `save_path`, or remove the folder"
+        )
+
+
+def _without_creator(value: Any) -> Any:
+    """Return a JSON value without the names of the programs that made it, at any depth."""
+    if isinstance(value, list):
+        return [_without_creator(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_creator(item) for key, item in value.items() if key != "created_by"}
+    return value
 
 
 def file_digest(path: Path) -> str:

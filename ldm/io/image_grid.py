@@ -1,4 +1,4 @@
-"""TODO io.image_grid."""
+"""A labelled grid of images: rows of prompts, columns of models."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from PIL import Image, ImageDraw, ImageFont
 from collections.abc import Sequence
 
 
-def image_grid(rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]], columns: Sequence[str], zoom: int = 1,
-          frames: Sequence[Sequence[str | None]] = ()) -> Image.Image:
-    """A labelled picture sheet: each row is a label and, for every column, a few images side by side.
+def image_grid(rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]], columns: Sequence[str], scale: int = 1,
+          border_colors: Sequence[Sequence[str | None]] = ()) -> Image.Image:
+    """Return a labelled grid of images: each row is a label and, for every column, a few images side by side.
 
     A column's title may have several lines, of which the last decides how wide the column must be: those above may stand
-    over its neighbours too. `frames` may give the colour of a frame for each cell.
+    over its neighbours too. `border_colors` may give the color of a border for each cell.
     """
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    width, height = (side * zoom for side in rows[0][1][0][0].size)
+    width, height = (side * scale for side in rows[0][1][0][0].size)
     gap, left = 6, 20 + max(int(small.getlength(label)) for label, _ in rows)
     top = 11 + 19 * max(title.count("\n") + 1 for title in columns)
     lengths = [max(len(cells[k]) for _, cells in rows) * width for k in range(len(columns))]
@@ -31,7 +31,7 @@ def image_grid(rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]], colu
         for column, (start, images) in enumerate(zip(starts, cells)):
             for n, image in enumerate(images):
                 canvas.paste(image.resize((width, height), Image.Resampling.NEAREST), (start + n * width, y))
-            if frames and frames[k][column]:
+            if border_colors and border_colors[k][column]:
                 box = (start - 3, y - 3, start + len(images) * width + 2, y + height + 2)
-                draw.rectangle(box, outline=frames[k][column], width=3)
+                draw.rectangle(box, outline=border_colors[k][column], width=3)
     return canvas

@@ -1,4 +1,4 @@
-"""TODO io.images."""
+"""Image files: as tensors, in folders, by case number."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from pathlib import Path
 import re
 import torch
+from ldm.io.errors import MissingFileError
 from ldm.io.files import atomic_write
 
 
@@ -46,9 +47,9 @@ def open_image(path: Path, size: int | None = None) -> Image.Image:
 def load_batch(paths: Sequence[Path], size: int | None = None) -> torch.Tensor:
     """Images at `paths` as one (N, 3, H, W) tensor in [-1, 1]. Raises ValueError when they differ in size."""
     images = [image_to_tensor(open_image(path, size)) for path in paths]
-    odd = [path for path, image in zip(paths, images) if image.shape != images[0].shape]
-    if odd:
-        raise ValueError(f"{paths[0]} and {odd[0]} differ in size: generate both by the same model")
+    mismatched = [path for path, image in zip(paths, images) if image.shape != images[0].shape]
+    if mismatched:
+        raise ValueError(f"{paths[0]} and {mismatched[0]} differ in size: generate both by the same model")
     return torch.stack(images)
 
 
@@ -61,17 +62,17 @@ def is_image(path: str | Path) -> bool:
     return Path(path).suffix.lower() in IMAGE_SUFFIXES and not Path(path).name.startswith(".")
 
 
-def list_images(folder: Path, hint: str = "") -> list[Path]:
-    """All images below `folder`, in natural order (2 before 10).
+def list_images(folder: Path, missing: str = "generated images", **details: object) -> list[Path]:
+    """Return all images below `folder`, in natural order (2 before 10).
 
-    Raises ValueError when there are none; `hint` then says what to type instead.
+    Raises MissingFileError of kind `missing`, with `details`, when there are none.
     """
     folder = Path(folder)
-    found = [path for path in folder.rglob("*") if is_image(path)]
-    if not found:
+    paths = [path for path in folder.rglob("*") if is_image(path)]
+    if not paths:
         what = "no images in" if folder.is_dir() else "no folder"
-        raise ValueError(f"{what} {folder}" + (f": {hint}" if hint else ""))
-    return sorted(found, key=_natural_key)
+        raise MissingFileError(f"{what} {folder}", missing, **details)
+    return sorted(paths, key=_natural_key)
 
 
 def image_filename(case: int, sample: int) -> str:
@@ -88,5 +89,6 @@ def parse_case_number(path: Path) -> int:
 
 
 def save_image(path: Path, image: Image.Image) -> None:
+    """Write an image, whole or not at all."""
     with atomic_write(path) as partial:
         image.save(partial)

@@ -1,4 +1,4 @@
-"""TODO io.pickles."""
+"""The safe unpickler: pickles of nothing but numpy arrays, from which no code is run."""
 
 from __future__ import annotations
 

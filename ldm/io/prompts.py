@@ -1,4 +1,4 @@
-"""TODO io.prompts."""
+"""Prompt lists: CSV files with the columns prompt, evaluation_seed and case_number."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from pathlib import Path
+from ldm.io.errors import MissingFileError
 from ldm.io.files import atomic_write
-from ldm.io.images import parse_case_number
 
 
 @dataclass(frozen=True)
@@ -17,18 +17,18 @@ class PromptCase:
 
     prompt: str
     seed: int
-    number: int
+    case_number: int
 
 
 def read_prompt_csv(path: Path) -> list[PromptCase]:
-    """A prompt list: a CSV with columns prompt, evaluation_seed, case_number.
+    """Return a prompt list: a CSV with columns prompt, evaluation_seed, case_number.
 
     Raises ValueError when the file, a column or a whole number is missing or a case number stands twice.
     """
     try:
         table = pd.read_csv(path, keep_default_na=False, dtype={"prompt": str})
     except FileNotFoundError:
-        raise ValueError(f"no prompt list {path}: make one with python eval-scripts/make-prompts.py") from None
+        raise MissingFileError(f"no prompt list {path}", "prompts") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a CSV file with a header line") from error
     missing = [name for name in ("prompt", "evaluation_seed", "case_number") if name not in table.columns]
@@ -40,13 +40,15 @@ def read_prompt_csv(path: Path) -> list[PromptCase]:
         bad = table.index[numbers.isna() | (numbers < 0) | (numbers % 1 != 0)]
         if len(bad):
             raise ValueError(f"{path} line {bad[0] + 2}: {name} is '{table[name][bad[0]]}', not a whole number from 0")
-    if table.case_number.duplicated().any():
-        raise ValueError(f"{path}: case_number {table.case_number[table.case_number.duplicated()].iloc[0]} stands twice")
-    return [PromptCase(str(row.prompt), int(row.evaluation_seed), int(row.case_number)) for row in table.itertuples()]
+    repeated = table["case_number"][table["case_number"].duplicated()]
+    if len(repeated):
+        raise ValueError(f"{path}: case_number {repeated.iloc[0]} stands twice")
+    rows = zip(table["prompt"], table["evaluation_seed"], table["case_number"], strict=True)
+    return [PromptCase(str(prompt), int(seed), int(number)) for prompt, seed, number in rows]
 
 
 def make_cases(prompts: Sequence[str], number: int, seed: int) -> list[PromptCase]:
-    """`number` cases of each prompt, no evaluation seed twice among them, all drawn from `seed`.
+    """Return `number` cases of each prompt, no evaluation seed twice among them, all drawn from `seed`.
 
     Raises ValueError for more than 3000 cases in all.
     """
@@ -54,22 +56,26 @@ def make_cases(prompts: Sequence[str], number: int, seed: int) -> list[PromptCas
         raise ValueError(f"{len(prompts)} prompts of {number} seeds each: there are 3000 seeds, so that {3000 // len(prompts)} "
                          "each is the most")
     seeds = np.random.default_rng(seed).choice(3000, size=(len(prompts), number), replace=False)
-    return [PromptCase(prompt, int(own), k * number + n) for k, prompt in enumerate(prompts) for n, own in enumerate(seeds[k])]
+    cases = []
+    for k, prompt in enumerate(prompts):
+        for n in range(number):
+            cases.append(PromptCase(prompt, int(seeds[k, n]), k * number + n))
+    return cases
 
 
 def write_prompt_csv(path: Path, cases: Sequence[PromptCase]) -> None:
-    """Write a prompt list that `read_cases` reads."""
-    table = pd.DataFrame([(case.prompt, case.seed, case.number) for case in cases],
+    """Write a prompt list that `read_prompt_csv` reads."""
+    table = pd.DataFrame([(case.prompt, case.seed, case.case_number) for case in cases],
                          columns=["prompt", "evaluation_seed", "case_number"])
     with atomic_write(path) as partial:
         table.to_csv(partial, index=False)
 
 
 def merge_prompt_csv(path: Path, cases: Sequence[PromptCase]) -> list[PromptCase]:
-    """The cases of the prompt list at `path`, if there is one, and `cases`, by number. Raises ValueError on a conflict."""
-    known = {case.number: case for case in (read_prompt_csv(path) if path.exists() else ())}
+    """Return the cases of the prompt list at `path`, if there is one, and `cases`, by number. Raises ValueError on a conflict."""
+    known = {case.case_number: case for case in (read_prompt_csv(path) if path.exists() else ())}
     for case in cases:
-        if known.setdefault(case.number, case) != case:
-            raise ValueError(f"{path} has another prompt or seed for case {case.number}: choose another --save_path for "
+        if known.setdefault(case.case_number, case) != case:
+            raise ValueError(f"{path} has another prompt or seed for case {case.case_number}: choose another `save_path` for "
                              "another prompt list, or remove the folder")
     return [known[number] for number in sorted(known)]

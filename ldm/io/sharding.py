@@ -1,4 +1,4 @@
-"""TODO io.sharding."""
+"""Which part of independent work is this process's own, when several do it together."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ class Shard:
     rank: int = 0
     size: int = 1
 
-    def of(self, items: Sequence[Item]) -> list[Item]:
-        """Every `size`-th of the items: all processes together have each of them once."""
+    def select(self, items: Sequence[Item]) -> list[Item]:
+        """Return every `size`-th of the items: all processes together have each of them once."""
         return list(items[self.rank::self.size])

@@ -1,4 +1,4 @@
-"""TODO io.tensors."""
+"""Tensors in safetensors files whose header says what they are; opened without running code from them, and their digests."""
 
 from __future__ import annotations
 
@@ -8,27 +8,32 @@ import hashlib
 from importlib.metadata import version
 import json
 from pathlib import Path
+from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 import torch
 from ldm.io.files import atomic_write
+from ldm.io.legacy import upgrade
 
 
 METADATA_KEY = "srs-me"
+CREATED_BY = "srs-me"  # the program, in metadata
 
 
 def library_versions() -> dict[str, str]:
-    """The libraries that a recipe names."""
+    """Return the versions of the libraries that metadata names."""
     return {name: version(name) for name in ("torch", "diffusers", "transformers")}
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], kind: str, recipe: dict) -> None:
-    """Write safetensors whose header says what the file is (`kind`) and what made it (`recipe`); the same bytes for the
-    same content, since all of that is one entry (several would be written in random order)."""
-    header = json.dumps({"kind": kind, "recipe": recipe}, sort_keys=True)
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], file_type: str, metadata: dict[str, Any]) -> None:
+    """Write safetensors whose header says what the file is (`file_type`) and what made it (`metadata`).
+
+    The same content gives the same bytes: all of the header is one entry, since several would be written in random order.
+    """
+    header = json.dumps({"file_type": file_type, "metadata": metadata}, sort_keys=True)
     with atomic_write(Path(path)) as partial:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial,
-                  metadata={METADATA_KEY: header})
+        contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contents, partial, metadata={METADATA_KEY: header})
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,12 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         return LazyTensors(self.path, {name.removeprefix(prefix): own for name, own in self.names.items() if name.startswith(prefix)})
 
 
-def load_tensors(path: Path, kind: str, hint: str = "") -> tuple[LazyTensors, dict]:
-    """Tensors, each read when it is asked for, and recipe of a file that `save_tensors` wrote as `kind`.
+def load_tensors(path: Path, file_type: str, hint: str = "") -> tuple[LazyTensors, dict[str, Any]]:
+    """Return the tensors, each read when it is asked for, and the metadata of a file that `save_tensors` wrote.
 
-    Raises ValueError when it is missing (`hint` says what makes it), foreign, damaged, or holds NaN or infinity.
+    Raises ValueError when it is missing (`hint` says what to give instead), of another type, damaged, or holds NaN or infinity.
     """
-    names, recipe = _read_header(path, kind, hint)
+    names, metadata = _read_header(path, file_type, hint)
     tensors = LazyTensors(Path(path), {name: name for name in names})
     try:
         for name, tensor in tensors.items():
@@ -67,37 +72,42 @@ def load_tensors(path: Path, kind: str, hint: str = "") -> tuple[LazyTensors, di
                 raise ValueError(f"{path}: {name} holds NaN or infinity: make the file again")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or not safetensors: make it again") from error
-    return tensors, recipe
+    return tensors, metadata
 
 
-def _read_header(path: Path, kind: str, hint: str) -> tuple[list[str], dict]:
+def _read_header(path: Path, file_type: str, hint: str) -> tuple[list[str], dict[str, Any]]:
     path = Path(path)
+    advice = f": {hint}" if hint else ""
     if not path.is_file():
-        raise ValueError(f"no {kind} {path}" + (f": {hint}" if hint else ""))
+        raise ValueError(f"no {file_type} {path}{advice}")
     try:
         with safe_open(path, framework="pt") as opened:
-            header, names = json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}")), list(opened.keys())
+            header = upgrade(json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}")))
+            names = list(opened.keys())
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{path} is damaged or not safetensors: make it again") from error
-    if not isinstance(header, dict) or header.get("kind") != kind or not isinstance(header.get("recipe"), dict):
-        what = header.get("kind", "foreign file") if isinstance(header, dict) else "foreign file"
-        raise ValueError(f"{path} is not a {kind} but a {what}" + (f": {hint}" if hint else ""))
-    return names, header["recipe"]
+    header = header if isinstance(header, dict) else {}
+    if header.get("file_type") != file_type or not isinstance(header.get("metadata"), dict):
+        raise ValueError(f"{path} is not a {file_type} but a {header.get('file_type', 'foreign file')}{advice}")
+    return names, header["metadata"]
 
 
-def read_metadata(path: Path, kind: str) -> dict:
-    """The recipe of a file that `save_tensors` wrote as `kind`; empty when there is no such file or it is damaged."""
+def read_metadata(path: Path, file_type: str) -> dict[str, Any]:
+    """Return the metadata of a file that `save_tensors` wrote; empty when there is no such file or it is damaged."""
     try:
-        return _read_header(path, kind, "")[1]
+        return _read_header(path, file_type, "")[1]
     except ValueError:
         return {}
 
 
-def check_base_model(recipe: Mapping, digest: str, path: Path | str) -> None:
-    """Raises ValueError unless a file's recipe says that it was made for the base model with that digest."""
-    if recipe.get("base_digest") != digest:
-        raise ValueError(f"{path} was made for another base model ({recipe.get('base', 'unknown')}, digest "
-                         f"{str(recipe.get('base_digest'))[:12]}, not {digest[:12]}): pass --model that one, or make it again")
+def check_base_model(metadata: Mapping[str, Any], digest: str, path: Path | str) -> None:
+    """Raise ValueError unless a file's metadata says that it was made for the base model with that digest."""
+    made_for = metadata.get("base_digest")
+    if made_for != digest:
+        raise ValueError(
+            f"{path} was made for another base model ({metadata.get('base_model', 'unknown')}, digest {str(made_for)[:12]}, "
+            f"not {digest[:12]}): pass `model` that one, or make it again"
+        )
 
 
 def tensor_digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -1,94 +1,119 @@
-"""TODO ledger.ledger."""
+"""What an owner has erased and restored: one append-only history, from which the state of a model follows, and its weights.
+
+`history.jsonl` is all there is beside the shifts. Its first line, the header, names the base model by its digest, the concepts and what
+else is protected; every further line is one entry: the shifts that were activated, each with its file's digest, and the concepts that
+were restored. A line holds the digest of the line before, so that none can be changed or left out unseen. It is written under a lock,
+whole or not at all. No torch here, but where a shift is loaded.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from filelock import FileLock, Timeout
-import hashlib
-import json
-import pandas as pd
+from datetime import UTC, datetime
 from pathlib import Path
-import time
-from ldm.config.concepts import Concept, get_concept, watermark_prompts
-from ldm.diffusion.model import DiffusionModel
-from ldm.erasure.shift import WeightShift
-from ldm.io.files import file_digest, write_text
+from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
+from ldm.config.concepts import Concept, get_concept, watermark_prompts
+from ldm.io.errors import MissingFileError
+from ldm.io.files import file_digest, write_text
+from ldm.io.legacy import upgrade
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ldm.diffusion.model import DiffusionModel
+    from ldm.erasure.shift import WeightShift
 
 HISTORY_FILE = "history.jsonl"
 
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """One line after the first: at `time` (UTC, ISO 8601) the concepts of `erase` went out, by the shift that each is mapped to
-    (path below the root, digest and what is known of it), and those of `restore` came back."""
+    """One line after the header: at `time` (UTC, ISO 8601) concepts were erased and restored.
 
-    number: int
+    `erase` maps each concept that was erased to its shift's record (path below the root, digest and what is known of it).
+    """
+
+    index: int
     time: str
-    erase: Mapping[int, Mapping]
+    erase: Mapping[int, Mapping[str, Any]]
     restore: tuple[int, ...]
 
 
 class Ledger:
-    """The history in the file `path`, whose folder the shifts lie in. Raises ValueError when there is none, or when it has been
-    tampered with."""
+    """The history in the file `path`, whose folder the shifts lie in.
+
+    Raises MissingFileError when there is none, and ValueError when it has been tampered with.
+    """
 
     def __init__(self, path: Path):
         self.path, self.root = Path(path), Path(path).parent
-        self.header: dict = {}
+        self.header: dict[str, Any] = {}
         self.entries: list[LedgerEntry] = []
-        self.head = ""  # the digest of the last line
+        self.last_hash = ""
         if not self.path.is_file():
-            raise ValueError(f"no ledger in {self.root}: begin one with python train-scripts/ledger.py init --root {self.root}")
+            raise MissingFileError(f"no ledger in {self.root}", "ledger", ledger_dir=self.root)
         self._read(self.path.read_text())
 
     @classmethod
-    def create(cls, path: Path, binding: Mapping, when: str = "") -> Ledger:
-        """Begin a history, in place of any that is there, with what `bind` says, at `when` or else now."""
-        write_text(path, _line({"number": 0, "time": when or _now(), "before": "", **binding}))
+    def create(cls, path: Path, header: Mapping[str, Any], when: str = "") -> Ledger:
+        """Begin a history, in place of any that is there, with what `make_header` says, at `when` or else now."""
+        write_text(path, _line({"index": 0, "time": when or _now(), "prev_hash": "", **header}))
         return cls(path)
 
     def _read(self, text: str) -> None:
         self._text = text
-        self.header, self.entries, self.head, erased = {}, [], "", set()
-        for number, line in enumerate(text.splitlines() or [""]):
+        self.header, self.entries, self.last_hash = {}, [], ""
+        erased: set[int] = set()
+        for index, line in enumerate(text.splitlines() or [""]):
             try:
-                entry = json.loads(line)
-                if entry["number"] != number or entry["before"] != self.head:
+                content = upgrade(json.loads(line))
+                if content["index"] != index or content["prev_hash"] != self.last_hash:
                     raise ValueError
-                if number:
-                    change = self._change(entry)
-                    if set(change.erase) & erased or not set(change.restore) <= erased:
+                if index:
+                    entry = self._parse_entry(content)
+                    if set(entry.erase) & erased or not set(entry.restore) <= erased:
                         raise ValueError
-                    erased = erased - set(change.restore) | set(change.erase)
-                    self.entries.append(change)
+                    erased = erased - set(entry.restore) | set(entry.erase)
+                    self.entries.append(entry)
                 else:
-                    self.header = entry
-                    if not all(isinstance(text, str) for text in (entry["base"], entry["base_digest"], entry["time"], *entry["protected"])):
-                        raise ValueError
-                    self.concepts  # each is one of its category's
+                    self._parse_header(content)
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{self.path}, line {number + 1}, is not what was written there: get the file back from a copy") from None
-            self.head = hashlib.sha256(line.encode()).hexdigest()
+                raise ValueError(
+                    f"{self.path}, line {index + 1}, is not what was written there: get the file back from a copy"
+                ) from None
+            self.last_hash = hashlib.sha256(line.encode()).hexdigest()
 
-    def _change(self, entry: Mapping) -> LedgerEntry:
-        """A line as a change. Raises ValueError, KeyError, TypeError or AttributeError for one that no ledger writes."""
-        change = LedgerEntry(entry["number"], entry["time"], {int(index): shift for index, shift in entry["erase"].items()}, tuple(entry["restore"]))
-        for shift in change.erase.values():
-            inside = (self.root / shift["shift"]).resolve().is_relative_to(self.root.resolve())
-            if not inside or not all(isinstance(shift[name], str) for name in ("concept", "method", "digest")):
-                raise ValueError
-        if not set(change.erase) <= set(self.header["concepts"]) or not isinstance(change.time, str):
+    def _parse_header(self, content: dict[str, Any]) -> None:
+        """Take the first line in. Raises ValueError, KeyError or TypeError for one that no ledger writes."""
+        self.header = content
+        texts = [content["base_model"], content["base_digest"], content["time"], *content["protected"]]
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError
-        return change
+        _ = self.concepts  # each is one of its category's
+
+    def _parse_entry(self, content: Mapping[str, Any]) -> LedgerEntry:
+        """Return a line as an entry. Raises ValueError, KeyError, TypeError or AttributeError for one that no ledger writes."""
+        erase = {int(index): record for index, record in content["erase"].items()}
+        entry = LedgerEntry(content["index"], content["time"], erase, tuple(content["restore"]))
+        for record in entry.erase.values():
+            inside = (self.root / record["shift"]).resolve().is_relative_to(self.root.resolve())
+            if not inside or not all(isinstance(record[name], str) for name in ("concept", "method", "digest")):
+                raise ValueError
+        if not set(entry.erase) <= set(self.header["concepts"]) or not isinstance(entry.time, str):
+            raise ValueError
+        return entry
 
     @property
     def concepts(self) -> list[Concept]:
         """What may be erased."""
-        return [get_concept(self.header["erase_cat"], index) for index in self.header["concepts"]]
+        return [get_concept(self.header["category"], index) for index in self.header["concepts"]]
 
     @property
     def prompts(self) -> list[str]:
@@ -96,103 +121,162 @@ class Ledger:
         return [*self.header["protected"], *(concept.prompt for concept in self.concepts)]
 
     def concept(self, text: str) -> Concept:
-        """The ledger's concept of that name, spelling or index. Raises ValueError, listing all names, when there is none."""
+        """Return the ledger's concept of that name, spelling or index. Raises ValueError, listing all names, for none."""
+        wanted = text.strip().lower()
         for concept in self.concepts:
-            if text.strip().lower() in {str(concept.index), *(name.lower() for name in (concept.name, concept.prompt, *concept.aliases))}:
+            spellings = {name.lower() for name in (concept.name, concept.prompt, *concept.aliases)}
+            if wanted in spellings or wanted == str(concept.index):
                 return concept
-        raise ValueError(f"'{text}' is no concept of this ledger: choose from {', '.join(concept.name for concept in self.concepts)}")
+        names = ", ".join(concept.name for concept in self.concepts)
+        raise ValueError(f"'{text}' is no concept of this ledger: choose from {names}")
 
-    def state(self, number: int | None = None) -> dict[int, Mapping]:
-        """The shifts that are on, by concept, in the order of the indexes: now, or after line `number`."""
-        on: dict[int, Mapping] = {}
-        for change in self.entries[:number]:
-            on = {index: shift for index, shift in on.items() if index not in change.restore} | change.erase
-        return dict(sorted(on.items()))
+    def active_shifts(self, index: int | None = None) -> dict[int, Mapping[str, Any]]:
+        """Return the records of the shifts that are active, by concept in order: now, or after entry `index`."""
+        active: dict[int, Mapping[str, Any]] = {}
+        for entry in self.entries[:index]:
+            remaining = {concept: record for concept, record in active.items() if concept not in entry.restore}
+            active = {**remaining, **entry.erase}
+        return dict(sorted(active.items()))
 
-    def last_shift(self, index: int) -> Mapping | None:
-        """The shift that a concept was erased by when it last was."""
-        return next((change.erase[index] for change in reversed(self.entries) if index in change.erase), None)
+    def last_shift(self, index: int) -> Mapping[str, Any] | None:
+        """Return the record of the shift that a concept was erased by when it last was."""
+        for entry in reversed(self.entries):
+            if index in entry.erase:
+                return entry.erase[index]
+        return None
 
-    def last_shifts(self) -> dict[str, Mapping]:
-        """The last shift of every concept that was ever erased, by name."""
-        return {concept.name: entry for concept in self.concepts if (entry := self.last_shift(concept.index))}
+    def last_shifts(self) -> dict[str, Mapping[str, Any]]:
+        """Return the record of the last shift of every concept that was ever erased, by name."""
+        records = {}
+        for concept in self.concepts:
+            record = self.last_shift(concept.index)
+            if record:
+                records[concept.name] = record
+        return records
 
-    def plan_erasure(self, concepts: Sequence[Concept], anew: bool) -> tuple[dict[int, Mapping], list[Concept]]:
-        """To erase `concepts`: the shifts to switch on again, and the concepts whose shift is still to be made, all of them if `anew`.
-        Raises ValueError for a concept that is erased and would be `anew`, and for a shift that is not what it was."""
-        on, again, new = self.state(), {}, []
+    def plan_erasure(self, concepts: Sequence[Concept], anew: bool) -> tuple[dict[int, Mapping[str, Any]], list[Concept]]:
+        """Return, to erase `concepts`, the records of shifts to reuse, and the concepts whose shift is still to be made.
+
+        With `anew` all are to be made. Raises ValueError for a concept that is erased and would be made `anew`, and for a shift
+        that is not what it was.
+        """
+        active, missing = self.active_shifts(), []
+        reused: dict[int, Mapping[str, Any]] = {}
         for concept in dict.fromkeys(concepts):
-            if concept.index in on and anew:
+            if concept.index in active and anew:
                 raise ValueError(f"{concept.name} is erased already: restore it first, to erase it in another way")
             last = None if anew else self.last_shift(concept.index)
-            if last and concept.index not in on:
+            if last and concept.index not in active:
                 self.load(last)
-                again[concept.index] = last
+                reused[concept.index] = last
             elif not last:
-                new.append(concept)
-        return again, new
+                missing.append(concept)
+        return reused, missing
 
     def history_lines(self) -> list[str]:
-        """The history, a sentence for each line."""
-        told = [f"{self.header['time']} begun on {self.header['base']}, digest {self.header['base_digest'][:12]}"]
-        for change in self.entries:
-            parts = {"erased": [f"{entry['concept']} by {entry['method']} ({entry['digest'][:12]})" for entry in change.erase.values()],
-                     "restored": [get_concept(self.header["erase_cat"], index).name for index in change.restore]}
-            told.append(f"{change.time} " + "; ".join(f"{what} {', '.join(names)}" for what, names in parts.items() if names))
-        return told
+        """Return the history, a sentence for each line."""
+        lines = [f"{self.header['time']} begun on {self.header['base_model']}, digest {self.header['base_digest'][:12]}"]
+        for entry in self.entries:
+            erased = [f"{record['concept']} by {record['method']} ({record['digest'][:12]})" for record in entry.erase.values()]
+            restored = [get_concept(self.header["category"], index).name for index in entry.restore]
+            parts = [f"{what} {', '.join(names)}" for what, names in (("erased", erased), ("restored", restored)) if names]
+            lines.append(f"{entry.time} {'; '.join(parts)}")
+        return lines
 
     def last_changed(self, index: int) -> str:
-        """When a concept last went out or came back; empty when it never did."""
-        return next((change.time for change in reversed(self.entries) if index in change.erase or index in change.restore), "")
+        """Return when a concept was last erased or restored; empty when it never was."""
+        for entry in reversed(self.entries):
+            if index in entry.erase or index in entry.restore:
+                return entry.time
+        return ""
 
-    def shifts(self, number: int | None = None) -> dict[str, WeightShift]:
-        """The shifts of `state`, loaded. Raises ValueError for a file that is not the one that was switched on."""
-        return {str(index): self.load(entry) for index, entry in self.state(number).items()}
+    def shifts(self, index: int | None = None) -> dict[str, WeightShift]:
+        """Return the shifts of `active_shifts`, loaded. Raises ValueError for a file that is not the one that was activated."""
+        return {str(concept): self.load(record) for concept, record in self.active_shifts(index).items()}
 
-    def load(self, entry: Mapping) -> WeightShift:
-        """The shift of an entry of `state`. Raises ValueError for a file that is not the one that was switched on."""
-        path = self.root / entry["shift"]
-        if not path.is_file() or file_digest(path) != entry["digest"]:
-            raise ValueError(f"{path} is {'not the file that was switched on' if path.is_file() else 'missing'}: get it back from a copy")
+    def load(self, record: Mapping[str, Any]) -> WeightShift:
+        """Return the shift of a record. Raises ValueError for a file that is not the one that was activated."""
+        from ldm.erasure.shift import WeightShift
+
+        path = self.root / record["shift"]
+        if not path.is_file() or file_digest(path) != record["digest"]:
+            what = "not the file that was activated" if path.is_file() else "missing"
+            raise ValueError(f"{path} is {what}: get it back from a copy")
         return WeightShift.load(path)
 
-    def append(self, erase: Mapping[int, Mapping], restore: Collection[int] = (), when: str = "") -> None:
-        """Write one change, at `when` or else now; where others may write too the caller opens the ledger within `locked(root)`, and
-        appends there. `erase` maps concepts to what is known of their shifts, `shift` (a path below the root) among it; digests are
-        taken here."""
-        on = self.state()
-        if set(erase) & set(on) or not set(restore) <= set(on):
-            raise ValueError("only what is not erased can be erased, and only what is can be given back")
-        entries = {str(index): {**entry, "digest": file_digest(self.root / entry["shift"])} for index, entry in sorted(erase.items())}
-        entry = {"number": len(self.entries) + 1, "time": when or _now(), "before": self.head, "erase": entries, "restore": sorted(restore)}
-        text = self._text + _line(entry)
+    def append(self, erase: Mapping[int, Mapping[str, Any]], restore: Collection[int] = (), when: str = "") -> None:
+        """Write one entry, at `when` or else now.
+
+        Where others may write too the caller opens the ledger within `ledger_lock(root)`, and appends there. `erase` maps
+        concepts to the records of their shifts, `shift` (a path below the root) among them; digests are taken here.
+        Raises ValueError for a concept that is erased already, or restored without being erased.
+        """
+        active = self.active_shifts()
+        if set(erase) & set(active) or not set(restore) <= set(active):
+            raise ValueError("only what is not erased can be erased, and only what is erased can be restored")
+        records = {}
+        for index, record in sorted(erase.items()):
+            records[str(index)] = {**record, "digest": file_digest(self.root / record["shift"])}
+        content = {
+            "index": len(self.entries) + 1,
+            "time": when or _now(),
+            "prev_hash": self.last_hash,
+            "erase": records,
+            "restore": sorted(restore),
+        }
+        text = self._text + _line(content)
         write_text(self.path, text)
         self._read(text)
 
 
-def make_header(model: DiffusionModel, category: str, concepts: Sequence[Concept], also: Sequence[str], source: Mapping) -> dict:
-    """What a ledger's first line says: the base model by digest, the concepts that may be erased, and the prompts that every shift
-    protects beside the other concepts: the blank one, the watermarks and `also`. `source` is where the model is to be found."""
-    return {"base": model.name, "base_digest": model.digest, "erase_cat": category, "concepts": [concept.index for concept in concepts],
-            "protected": list(dict.fromkeys(["", *watermark_prompts(), *also])), **source}
+def make_header(
+    model: DiffusionModel, category: str, concepts: Sequence[Concept], extra_prompts: Sequence[str], source: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what a ledger's first line says.
+
+    It names the base model by digest, the concepts that may be erased, and the prompts that every shift protects beside the other
+    concepts: the empty one, the watermarks and `extra_prompts`. `source` is where the model is to be found.
+    """
+    return {
+        "base_model": model.name,
+        "base_digest": model.digest,
+        "category": category,
+        "concepts": [concept.index for concept in concepts],
+        "protected": list(dict.fromkeys(["", *watermark_prompts(), *extra_prompts])),
+        **source,
+    }
 
 
 def status_table(ledger: Ledger) -> pd.DataFrame:
-    """A row for each concept: what it is and since when, and of the shift that is on, or was last: method, rank (directions), size
-    in KB, steps, and the most that it moves any other prompt of the ledger (`leak`)."""
-    on, rows = ledger.state(), []
+    """Return a row for each concept: whether it is erased, restored or never_erased, since when, and its last shift.
+
+    Of that: method, rank (directions), size in KB, iterations, and the largest leakage on another prompt of the ledger.
+    """
+    import pandas as pd
+
+    active, rows = ledger.active_shifts(), []
     for concept in ledger.concepts:
         last = ledger.last_shift(concept.index) or {}
-        rows.append({"index": concept.index, "concept": concept.name, "since": ledger.last_changed(concept.index),
-                     "state": "erased" if concept.index in on else "restored" if last else "untouched",
-                     "method": last.get("method", ""), "rank": last.get("rank") or "", "KB": last["bytes"] // 1000 if last else "",
-                     "steps": last.get("steps", ""), "leak on others": last.get("leak") or ""})
+        state = "restored" if last else "never_erased"
+        rows.append(
+            {
+                "index": concept.index,
+                "concept": concept.name,
+                "since": ledger.last_changed(concept.index),
+                "state": "erased" if concept.index in active else state,
+                "method": last.get("method", ""),
+                "rank": last.get("rank") or "",
+                "KB": last["bytes"] // 1000 if last else "",
+                "iterations": last.get("iterations", ""),
+                "max_leakage_others": last.get("max_leakage_others") or "",
+            }
+        )
     return pd.DataFrame(rows)
 
 
 @contextmanager
 def ledger_lock(root: Path) -> Iterator[None]:
-    """While the block runs, no other process changes the ledger at `root`; says so when it has to wait."""
+    """While the block runs, let no other process change the ledger at `root`; say so when it has to wait."""
     Path(root).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(root) / ".lock")
     try:
@@ -206,9 +290,9 @@ def ledger_lock(root: Path) -> Iterator[None]:
         lock.release()
 
 
-def _line(entry: Mapping) -> str:
-    return json.dumps(entry, ensure_ascii=False) + "\n"
+def _line(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")

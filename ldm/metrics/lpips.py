@@ -1,46 +1,65 @@
-"""TODO metrics.lpips."""
+"""LPIPS (Zhang et al., arXiv 1801.03924), max pixel difference and PSNR of pairs of images; AlexNet's features."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from functools import cache
-import lpips
-import math
-import numpy as np
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio
-import warnings
+from numpy.typing import ArrayLike
+
+from ldm.io.errors import MissingFileError
 from ldm.io.images import load_batch
 from ldm.io.paths import REPO_ROOT
 from ldm.io.tensors import load_tensors
 
+if TYPE_CHECKING:
+    from lpips import LPIPS
 
 MIN_IMAGE_SIZE = 32  # pixels on a side that AlexNet's convolutions need
-
-
 ALEXNET_FILE_TYPE = "AlexNet convolutions"
-
-
 ALEXNET_WEIGHTS = REPO_ROOT / "models" / "lpips" / "alexnet.safetensors"
+_LPIPS_LAYERS = {
+    "0": "slice1.0",
+    "3": "slice2.3",
+    "6": "slice3.6",
+    "8": "slice4.8",
+    "10": "slice5.10",
+}  # by torchvision's
 
 
 @cache
-def lpips_network(device: torch.device) -> lpips.LPIPS:
-    """LPIPS 0.1 on AlexNet with torchvision's weights from `models/lpips`, so that nothing is downloaded."""
-    tensors, _ = load_tensors(ALEXNET_WEIGHTS, ALEXNET_FILE_TYPE, "make it with python train-scripts/convert-lpips.py")
+def lpips_network(device: torch.device) -> LPIPS:
+    """Return LPIPS 0.1 on AlexNet, with torchvision's weights from `models/lpips`, so that nothing is downloaded.
+
+    Raises MissingFileError when these are missing.
+    """
+    from lpips import LPIPS  # which imports torchvision
+
+    if not ALEXNET_WEIGHTS.is_file():
+        raise MissingFileError(f"no {ALEXNET_FILE_TYPE} {ALEXNET_WEIGHTS}", "lpips weights")
+    tensors, _ = load_tensors(ALEXNET_WEIGHTS, ALEXNET_FILE_TYPE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's notice that no pretrained weights are asked for
-        net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    places = {"0": "slice1.0", "3": "slice2.3", "6": "slice3.6", "8": "slice4.8", "10": "slice5.10"}
-    net.net.load_state_dict({name.replace(f"features.{number}.", f"{place}."): tensor for number, place in places.items()
-                             for name, tensor in tensors.items() if name.startswith(f"features.{number}.")})
-    return net.eval().requires_grad_(False).to(device)
+        network = LPIPS(net="alex", pnet_rand=True, verbose=False)
+    weights = {}
+    for number, layer in _LPIPS_LAYERS.items():
+        for name, tensor in tensors.with_prefix(f"features.{number}.").items():
+            weights[f"{layer}.{name}"] = tensor
+    network.net.load_state_dict(weights)
+    return network.eval().requires_grad_(False).to(device)
 
 
-def mean_psnr(values) -> float:
-    """The PSNR of the mean squared error of pictures with these PSNRs in dB, so that one equal pair does not make it
-    infinite; NaN for none."""
+def mean_psnr(values: ArrayLike) -> float:
+    """Return the PSNR in dB of the mean squared error of images with these PSNRs in dB; NaN for none.
+
+    Averaging the errors, not the PSNRs, keeps one equal pair from making the mean infinite. NaNs are left out.
+    """
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
     if not len(values):
@@ -50,31 +69,50 @@ def mean_psnr(values) -> float:
 
 
 def alexnet_features(images: torch.Tensor) -> list[torch.Tensor]:
-    """What AlexNet's five convolutions make of images (N, 3, H, W) in [-1, 1]: (N, C, h, w) each, after ReLU.
+    """Return the outputs (N, C, h, w) of AlexNet's five convolutions, after ReLU, for images (N, 3, H, W) in [-1, 1].
 
-    Raises ValueError when the images are too small for it.
+    Raises ValueError when the images are smaller than `MIN_IMAGE_SIZE`.
     """
     if min(images.shape[2:]) < MIN_IMAGE_SIZE:
-        raise ValueError(f"images of {tuple(images.shape[2:])} pixels are too small for AlexNet, which needs {MIN_IMAGE_SIZE}")
-    net = lpips_network(images.device)
-    return list(net.net(net.scaling_layer(images)))
+        size = tuple(images.shape[2:])
+        raise ValueError(f"images of {size} pixels are too small for AlexNet, which needs {MIN_IMAGE_SIZE}")
+    network = lpips_network(images.device)
+    return list(network.net(network.scaling_layer(images)))
 
 
 @torch.no_grad()
-def pairwise_metrics(first: Sequence[Path], second: Sequence[Path], device: torch.device,
-              size: int | None = None, batch: int = 32) -> dict[str, torch.Tensor]:
-    """For each pair of image files: `lpips`, `pixel` (largest difference of any channel, of 255) and `psnr` in dB.
+def pairwise_metrics(
+    first: Sequence[Path],
+    second: Sequence[Path],
+    device: torch.device,
+    image_size: int | None = None,
+    batch_size: int = 32,
+) -> dict[str, torch.Tensor]:
+    """Return metrics of each pair of image files, (N,) each on the CPU.
 
-    Equal pictures have an infinite PSNR. Raises ValueError when pictures differ in size or are too small for AlexNet.
+    These are `lpips`, `max_abs_diff` (the largest difference of any channel, of 255) and `psnr` in dB, infinite for
+    equal images. `image_size` scales and crops the images first.
+
+    Raises ValueError when images differ in size or are smaller than `MIN_IMAGE_SIZE`.
     """
-    net, rows = lpips_network(device), []
-    for start in range(0, len(first), batch):
-        pair = [load_batch(paths[start:start + batch], size) for paths in (first, second)]
-        if pair[0].shape != pair[1].shape or min(pair[0].shape[2:]) < MIN_IMAGE_SIZE:
-            raise ValueError(f"{first[start]} and {second[start]} differ in size, or are under {MIN_IMAGE_SIZE} pixels: "
-                             "lpips_eval.py --image_size scales both")
-        a, b = (images.to(device) for images in pair)
-        rows.append((net(a, b).view(-1).cpu(), ((a - b).abs().amax((1, 2, 3)) * 127.5).round().cpu(),
-                     peak_signal_noise_ratio(a, b, data_range=2.0, reduction="none", dim=(1, 2, 3)).cpu()))
-    values = (torch.cat(column) for column in zip(*rows))
-    return dict(zip(("lpips", "pixel", "psnr"), values))
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    network = lpips_network(device)
+    lpips_values, max_differences, psnr_values = [], [], []
+    for start in range(0, len(first), batch_size):
+        a, b = (load_batch(paths[start : start + batch_size], image_size) for paths in (first, second))
+        if a.shape != b.shape or min(a.shape[2:]) < MIN_IMAGE_SIZE:
+            raise ValueError(
+                f"{first[start]} and {second[start]} differ in size, or are under {MIN_IMAGE_SIZE} pixels: pass "
+                "`image_size` to scale both"
+            )
+        a, b = a.to(device), b.to(device)  # (n, 3, H, W)
+        lpips_values.append(network(a, b).view(-1).cpu())
+        max_differences.append(((a - b).abs().amax((1, 2, 3)) * 127.5).round().cpu())
+        psnr = peak_signal_noise_ratio(a, b, data_range=2.0, reduction="none", dim=(1, 2, 3))
+        psnr_values.append(psnr.cpu())
+    return {
+        "lpips": torch.cat(lpips_values),
+        "max_abs_diff": torch.cat(max_differences),
+        "psnr": torch.cat(psnr_values),
+    }

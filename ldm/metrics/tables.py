@@ -1,18 +1,23 @@
-"""TODO metrics.tables."""
+"""Tables of results as Markdown. No pandas and no torch at import, so that printing a table stays cheap."""
 
 from __future__ import annotations
 
-import pandas as pd
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
-def format_cell(value) -> str:
-    """What stands in a table for a value: numbers with few digits, nothing for NaN."""
+def format_cell(value: Any) -> str:
+    """Return what a table shows for a value: a float with four significant digits, nothing for NaN, else its text."""
     if isinstance(value, float):
         return "" if value != value else f"{value:.4g}"
     return str(value)
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown."""
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
-    return "\n".join(lines + ["| " + " | ".join(map(format_cell, row)) + " |" for row in table.itertuples(index=False)])
+    """Return a table, without its index, as Markdown."""
+    header = "| " + " | ".join(table.columns) + " |"
+    rule = "|" + " --- |" * len(table.columns)
+    rows = ["| " + " | ".join(map(format_cell, row)) + " |" for row in table.itertuples(index=False)]
+    return "\n".join([header, rule, *rows])

@@ -1,0 +1,259 @@
+"""The settings of every method and of what surrounds it: one frozen dataclass each, whose fields carry their help.
+
+A field, a YAML key and a flag are the same name. The defaults are those of the paper (arXiv 2402.05947) for Stable Diffusion v1; a
+model's YAML is merged over them (`ldm.config.models`), and what a user types over that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any, ClassVar, Self
+
+TRAIN_METHODS = ("xattn", "noxattn", "selfattn", "full", "notime", "xlayer", "selflayer")
+FORMATS = ("compvis", "lora", "kohya", "unet", "diffusers")  # in the order in which they are written
+LORA_FORMATS = ("lora", "kohya")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def setting(
+    default: Any,
+    help_text: str,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    above: float | None = None,
+    learning_only: bool = False,
+) -> Any:
+    """Declare a field: its default, what it means, which values it takes, and whether it acts only while something is learnt."""
+    metadata = {"help": help_text, "choices": choices, "minimum": minimum, "above": above, "learning_only": learning_only}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all settings share: their values are checked when they are made."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            check_value(entry.name, getattr(self, entry.name), entry.metadata)
+
+    def with_changes(self, **changes: Any) -> Self:
+        """Return a copy with other values. Raises ValueError, with the nearest name, for a setting that there is not."""
+        known = [entry.name for entry in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise ValueError(f"no setting {name}{did_you_mean(name, known)}: choose from {', '.join(known)}")
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as they are written into metadata."""
+        return asdict(self)
+
+
+def check_value(name: str, value: Any, limits: Any) -> None:
+    """Raise ValueError for a value outside the `limits` of a field's metadata, or that is not finite."""
+    if value is None:
+        return
+    choices, minimum, above = (limits.get(key) for key in ("choices", "minimum", "above"))
+    if choices and value not in choices:
+        raise ValueError(f"`{name}` '{value}' is none of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"`{name}` '{value}' is not a finite number")
+    if minimum is not None and not isinstance(value, str) and value < minimum:
+        raise ValueError(f"`{name}` '{value}' is not a number from {minimum:g}")
+    if above is not None and value <= above:
+        raise ValueError(f"`{name}` '{value}' is not above {above:g}")
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Return ', did you mean X?' for the nearest of the `known` names; empty when none is near."""
+    nearest = get_close_matches(name, known, n=1)
+    return f", did you mean {nearest[0]}?" if nearest else ""
+
+
+@dataclass(frozen=True)
+class MethodConfig(Settings):
+    """What every method has, and what it says about itself."""
+
+    name: ClassVar[str]
+    needs_null_space: ClassVar[bool] = False  # its shifts live in a null space basis
+    is_joint: ClassVar[bool] = False  # all concepts' shifts are learnt at once
+    needs_images: ClassVar[bool] = True  # it learns from images of the concept; otherwise from what the model samples
+
+    lr: float = setting(1e-5, "Adam's learning rate", learning_only=True)
+    max_steps: int = setting(1000, "most iterations", minimum=1, learning_only=True)
+    train_batch_size: int = setting(1, "latents in an iteration", minimum=1, learning_only=True)
+    seed: int = setting(0, "what images, timesteps and noise are drawn from", learning_only=True)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the method iterates at all."""
+        return True
+
+    def acting(self) -> dict[str, Any]:
+        """Return the settings that act: without a gradient, those of the closed form alone."""
+        return {
+            entry.name: getattr(self, entry.name)
+            for entry in fields(self)
+            if self.learns or not entry.metadata["learning_only"]
+        }
+
+
+@dataclass(frozen=True)
+class SRSMEConfig(MethodConfig):
+    """SRS-ME (arXiv 2402.05947): a shift inside the null space, in closed form, learnt, or both."""
+
+    name: ClassVar[str] = "SRS-ME"
+    needs_null_space: ClassVar[bool] = True
+
+    mode: str = setting("learn", "stop at the closed form, or learn by gradient", choices=("closed_form", "learn"))
+    init: str = setting("zero", "what a shift starts from", choices=("closed_form", "zero"))
+    ridge_weight: float = setting(0.003, "weight of |dW|^2, relative to the concept's projection", above=0)
+    preserve_scale: float = setting(
+        0.0, "weight of how far protected prompts' outputs change, where the tolerance lets them", minimum=0
+    )
+    vocab_preserve_scale: float = setting(
+        0.0, "weight of how far the outputs of the vocabulary's words change, other than the concept's own", minimum=0
+    )
+    anchor: str = setting(
+        "empty", "what the closed form makes of the concept: the empty prompt, or its category's anchor", choices=("empty", "category")
+    )
+    target_templates: int = setting(0, "caption templates to erase beside the concept's name", minimum=0)
+    max_directions: int | None = setting(691, "most basis vectors, those with the largest projection of the concept first", minimum=1)
+    basis_scale: float = setting(1e-4, "beta, the scale of the null space's basis")
+    lr: float = setting(0.1, "Adam's learning rate", learning_only=True)
+    l1_weight: float = setting(1e-6, "weight of |dW|_1", learning_only=True)
+    stop_threshold: float = setting(1e-4, "stop when the momentum of the correlation falls to it", learning_only=True)
+
+    @property
+    def learns(self) -> bool:
+        return self.mode == "learn"
+
+
+@dataclass(frozen=True)
+class JointSRSMEConfig(SRSMEConfig):
+    """SRS-ME-dagger: all concepts' shifts learnt at once, their losses balanced."""
+
+    name: ClassVar[str] = "SRS-ME-dagger"
+    is_joint: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(MethodConfig):
+    """What the methods share that train the U-Net's own weights."""
+
+    train_method: str = setting("xattn", "which weights to train", choices=TRAIN_METHODS)
+
+
+@dataclass(frozen=True)
+class FullCorrelationConfig(FinetuneConfig):
+    """SRS-ME-double-dagger: SRS-ME's loss on all cross-attention weights, without a null space."""
+
+    name: ClassVar[str] = "SRS-ME-double-dagger"
+
+    lr: float = setting(1e-6, "Adam's learning rate", learning_only=True)
+    l1_weight: float = setting(1e-5, "weight of |dW|_1", learning_only=True)
+    stop_threshold: float = setting(5e-5, "stop when the momentum of the correlation falls to it", learning_only=True)
+
+
+@dataclass(frozen=True)
+class ForgetMeNotConfig(FinetuneConfig):
+    """FMN, Forget-Me-Not (arXiv 2303.17591)."""
+
+    name: ClassVar[str] = "FMN"
+
+    max_steps: int = setting(50, "most iterations", minimum=1, learning_only=True)
+
+
+@dataclass(frozen=True)
+class AblatingConceptsConfig(FinetuneConfig):
+    """AbConcept, Ablating Concepts (arXiv 2303.13516)."""
+
+    name: ClassVar[str] = "AbConcept"
+
+    max_steps: int = setting(75, "most iterations", minimum=1, learning_only=True)
+
+
+@dataclass(frozen=True)
+class ESDConfig(FinetuneConfig):
+    """ESD, Erased Stable Diffusion (arXiv 2303.07345)."""
+
+    name: ClassVar[str] = "ESD"
+    needs_images: ClassVar[bool] = False
+
+    start_guidance: float = setting(3.0, "guidance with which the training latents are sampled")
+    negative_guidance: float = setting(1.0, "eta, how far to turn away from the concept")
+    num_inference_steps: int = setting(50, "sampler steps of the training latents", minimum=1)
+
+
+METHODS: dict[str, type[MethodConfig]] = {
+    kind.name: kind
+    for kind in (SRSMEConfig, JointSRSMEConfig, FullCorrelationConfig, ForgetMeNotConfig, AblatingConceptsConfig, ESDConfig)
+}
+
+
+@dataclass(frozen=True)
+class NullSpaceConfig(Settings):
+    """How the null space of the protected prompts is found."""
+
+    null_space_method: str = setting("svd", "how to decompose", choices=("svd", "elimination"))
+    rank_rtol: float = setting(1e-7, "relative size of a singular value that counts as zero", minimum=0)
+    protected_templates: int = setting(0, "caption templates to protect beside each concept's name", minimum=0)
+    always_protected_weight: float = setting(
+        1.0, "weight of the empty prompt and the watermarks, which are always protected, against that of a concept", above=0
+    )
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Settings):
+    """How images are generated."""
+
+    num_inference_steps: int = setting(50, "sampler steps", minimum=1)
+    guidance_scale: float = setting(7.5, "classifier-free guidance")
+    sample_batch_size: int = setting(4, "images at once", minimum=1)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Settings):
+    """How much an experiment generates."""
+
+    seeds_per_prompt: int = setting(50, "images of each prompt for each set of weights", minimum=1)
+    num_training_images: int = setting(50, "images to learn each erasure from", minimum=1)
+
+
+@dataclass(frozen=True)
+class ExecutionConfig(Settings):
+    """How an iteration is computed, which is not what it computes."""
+
+    frozen_device: str | None = setting(None, "another device for the passes without gradient")
+    gradient_checkpointing: bool = setting(False, "less memory for a third more time")
+
+
+@dataclass(frozen=True)
+class ExportConfig(Settings):
+    """In which formats weights are written, and how."""
+
+    formats: tuple[str, ...] = setting(("diffusers",), f"one or more of {','.join(FORMATS)}")
+    save_dtype: str = setting(
+        "float32", "what the weights are written in; a compvis checkpoint keeps its own unless this is a half", choices=DTYPES
+    )
+    rank: int | str | None = setting(
+        None,
+        "directions that each shift keeps, or auto for the fewest with effect_fraction of its effect (without it auto for lora "
+        "and kohya, all for merged weights)",
+        minimum=1,
+    )
+    effect_fraction: float = setting(0.85, "fraction of the effect on the concept's own prompts to keep, for an automatic rank")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown or not self.formats:
+            raise ValueError(f"'{(unknown or [''])[0]}' is no format: choose from {', '.join(FORMATS)}")
+        if not 0 < self.effect_fraction <= 1:
+            raise ValueError(
+                f"`effect_fraction` {self.effect_fraction} is outside (0, 1]: give a fraction of the effect, such as 0.85"
+            )
+        if isinstance(self.rank, str) and self.rank != "auto":
+            raise ValueError(f"`rank` '{self.rank}' is neither a whole number from 1 nor auto")

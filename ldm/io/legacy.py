@@ -1,0 +1,89 @@
+"""The keys that older versions wrote into headers, metadata files, ledgers and YAML files, and what they are called now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+RENAMED_KEYS = {
+    # headers of tensors, and metadata of folders
+    "kind": "file_type",
+    "recipe": "metadata",
+    "made_by": "created_by",
+    "base": "base_model",
+    "erase_cat": "category",
+    "erased_index": "concept_index",
+    "arguments": "config",
+    "together": "joint_with",
+    "steps": "iterations",
+    "largest_leak": "max_leakage",
+    "cut_to_rank": "truncated_to_rank",
+    "num_seeds": "seeds_per_prompt",
+    "painted": "synthetic",
+    # ledgers
+    "number": "index",
+    "before": "prev_hash",
+    "leak": "max_leakage_others",
+    # settings
+    "ddim_steps": "num_inference_steps",
+    "iter_break": "max_steps",
+    "scale_factor": "basis_scale",
+    "reg_beta": "l1_weight",
+    "threshold": "stop_threshold",
+    "max_base": "max_directions",
+    "keep": "preserve_scale",
+    "spare": "vocab_preserve_scale",
+    "ridge": "ridge_weight",
+    "always": "always_protected_weight",
+    "basis": "null_space_method",
+    "tolerance": "rank_rtol",
+    # model configs
+    "solution": "null_space",
+    "erasure": "methods",
+    "world": "dataset",
+    "components": "component_configs",
+    "extends": "base_config",
+    "num_pictures": "num_training_images",
+}
+# Keys whose new name depends on what they stand in.
+_RENAMED_IN = {
+    "config": {"templates": "target_templates", "batch_size": "train_batch_size"},
+    "null_space": {"templates": "protected_templates"},
+    "sampling": {"batch_size": "sample_batch_size"},
+    "dataset": {"pictures": "num_images", "held_out": "num_held_out", "shares": "mixture_weights"},
+}
+_RENAMED_VALUES = {
+    "init": {"closed-form": "closed_form"},
+    "anchor": {"blank": "empty", "template": "category"},
+}
+
+
+def upgrade(value: Any, inside: str = "") -> Any:
+    """Return a JSON or YAML value with today's keys, at any depth; what has them already comes back equal.
+
+    `inside` is the key that the value stands under.
+    """
+    if isinstance(value, list):
+        return [upgrade(item, inside) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if inside == "methods":
+        return {name: upgrade(settings, "config") for name, settings in value.items()}
+    renamed = RENAMED_KEYS | _RENAMED_IN.get(inside, {})
+    result = {}
+    for key, item in value.items():
+        new = renamed.get(key, key)
+        result[new] = upgrade(item, new)
+    if inside == "config":
+        _upgrade_config(result)
+    return result
+
+
+def _upgrade_config(config: dict[str, Any]) -> None:
+    """Give the settings of a method today's values, in place."""
+    for key, renamed in _RENAMED_VALUES.items():
+        if key in config:
+            config[key] = renamed.get(config[key], config[key])
+    if "init" in config and "mode" not in config:
+        config["mode"] = "learn" if config.get("max_steps", 1) else "closed_form"
+        if not config.get("max_steps", 1):
+            del config["max_steps"]  # which said that nothing is learnt
