@@ -3,14 +3,16 @@
 Writes beta.csv, beta.md and the plot beta.png into SAVE_PATH/CATEGORY.
 """
 
-from ldm import cli, cli_experiment
+from ldm.cli import arguments
+from ldm.cli.experiment import add_ablation, run_sweep
+from ldm.cli.run import run
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    cli_experiment.add_ablation(parser, "0.01,0.02,0.05,0.1,0.2", "scales to compare")
-    cli_experiment.ablate(parser.parse_args(), "beta", "scale_factor")
+    parser = arguments.make_parser(__doc__)
+    add_ablation(parser, "0.01,0.02,0.05,0.1,0.2", "scales to compare")
+    run_sweep(parser.parse_args(), "beta", "basis_scale")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

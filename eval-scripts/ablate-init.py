@@ -1,29 +1,35 @@
-"""The closed form against learning: concepts erased by the closed form, by gradient from zero, and by gradient from the closed form.
+"""Compare the closed form with learning: erasure in closed form, by gradient from zero, and by gradient from that form.
 
-Beside accuracies and distances on bare names it measures held-out templates, and what an erased prompt draws instead: `world`
-is the Frechet distance of the erased prompts' pictures to painted ones that show no concept of the category; the original model's
-own pictures without a concept, of the blank prompt, are the row to compare with. Writes init.csv and init.md into
-SAVE_PATH/CATEGORY.
+Beside accuracies and distances on concept names it measures held-out templates, and what is generated instead of an
+erased concept: `fd_reference` is the Frechet distance of the erased prompts' images to rendered ones that show no
+concept of the category; the original model's own images without a concept, of the empty prompt, are the row to compare
+with. Writes init.csv and init.md into SAVE_PATH/CATEGORY.
 """
 
-from ldm import ablation, cli, cli_experiment
-from ldm.config.concepts import parse_erase_targets
+from ldm.cli import arguments
+from ldm.cli.experiment import add_experiment, add_targets, artifacts_dir, make_experiment, srsme_config, target_indexes
+from ldm.cli.run import run
+from ldm.config.concepts import get_concept
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    cli_experiment.add_experiment(parser, "ablations")
-    parser.add_argument("--erased_index", default="0,1,2", help="concepts to erase and merge, such as 0,1,2")
-    parser.add_argument("--num_painted", type=cli.positive, default=500, help="painted pictures that show no concept")
+    parser = arguments.make_parser(__doc__)
+    add_experiment(parser, "ablations")
+    add_targets(parser, "0,1,2")
+    text = "rendered images that show no concept"
+    parser.option("num_rendered", type=arguments.positive_int, default=500, help=text)
     args = parser.parse_args()
-    concepts = parse_erase_targets(args.erased_index, args.erase_cat)
-    tried = cli_experiment.experiment(args)
-    tried.folder, tried.held_out = tried.folder / "init", True
-    table, means = ablation.compare_starts(tried, args.shifts_path, [concept.index for concept in concepts],
-                                           cli_experiment.srs_me(args, tried), cli_experiment.steps(args, tried), args.num_painted)
-    path = args.save_path / args.erase_cat / "init"
-    print(f"{', '.join(concept.name for concept in concepts)}:\n{ablation.save(table, means, path)}\n-> {path}.md, .csv")
+    erased = target_indexes(args)
+    from ldm.experiments.ablations import compare_initializations, save_tables
+
+    experiment = make_experiment(args)
+    experiment.folder, experiment.held_out = experiment.folder / "init", True
+    config = srsme_config(args, experiment)
+    table, means = compare_initializations(experiment, artifacts_dir(args), erased, config, args.num_rendered)
+    path = args.save_path / args.category / "init"
+    names = ", ".join(get_concept(args.category, index).name for index in erased)
+    print(f"{names}:\n{save_tables(table, means, path)}\n-> {path}.md, .csv")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,28 +1,39 @@
 """The paper's Figure 23: what erasing Cezanne does to concepts that resemble it, protected or not.
 
-The category `similar` has Cezanne, Cezanne's painting, painting, cat and Picasso. Writes similar.csv, similar.md and the plot
-similar.png into SAVE_PATH/CATEGORY.
+The category `similar` has Cezanne, Cezanne's painting, painting, cat and Picasso. Writes similar.csv, similar.md and
+the plot similar.png into SAVE_PATH/CATEGORY.
 """
 
-from ldm import cli, cli_experiment
-from ldm.experiments.ablations import Variant, run_ablation
-from ldm.config.concepts import erasable_concepts, parse_erase_targets
+from ldm.cli import arguments
+from ldm.cli.experiment import (
+    add_experiment,
+    add_targets,
+    artifacts_dir,
+    make_experiment,
+    print_ablation,
+    srsme_config,
+    target_indexes,
+)
+from ldm.cli.run import run
+from ldm.config.concepts import erasable_concepts
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    cli_experiment.add_experiment(parser, "ablations")
-    parser.set_defaults(erase_cat="similar")
-    parser.add_argument("--erased_index", default="0", help="concepts to erase and merge, such as 0")
+    parser = arguments.make_parser(__doc__)
+    add_experiment(parser, "ablations")
+    add_targets(parser, "0")
+    parser.set_defaults(category="similar")
     args = parser.parse_args()
-    erased = [concept.index for concept in parse_erase_targets(args.erased_index, args.erase_cat)]
-    everything = [concept.index for concept in erasable_concepts(args.erase_cat)]
-    experiment = cli_experiment.experiment(args)
-    given = cli_experiment.srs_me(args, experiment)
-    variants = [Variant("nothing else", given, erased), Variant("all others", given, everything)]
-    table = run_ablation(experiment, args.shifts_path, "similar", erased, variants)
-    cli_experiment.finish(args, table, "prompt", "protected", "similar")
+    erased = target_indexes(args)
+    all_indexes = [concept.index for concept in erasable_concepts(args.category)]
+    from ldm.experiments.ablations import Variant, run_ablation
+
+    experiment = make_experiment(args)
+    config = srsme_config(args, experiment)
+    variants = [Variant("nothing else", config, erased), Variant("all others", config, all_indexes)]
+    table = run_ablation(experiment, artifacts_dir(args), "similar", erased, variants)
+    print_ablation(args, table, "similar", "prompt", "protected")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

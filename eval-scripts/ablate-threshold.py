@@ -3,14 +3,16 @@
 Writes threshold.csv, threshold.md and the plot threshold.png into SAVE_PATH/CATEGORY.
 """
 
-from ldm import cli, cli_experiment
+from ldm.cli import arguments
+from ldm.cli.experiment import add_ablation, run_sweep
+from ldm.cli.run import run
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    cli_experiment.add_ablation(parser, "3e-2,1e-2,1e-3,1e-4", "thresholds to compare")
-    cli_experiment.ablate(parser.parse_args(), "threshold", "threshold")
+    parser = arguments.make_parser(__doc__)
+    add_ablation(parser, "3e-2,1e-2,1e-3,1e-4", "thresholds to compare")
+    run_sweep(parser.parse_args(), "threshold", "stop_threshold")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -1,4 +1,4 @@
-"""How many concepts fit: what the protected prompts' spectrum leaves free at several tolerances, and what each would cost.
+"""Measure how many concepts fit: what the protected prompts leave free at several tolerances, and what each costs.
 
 Erases every concept of --erased_index in closed form, each by its own shift that protects all the others, the empty
 prompt and the watermarks, without generating anything. Writes SAVE_PATH/capacity.csv and .png, and leakage.csv with the
@@ -13,7 +13,6 @@ from ldm.config.concepts import EMPTY_PROMPT_LABEL, parse_erase_targets
 from ldm.config.methods import NullSpaceConfig
 from ldm.io.paths import REPO_ROOT
 
-DEFAULT_TOLERANCES = "1e-07,0.0001,0.0005,0.002,0.005,0.02"
 SPECTRUM_NUMBERS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # of the singular values that are printed, beside the last
 NUM_PROMPTS = 20  # that are printed, those with the largest leakage
 
@@ -32,18 +31,19 @@ def main() -> None:
     arguments.add_model(parser)
     arguments.add_category(parser)
     parser.option("erased_index", required=True, help="all concepts that will ever be erased, such as 0-8")
-    parser.option("tolerances", default=DEFAULT_TOLERANCES, help="what counts as zero, relatively")
+    text = "what counts as zero, relatively, such as 1e-7,1e-3 (default: six from 1e-7 to 2e-2)"
+    parser.option("tolerances", default=None, help=text)
     arguments.add_settings(parser, NullSpaceConfig, "protected_templates")
     parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / "capacity", help="where to write")
     arguments.add_device(parser)
     args = parser.parse_args()
     concepts = parse_erase_targets(args.erased_index, args.category)
-    tolerances = arguments.parse_numbers(args.tolerances, "tolerances", 1)
+    tolerances = arguments.parse_numbers(args.tolerances, "tolerances", 1) if args.tolerances is not None else []
     if not all(0 < tolerance < 1 for tolerance in tolerances):
         raise ValueError(f"`tolerances` {args.tolerances}: give numbers between 0 and 1, such as 1e-7,1e-3")
     from ldm.cli import session
     from ldm.config.models import load_model_config
-    from ldm.erasure.capacity import measure_capacity
+    from ldm.erasure.capacity import DEFAULT_TOLERANCES, measure_capacity
     from ldm.experiments.plots import plot_spectrum
     from ldm.io.files import atomic_write
     from ldm.metrics.tables import to_markdown
@@ -51,7 +51,8 @@ def main() -> None:
     model = session.load_model(args, session.first_device(args))
     config = load_model_config(model.config_name)
     null_space = session.fill_settings(args, config.null_space)
-    report = measure_capacity(model, concepts, null_space, sorted(tolerances), config.methods["SRS-ME"])
+    tolerances = sorted(tolerances) or DEFAULT_TOLERANCES
+    report = measure_capacity(model, concepts, null_space, tolerances, config.methods["SRS-ME"])
     values = report.singular_values.tolist()
     shown = [*(number for number in SPECTRUM_NUMBERS if number <= len(values)), len(values)]
     print("spectrum: " + ", ".join(f"{number}: {values[number - 1]:.1e}" for number in shown))

@@ -1,4 +1,4 @@
-"""Compare images before and after an erasure: each prompt's accuracy, LPIPS, max pixel difference, PSNR and Frechet distance.
+"""Compare images before and after an erasure: accuracy, LPIPS, pixels, PSNR and Frechet distance for each prompt.
 
 Writes compare-NAME.csv into EDITED_DIR, NAME being that of the folder ORIGINAL_DIR.
 """

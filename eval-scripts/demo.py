@@ -1,97 +1,109 @@
-"""A live page about a ledger, on this machine alone unless --share is given: the original's picture, that of a state of one's own, and
-their difference.
+"""Serve a live page about a ledger: a prompt's image by the original, by the edited model, and how they differ.
 
-Each visitor has switches of their own; they change no weights that others see, and nothing in the ledger. A button exports the state.
+It is seen on this machine alone unless --share is given. Each visitor chooses which concepts are erased; that changes
+no weights that others see, and nothing in the ledger. A button exports the weights of that choice.
 """
 
 import shutil
 import tempfile
 from pathlib import Path
 
-import gradio as gr
-
-from ldm import cli
-from ldm.io.paths import REPO_ROOT
-from ldm.ledger.demo import DemoSession, MAX_PROMPT_CHARS
-from ldm.erasure.export import FORMATS
+from ldm.cli import arguments
+from ldm.cli.run import run
+from ldm.config.methods import FORMATS, SamplingConfig
 from ldm.metrics.tables import format_cell
-from ldm.config.models import load_model_config
 
-WAITING = 100  # requests that may wait; further ones are told so
-STYLE = "#original img, #present img, #difference img { width: 100%; object-fit: contain; image-rendering: pixelated; }"
+MAX_QUEUE = 100  # requests that may wait; further ones are told so
+STYLE = "#original img, #edited img, #difference img { width: 100%; object-fit: contain; image-rendering: pixelated; }"
 
 
-def build(desk: DemoSession, sampling, folder: str) -> gr.Blocks:
-    """The page; `folder` is for the export that is under way."""
-    def draw(prompt, seed, steps, guidance, names, progress=gr.Progress()):
-        pictures = None
+def build(demo, sampling: SamplingConfig, folder: Path):
+    """Return the page of a `DemoSession`; `folder` is for the export that is under way."""
+    import gradio as gr
+
+    from ldm.ledger.demo import MAX_PROMPT_CHARS
+
+    def generate(prompt, seed, num_inference_steps, guidance_scale, names, progress=gr.Progress()):
+        result = None
         try:
-            for pictures in desk.draw(prompt, seed, steps, guidance, names):
-                if isinstance(pictures, float):
-                    progress(pictures, "drawing")
+            for result in demo.compare(prompt, seed, num_inference_steps, guidance_scale, names):
+                if isinstance(result, float):
+                    progress(result, "generating")
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        off = max(high for _, high in pictures.difference.getextrema())
-        return pictures.original, pictures.present, pictures.difference, (
-            f"Erased: {', '.join(names) or 'nothing'}. Largest pixel difference {off} of 255; this prompt's keys and values move by "
-            f"{pictures.leak:.1e}.")
+        max_difference = max(high for _, high in result.difference.getextrema())
+        message = (
+            f"Erased: {', '.join(names) or 'nothing'}. Largest pixel difference {max_difference} of 255; leakage, the "
+            f"relative change of this prompt's keys and values, {result.leakage:.1e}."
+        )
+        return result.original, result.edited, result.difference, message
 
-    def save(names, kind):
+    def export(names, file_format):
         try:  # one export at a time, which Gradio copies before the next
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.mkdir()
-            return str(desk.write(names, kind, kept))
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            return str(demo.export_zip(names, file_format, folder))
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    def opened():
-        rows = desk.reload().map(format_cell)
-        return gr.CheckboxGroup(list(desk.shifts), value=desk.erased), rows
+    def load():
+        table = demo.reload().map(format_cell)
+        return gr.CheckboxGroup(list(demo.shifts), value=demo.erased), table
 
-    kept = Path(folder)
-    with gr.Blocks(title=f"{desk.model.name}: concepts erased", analytics_enabled=False, delete_cache=(600, 600)) as page:
+    title = f"{demo.model.name}: concepts erased"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 600)) as page:
         with gr.Row():
-            prompt = gr.Textbox(next(iter(desk.shifts)), label="prompt", max_length=MAX_PROMPT_CHARS, scale=3)
+            prompt = gr.Textbox(next(iter(demo.shifts)), label="prompt", max_length=MAX_PROMPT_CHARS, scale=3)
             seed = gr.Number(0, label="seed", precision=0)
-            steps = gr.Number(sampling.ddim_steps, label="steps", precision=0)
-            guidance = gr.Number(sampling.guidance_scale, label="guidance")
-        names = gr.CheckboxGroup(list(desk.shifts), value=desk.erased, label="erased")
-        button = gr.Button("draw", variant="primary")
+            steps = gr.Number(sampling.num_inference_steps, label="inference steps", precision=0)
+            guidance = gr.Number(sampling.guidance_scale, label="guidance scale")
+        names = gr.CheckboxGroup(list(demo.shifts), value=demo.erased, label="erased")
+        button = gr.Button("generate", variant="primary")
+        images = []
         with gr.Row():
-            pictures = [gr.Image(label=name, alt_text=name, format="png", height=300, interactive=False, elem_id=name, buttons=["download"])
-                        for name in ("original", "present", "difference")]
-        said = gr.Markdown(elem_id="said")
+            for name in ("original", "edited", "difference"):
+                options = {"label": name, "alt_text": name, "elem_id": name, "format": "png", "height": 300}
+                images.append(gr.Image(**options, interactive=False, buttons=["download"]))
+        message = gr.Markdown(elem_id="message")
         status = gr.Dataframe(label="the ledger", interactive=False)
         with gr.Row():
-            kind = gr.Dropdown(list(FORMATS), value="unet", label="format")
-            file = gr.Button("export")
-            download = gr.File(label="the present state", height=90, elem_id="download")
-        page.load(opened, None, [names, status])
-        gr.on([button.click, prompt.submit, names.input], draw, [prompt, seed, steps, guidance, names], [*pictures, said],
-              concurrency_limit=2)
-        file.click(save, [names, kind], download, concurrency_limit=1)
+            file_format = gr.Dropdown(list(FORMATS), value="unet", label="format")
+            export_button = gr.Button("export")
+            download = gr.File(label="the edited weights", height=90, elem_id="download")
+        page.load(load, None, [names, status])
+        inputs = [prompt, seed, steps, guidance, names]
+        triggers = [button.click, prompt.submit, names.input]
+        gr.on(triggers, generate, inputs, [*images, message], concurrency_limit=2)
+        export_button.click(export, [names, file_format], download, concurrency_limit=1)
     return page
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    parser.add_argument("ledger", type=Path, nargs="?", default=REPO_ROOT / "models" / "ledger", help="a ledger's folder, or its .jsonl file")
-    cli.add_model(parser)
-    parser.set_defaults(model=None)
-    parser.add_argument("--port", type=cli.positive, default=7860)
-    parser.add_argument("--share", action="store_true", help="let others in, by a public address of Gradio's")
-    cli.add_device(parser)
+    parser = arguments.make_parser(__doc__)
+    arguments.add_ledger(parser)
+    arguments.add_model(parser, default=None)
+    parser.option("port", type=arguments.positive_int, default=7860, help="of the page")
+    parser.option("share", action="store_true", help="let others in, by a public address of Gradio's")
+    arguments.add_device(parser)
     args = parser.parse_args()
-    ledger, model = cli.open_ledger(args, args.ledger)
-    desk = DemoSession(ledger, model, lambda: cli.load_model(args, model.device))
-    if not desk.shifts:
-        raise ValueError(f"nothing was ever erased in {args.ledger}: python train-scripts/ledger.py erase CONCEPT --root {args.ledger}")
-    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none that a network would have to bring
+    import gradio as gr
+
+    from ldm.cli import session
+    from ldm.config.models import load_model_config
+    from ldm.ledger.demo import DemoSession
+
+    ledger, model = session.open_ledger(args, args.ledger)
+    demo = DemoSession(ledger, model, lambda: session.load_model(args, model.device))
+    if not demo.shifts:
+        advice = f"python train-scripts/ledger.py erase CONCEPT --ledger_dir {args.ledger}"
+        raise ValueError(f"nothing was ever erased in {args.ledger}: {advice}")
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none that a network would have to bring
     with tempfile.TemporaryDirectory() as folder:
-        build(desk, load_model_config(model.base).sampling, folder).queue(max_size=WAITING).launch(
-            server_name="127.0.0.1", server_port=args.port, share=args.share, theme=theme, css=STYLE, footer_links=[], quiet=True,
-            show_error=True)
+        page = build(demo, load_model_config(model.config_name).sampling, Path(folder) / "export")
+        server = {"server_name": "127.0.0.1", "server_port": args.port, "share": args.share, "show_error": True}
+        theme = gr.themes.Base(**fonts)
+        page.queue(max_size=MAX_QUEUE).launch(**server, theme=theme, css=STYLE, footer_links=[], quiet=True)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

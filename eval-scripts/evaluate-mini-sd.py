@@ -1,4 +1,4 @@
-"""Measure what a bundled model's card reports: how well it generates its dataset, and how well its autoencoder reconstructs.
+"""Measure what a bundled model's card reports: how well it generates, and how well its autoencoder reconstructs.
 
 Generates style_classify.csv, object_classify.csv and watermark.csv, classifies the images, compares the watermarks with
 the rendered ones, and encodes rendered images that training never saw. The same command resumes a stopped run.

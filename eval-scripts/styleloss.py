@@ -1,6 +1,6 @@
-"""How far images of the same name in two folders differ in style (Gram matrices of AlexNet), for each concept and in all.
+"""Measure how far images of the same name in two folders differ in style, by Gram matrices of AlexNet's features.
 
-Writes style.csv into EDITED_DIR.
+Prints the mean for each concept and in all, and writes style.csv into EDITED_DIR.
 """
 
 from ldm.cli import arguments

@@ -1,4 +1,4 @@
-"""A tiny random model of the real classes, and a way to run scripts in this process."""
+"""A tiny random model of the real classes, and two ways to run scripts: in this process, and in a fork."""
 
 import os
 
@@ -15,54 +15,86 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from omegaconf import OmegaConf
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from ldm.cli.arguments import spelled
+from ldm.diffusion.load import load_model
 from ldm.toy.captions import build_tokenizer
 from ldm.toy.train import Denoiser, save_pipeline
-from ldm.diffusion.load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-SHARES = (0.13, 0.12, 0.42, 0.28, 0.05, 0)  # of the world of mini-sd
-TINY = OmegaConf.create({
-    "text_encoder": {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
-    "vae": {"sample_size": 16, "latent_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4,
-            "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
-    "unet": {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1,
-             "cross_attention_dim": 96, "attention_head_dim": 2, "norm_num_groups": 4,
-             "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]},
-    "scheduler": {"num_train_timesteps": 1000, "timestep_spacing": "trailing", "steps_offset": 1},
-})
+MIXTURE_WEIGHTS = (0.13, 0.12, 0.42, 0.28, 0.05, 0)  # of the synthetic dataset of mini-sd
+TINY = OmegaConf.create(
+    {
+        "text_encoder": {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "vae": {
+            "sample_size": 16,
+            "latent_channels": 4,
+            "block_out_channels": [8, 8],
+            "norm_num_groups": 4,
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+        },
+        "unet": {
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": [8, 16],
+            "layers_per_block": 1,
+            "cross_attention_dim": 96,
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        },
+        "scheduler": {"num_train_timesteps": 1000, "timestep_spacing": "trailing", "steps_offset": 1},
+    }
+)
 
 
 def make_xl(folder: Path) -> Path:
-    """A tiny random Stable Diffusion XL: two text encoders, and a pooled embedding that goes to the U-Net too."""
+    """Make a tiny random Stable Diffusion XL: two text encoders, and a pooled embedding that goes to the U-Net too."""
     torch.manual_seed(2)
-    tokenizer = build_tokenizer(folder / "tokenizer", 16, SHARES)
-    given = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": tokenizer.eos_token_id,
-             "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "intermediate_size": 64,
-             "num_hidden_layers": 2, "num_attention_heads": 2}
-    unet = OmegaConf.to_container(TINY.unet) | {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-                                                 "projection_class_embeddings_input_dim": 6 * 8 + 32}
-    StableDiffusionXLPipeline(
-        vae=AutoencoderKL(**OmegaConf.to_container(TINY.vae)), text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=40, **given)),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=56, projection_dim=32, **given)),
-        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=UNet2DConditionModel(**unet),
+    tokenizer = build_tokenizer(folder / "tokenizer", 16, MIXTURE_WEIGHTS)
+    text_config = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    unet_config = {
+        **OmegaConf.to_container(TINY.unet),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 32,
+    }
+    pipeline = StableDiffusionXLPipeline(
+        vae=AutoencoderKL(**OmegaConf.to_container(TINY.vae)),
+        text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=40, **text_config)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=56, projection_dim=32, **text_config)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=UNet2DConditionModel(**unet_config),
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1),
-    ).save_pretrained(folder)
+    )
+    pipeline.save_pretrained(folder)
     return folder
 
 
 def make_model(folder: Path, seed: int, config=TINY) -> Path:
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer(folder / "tokenizer", 16, SHARES)
+    tokenizer = build_tokenizer(folder / "tokenizer", 16, MIXTURE_WEIGHTS)
     vae = AutoencoderKL(**OmegaConf.to_container(config.vae))
     save_pipeline(config, vae, Denoiser(config, tokenizer), tokenizer, folder)
     return folder
 
 
 def compvis_config(model: Path, folder: Path) -> Path:
-    """A config that says that a checkpoint in CompVis' layout is made of the parts of `model`."""
-    OmegaConf.save({"components": str(model)}, folder / "tiny.yaml")
+    """Write a config that says that a checkpoint in CompVis' layout is made of the parts of `model`."""
+    OmegaConf.save({"component_configs": str(model)}, folder / "tiny.yaml")
     return folder / "tiny.yaml"
 
 
@@ -78,7 +110,7 @@ def other_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def mini_path(tmp_path_factory) -> Path:
-    """Tiny, with pictures just large enough for LPIPS, and with the settings of mini-sd, after whose name it is called."""
+    """Return a tiny model with images just large enough for LPIPS, and by its name with the settings of mini-sd."""
     larger = OmegaConf.merge(TINY, {"unet": {"sample_size": 16}, "vae": {"sample_size": 32}})
     return make_model(tmp_path_factory.mktemp("models") / "mini-sd", 3, larger)
 
@@ -95,6 +127,7 @@ def script(monkeypatch, capsys, tmp_path):
 
     def run(name: str, *arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [str(ROOT / name), *map(str, arguments)])
+        spelled.clear()  # which a process of its own would not have
         try:
             runpy.run_path(str(ROOT / name), run_name="__main__")
             code = 0
@@ -107,7 +140,7 @@ def script(monkeypatch, capsys, tmp_path):
 
 
 def is_error(result: tuple[int, str, str], *words: str) -> None:
-    """A run that ended in exit code 2 and one line on stderr (after any progress bar) that holds all `words`."""
+    """Assert that a run ended in exit code 2 and one line on stderr (after any progress bar) that holds all `words`."""
     code, _, err = result
     lines = [line for line in err.replace("\r", "\n").splitlines() if "error:" in line]
     assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
@@ -115,21 +148,37 @@ def is_error(result: tuple[int, str, str], *words: str) -> None:
         assert word in lines[0], lines[0]
 
 
+PRELOADED = [
+    "ldm.cli.session",
+    "ldm.diffusion.sampling",
+    "ldm.erasure.capacity",
+    "ldm.erasure.erase",
+    "ldm.erasure.export",
+    "ldm.erasure.memory",
+    "ldm.metrics.classify",
+    "ldm.metrics.compare",
+    "ldm.ledger.operations",
+    "ldm.ledger.demo",
+    "ldm.experiments.ablations",
+    "ldm.experiments.report",
+    "ldm.experiments.scenes",
+    "gradio",
+]
 FORK = multiprocessing.get_context("forkserver")  # a clean process that has imported everything, to fork from
-FORK.set_forkserver_preload(["ldm.cli_experiment", "ldm.scenes", "ldm.capacity", "ldm.ledger"])
+FORK.set_forkserver_preload(PRELOADED)
 
 
 def _script(arguments: list[str], log: Path) -> None:
     """Run a script in this process, its output into `log`."""
-    opened = open(log, "w")
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(opened.fileno(), stream.fileno())
+    with open(log, "w") as opened:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(opened.fileno(), stream.fileno())
     sys.argv = [str(ROOT / arguments[0]), *arguments[1:]]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def start_script(command: list, log: Path):
-    """A script in a process of its own, which has imported everything, and can be killed; its output goes into `log`."""
+    """Start a script in a process of its own, which has imported everything; its output goes into `log`."""
     process = FORK.Process(target=_script, args=(list(map(str, command)), log))
     process.start()
     return process

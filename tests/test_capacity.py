@@ -1,52 +1,83 @@
+"""Capacity counts what is left for further concepts, and the leakage that the concepts' shifts really have."""
+
 import pytest
 import torch
-
-from ldm.diffusion.text_layers import text_layers
-from ldm.erasure.capacity import measure_capacity
-from ldm.config.concepts import get_concept, watermark_prompts
-from ldm.erasure.null_space import NullSpaceBasis
-from ldm.erasure.leakage import leakage
-from ldm.erasure.shift import SeparableShift
-
 from conftest import is_error
 
-GIVEN = {"templates": 1, "max_base": None, "ridge": 0.1, "keep": 2.0, "spare": 0.5}
+from ldm.config.concepts import get_concept, watermark_prompts
+from ldm.config.methods import NullSpaceConfig, SRSMEConfig
+from ldm.diffusion.text_layers import text_layers
+from ldm.erasure.capacity import measure_capacity
+from ldm.erasure.closed_form import Costs, closed_form_map, erasure_space
+from ldm.erasure.erase import ProtectedRows
+from ldm.erasure.leakage import leakage
+from ldm.erasure.null_space import NullSpaceBasis
+from ldm.erasure.shift import SeparableShift
+
+CONFIG = SRSMEConfig(
+    target_templates=1, max_directions=None, ridge_weight=0.1, preserve_scale=2.0, vocab_preserve_scale=0.5
+)
+CONCEPTS = [get_concept("style", index) for index in (0, 1, 2)]
 
 
-def test_capacity_counts_room_and_the_leak_that_shifts_have(tiny):
-    concepts = [get_concept("style", index) for index in (0, 1, 2)]
-    found = measure_capacity(tiny, concepts, 0, 1.0, [1e-7, 1e-2], GIVEN)
-    prompts = ["", *watermark_prompts(), *(concept.prompt for concept in concepts)]
+def test_capacity_counts_free_dimensions_and_the_leakage_that_shifts_have(tiny):
+    report = measure_capacity(tiny, CONCEPTS, NullSpaceConfig(), [1e-7, 1e-2], CONFIG)
+    prompts = ["", *watermark_prompts(), *(concept.prompt for concept in CONCEPTS)]
     rows = tiny.encode_prompt(prompts).flatten(0, 1).double()
-    assert torch.allclose(found.values, torch.nn.functional.pad(torch.linalg.svdvals(rows) / torch.linalg.matrix_norm(rows, ord=2),
-                                                                (0, max(0, tiny.width - len(rows))))[:tiny.width], atol=1e-7)
-    exact, coarse = found.table.itertuples()
-    assert exact.rank + exact.room == tiny.width == coarse.rank + coarse.room and exact.rank > coarse.rank
-    assert exact.more == int(exact.room / exact.directions) < coarse.more and exact.least_reach < coarse.least_reach
-    assert exact.leak_protected < 1e-6 < coarse.leak_protected
+    values = torch.linalg.svdvals(rows) / torch.linalg.matrix_norm(rows, ord=2)
+    width = tiny.context_dim
+    padded = torch.nn.functional.pad(values, (0, max(0, width - len(rows))))[:width]
+    assert torch.allclose(report.singular_values, padded, atol=1e-7)
+    exact, coarse = report.table.itertuples()
+    assert exact.rank + exact.nullity == width == coarse.rank + coarse.nullity and exact.rank > coarse.rank
+    assert exact.remaining_concepts == int(exact.nullity / exact.directions) < coarse.remaining_concepts
+    assert exact.min_projection < coarse.min_projection
+    assert exact.max_leakage_protected < 1e-6 < coarse.max_leakage_protected
 
-    layers, seen = text_layers(tiny.unet), tiny.seen(prompts)
-    tensors = []
-    for concept in concepts:
+    layers, embeds = text_layers(tiny.unet), tiny.embed_prompts(prompts)
+    shifts = []
+    for concept in CONCEPTS:
         protected = [prompt for prompt in prompts if prompt != concept.prompt]
-        basis = NullSpaceBasis.solve(tiny.encode_prompt(protected), protected, 1e-2, "svd", {})
-        own = tiny.encode_prompt([concept.prompt, concept.captions[0]])
-        spared = 0.5 * 2 * tiny.vocab_gram_without(concept.name, *concept.aliases)
-        directions, cost = basis.directions(own, None, 0.1, 2.0, spared)
-        tensors.append(SeparableShift.closed_form(layers, directions, 1.0, own, tiny.encode_uncond(), cost))
-    # Cezanne's prompt is moved by the two others' shifts together: the sum of what each adds.
-    moved = sum((seen["Cezanne"].double() @ sum(shift.delta(f"{name}.weight") for shift in tensors[1:]).T).square().sum()
-                for name in layers).sqrt()
-    base = sum((seen["Cezanne"].double() @ layer.weight.double().T).square().sum() for layer in layers.values()).sqrt()
-    told = found.leaks.set_index(["tolerance", "prompt"]).leak
-    assert told[1e-2, "Cezanne"] == pytest.approx(float(moved / base), rel=1e-3)
-    assert leakage(layers, {"": tensors[1]}, {"Cezanne": seen["Cezanne"]})[0]["leak"] > 0
+        basis = NullSpaceBasis.fit(tiny.encode_prompt(protected), protected, 1e-2, "svd")
+        targets = tiny.encode_prompt([concept.prompt, concept.captions[0]])
+        gram = 0.5 * 2 * tiny.vocab_gram_without(concept.name, *concept.aliases)
+        space = erasure_space(basis.vectors, basis.protected, targets, Costs(0.1, 2.0, gram))
+        embedding_map = closed_form_map(space, targets, tiny.encode_uncond())
+        shifts.append(SeparableShift.from_map(layers, space.directions, 1.0, embedding_map))
+    # The two others' shifts together change the outputs for Cezanne's prompt: by the sum of what each adds.
+    cezanne, changed, base = embeds["Cezanne"].double(), 0.0, 0.0
+    for name, layer in layers.items():
+        changed += (cezanne @ sum(shift.delta_weight(f"{name}.weight") for shift in shifts[1:]).T).square().sum()
+        base += (cezanne @ layer.weight.double().T).square().sum()
+    reported = report.leakage.set_index(["tolerance", "prompt"]).leakage
+    assert reported[1e-2, "Cezanne"] == pytest.approx(float((changed / base).sqrt()), rel=1e-3)
+    assert leakage(layers, {"": shifts[1]}, {"Cezanne": embeds["Cezanne"]})[0]["leakage"] > 0
+
+
+def test_capacity_protects_what_an_erasure_protects(tiny, monkeypatch):
+    """The rows are those of `erase.ProtectedRows`, of which `solve_null_spaces` is made too."""
+    made = []
+
+    class Recorded(ProtectedRows):
+        def __init__(self, embeds, fixed, prompts, weight):
+            super().__init__(embeds, fixed, prompts, weight)
+            made.append((list(fixed), dict(prompts), weight))
+
+    monkeypatch.setattr("ldm.erasure.capacity.ProtectedRows", Recorded)
+    null_space_config = NullSpaceConfig(protected_templates=1, always_protected_weight=3.0)
+    report = measure_capacity(tiny, CONCEPTS, null_space_config, [1e-2], CONFIG)
+    protected = {concept.index: [concept.prompt, concept.captions[0]] for concept in CONCEPTS}
+    assert made == [(["", *watermark_prompts()], protected, 3.0)]
+    held_out = set(report.leakage[report.leakage.held_out].prompt)
+    assert held_out == {f"a landscape by {concept.prompt}" for concept in CONCEPTS}
+    assert list(report.leakage) == ["tolerance", "prompt", "held_out", "leakage"]
 
 
 def test_the_script_ends_with_tables_and_a_plot(script, tiny_path, tmp_path):
-    given = ["train-scripts/capacity.py", "--model", tiny_path, "--device", "cpu", "--save_path", tmp_path / "c"]
-    code, out, _ = script(*given, "--erased_index", "0-2", "--tolerances", "1e-3,1e-7")
-    assert code == 0 and "| 1e-07 |" in out and "a landscape by VanGogh" in out and "leak at 0.001" in out
-    assert {path.name for path in (tmp_path / "c").iterdir()} == {"capacity.csv", "capacity.png", "leaks.csv"}
-    is_error(script(*given, "--erased_index", "0-2", "--tolerances", "2"), "between 0 and 1")
-    is_error(script(*given, "--erased_index", "0-2", "--tolerances", "x"), "--tolerances x")
+    arguments = ["eval-scripts/capacity.py", "--model", tiny_path, "--device", "cpu", "--save_path", tmp_path / "c"]
+    arguments += ["--erased_index", "0-2"]
+    code, out, _ = script(*arguments, "--tolerances", "1e-3,1e-7")
+    assert code == 0 and "| 1e-07 |" in out and "a landscape by VanGogh" in out and "leakage at 0.001" in out
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"capacity.csv", "capacity.png", "leakage.csv"}
+    is_error(script(*arguments, "--tolerances", "2"), "between 0 and 1")
+    is_error(script(*arguments, "--tolerances", "x"), "--tolerances x")

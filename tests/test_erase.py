@@ -102,17 +102,20 @@ def test_a_closed_form_is_saved_with_its_metadata_and_measured(tiny, tmp_path):
 
 
 def test_a_closed_forms_coefficients_are_its_map_of_the_weights(tiny, tmp_path):
-    """`w = W A` with one A for all layers."""
+    """`w = W A` with `A = (Y - X)^T P (P^T P + C)^-1` and `P = X S^T`, one A for all layers."""
     artifacts = artifacts_in(tmp_path)
     erase(tiny, artifacts, STYLES[1:2], CLOSED_FORM, Protection([0, 1, 2], NullSpaceConfig()), tmp_path)
-    shift = WeightShift.load(artifacts.shift(1))
+    shift, basis = WeightShift.load(artifacts.shift(1)), NullSpaceBasis.load(artifacts.basis(1))
     assert isinstance(shift, SeparableShift)
-    weights = {name: tiny.unet.get_submodule(name).weight.double() for name in shift.coefficients}
-    stacked = torch.cat([weights[name] for name in shift.coefficients])
-    coefficients = torch.cat([weight.double() for weight in shift.coefficients.values()])
-    embedding_map = torch.linalg.lstsq(stacked, coefficients).solution
-    for name, coefficient in shift.coefficients.items():
-        assert torch.allclose(weights[name] @ embedding_map, coefficient.double(), atol=1e-3 * coefficient.abs().max())
+    target, anchor = (tiny.encode_prompt([prompt])[0].double() for prompt in ("VanGogh", ""))
+    size = torch.linalg.matrix_norm(target @ torch.linalg.qr(basis.vectors.T).Q, ord=2)
+    projection = target @ shift.directions.T
+    cost = CLOSED_FORM.ridge_weight * size**2 * torch.eye(len(shift.directions), dtype=torch.float64)
+    gain = torch.linalg.inv(projection.T @ projection + cost)
+    embedding_map = (anchor - target).T @ projection @ gain
+    for name, coefficients in shift.coefficients.items():
+        expected = tiny.unet.get_submodule(name).weight.double() @ embedding_map
+        assert torch.allclose(shift.scale * coefficients.double(), expected, atol=1e-6 * expected.abs().max())
 
 
 def test_a_shift_from_the_same_inputs_is_kept_and_other_settings_make_another(tiny, tmp_path, capsys):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import CPU
+
 from ldm.config.concepts import get_concept
 from ldm.config.methods import METHODS, SRSMEConfig
 from ldm.diffusion.edits import attention_score_differences

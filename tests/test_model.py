@@ -1,34 +1,35 @@
+"""A loaded model is diffusers' model, of noise or velocities, with one text encoder or two."""
+
 import json
 import shutil
 
 import pytest
 import torch
+from conftest import CPU, make_xl
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.config.models import load_model_config
-from ldm.diffusion.load import DEFAULT_CONFIG, load_model, resolve_config_dir, save_pipeline
+from ldm.config.models import DEFAULT_CONFIG
+from ldm.diffusion.load import load_model, resolve_config_dir, resolve_names, save_pipeline
 from ldm.diffusion.sampling import initial_noise, sample_latents
-
-from conftest import CPU, make_xl
 
 
 def test_it_is_the_diffusers_model(tiny, tiny_path):
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_path, safety_checker=None, dtype=torch.float32)
-    embedding = tiny.encode_prompt(["VanGogh", ""])
-    assert embedding.shape == (2, 16, 96)
-    expected, _ = pipe.encode_prompt("VanGogh", CPU, 1, False)
-    assert torch.allclose(embedding[:1], expected, atol=1e-6)
-    latents = torch.randn(2, *tiny.latent_shape)
-    assert torch.allclose(tiny.predict_noise(latents, torch.tensor([3, 500]), embedding),
-                          pipe.unet(latents, torch.tensor([3, 500]), embedding).sample, atol=1e-5)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_path, safety_checker=None, dtype=torch.float32)
+    embeds = tiny.encode_prompt(["VanGogh", ""])
+    assert embeds.shape == (2, 16, 96)
+    expected, _ = pipeline.encode_prompt("VanGogh", CPU, 1, False)
+    assert torch.allclose(embeds[:1], expected, atol=1e-6)
+    latents, timesteps = torch.randn(2, *tiny.latent_shape), torch.tensor([3, 500])
+    expected = pipeline.unet(latents, timesteps, embeds).sample
+    assert torch.allclose(tiny.predict_noise(latents, timesteps, embeds), expected, atol=1e-5)
 
 
 def test_noise_levels_are_the_schedulers(tiny):
     latents, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
-    step = torch.tensor([0, 400, 999])
-    assert torch.allclose(tiny.add_noise(latents, noise, step), DDPMScheduler.from_config(tiny.scheduler.config).add_noise(latents, noise, step),
-                          atol=1e-6)
+    timesteps = torch.tensor([0, 400, 999])
+    expected = DDPMScheduler.from_config(tiny.scheduler.config).add_noise(latents, noise, timesteps)
+    assert torch.allclose(tiny.add_noise(latents, noise, timesteps), expected, atol=1e-6)
 
 
 def test_images_go_through_the_autoencoder_at_the_models_size(tiny):
@@ -38,7 +39,8 @@ def test_images_go_through_the_autoencoder_at_the_models_size(tiny):
 
 
 def test_nothing_is_trainable_and_the_digest_is_the_weights(tiny, tiny_path, other_path):
-    assert not any(p.requires_grad for part in (tiny.unet, tiny.vae, tiny.text_encoder) for p in part.parameters())
+    for part in (tiny.unet, tiny.vae, tiny.text_encoder):
+        assert not any(parameter.requires_grad for parameter in part.parameters())
     assert tiny.digest == load_model(tiny_path, CPU).digest != load_model(other_path, CPU).digest
 
 
@@ -47,47 +49,65 @@ def test_a_saved_model_is_the_same_model(tiny, tmp_path):
     assert load_model(tmp_path / "copy", CPU).digest == tiny.digest
 
 
+def test_a_merged_model_takes_the_settings_of_its_base(tmp_path):
+    assert resolve_names("owner/name") == ("owner--name", "owner--name")
+    assert resolve_names("a/sd-v1-4.ckpt", "configs/mini-sd.yaml") == ("sd-v1-4", "mini-sd")
+    assert resolve_names(tmp_path) == (tmp_path.name, tmp_path.name)
+    (tmp_path / "recipe.json").write_text('{"made_by": "Merge_model.py", "base": "mini-sd"}')  # of an older version
+    assert resolve_names(tmp_path) == (tmp_path.name, "mini-sd")
+    (tmp_path / "metadata.json").write_text('{"base_model": "mini-sd-logos"}')
+    assert resolve_names(tmp_path) == (tmp_path.name, "mini-sd-logos")
+    (tmp_path / "metadata.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not the metadata of a merged model"):
+        resolve_names(tmp_path)
+
+
 def test_what_is_no_model_is_refused(tmp_path, tiny_path):
-    with pytest.raises(ValueError, match="--model"):
+    with pytest.raises(ValueError, match="`model`"):
         load_model(tmp_path / "none", CPU)
     with pytest.raises(ValueError, match="no checkpoint"):
         load_model(tmp_path / "model.ckpt", CPU)
-    copy = reconfigured(tiny_path, tmp_path / "sample", "scheduler", "scheduler_config.json", prediction_type="sample")
+    copy = copy_with_config(tiny_path, tmp_path / "sample", prediction_type="sample")
     with pytest.raises(ValueError, match="predicts 'sample'"):
         load_model(copy, CPU)
 
 
-def reconfigured(source, target, part, file, **changes):
-    """A copy of a model folder with other values in one of its configs."""
+def copy_with_config(source, target, **changes):
+    """Return a copy of a model folder with other values in its scheduler's config."""
     shutil.copytree(source, target)
-    config = target / part / file
+    config = target / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     return target
 
 
-def test_a_model_of_velocities_predicts_noise_and_draws_as_its_pipeline(tiny_path, tmp_path):
-    """v = sqrt(a) eps - sqrt(1 - a) z_0 with z_t = sqrt(a) z_0 + sqrt(1 - a) eps: of the two, eps."""
-    model = load_model(reconfigured(tiny_path, tmp_path / "velocity", "scheduler", "scheduler_config.json",
-                              prediction_type="v_prediction"), CPU)
-    latents, step, prompt = torch.randn(1, *model.latent_shape), torch.tensor([400]), model.encode_prompt(["VanGogh"])
-    kept = model.scheduler.alphas_cumprod[400]
-    noise, velocity = model.predict_noise(latents, step, prompt), model.predict(latents, step, prompt)
-    clean = (latents - (1 - kept).sqrt() * noise) / kept.sqrt()
-    assert torch.allclose(kept.sqrt() * noise - (1 - kept).sqrt() * clean, velocity, atol=1e-5)
-    first = initial_noise(model, 3, 1)
-    expected = model.pipeline("VanGogh", latents=first, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
-    assert torch.allclose(sample_latents(model, first, prompt, model.encode_uncond(), 5, 3.0), expected, atol=1e-4)
-
-
-def test_xl_draws_as_its_pipeline_and_its_pooled_embedding_is_no_token(tmp_path):
-    model = load_model(make_xl(tmp_path / "xl"), CPU)
-    prompt, first = model.encode_prompt(["VanGogh"]), initial_noise(model, 3, 1)
-    assert prompt.shape == (1, 17, 96) and model.tokens(prompt).shape == (1, 16, 96) and model.width == 96
-    assert prompt[0, 16, :32].abs().min() > 0 and not prompt[0, 16, 32:].any()
-    assert not model.encode_uncond().any()  # XL's pipelines lead away from zeros
+def sample_by_pipeline(model, noise):
+    """Return the latents that diffusers' own pipeline samples for VanGogh."""
     model.pipeline.set_progress_bar_config(disable=True)
-    expected = model.pipeline("VanGogh", latents=first, num_inference_steps=5, guidance_scale=3.0, output_type="latent").images
-    assert torch.allclose(sample_latents(model, first, prompt, model.encode_uncond(), 5, 3.0), expected, atol=1e-4)
+    options = {"num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "latent"}
+    return model.pipeline("VanGogh", latents=noise, **options).images
+
+
+def test_a_model_of_velocities_predicts_noise_and_samples_as_its_pipeline(tiny_path, tmp_path):
+    """v = sqrt(a) eps - sqrt(1 - a) z_0 with z_t = sqrt(a) z_0 + sqrt(1 - a) eps: of the two, eps."""
+    model = load_model(copy_with_config(tiny_path, tmp_path / "velocity", prediction_type="v_prediction"), CPU)
+    latents, timestep = torch.randn(1, *model.latent_shape), torch.tensor([400])
+    embeds, alpha_bar = model.encode_prompt(["VanGogh"]), model.scheduler.alphas_cumprod[400]
+    noise, velocity = model.predict_noise(latents, timestep, embeds), model.unet_output(latents, timestep, embeds)
+    clean = (latents - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+    assert torch.allclose(alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean, velocity, atol=1e-5)
+    first = initial_noise(model, 3, 1)
+    sampled = sample_latents(model, first, embeds, model.encode_uncond(), 5, 3.0)
+    assert torch.allclose(sampled, sample_by_pipeline(model, first), atol=1e-4)
+
+
+def test_xl_samples_as_its_pipeline_and_its_pooled_embedding_is_no_token(tmp_path):
+    model = load_model(make_xl(tmp_path / "xl"), CPU)
+    embeds, first = model.encode_prompt(["VanGogh"]), initial_noise(model, 3, 1)
+    assert embeds.shape == (1, 17, 96) and model.drop_pooled(embeds).shape == (1, 16, 96) and model.context_dim == 96
+    assert embeds[0, 16, :32].abs().min() > 0 and not embeds[0, 16, 32:].any()
+    assert not model.encode_uncond().any()  # XL's pipelines lead away from zeros
+    sampled = sample_latents(model, first, embeds, model.encode_uncond(), 5, 3.0)
+    assert torch.allclose(sampled, sample_by_pipeline(model, first), atol=1e-4)
 
 
 def test_parts_that_are_not_needed_leave_and_come_back(tiny):
@@ -99,15 +119,15 @@ def test_parts_that_are_not_needed_leave_and_come_back(tiny):
 def test_stable_diffusion_v1s_configs_and_tokenizer_are_here():
     folder = resolve_config_dir("sd-v1-4.ckpt", DEFAULT_CONFIG)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    ids = tokenizer("a photo of an astronaut riding a horse on mars", padding="max_length", truncation=True).input_ids
-    assert ids[:12] == [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496, 49407] and ids[12:] == [49407] * 65
+    caption = "a photo of an astronaut riding a horse on mars"
+    ids = tokenizer(caption, padding="max_length", truncation=True).input_ids
+    assert ids[:12] == [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 525, 7496, 49407]
+    assert ids[12:] == [49407] * 65
     with torch.device("meta"):
-        parts = (CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
-                 UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
-                 AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")))
-    assert [sum(weight.numel() for weight in part.parameters()) for part in parts] == [123060480, 859520964, 83653863]
-
-
-def test_settings_go_by_name_and_fall_back_to_stable_diffusion():
-    assert load_model_config("mini-sd").unet.cross_attention_dim == 256
-    assert load_model_config("anything").erasure["SRS-ME"].max_base == 691
+        parts = (
+            CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")),
+            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")),
+            AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")),
+        )
+    sizes = [sum(weight.numel() for weight in part.parameters()) for part in parts]
+    assert sizes == [123060480, 859520964, 83653863]

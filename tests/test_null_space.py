@@ -1,7 +1,17 @@
+"""Null spaces: their size, exactness and order, and what a basis says when there is no room."""
+
 import pytest
 import torch
 
-from ldm.erasure.null_space import NullSpaceBasis, leave_one_out_factors, null_space, relative_singular_values, suggest_tolerance
+from ldm.erasure.null_space import (
+    EXACT_TOLERANCE,
+    NullSpaceBasis,
+    leave_one_out_factors,
+    null_space,
+    qr_factor,
+    relative_singular_values,
+    suggest_tolerance,
+)
 
 METHODS = ("svd", "elimination")
 
@@ -37,87 +47,57 @@ def test_a_coarser_tolerance_frees_weak_directions_and_the_weakest_come_first():
 def test_bad_requests_are_refused():
     with pytest.raises(ValueError, match="elimination"):
         null_space(torch.ones(2, 2), method="guess")
-    with pytest.raises(ValueError, match="tolerance"):
-        null_space(torch.ones(2, 2), tolerance=2)
+    with pytest.raises(ValueError, match="`rank_rtol` 2 is outside"):
+        null_space(torch.ones(2, 2), rank_rtol=2)
     with pytest.raises(ValueError, match="NaN"):
         null_space(torch.full((2, 2), float("nan")))
 
 
 def test_no_room_says_how_many_prompts_fit():
     prompts = torch.randn(5, 2, 7)
-    with pytest.raises(ValueError, match="no null space left: 5 protected prompts.*the first 3 fit.*tolerance"):
-        NullSpaceBasis.solve(prompts, list("abcde"), 1e-7, "svd", {})
+    with pytest.raises(ValueError, match="no null space left: 5 protected prompts.*the first 3 fit.*`rank_rtol`"):
+        NullSpaceBasis.fit(prompts, list("abcde"), EXACT_TOLERANCE, "svd")
 
 
-NOTHING = torch.zeros(9, 9, dtype=torch.float64)
-
-
-def test_directions_are_those_along_which_the_concept_reaches_the_strongest_first():
-    protected, concept = torch.randn(2, 2, 9), torch.randn(1, 2, 9)
-    for method in METHODS:
-        basis = NullSpaceBasis.solve(protected, ["a", "b"], 1e-7, method, {})
-        directions, cost = basis.directions(concept, None, 0.5, 0.0, NOTHING)
-        assert len(directions) == 2  # two tokens: a gradient on them acts nowhere else
-        for most in (1, 5):
-            assert torch.allclose(basis.directions(concept, most, 0.5, 0.0, NOTHING)[0], directions[:most])
-        assert torch.allclose(directions @ directions.T, torch.eye(2, dtype=torch.float64), atol=1e-10)
-        assert (protected.flatten(0, 1).double() @ directions.T).abs().max() < 1e-6
-        within = basis.vectors.T @ torch.linalg.pinv(basis.vectors.T)  # the projection onto the null space
-        seen = concept[0].double() @ within
-        assert torch.allclose(seen @ directions.T @ directions, seen, atol=1e-8)
-        reach = (seen @ directions.T).norm(dim=0)
-        assert reach[0] >= reach[1] and torch.allclose(cost, 0.5 * reach[0] ** 2 * torch.eye(2, dtype=torch.float64))
-
-
-def test_directions_turn_away_from_what_is_spared():
-    protected, concept, other = torch.randn(3, 1, 2, 9)
-    basis = NullSpaceBasis.solve(protected, ["a"], 1e-7, "svd", {})
-    spared = 1e6 * other[0].double().T @ other[0].double()
-    plain, _ = basis.directions(concept, None, 0.01, 0.0, NOTHING)
-    turned, cost = basis.directions(concept, None, 0.01, 0.0, spared)
-    assert (other[0].double() @ turned.T).norm() < 1e-2 * (other[0].double() @ plain.T).norm()
-    assert (concept[0].double() @ turned.T).norm() > 0.1 * (concept[0].double() @ plain.T).norm()
-    reach = torch.linalg.matrix_norm(concept[0].double() @ torch.linalg.qr(basis.vectors.T).Q, ord=2)
-    expected = turned @ (0.01 * reach ** 2 * torch.eye(9, dtype=torch.float64) + spared) @ turned.T
-    assert torch.allclose(cost, expected)
-
-
-def test_where_the_tolerance_lets_protected_prompts_move_keeping_them_costs():
-    protected, concept = torch.eye(9)[:1, None], torch.randn(1, 2, 9)
-    strong = torch.cat([100 * torch.eye(9)[1:2, None], protected])
-    basis = NullSpaceBasis.solve(strong, ["a", "b"], 0.1, "svd", {})
-    assert len(basis.vectors) == 8  # the second prompt is weak, and not in the way
-    free, _ = basis.directions(concept, None, 0.01, 0.0, NOTHING)
-    kept, cost = basis.directions(concept, None, 0.01, 1e4, NOTHING)
-    assert kept[0, 0].abs() < 1e-2 * free[0, 0].abs()
-    reach = torch.linalg.matrix_norm(concept[0].double() @ torch.linalg.qr(basis.vectors.T).Q, ord=2)
-    moved = kept @ strong.flatten(0, 1).double().T
-    assert torch.allclose(cost, 0.01 * reach ** 2 * torch.eye(2, dtype=torch.float64) + 1e4 * moved @ moved.T)
-
-
-def test_a_concept_that_the_protected_prompts_say_is_refused():
-    protected = torch.randn(2, 2, 9)
-    basis = NullSpaceBasis.solve(protected, ["a", "b"], 1e-7, "svd", {})
-    with pytest.raises(ValueError, match="protect fewer"):
-        basis.directions(protected[:1], None, 0.1, 0.0, NOTHING)
-
-
-@pytest.mark.parametrize("number", [1, 2, 5, 8])
-def test_the_null_space_without_each_block_is_that_of_the_others(number):
-    generator = torch.Generator().manual_seed(number)
-    rest, *blocks = torch.randn(number + 1, 2, 40, generator=generator).double()
-    for k, rows in enumerate(leave_one_out_factors(blocks, rest)):
-        others = torch.cat([rest, *blocks[:k], *blocks[k + 1:]])
-        basis, rank = null_space(rows)
+@pytest.mark.parametrize("num_blocks", [1, 2, 5, 8])
+def test_the_null_space_without_each_block_is_that_of_the_others(num_blocks):
+    generator = torch.Generator().manual_seed(num_blocks)
+    fixed_rows, *blocks = torch.randn(num_blocks + 1, 2, 40, generator=generator).double()
+    for k, factor in enumerate(leave_one_out_factors(blocks, fixed_rows)):
+        others = torch.cat([fixed_rows, *blocks[:k], *blocks[k + 1 :]])
+        basis, rank = null_space(factor)
         assert rank == len(others) and (others @ basis.T).abs().max() < 1e-12
-        values = torch.linalg.svdvals(others)
-        assert torch.allclose(relative_singular_values(rows)[:rank], values / values[0]) and not relative_singular_values(rows)[rank:].any()
+        values, relative = torch.linalg.svdvals(others), relative_singular_values(factor)
+        assert torch.allclose(relative[:rank], values / values[0]) and not relative[rank:].any()
+
+
+def test_a_qr_factor_has_the_gram_matrix_of_all_rows():
+    first, second = torch.randn(3, 5), torch.randn(9, 5)
+    factor, rows = qr_factor(first, second), torch.cat([first, second]).double()
+    assert factor.shape == (5, 5) and torch.allclose(factor.T @ factor, rows.T @ rows)
 
 
 def test_no_room_names_a_tolerance_that_makes_some():
     rows = torch.diag(10.0 ** -torch.arange(0, 8, 0.25))[:, None]  # 32 prompts of one token, values 1 to 2e-8
-    with pytest.raises(ValueError, match="raise --tolerance to 5e-08") as error:
-        NullSpaceBasis.solve(rows, [str(k) for k in range(32)], 1e-9, "svd", {})
+    prompts = [str(k) for k in range(32)]
+    with pytest.raises(ValueError, match="raise `rank_rtol` to 5e-08") as error:
+        NullSpaceBasis.fit(rows, prompts, 1e-9, "svd")
     assert "32 dimensions" in str(error.value)
-    assert len(NullSpaceBasis.solve(rows, [str(k) for k in range(32)], 5e-8, "svd", {}).vectors) == 2
+    assert len(NullSpaceBasis.fit(rows, prompts, 5e-8, "svd").vectors) == 2
     assert suggest_tolerance(torch.ones(32)) is None
+
+
+def test_a_basis_survives_a_file_and_belongs_to_one_model_and_width(tmp_path):
+    path = tmp_path / "basis.safetensors"
+    basis = NullSpaceBasis.fit(torch.randn(2, 2, 9), ["", "a"])
+    basis.metadata["base_digest"] = "0" * 64
+    basis.save(path)
+    loaded = NullSpaceBasis.load(path)
+    assert torch.equal(loaded.vectors, basis.vectors) and torch.equal(loaded.protected, basis.protected)
+    assert loaded.metadata == basis.metadata and loaded.metadata["protected"] == ["", "a"]
+    assert (loaded.metadata["rank"], loaded.metadata["width"], loaded.metadata["rank_rtol"]) == (4, 9, EXACT_TOLERANCE)
+    loaded.check("0" * 64, 9, path)
+    with pytest.raises(ValueError, match="another base model"):
+        loaded.check("1" * 64, 9, path)
+    with pytest.raises(ValueError, match="9 dimensions, the model's prompts have 8"):
+        loaded.check("0" * 64, 8, path)

@@ -1,100 +1,151 @@
+"""Generated images are those of diffusers' pipeline, depend on their seed alone, and a stopped run resumes."""
+
+import json
+
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from ldm.io.prompts import PromptCase, read_prompt_csv
+from ldm.config.methods import SamplingConfig
 from ldm.diffusion.sampling import generate, generate_to_folder, initial_noise
+from ldm.io.files import METADATA_FILE
+from ldm.io.prompts import PromptCase, read_prompt_csv
 from ldm.io.sharding import Shard
 
 CASES = [PromptCase("VanGogh", 3, 0), PromptCase("", 4, 1), PromptCase("Picasso", 3, 2)]
+SAMPLING = SamplingConfig(num_inference_steps=2, guidance_scale=4.0, sample_batch_size=4)
+THREE_STEPS = SAMPLING.with_changes(num_inference_steps=3)
+PAIRS = SAMPLING.with_changes(sample_batch_size=2)
 
 
 def pixels(image) -> np.ndarray:
     return np.asarray(image, dtype=int)
 
 
-def test_the_pipeline_of_diffusers_draws_the_same_picture(tiny, tiny_path):
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_path, safety_checker=None, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    theirs = pipe("VanGogh", num_inference_steps=3, guidance_scale=4.0, latents=initial_noise(tiny, 3, 1)).images[0]
-    (_, _, ours), = generate(tiny, [(CASES[0], 0)], 3, 4.0, 8)
-    assert abs(pixels(theirs) - pixels(ours)).max() <= 1
+def max_difference(first, second) -> int:
+    return abs(pixels(first) - pixels(second)).max()
 
 
-def test_a_picture_depends_on_its_seed_alone_not_on_its_batch(tiny):
-    wanted = [(case, n) for case in CASES for n in range(2)]
-    one, many = ([image for _, _, image in generate(tiny, wanted, 3, 4.0, batch)] for batch in (1, 6))
-    assert max(abs(pixels(a) - pixels(b)).max() for a, b in zip(one, many)) <= 1
-    assert abs(pixels(one[0]) - pixels(one[1])).max() > 1
+def test_diffusers_pipeline_generates_the_same_image(tiny, tiny_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_path, safety_checker=None, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = initial_noise(tiny, 3, 1)
+    theirs = pipeline("VanGogh", num_inference_steps=3, guidance_scale=4.0, latents=noise).images[0]
+    ((_, _, ours),) = generate(tiny, [(CASES[0], 0)], THREE_STEPS.with_changes(sample_batch_size=8))
+    assert max_difference(theirs, ours) <= 1
+
+
+def test_an_image_depends_on_its_seed_alone_not_on_its_batch(tiny):
+    requests = []
+    for case in CASES:
+        requests += [(case, 0), (case, 1)]
+    single, together = (
+        [image for _, _, image in generate(tiny, requests, THREE_STEPS.with_changes(sample_batch_size=batch_size))]
+        for batch_size in (1, 6)
+    )
+    assert max(max_difference(a, b) for a, b in zip(single, together, strict=True)) <= 1
+    assert max_difference(single[0], single[1]) > 1
     assert torch.equal(initial_noise(tiny, 3, 2)[:1], initial_noise(tiny, 3, 1))
 
 
-def test_a_folder_goes_on_where_it_stopped_and_refuses_another_run(tiny, tmp_path):
-    settings = {"samples": 2, "steps": 2, "guidance": 4.0, "batch": 4}
-    assert generate_to_folder(tiny, CASES, tmp_path / "a", {"run": 1}, **settings) == 6
-    first = (tmp_path / "a" / "2_1.png").read_bytes()
-    (tmp_path / "a" / "2_1.png").unlink()
-    (tmp_path / "a" / "0").mkdir()
-    (tmp_path / "a" / "0_0.png").rename(tmp_path / "a" / "0" / "0_0.png")
-    assert generate_to_folder(tiny, CASES, tmp_path / "a", {"run": 1}, **settings) == 1
-    assert (tmp_path / "a" / "2_1.png").read_bytes() == first
+def test_a_folder_resumes_where_it_stopped_and_refuses_another_run(tiny, tmp_path):
+    folder = tmp_path / "a"
+    assert generate_to_folder(tiny, CASES, folder, {"run": 1}, SAMPLING, images_per_seed=2) == 6
+    first = (folder / "2_1.png").read_bytes()
+    (folder / "2_1.png").unlink()
+    (folder / "0").mkdir()
+    (folder / "0_0.png").rename(folder / "0" / "0_0.png")
+    assert generate_to_folder(tiny, CASES, folder, {"run": 1}, SAMPLING, images_per_seed=2) == 1
+    assert (folder / "2_1.png").read_bytes() == first
     with pytest.raises(ValueError, match="another run"):
-        generate_to_folder(tiny, CASES, tmp_path / "a", {"run": 2}, **settings)
+        generate_to_folder(tiny, CASES, folder, {"run": 2}, SAMPLING, images_per_seed=2)
+    with pytest.raises(ValueError, match="another run"):
+        generate_to_folder(tiny, CASES, folder, {"run": 1}, THREE_STEPS, images_per_seed=2)
 
 
-def test_a_folder_takes_more_cases_and_samples_but_no_other_prompt_for_a_case(tiny, tmp_path):
-    settings = {"steps": 2, "guidance": 4.0, "batch": 4}
-    assert generate_to_folder(tiny, CASES[:2], tmp_path, {}, samples=1, **settings) == 2
-    assert generate_to_folder(tiny, CASES[1:], tmp_path, {}, samples=2, **settings) == 3
+def test_a_folder_of_an_older_version_resumes(tiny, tmp_path):
+    """Its metadata is in recipe.json, by the older keys."""
+    folder = tmp_path / "a"
+    assert generate_to_folder(tiny, CASES, folder, {"created_by": "srs-me"}, SAMPLING) == 3
+    metadata = json.loads((folder / METADATA_FILE).read_text())
+    assert metadata == {"created_by": "srs-me", "num_inference_steps": 2, "guidance_scale": 4.0}
+    (folder / METADATA_FILE).unlink()
+    old_metadata = {"made_by": "generate-images-merge.py", "ddim_steps": 2, "guidance_scale": 4.0}
+    (folder / "recipe.json").write_text(json.dumps(old_metadata))
+    (folder / "2_0.png").unlink()
+    assert generate_to_folder(tiny, CASES, folder, {"created_by": "srs-me"}, SAMPLING) == 1
+
+
+def test_a_folder_takes_more_cases_and_images_but_no_other_prompt_for_a_case(tiny, tmp_path):
+    assert generate_to_folder(tiny, CASES[:2], tmp_path, {}, SAMPLING, images_per_seed=1) == 2
+    assert generate_to_folder(tiny, CASES[1:], tmp_path, {}, SAMPLING, images_per_seed=2) == 3
     assert read_prompt_csv(tmp_path / "prompts.csv") == CASES
     with pytest.raises(ValueError, match="another prompt or seed for case 0"):
-        generate_to_folder(tiny, [PromptCase("Picasso", 3, 0)], tmp_path, {}, samples=1, **settings)
+        generate_to_folder(tiny, [PromptCase("Picasso", 3, 0)], tmp_path, {}, SAMPLING, images_per_seed=1)
     assert read_prompt_csv(tmp_path / "prompts.csv") == CASES
 
 
-def test_the_same_pictures_are_drawn_together_in_every_run(tiny, tmp_path, monkeypatch):
+def test_the_same_images_are_generated_together_in_every_run(tiny, tmp_path, monkeypatch):
     cases = [PromptCase("VanGogh", k, k) for k in range(7)]
-    settings = {"recipe": {}, "samples": 1, "steps": 1, "guidance": 4.0, "batch": 3}
-    asked = []
-    monkeypatch.setattr("ldm.sampling.generate", lambda model, wanted, *rest: asked.append([case.number for case, _ in wanted]) or
-                        ((case, n, Image.new("RGB", (2, 2))) for case, n in wanted))
-    assert generate_to_folder(tiny, cases, tmp_path / "a", **settings) == 7
+    sampling = SAMPLING.with_changes(num_inference_steps=1, sample_batch_size=3)
+    requested = []
+
+    def record(model, requests, sampling):
+        requested.append([case.case_number for case, _ in requests])
+        return ((case, n, Image.new("RGB", (2, 2))) for case, n in requests)
+
+    monkeypatch.setattr("ldm.diffusion.sampling.generate", record)
+    assert generate_to_folder(tiny, cases, tmp_path / "a", {}, sampling) == 7
     (tmp_path / "a" / "4_0.png").unlink()
-    kept = (tmp_path / "a" / "3_0.png").stat().st_mtime_ns
-    assert generate_to_folder(tiny, cases, tmp_path / "a", **settings) == 1
-    assert (tmp_path / "a" / "3_0.png").stat().st_mtime_ns == kept  # drawn again, but not written
-    parts = [generate_to_folder(tiny, cases, tmp_path / "b", **settings, share=Shard(rank, 2)) for rank in range(2)]
-    assert asked == [list(range(7)), [3, 4, 5], [0, 1, 2, 6], [3, 4, 5]] and parts == [4, 3]
+    written = (tmp_path / "a" / "3_0.png").stat().st_mtime_ns
+    assert generate_to_folder(tiny, cases, tmp_path / "a", {}, sampling) == 1
+    assert (tmp_path / "a" / "3_0.png").stat().st_mtime_ns == written  # generated again, but not written
+    parts = [generate_to_folder(tiny, cases, tmp_path / "b", {}, sampling, shard=Shard(rank, 2)) for rank in range(2)]
+    assert requested == [list(range(7)), [3, 4, 5], [0, 1, 2, 6], [3, 4, 5]] and parts == [4, 3]
 
 
 @pytest.fixture
 def compile_by(monkeypatch):
     """Let torch.compile hand what it has traced to a function instead of to a C++ compiler."""
-    real = torch.compile
-    return lambda backend: monkeypatch.setattr("torch.compile", lambda unet, **how: real(unet, backend=backend, **how))
+    compile_unet = torch.compile
+
+    def replace(backend):
+        monkeypatch.setattr("torch.compile", lambda unet, **options: compile_unet(unet, backend=backend, **options))
+
+    return replace
 
 
-def test_full_batches_are_compiled_once_and_the_unet_is_given_back(tiny, tmp_path, compile_by):
-    settings, unet, batches = {"samples": 1, "steps": 2, "guidance": 4.0, "batch": 2}, tiny.unet, set()
+@pytest.mark.slow
+def test_full_batches_are_compiled_once_and_the_unet_is_restored(tiny, tmp_path, compile_by):
+    unet, batch_sizes = tiny.unet, set()
 
-    def ran(graph, _):
-        return lambda *given: batches.update(value.shape[0] for value in given if value.dim() == 4 and value.shape[1:] == tiny.latent_shape) \
-            or graph(*given)
-    compile_by(ran)
-    assert generate_to_folder(tiny, CASES, tmp_path / "a", {}, **settings) == 3 and not batches
-    assert generate_to_folder(tiny, CASES, tmp_path / "b", {}, **settings, fast=True) == 3
-    assert generate_to_folder(tiny, CASES, tmp_path / "b", {}, **settings, fast=True) == 0
-    assert batches == {4} and tiny.unet is unet  # two pictures guided, and not the one that is left
-    assert all((tmp_path / "a" / f"{k}_0.png").read_bytes() == (tmp_path / "b" / f"{k}_0.png").read_bytes() for k in range(3))
+    def record(graph, _):
+        def run(*inputs):
+            for value in inputs:
+                if value.dim() == 4 and value.shape[1:] == tiny.latent_shape:
+                    batch_sizes.add(value.shape[0])
+            return graph(*inputs)
+
+        return run
+
+    compile_by(record)
+    assert generate_to_folder(tiny, CASES, tmp_path / "a", {}, PAIRS) == 3 and not batch_sizes
+    assert generate_to_folder(tiny, CASES, tmp_path / "b", {}, PAIRS, compile_unet=True) == 3
+    assert generate_to_folder(tiny, CASES, tmp_path / "b", {}, PAIRS, compile_unet=True) == 0
+    assert batch_sizes == {4} and tiny.unet is unet  # two images guided, and not the one that is left
+    for k in range(3):
+        assert (tmp_path / "a" / f"{k}_0.png").read_bytes() == (tmp_path / "b" / f"{k}_0.png").read_bytes()
 
 
-def test_a_machine_that_cannot_compile_says_so_and_the_unet_is_given_back(tiny, tmp_path, compile_by):
-    def broken(*_):
+@pytest.mark.slow
+def test_a_machine_that_cannot_compile_says_so_and_the_unet_is_restored(tiny, tmp_path, compile_by):
+    def fail(*_):
         raise RuntimeError("no C++ compiler")
+
     unet = tiny.unet
-    compile_by(broken)
-    with pytest.raises(ValueError, match="leave --compile out.*no C.. compiler"):
-        generate_to_folder(tiny, CASES, tmp_path, {}, 1, 2, 4.0, 2, fast=True)
+    compile_by(fail)
+    with pytest.raises(ValueError, match="leave `compile` out.*no C.. compiler"):
+        generate_to_folder(tiny, CASES, tmp_path, {}, PAIRS, compile_unet=True)
     assert tiny.unet is unet and not list(tmp_path.rglob("*.png"))

@@ -1,3 +1,5 @@
+"""Tensor files: what comes back, what is refused, and digests."""
+
 import pickle
 
 import numpy as np
@@ -7,14 +9,22 @@ from safetensors.torch import save_file
 
 from ldm.io.files import file_digest
 from ldm.io.pickles import load_numpy_pickle
-from ldm.io.tensors import load_tensors, read_metadata, save_tensors, tensor_digest
+from ldm.io.tensors import METADATA_KEY, check_base_model, load_tensors, read_metadata, save_tensors, tensor_digest
 
 
-def test_tensors_and_recipe_come_back(tmp_path):
+def test_tensors_and_metadata_come_back(tmp_path):
     value = torch.randn(3, 4, dtype=torch.float64)
     save_tensors(tmp_path / "a.safetensors", {"x": value}, "thing", {"why": [1, "é"]})
-    tensors, recipe = load_tensors(tmp_path / "a.safetensors", "thing")
-    assert torch.equal(tensors["x"], value) and recipe == {"why": [1, "é"]}
+    tensors, metadata = load_tensors(tmp_path / "a.safetensors", "thing")
+    assert torch.equal(tensors["x"], value) and metadata == {"why": [1, "é"]}
+
+
+def test_a_header_of_an_older_version_is_read_by_todays_keys(tmp_path):
+    header = '{"kind": "thing", "recipe": {"made_by": "SRS_ME.py", "base": "mini-sd", "arguments": {"keep": 1}}}'
+    save_file({"x": torch.ones(1)}, tmp_path / "old.safetensors", metadata={METADATA_KEY: header})
+    expected = {"created_by": "SRS_ME.py", "base_model": "mini-sd", "config": {"preserve_scale": 1}}
+    assert load_tensors(tmp_path / "old.safetensors", "thing")[1] == expected
+    assert read_metadata(tmp_path / "old.safetensors", "thing") == expected
 
 
 def test_the_same_content_is_the_same_bytes(tmp_path):
@@ -23,9 +33,9 @@ def test_the_same_content_is_the_same_bytes(tmp_path):
     assert len({(tmp_path / str(n)).read_bytes() for n in range(12)}) == 1
 
 
-def test_foreign_damaged_and_nan_files_are_refused(tmp_path):
+def test_unexpected_damaged_and_nan_files_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
-    with pytest.raises(ValueError, match="no thing .*: do this"):
+    with pytest.raises(ValueError, match=r"no thing .*: do this"):
         load_tensors(path, "thing", "do this")
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="is not a thing but a foreign file"):
@@ -37,6 +47,14 @@ def test_foreign_damaged_and_nan_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         load_tensors(path, "thing")
     assert read_metadata(path, "thing") == {}
+
+
+def test_a_file_of_another_base_model_is_refused():
+    check_base_model({"base_digest": "a" * 64}, "a" * 64, "x")
+    with pytest.raises(ValueError, match="x was made for another base model"):
+        check_base_model({"base_digest": "a" * 64, "base_model": "mini-sd"}, "b" * 64, "x")
+    with pytest.raises(ValueError, match="another base model"):
+        check_base_model({}, "b" * 64, "x")
 
 
 def test_a_model_and_its_half_precision_copy_are_one_base():
@@ -74,7 +92,9 @@ def test_a_pickle_is_read_without_running_what_it_asks_for(tmp_path):
 
 
 def test_tensors_are_read_when_they_are_asked_for(tmp_path):
-    save_tensors(tmp_path / "x.safetensors", {"w.a": torch.ones(2), "w.b": torch.zeros(3), "c": torch.ones(1)}, "thing", {})
+    contents = {"w.a": torch.ones(2), "w.b": torch.zeros(3), "c": torch.ones(1)}
+    save_tensors(tmp_path / "x.safetensors", contents, "thing", {})
     tensors, _ = load_tensors(tmp_path / "x.safetensors", "thing")
-    under = tensors.with_prefix("w.")
-    assert list(under) == ["a", "b"] and torch.equal(under["b"], torch.zeros(3)) and under["a"] is not under["a"]
+    weights = tensors.with_prefix("w.")
+    assert list(weights) == ["a", "b"] and torch.equal(weights["b"], torch.zeros(3))
+    assert weights["a"] is not weights["a"]

@@ -1,7 +1,7 @@
 """Merge any set of shifts into a copy of the base model, or write each as a LoRA, in the format that its user reads.
 
---format takes one or more of compvis, diffusers, unet (merged weights) and lora, kohya (a LoRA a concept, cut to --rank).
-Reports the leakage of each shift on the other concepts' prompts. A concept left out of --shifts is restored.
+--format takes one or more of compvis, diffusers, unet (merged weights) and lora, kohya (a LoRA a concept, cut to
+--rank). Reports the leakage of each shift on the other concepts' prompts. A concept left out of --shifts is restored.
 """
 
 from pathlib import Path
@@ -19,7 +19,9 @@ def main() -> None:
     arguments.add_artifacts(parser)
     arguments.add_shifts(parser, required=True)
     arguments.add_export(parser)
-    parser.option("save_path", type=Path, default=REPO_ROOT / "models" / "merged", help="the folder NAME or NAME-FORMAT goes here")
+    parser.option(
+        "save_path", type=Path, default=REPO_ROOT / "models" / "merged", help="the folder NAME or NAME-FORMAT goes here"
+    )
     arguments.add_device(parser)
     args = parser.parse_args()
     from ldm.cli import session

@@ -1,7 +1,7 @@
 """Solve for the directions in which a concept can be erased while all protected prompts stay as they are.
 
-They are the null space of the empty prompt, the watermark prompts and the concepts of --em_indexes (less the erased one itself).
-Writes one basis per erased concept; SRS_ME.py makes the shift in it.
+They are the null space of the empty prompt, the watermark prompts and the concepts of --em_indexes (less the erased one
+itself). Writes one basis per erased concept; SRS_ME.py makes the shift in it.
 """
 
 from ldm.cli import arguments
@@ -17,7 +17,9 @@ def main() -> None:
     parser.option("em_indexes", default="", help="concepts to protect, such as 1,2")
     arguments.add_artifacts(parser)
     arguments.add_null_space(parser)
-    parser.retire("--protect", "--protect exact is --rank_rtol exact, and --protect spectrum is the model's own: give --rank_rtol")
+    parser.retire(
+        "--protect", "--protect exact is --rank_rtol exact, and --protect spectrum is the model's own: give --rank_rtol"
+    )
     arguments.add_device(parser)
     args = parser.parse_args()
     from ldm.cli import devices, session
@@ -32,7 +34,8 @@ def main() -> None:
     artifacts = session.artifact_paths(args, model.name, "SRS-ME")
     for found in solve_null_spaces(model, artifacts, targets, protected, config, shard):
         print(
-            f"{found.concept.index} {found.concept.name}: {found.num_protected} prompts protected, rank {found.rank} of {found.width}, "
+            f"{found.concept.index} {found.concept.name}: {found.num_protected} prompts protected, rank "
+            f"{found.rank} of {found.width}, "
             f"{found.nullity} directions free, max leakage {found.max_leakage:.1e} -> {found.path}"
         )
 

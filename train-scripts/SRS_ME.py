@@ -1,9 +1,9 @@
 """Erase concepts by SRS-ME: make, for each, a weight shift inside the null space that SRSME_Solution.py found.
 
-Writes shift-INDEX.safetensors and its learning curve shift-INDEX.csv. The base model is never changed; merge shifts with
-generate-images-merge.py or Merge_model.py, and restore a concept by leaving its shift out. --joint learns all of them at
-once, their losses balanced (SRS-ME-dagger). --estimate_memory prints how much memory each choice of --unet_dtype and
---gradient_checkpointing will take, and ends.
+Writes shift-INDEX.safetensors and its learning curve shift-INDEX.csv. The base model is never changed; merge shifts
+with generate-images-merge.py or Merge_model.py, and restore a concept by leaving its shift out. --joint learns all of
+them at once, their losses balanced (SRS-ME-dagger). --estimate_memory prints how much memory each choice of
+--unet_dtype and --gradient_checkpointing will take, and ends.
 """
 
 from ldm.cli import arguments
@@ -16,7 +16,9 @@ def main() -> None:
     arguments.add_erasure(parser, SRSMEConfig)
     parser.option("joint", action="store_true", help="all concepts at once: SRS-ME-dagger")
     arguments.add_unet_dtype(parser)
-    parser.option("estimate_memory", action="store_true", help="print the predicted peak memory of each choice, and end")
+    parser.option(
+        "estimate_memory", action="store_true", help="print the predicted peak memory of each choice, and end"
+    )
     args = parser.parse_args()
     from ldm.cli import session
     from ldm.metrics.tables import to_markdown

@@ -20,7 +20,9 @@ def main() -> None:
     text = "has train and eval (default: data, or data/CATEGORY)"
     parser.option("data_dir", original=("--path",), type=Path, default=None, help=text)
     classifier_dir = REPO_ROOT / "models" / "own-classifiers"
-    parser.option("classifier_dir", original=("--model_path",), type=Path, default=classifier_dir, help="where to write")
+    parser.option(
+        "classifier_dir", original=("--model_path",), type=Path, default=classifier_dir, help="where to write"
+    )
     text = "torchvision's ImageNet ResNet18 state dict to start from"
     parser.option("init_weights", type=Path, default=None, help=text)
     arguments.add_settings_with_defaults(parser, ClassifierConfig())

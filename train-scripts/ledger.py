@@ -1,8 +1,10 @@
-"""What an owner has erased and restored: VanGogh is erased since March, Picasso was restored in June; show me; give me the weights.
+"""What an owner has erased and restored: VanGogh is erased since March, Picasso was restored in June; show me; give me
+the weights.
 
-init begins a ledger in --ledger_dir: it names a base model by its digest, the concepts and all that is protected. erase makes a
-concept's shift where there is none yet, and activates it; restore deactivates it. status and history say what is and what was,
-verify recomputes every digest, and export writes the present weights as Merge_model.py does. A run that was stopped has changed nothing.
+init begins a ledger in --ledger_dir: it names a base model by its digest, the concepts and all that is protected. erase
+makes a concept's shift where there is none yet, and activates it; restore deactivates it. status and history say what
+is and what was, verify recomputes every digest, and export writes the present weights as Merge_model.py does. A run
+that was stopped has changed nothing.
 """
 
 from dataclasses import fields
@@ -23,7 +25,10 @@ def init(args: Namespace) -> None:
     concepts = parse_erase_targets(args.erased_index, args.category)
     with ledger_lock(args.ledger_dir):
         if (args.ledger_dir / HISTORY_FILE).exists():
-            raise ValueError(f"{args.ledger_dir} has a ledger already: give another `ledger_dir`, or continue it with erase and restore")
+            raise ValueError(
+                f"{args.ledger_dir} has a ledger already: give another `ledger_dir`, or continue it with "
+                "erase and restore"
+            )
         model = session.load_model(args, session.first_device(args))
         source = {}
         for name in ("model", "ckpt_path", "config_path"):
@@ -31,7 +36,10 @@ def init(args: Namespace) -> None:
             source[name] = str(Path(value).resolve()) if value and Path(value).exists() else value
         header = make_header(model, args.category, concepts, args.protect, source)
         ledger = Ledger.create(args.ledger_dir / HISTORY_FILE, header)
-    print(f"{len(concepts)} concepts of {model.name}; always protected: the empty prompt, {', '.join(ledger.header['protected'][1:])}")
+    print(
+        f"{len(concepts)} concepts of {model.name}; always protected: the empty prompt, "
+        f"{', '.join(ledger.header['protected'][1:])}"
+    )
 
 
 def erase(args: Namespace) -> None:
@@ -96,25 +104,39 @@ def export(args: Namespace) -> None:
     shifts = ledger.shifts()
     if not shifts:
         base = ledger.header["base_model"]
-        raise ValueError(f"nothing is erased in {args.ledger_dir}: its weights are those of {base}; erase a concept first")
+        raise ValueError(
+            f"nothing is erased in {args.ledger_dir}: its weights are those of {base}; erase a concept first"
+        )
     target = (args.save_path or args.ledger_dir / "export") / f"{model.name}-{merge_name(shifts)}"
     session.print_export(write(model, shifts, target, config, ledger.prompts))
 
 
 def main() -> None:
     parser = arguments.make_parser(__doc__)
-    runs = {"init": init, "erase": erase, "restore": restore, "status": status, "history": history, "verify": verify, "export": export}
+    runs = {
+        "init": init,
+        "erase": erase,
+        "restore": restore,
+        "status": status,
+        "history": history,
+        "verify": verify,
+        "export": export,
+    }
     commands = arguments.add_commands(parser, REPO_ROOT / "models" / "ledger", **runs)
     for name in ("init", "erase", "verify", "export"):
         arguments.add_model(commands[name], str(arguments.DEFAULT_MODEL) if name == "init" else None)
         arguments.add_device(commands[name])
     arguments.add_category(commands["init"])
-    commands["init"].option("erased_index", default="0-8", help="what may be erased, such as 0-8; each shift protects the others")
+    commands["init"].option(
+        "erased_index", default="0-8", help="what may be erased, such as 0-8; each shift protects the others"
+    )
     commands["init"].retire("--concepts", "--concepts is for names: give indexes to --erased_index")
     commands["init"].option("protect", nargs="*", default=[], help="further prompts that every shift protects")
     for name in ("erase", "restore"):
         commands[name].add_argument("concept", nargs="+", help="names, or indexes")
-    commands["erase"].option("method", choices=METHODS, default=None, help="(default: the concept's last shift; else SRS-ME)")
+    commands["erase"].option(
+        "method", choices=METHODS, default=None, help="(default: the concept's last shift; else SRS-ME)"
+    )
     for kind in METHODS.values():
         arguments.add_settings(commands["erase"], kind)
     arguments.add_training_images(commands["erase"])

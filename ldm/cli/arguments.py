@@ -1,10 +1,13 @@
-"""The arguments that scripts share, and flags made from the fields of the settings. No torch here: `--help` answers at once."""
+"""The arguments that scripts share, and flags made from the fields of the settings. No torch here: `--help` answers at
+once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -51,7 +54,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def option(self, name: str, original: Sequence[str] = (), older: Sequence[str] = (), **options: Any) -> None:
-        """Add `--name` with the spellings of `ldm.cli.flags`, or those given here: `original` ones are shown, `older` ones work."""
+        """Add `--name` with the spellings of `ldm.cli.flags`, or those given here: `original` ones are shown, `older`
+        ones work.
+        """
         original = original or ORIGINAL.get(name, ())
         action = self.add_argument(f"--{name}", *original, dest=name, **options)
         for flag in older or OLDER.get(name, ()):
@@ -66,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 
         self.add_argument(flag, action=Retired, nargs="*", help=argparse.SUPPRESS, dest=argparse.SUPPRESS)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] argparse's is overloaded
         typed = sys.argv[1:] if args is None else list(args)
         for text in typed:
             flag = text.split("=")[0]
@@ -134,12 +139,12 @@ def choice(*names: str) -> Callable[[str], str]:
 
 
 def parse_numbers(text: str, name: str, minimum: int = 2) -> list[float]:
-    """Return the numbers in such as '0,1e-6'. Raises ValueError for anything else, or fewer than `minimum` different ones."""
+    """Return the numbers in such as '0,1e-6'. Raises ValueError for anything else, or fewer than `minimum` different
+    ones.
+    """
     numbers: list[float] = []
-    try:
+    with suppress(ValueError):
         numbers = list(dict.fromkeys(float(piece) for piece in text.split(",")))
-    except ValueError:
-        pass
     if not numbers or not all(abs(number) < float("inf") for number in numbers):
         raise ValueError(f"`{name}` {text}: give numbers such as 0,1e-6")
     if len(numbers) < minimum:
@@ -187,9 +192,11 @@ def setting_type(entry: Field[Any]) -> Callable[[str], Any]:
 
 
 def add_settings(parser: Parser, kind: type[Settings], *names: str) -> None:
-    """Add a flag for each field of a settings class, or those called `names`; without one the model's config decides."""
+    """Add a flag for each field of a settings class, or those called `names`; without one the model's config
+    decides.
+    """
     for entry in fields(kind):
-        if names and entry.name not in names or entry.name in {action.dest for action in parser._actions}:
+        if (names and entry.name not in names) or entry.name in {action.dest for action in parser._actions}:
             continue
         listed = f": {', '.join(entry.metadata['choices'])}" if entry.metadata["choices"] else ""
         text = f"{entry.metadata['help']}{listed} {FROM_CONFIG}"
@@ -278,22 +285,27 @@ def add_erasure(parser: Parser, kind: type[MethodConfig]) -> None:
     parser.option("gradient_checkpointing", action="store_true", help="less memory for a third more time")
     add_device(parser)
     parser.option("frozen_device", default=None, help="another device for the passes without gradient")
-    parser.option("devices", default=None, help="--device and --frozen_device in one, such as 0,1 (the original's flag)")
+    parser.option(
+        "devices", default=None, help="--device and --frozen_device in one, such as 0,1 (the original's flag)"
+    )
 
 
 def add_training_images(parser: Parser) -> None:
     """Add --training_image_dir."""
-    parser.option("training_image_dir", type=Path, default=REPO_ROOT / "data", help="has a folder of images per concept")
+    parser.option(
+        "training_image_dir", type=Path, default=REPO_ROOT / "data", help="has a folder of images per concept"
+    )
 
 
 def add_null_space(parser: Parser) -> None:
     """Add the settings of a null space; --rank_rtol also takes the word exact."""
     tolerance = next(entry for entry in fields(NullSpaceConfig) if entry.name == "rank_rtol")
+    exact = NullSpaceConfig().rank_rtol
 
     def parse_tolerance(text: str) -> float:
-        return float(tolerance.default) if text == "exact" else setting_type(tolerance)(text)
+        return exact if text == "exact" else setting_type(tolerance)(text)
 
-    text = f"{tolerance.metadata['help']}, or exact for {tolerance.default} {FROM_CONFIG}"
+    text = f"{tolerance.metadata['help']}, or exact for {exact} {FROM_CONFIG}"
     parser.option("rank_rtol", type=parse_tolerance, default=None, help=text)
     add_settings(parser, NullSpaceConfig)
 
@@ -322,6 +334,13 @@ def add_image_pair(parser: Parser) -> None:
     """Add the two image folders that are compared."""
     parser.option("original_dir", type=Path, required=True, help="images of the original model")
     parser.option("edited_dir", type=Path, required=True, help="images of the edited model")
+
+
+def add_ledger(parser: Parser) -> None:
+    """Add the ledger that a page is about."""
+    default = REPO_ROOT / "models" / "ledger"
+    text = "a ledger's folder, or its .jsonl file"
+    parser.add_argument("ledger", type=Path, nargs="?", default=default, help=text)
 
 
 def add_image_dir(parser: Parser) -> None:

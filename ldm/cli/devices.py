@@ -30,7 +30,8 @@ def _parse_device(text: str) -> torch.device:
         raise ValueError(f"'{text}' is no device: give cpu, or cuda:0 or 0 for the first GPU")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device '{text}' needs CUDA device {device.index or 0}, and this machine has {torch.cuda.device_count()}: use cpu"
+            f"device '{text}' needs CUDA device {device.index or 0}, and this machine has "
+            f"{torch.cuda.device_count()}: use cpu"
         )
     return device
 
@@ -38,8 +39,8 @@ def _parse_device(text: str) -> torch.device:
 def init_distributed(device: torch.device) -> tuple[torch.device, Shard]:
     """Return this process's device, and its shard of the work.
 
-    Work is shared out among the processes that torchrun or SLURM has started together, one for each device, and among the tasks of a
-    SLURM job array. Raises ValueError where several processes are told to take the same GPU.
+    Work is shared out among the processes that torchrun or SLURM has started together, one for each device, and among
+    the tasks of a SLURM job array. Raises ValueError where several processes are told to take the same GPU.
     """
     from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
@@ -72,7 +73,8 @@ def _launch(environment, device: torch.device) -> tuple[int, int, torch.device]:
         nodes = world_size // int(os.environ["LOCAL_WORLD_SIZE"])
     if device.index is not None:
         raise ValueError(
-            f"device {device} would be that of all {world_size} processes: leave the flag out, so that each takes its own, or give cpu"
+            f"device {device} would be that of all {world_size} processes: leave the flag out, so that each "
+            "takes its own, or give cpu"
         )
     fabric = Fabric(accelerator=device.type, devices=world_size // nodes, num_nodes=nodes, strategy="ddp")
     fabric.launch()

@@ -1,114 +1,175 @@
-"""What scenes.py and the ablations share: their arguments, and the experiment and tables that these ask for."""
+"""What scenes.py, the ablations and report.py share: their arguments, and the experiment and tables that these ask for.
+
+No torch here at import: `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from ldm import ablation, cli
-from ldm.experiments.ablations import Variant
+from ldm.cli import arguments
+from ldm.cli.arguments import Namespace, Parser
 from ldm.config.concepts import parse_erase_targets
+from ldm.config.methods import METHODS, EvaluationConfig, JointSRSMEConfig, MethodConfig, SRSMEConfig, did_you_mean
 from ldm.config.scenes import load_scene
 from ldm.io.paths import REPO_ROOT
-from ldm.experiments.experiment import Experiment
-from ldm.erasure.methods import METHODS
-from ldm.metrics.classify import ImageNetObjects, classifier_path, load_classifier
-from ldm.metrics.frechet import distance_column
-from ldm.config.models import load_model_config
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from ldm.experiments.experiment import Experiment
+    from ldm.metrics.classify import Classifier
 
 
-def add_experiment(parser: cli.Parser, folder: str) -> None:
-    """What scenes and ablations share: how much is drawn, by what, and where it goes."""
-    cli.add_model(parser)
-    cli.add_category(parser)
-    for flag, text in (("--num_seeds", "images of each prompt for each set of weights"),
-                       ("--num_pictures", "pictures to learn each erasure from")):
-        parser.add_argument(flag, type=cli.positive, default=None, help=f"{text} (default: the model's config)")
-    parser.add_argument("--save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / folder)
-    parser.add_argument("--shifts_path", type=Path, default=None, help="where shifts are kept (default: SAVE_PATH/shifts)")
-    parser.add_argument("--settings", nargs="*", default=[], help="changes of the methods' settings, such as FMN.lr=1e-2")
-    parser.add_argument("--seed", type=int, default=0, help="of the erasures")
-    parser.add_argument("--model_path", type=Path, default=None, help="classifier (default: models/classifiers/CATEGORY.safetensors)")
-    parser.add_argument("--imagenet_path", type=Path, default=None, help="for objects: torchvision's ImageNet ResNet50, as the paper")
-    cli.add_sampling(parser)
-    cli.add_inception(parser)
-    cli.add_device(parser)
+def add_experiment(parser: Parser, folder: str) -> None:
+    """Add how much is generated, by what, and where it goes: below evaluation_folder/`folder` by default."""
+    arguments.add_model(parser)
+    arguments.add_category(parser)
+    arguments.add_settings(parser, EvaluationConfig)
+    parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / folder, help="where to write")
+    text = "where shifts are kept (default: SAVE_PATH/shifts)"
+    parser.option("artifacts_dir", type=Path, default=None, help=text)
+    parser.option("set", nargs="*", default=[], help="changes of the methods' settings, such as FMN.lr=1e-2")
+    parser.option("seed", type=int, default=0, help="of the erasures")
+    arguments.add_classifier(parser)
+    arguments.add_imagenet(parser)
+    arguments.add_sampling(parser)
+    arguments.add_inception(parser)
+    arguments.add_device(parser)
 
 
-def experiment(args: cli.Namespace) -> Experiment:
-    """The experiment that `add_experiment`'s arguments describe, with the category's classifier if it has one."""
-    device = cli.parse_devices(args.device)[0]
-    path = args.model_path or classifier_path(args.erase_cat)
-    classifier = load_classifier(path, device)[0] if args.model_path or path.is_file() else None
-    if args.imagenet_path:
-        if args.erase_cat != "object":
-            raise ValueError("--imagenet_path goes with --erase_cat object: ImageNet has no other of the categories")
-        classifier = ImageNetObjects(args.imagenet_path).to(device)
-    if args.inception_path and not args.inception_path.is_file():
-        raise ValueError(f"no file {args.inception_path}: pass FID's Inception weights to --inception_path, or leave it out")
-    model = cli.load_model(args, device)
-    cli.fill(args, load_model_config(model.base).sampling)
-    cli.fill(args, load_model_config(model.base).evaluation)
-    args.shifts_path = args.shifts_path or args.save_path / "shifts"
-    sampling = {name: getattr(args, name) for name in ("ddim_steps", "guidance_scale", "batch_size")}
-    return Experiment(model, args.erase_cat, args.save_path / args.erase_cat, classifier, sampling, args.num_seeds,
-                      args.num_pictures, args.inception_path)
-
-
-def add_ablation(parser: cli.Parser, values: str, text: str) -> None:
-    """An experiment's arguments, the concepts to erase, and the values to compare."""
+def add_ablation(parser: Parser, values: str, text: str) -> None:
+    """Add an experiment's arguments, the concepts to erase, and the values to compare."""
     add_experiment(parser, "ablations")
-    parser.add_argument("--erased_index", default="0,1,2", help="concepts to erase and merge, such as 0,1,2")
-    parser.add_argument("--values", default=values, help=text)
+    add_targets(parser, "0,1,2")
+    parser.option("sweep_values", default=values, help=text)
 
 
-def ablate(args: cli.Namespace, name: str, setting: str, zero: bool = False) -> None:
-    """Erase and measure with each of --values for one of SRS-ME's settings, the erased concepts protecting each other; `zero`
-    says whether 0 is a value of it."""
-    erased = [concept.index for concept in parse_erase_targets(args.erased_index, args.erase_cat)]
-    values = cli.parse_numbers(args.values)
-    if min(values) < 0 or not zero and 0 in values:
-        raise ValueError(f"--values {args.values}: give numbers above 0" + ", or 0" * zero)
-    tried = experiment(args)
-    given = srs_me(args, tried)
-    if not given["iter_break"]:  # a closed form, which knows nothing of how one learns
-        given |= {"init": "zero", "iter_break": steps(args, tried)}
-    variants = [Variant(value, given | {setting: value}, erased) for value in values]
-    finish(args, ablation.ablate(tried, args.shifts_path, name, erased, variants), "status", setting, name, log=True)
+def add_targets(parser: Parser, indexes: str) -> None:
+    """Add --erased_index for concepts that are erased and merged."""
+    parser.option("erased_index", default=indexes, help=f"concepts to erase and merge, such as {indexes}")
 
 
-def steps(args: cli.Namespace, tried: Experiment) -> int:
-    """The most steps of an erasure that learns from zero: SRS-ME-dagger's, which always does."""
-    return cli.methods_settings(tried.model.base, args.settings)["SRS-ME-dagger"]["iter_break"]
+def target_indexes(args: Namespace) -> list[int]:
+    """Return the indexes that --erased_index names."""
+    return [concept.index for concept in parse_erase_targets(args.erased_index, args.category)]
 
 
-def srs_me(args: cli.Namespace, tried: Experiment) -> dict:
-    """SRS-ME's settings for an ablation."""
-    return cli.methods_settings(tried.model.base, args.settings)["SRS-ME"] | {"seed": args.seed}
+def make_experiment(args: Namespace) -> Experiment:
+    """Return the experiment that the arguments describe, with the category's classifier if it has one."""
+    from ldm.cli import session
+    from ldm.config.models import load_model_config
+    from ldm.experiments.experiment import Experiment
+
+    device = session.first_device(args)
+    classifier = _load_classifier(args, device)
+    if args.inception_weights and not args.inception_weights.is_file():
+        advice = "pass FID's Inception weights as `inception_weights`, or leave it out"
+        raise ValueError(f"no file {args.inception_weights}: {advice}")
+    model = session.load_model(args, device)
+    config = load_model_config(model.config_name)
+    sampling = session.fill_settings(args, config.sampling)
+    evaluation = session.fill_settings(args, config.evaluation)
+    folder = args.save_path / args.category
+    return Experiment(
+        model,
+        args.category,
+        folder,
+        classifier,
+        sampling,
+        evaluation.seeds_per_prompt,
+        evaluation.num_training_images,
+        args.inception_weights,
+    )
 
 
-def finish(args: cli.Namespace, table: pd.DataFrame, by: str, x: str, name: str, log: bool = False) -> None:
-    """Write an ablation's table and plot, and print the means."""
-    path = args.save_path / args.erase_cat / name
-    print(ablation.write(table, by, x, distance_column(args.inception_path), path, log))
+def _load_classifier(args: Namespace, device: torch.device) -> Classifier | None:
+    """Return the classifier that --imagenet_weights or --classifier names, else the category's own if it has one."""
+    from ldm.metrics.classify import ImageNetObjects, classifier_path, load_classifier
+
+    if args.imagenet_weights:
+        if args.category != "object":
+            raise ValueError("`imagenet_weights` goes with `category` object: ImageNet has no other of the categories")
+        return ImageNetObjects(args.imagenet_weights).to(device)
+    path = args.classifier or classifier_path(args.category)
+    return load_classifier(path, device)[0] if args.classifier or path.is_file() else None
+
+
+def artifacts_dir(args: Namespace) -> Path:
+    """Return where an experiment's shifts are kept."""
+    return args.artifacts_dir or args.save_path / "shifts"
+
+
+def method_configs(args: Namespace, experiment: Experiment) -> dict[str, MethodConfig]:
+    """Return the settings of every method with the changes of --set and the seed."""
+    from ldm.cli import session
+    from ldm.config.models import load_model_config
+
+    methods = session.changed_methods(load_model_config(experiment.model.config_name), args.set)
+    return {name: config.with_changes(seed=args.seed) for name, config in methods.items()}
+
+
+def srsme_config(args: Namespace, experiment: Experiment) -> SRSMEConfig:
+    """Return SRS-ME's settings for an ablation.
+
+    Where these stop at the closed form, what an ablation of learning takes at most are the iterations of SRS-ME-dagger,
+    which always learns.
+    """
+    methods = method_configs(args, experiment)
+    config, joint = methods[SRSMEConfig.name], methods[JointSRSMEConfig.name]
+    assert isinstance(config, SRSMEConfig)
+    return config if config.learns else config.with_changes(max_steps=joint.max_steps)
+
+
+def run_sweep(args: Namespace, name: str, setting: str, allow_zero: bool = False) -> None:
+    """Erase by learning and evaluate with each of --sweep_values for one of SRS-ME's settings, and print the means.
+
+    The erased concepts protect each other. `allow_zero` says whether 0 is a value of the setting.
+    """
+    erased = target_indexes(args)
+    values = arguments.parse_numbers(args.sweep_values, "sweep_values")
+    if min(values) < 0 or (0 in values and not allow_zero):
+        advice = "give numbers above 0, or 0" if allow_zero else "give numbers above 0"
+        raise ValueError(f"`sweep_values` {args.sweep_values}: {advice}")
+    from ldm.experiments.ablations import Variant, run_ablation
+
+    experiment = make_experiment(args)
+    config = srsme_config(args, experiment)
+    if not config.learns:
+        config = config.with_changes(mode="learn", init="zero")
+    variants = [Variant(value, config.with_changes(**{setting: value}), erased) for value in values]
+    table = run_ablation(experiment, artifacts_dir(args), name, erased, variants)
+    print_ablation(args, table, name, "status", setting, log_x=True)
+
+
+def print_ablation(args: Namespace, table: pd.DataFrame, name: str, by: str, x: str, log_x: bool = False) -> None:
+    """Write an ablation's table and plot, and print the means over the groups of `by`; `x` is what the values are."""
+    from ldm.experiments.ablations import AblationSummary, save_ablation
+    from ldm.metrics.frechet import distance_column
+
+    path = args.save_path / args.category / name
+    print(save_ablation(table, path, AblationSummary(by, x, distance_column(args.inception_weights), log_x)))
     print(f"-> {path}.png, .md, .csv")
 
 
 def parse_methods(text: str) -> list[str]:
-    """'SRS-ME,FMN' -> names of methods. Raises ValueError for an unknown name, or none."""
-    names = list(dict.fromkeys(filter(None, (piece.strip() for piece in text.split(",")))))
+    """Return the methods in such as 'SRS-ME,FMN'. Raises ValueError for an unknown name, or none."""
+    pieces = [piece.strip() for piece in text.split(",")]
+    names = list(dict.fromkeys(piece for piece in pieces if piece))
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
-        raise ValueError(f"'{(unknown or [text])[0]}' is no method: choose from {','.join(METHODS)}")
+        name = (unknown or [text])[0]
+        raise ValueError(f"'{name}' is no method{did_you_mean(name, list(METHODS))}: choose from {','.join(METHODS)}")
     return names
 
 
 def parse_scenes(text: str) -> list[int]:
-    """'1,2' -> scenes of configs/scenes.yaml. Raises ValueError for anything that is none."""
+    """Return the scenes of configs/scenes.yaml in such as '1,2'. Raises ValueError for anything that is none."""
     pieces = [piece.strip() for piece in text.split(",")]
     for piece in pieces:
         if not piece.isdigit():
-            raise ValueError(f"--scene {text}: give numbers of configs/scenes.yaml, such as 4 or 1,2,3,4")
+            raise ValueError(f"`scene` {text}: give numbers of configs/scenes.yaml, such as 4 or 1,2,3,4")
         load_scene(int(piece))  # before any work, so that a wrong number costs none
     return [int(piece) for piece in dict.fromkeys(pieces)]

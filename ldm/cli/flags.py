@@ -1,4 +1,6 @@
-"""Every flag's other spellings: the original repository's, which `--help` shows, and our own older ones, which it does not."""
+"""Every flag's other spellings: the original repository's, which `--help` shows, and our own older ones, which it does
+not.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ _MAKERS = {  # what makes a missing file, by its kind
     "prompts": "make one with python eval-scripts/make-prompts.py",
     "basis": f"make it with python train-scripts/SRSME_Solution.py {_PLACE} --em_indexes ...",
     "shift": f"make it with python train-scripts/{{script}} {_PLACE}",
-    "training images": "make them with python eval-scripts/generate-data.py --category {category} --prompt '{concept}' --source model",
+    "training images": "make them with python eval-scripts/generate-data.py --category {category} "
+    "--prompt '{concept}' --source model",
     "generated images": "make them with python eval-scripts/generate-images-merge.py",
     "classifier": "train it with python train-scripts/artist-cls-train.py --category {category}",
     "classifier data": "make them with python eval-scripts/generate-data.py --category {category}",
@@ -65,6 +66,10 @@ def explain(error: Exception) -> str:
     message = " ".join(str(error).split())
     message = re.sub(r"`(\w+)`", lambda found: spelled.get(found[1], f"--{found[1]}"), message)
     if isinstance(error, MissingFileError):
-        details = {"category": "style", "script": METHOD_SCRIPTS.get(str(error.details.get("method")), ""), **error.details}
+        details = {
+            "category": "style",
+            "script": METHOD_SCRIPTS.get(str(error.details.get("method")), ""),
+            **error.details,
+        }
         message += f": {_MAKERS[error.kind].format(**details)}"
     return message

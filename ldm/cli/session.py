@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ldm.cli.arguments import DEFAULT_MODEL, Namespace, nonnegative_int, setting_type, typed_settings
+from ldm.cli.arguments import DEFAULT_MODEL, Namespace, nonnegative_int, setting_type, spelled, typed_settings
 from ldm.cli.devices import init_distributed, parse_devices
 from ldm.config.concepts import parse_erase_targets
 from ldm.config.methods import ExecutionConfig, MethodConfig, Settings, SRSMEConfig, did_you_mean
@@ -83,7 +83,9 @@ def changed_methods(config: ModelConfig, changes: Sequence[str]) -> dict[str, Me
         method, _, name = place.partition(".")
         if method not in methods or not name or not text:
             near = did_you_mean(method, list(methods))
-            raise ValueError(f"`set` {change}: give METHOD.SETTING=VALUE as in the model's config, such as FMN.lr=1e-2{near}")
+            raise ValueError(
+                f"`set` {change}: give METHOD.SETTING=VALUE as in the model's config, such as FMN.lr=1e-2{near}"
+            )
         methods[method] = _changed(methods[method], RENAMED_KEYS.get(name, name), text, change)
     return methods
 
@@ -91,7 +93,9 @@ def changed_methods(config: ModelConfig, changes: Sequence[str]) -> dict[str, Me
 def _changed(config: MethodConfig, name: str, text: str, change: str) -> MethodConfig:
     entries = {entry.name: entry for entry in dataclasses.fields(config)}
     if name not in entries:
-        raise ValueError(f"`set` {change}: no setting {name}{did_you_mean(name, list(entries))}, give such as FMN.lr=1e-2")
+        raise ValueError(
+            f"`set` {change}: no setting {name}{did_you_mean(name, list(entries))}, give such as FMN.lr=1e-2"
+        )
     decides_mode = name == "max_steps" and isinstance(config, SRSMEConfig)
     try:
         changes = {name: nonnegative_int(text) if decides_mode else setting_type(entries[name])(text)}
@@ -132,12 +136,9 @@ def _report_unused(args: Namespace, config: MethodConfig) -> None:
     """Say which of the settings that were typed act only while something is learnt, where nothing is."""
     if config.learns:
         return
-    from ldm.cli.arguments import spelled
-
-    unused = []
-    for entry in dataclasses.fields(config):
-        if entry.metadata["learning_only"] and entry.name != "max_steps" and getattr(args, entry.name, None) is not None:
-            unused.append(spelled.get(entry.name, f"--{entry.name}"))
+    typed = set(typed_settings(args, type(config))) - {"max_steps"}
+    entries = [entry for entry in dataclasses.fields(config) if entry.metadata["learning_only"]]
+    unused = [spelled.get(entry.name, f"--{entry.name}") for entry in entries if entry.name in typed]
     if unused:
         print(f"{', '.join(unused)}: not used, since nothing is learnt: --mode is closed_form")
 
@@ -168,7 +169,8 @@ def explain_oom(args: Namespace, method: str) -> Iterator[None]:
             raise
         print(f"predicted peak memory, GiB:\n{to_markdown(memory_table(args, method))}")
         raise ValueError(
-            "out of memory, and nothing was lost: choose a smaller row of the table, such as `unet_dtype` bfloat16 with "
+            "out of memory, and nothing was lost: choose a smaller row of the table, such as `unet_dtype` "
+            "bfloat16 with "
             "`gradient_checkpointing`, or a smaller `train_batch_size`, or another `device`"
         ) from error
 
@@ -199,5 +201,3 @@ def print_export(result: Any) -> None:
         print(f"\n{to_markdown(pd.DataFrame(result.truncated))}")
     for target in result.targets:
         print(f"-> {target}")
-
-

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
-from omegaconf import OmegaConf
-import re
-from ldm.io.paths import REPO_ROOT
 
+from omegaconf import OmegaConf
+
+from ldm.io.paths import REPO_ROOT
 
 CATEGORIES = ("style", "object", "similar", "nudity", "logo")
 
@@ -24,10 +25,11 @@ EMPTY_PROMPT_LABEL = "(empty)"  # what tables and images call the empty prompt
 
 @dataclass(frozen=True)
 class Concept:
-    """One concept: `index` in its category, `prompt` (how prompts say it), other spellings, caption templates with `{}`.
+    """One concept: `index` in its category, `prompt` (how prompts say it), other spellings, caption templates with
+    `{}`.
 
-    `held_out_templates` are templates that the bundled model's captions never use. `anchor_prompt` is the first template without
-    the concept, to which some methods pull it.
+    `held_out_templates` are templates that the bundled model's captions never use. `anchor_prompt` is the first
+    template without the concept, to which some methods pull it.
     """
 
     index: int
@@ -68,11 +70,21 @@ def load_concepts(category: str) -> tuple[Concept, ...]:
     if category not in CATEGORIES:
         raise ValueError(f"unknown category '{category}': choose one of {', '.join(CATEGORIES)}")
     group = _load_config().categories[category]
-    concepts = [Concept(index, entry.name, entry.get("prompt", entry.name), tuple(entry.get("aliases", ())),
-                        tuple(group.templates), tuple(group.get("held_out_templates", group.get("held_out", ()))),
-                        group.get("anchor_prompt", group.get("anchor", "")))
-                for index, entry in enumerate(group.concepts)]
-    marks = [Concept(len(concepts) + k, text, text, is_watermark=True) for k, text in enumerate(_load_config().watermarks)]
+    concepts = [
+        Concept(
+            index,
+            entry.name,
+            entry.get("prompt", entry.name),
+            tuple(entry.get("aliases", ())),
+            tuple(group.templates),
+            tuple(group.get("held_out_templates", group.get("held_out", ()))),
+            group.get("anchor_prompt", group.get("anchor", "")),
+        )
+        for index, entry in enumerate(group.concepts)
+    ]
+    marks = [
+        Concept(len(concepts) + k, text, text, is_watermark=True) for k, text in enumerate(_load_config().watermarks)
+    ]
     return tuple(concepts + marks)
 
 
@@ -108,16 +120,24 @@ def find_by_name(category: str, text: str) -> Concept | None:
 
 
 def match_concept(category: str, prompt: str) -> Concept | None:
-    """The concept that a prompt names: all of the prompt, or the longest spelling within it; None when there is none."""
-    inside = [(len(spelling), -concept.index, concept) for concept in erasable_concepts(category)
-              for spelling in (concept.prompt, concept.name, *concept.aliases) if spelling.lower() in prompt.lower()]
+    """The concept that a prompt names: all of the prompt, or the longest spelling within it; None when there is
+    none.
+    """
+    inside = [
+        (len(spelling), -concept.index, concept)
+        for concept in erasable_concepts(category)
+        for spelling in (concept.prompt, concept.name, *concept.aliases)
+        if spelling.lower() in prompt.lower()
+    ]
     return find_by_name(category, prompt) or (max(inside)[2] if inside else None)
 
 
-def concept_status(category: str, prompt: str, erased: Collection[int], restored: Collection[int] = (),
-           protected: Collection[int] = ()) -> str:
-    """What a prompt's concept is, given the indexes of those: erased, restored, protected (as the watermarks and the blank
-    prompt always are), or regular."""
+def concept_status(
+    category: str, prompt: str, erased: Collection[int], restored: Collection[int] = (), protected: Collection[int] = ()
+) -> str:
+    """What a prompt's concept is, given the indexes of those: erased, restored, protected (as the watermarks and the
+    blank prompt always are), or regular.
+    """
     concept = match_concept(category, prompt)
     if concept is None or concept.is_watermark:
         return "protected"
@@ -131,7 +151,9 @@ def parse_indexes(text: str, category: str) -> list[int]:
     for piece in filter(None, (piece.strip() for piece in text.split(","))):
         span = INDEX_RANGE_RE.fullmatch(piece)
         if not span:
-            raise ValueError(f"'{piece}' is not a concept index: give numbers such as 0,1,2 or 0-8 from {_format_choices(category)}")
+            raise ValueError(
+                f"'{piece}' is not a concept index: give numbers such as 0,1,2 or 0-8 from {_format_choices(category)}"
+            )
         first, last = int(span[1]), int(span[2] or span[1])
         if last < first:
             raise ValueError(f"'{piece}' counts backwards: write {last}-{first}")
@@ -148,6 +170,8 @@ def parse_erase_targets(text: str, category: str) -> list[Concept]:
         raise ValueError(f"no concept to erase: give indexes such as 0,1,2 from {_format_choices(category)}")
     for concept in concepts:
         if concept.is_watermark:
-            raise ValueError(f"{concept.index} {concept.name} is a watermark, which every shift protects: "
-                             f"erase one of {erasable_concepts(category)[0].index} to {erasable_concepts(category)[-1].index}")
+            raise ValueError(
+                f"{concept.index} {concept.name} is a watermark, which every shift protects: "
+                f"erase one of {erasable_concepts(category)[0].index} to {erasable_concepts(category)[-1].index}"
+            )
     return concepts

@@ -1,7 +1,7 @@
 """The settings of every method and of what surrounds it: one frozen dataclass each, whose fields carry their help.
 
-A field, a YAML key and a flag are the same name. The defaults are those of the paper (arXiv 2402.05947) for Stable Diffusion v1; a
-model's YAML is merged over them (`ldm.config.models`), and what a user types over that.
+A field, a YAML key and a flag are the same name. The defaults are those of the paper (arXiv 2402.05947) for Stable
+Diffusion v1; a model's YAML is merged over them (`ldm.config.models`), and what a user types over that.
 """
 
 from __future__ import annotations
@@ -25,8 +25,16 @@ def setting(
     above: float | None = None,
     learning_only: bool = False,
 ) -> Any:
-    """Declare a field: its default, what it means, which values it takes, and whether it acts only while something is learnt."""
-    metadata = {"help": help_text, "choices": choices, "minimum": minimum, "above": above, "learning_only": learning_only}
+    """Declare a field: its default, what it means, which values it takes, and whether it acts only while something is
+    learnt.
+    """
+    metadata = {
+        "help": help_text,
+        "choices": choices,
+        "minimum": minimum,
+        "above": above,
+        "learning_only": learning_only,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -39,7 +47,9 @@ class Settings:
             check_value(entry.name, getattr(self, entry.name), entry.metadata)
 
     def with_changes(self, **changes: Any) -> Self:
-        """Return a copy with other values. Raises ValueError, with the nearest name, for a setting that there is not."""
+        """Return a copy with other values. Raises ValueError, with the nearest name, for a setting that there is
+        not.
+        """
         known = [entry.name for entry in fields(self)]
         for name in changes:
             if name not in known:
@@ -117,10 +127,14 @@ class SRSMEConfig(MethodConfig):
         0.0, "weight of how far the outputs of the vocabulary's words change, other than the concept's own", minimum=0
     )
     anchor: str = setting(
-        "empty", "what the closed form makes of the concept: the empty prompt, or its category's anchor", choices=("empty", "category")
+        "empty",
+        "what the closed form makes of the concept: the empty prompt, or its category's anchor",
+        choices=("empty", "category"),
     )
     target_templates: int = setting(0, "caption templates to erase beside the concept's name", minimum=0)
-    max_directions: int | None = setting(691, "most basis vectors, those with the largest projection of the concept first", minimum=1)
+    max_directions: int | None = setting(
+        691, "most basis vectors, those with the largest projection of the concept first", minimum=1
+    )
     basis_scale: float = setting(1e-4, "beta, the scale of the null space's basis")
     lr: float = setting(0.1, "Adam's learning rate", learning_only=True)
     l1_weight: float = setting(1e-6, "weight of |dW|_1", learning_only=True)
@@ -189,7 +203,14 @@ class ESDConfig(FinetuneConfig):
 
 METHODS: dict[str, type[MethodConfig]] = {
     kind.name: kind
-    for kind in (SRSMEConfig, JointSRSMEConfig, FullCorrelationConfig, ForgetMeNotConfig, AblatingConceptsConfig, ESDConfig)
+    for kind in (
+        SRSMEConfig,
+        JointSRSMEConfig,
+        FullCorrelationConfig,
+        ForgetMeNotConfig,
+        AblatingConceptsConfig,
+        ESDConfig,
+    )
 }
 
 
@@ -201,7 +222,9 @@ class NullSpaceConfig(Settings):
     rank_rtol: float = setting(1e-7, "relative size of a singular value that counts as zero", minimum=0)
     protected_templates: int = setting(0, "caption templates to protect beside each concept's name", minimum=0)
     always_protected_weight: float = setting(
-        1.0, "weight of the empty prompt and the watermarks, which are always protected, against that of a concept", above=0
+        1.0,
+        "weight of the empty prompt and the watermarks, which are always protected, against that of a concept",
+        above=0,
     )
 
 
@@ -236,15 +259,20 @@ class ExportConfig(Settings):
 
     formats: tuple[str, ...] = setting(("diffusers",), f"one or more of {','.join(FORMATS)}")
     save_dtype: str = setting(
-        "float32", "what the weights are written in; a compvis checkpoint keeps its own unless this is a half", choices=DTYPES
+        "float32",
+        "what the weights are written in; a compvis checkpoint keeps its own unless this is a half",
+        choices=DTYPES,
     )
     rank: int | str | None = setting(
         None,
-        "directions that each shift keeps, or auto for the fewest with effect_fraction of its effect (without it auto for lora "
+        "directions that each shift keeps, or auto for the fewest with effect_fraction of its effect "
+        "(without it auto for lora "
         "and kohya, all for merged weights)",
         minimum=1,
     )
-    effect_fraction: float = setting(0.85, "fraction of the effect on the concept's own prompts to keep, for an automatic rank")
+    effect_fraction: float = setting(
+        0.85, "fraction of the effect on the concept's own prompts to keep, for an automatic rank"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,7 +281,8 @@ class ExportConfig(Settings):
             raise ValueError(f"'{(unknown or [''])[0]}' is no format: choose from {', '.join(FORMATS)}")
         if not 0 < self.effect_fraction <= 1:
             raise ValueError(
-                f"`effect_fraction` {self.effect_fraction} is outside (0, 1]: give a fraction of the effect, such as 0.85"
+                f"`effect_fraction` {self.effect_fraction} is outside (0, 1]: give a fraction of the effect, "
+                "such as 0.85"
             )
         if isinstance(self.rank, str) and self.rank != "auto":
             raise ValueError(f"`rank` '{self.rank}' is neither a whole number from 1 nor auto")

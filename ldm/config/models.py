@@ -38,7 +38,9 @@ class ModelConfig:
     sampling: SamplingConfig = SamplingConfig()
     null_space: NullSpaceConfig = NullSpaceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    methods: Mapping[str, MethodConfig] = field(default_factory=lambda: {name: kind() for name, kind in METHODS.items()})
+    methods: Mapping[str, MethodConfig] = field(
+        default_factory=lambda: {name: kind() for name, kind in METHODS.items()}
+    )
 
 
 def load_model_config(name: str) -> ModelConfig:

@@ -22,7 +22,8 @@ class SceneStep:
 def load_scene(number: int) -> list[SceneStep]:
     """Return one scene, time by time.
 
-    Raises ValueError when there is none of that number, and for a time that erases what is erased or restores what is not.
+    Raises ValueError when there is none of that number, and for a time that erases what is erased or restores what is
+    not.
     """
     scenes = OmegaConf.load(REPO_ROOT / "configs" / "scenes.yaml").scenes
     if number not in scenes:
@@ -34,7 +35,8 @@ def load_scene(number: int) -> list[SceneStep]:
         newly_erased, newly_restored = set(change.get("erase", ())), set(change.get("restore", ()))
         if newly_erased & erased or not newly_restored <= erased:
             raise ValueError(
-                f"configs/scenes.yaml, scene {number}, time {time}: it erases what is erased already, or restores what is not "
+                f"configs/scenes.yaml, scene {number}, time {time}: it erases what is erased already, or "
+                "restores what is not "
                 "erased: correct the file"
             )
         erased = erased - newly_restored | newly_erased

@@ -28,9 +28,8 @@ def latents_from_folder(
     an unreadable image.
     """
     paths = list_images(folder, "training images", **details)[:MAX_IMAGES]
-    latents = []
-    for start in range(0, len(paths), _IMAGES_AT_ONCE):
-        latents.append(model.encode_image(load_batch(paths[start : start + _IMAGES_AT_ONCE], model.image_size)))
+    batches = [paths[start : start + _IMAGES_AT_ONCE] for start in range(0, len(paths), _IMAGES_AT_ONCE)]
+    latents = [model.encode_image(load_batch(batch, model.image_size)) for batch in batches]
     return noised_batches(model, torch.cat(latents), batch_size, seed)
 
 

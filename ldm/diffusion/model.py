@@ -195,19 +195,17 @@ class DiffusionModel:
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """Encode images (N, 3, H, W) in [-1, 1] as scaled latents (N, C, h, w), the means of the posterior."""
         self.vae.to(self.device)
-        means = []
-        for batch in images.split(self._vae_batch_size()):
-            means.append(self.vae.encode(batch.to(self.device, self.vae.dtype)).latent_dist.mean)
-        return torch.cat(means) * self.vae.config.scaling_factor
+        batches = (batch.to(self.device, self.vae.dtype) for batch in images.split(self._vae_batch_size()))
+        latents = torch.cat([self.vae.encode(batch).latent_dist.mean for batch in batches])
+        return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode scaled latents (N, C, h, w) to images (N, 3, H, W), about in [-1, 1]."""
         self.vae.to(self.device)
-        images = []
-        for batch in latents.split(self._vae_batch_size()):
-            images.append(self.vae.decode(batch.to(self.vae.dtype) / self.vae.config.scaling_factor).sample)
-        return torch.cat(images)
+        scale = self.vae.config.scaling_factor
+        batches = latents.split(self._vae_batch_size())
+        return torch.cat([self.vae.decode(batch.to(self.vae.dtype) / scale).sample for batch in batches])
 
     def _vae_batch_size(self) -> int:
         return max(1, _MAX_PIXELS // self.image_size**2)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ldm.config.methods import SamplingConfig
 from ldm.diffusion.model import DiffusionModel
-from ldm.io.files import METADATA_FILE, check_metadata, write_json
+from ldm.io.files import METADATA_FILE, check_metadata, find_metadata_file, write_json
 from ldm.io.images import image_filename, save_image, tensor_to_images
 from ldm.io.prompts import PromptCase, merge_prompt_csv, write_prompt_csv
 from ldm.io.sharding import Shard
@@ -165,7 +165,8 @@ def generate_to_folder(
         if not {image_filename(case.case_number, n) for case, n in batch} <= existing:
             missing += batch
     write_prompt_csv(folder / "prompts.csv", prompts)
-    write_json(folder / METADATA_FILE, metadata)
+    if find_metadata_file(folder) is None:
+        write_json(folder / METADATA_FILE, metadata)
     num_generated = 0
     with compiled_unet(model, sampling.sample_batch_size) if compile_unet and missing else nullcontext():
         for case, n, image in generate(model, missing, sampling):

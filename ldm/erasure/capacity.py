@@ -1,4 +1,6 @@
-"""How many concepts a model's prompts leave room for, at several tolerances, and what each tolerance costs in leakage."""
+"""How many concepts a model's prompts leave room for, at several tolerances, and what each tolerance costs in
+leakage.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ DEFAULT_TOLERANCES = (1e-7, 1e-4, 5e-4, 2e-3, 5e-3, 2e-2)  # to compare where no
 class CapacityReport:
     """What is left for further concepts.
 
-    `singular_values` (d,) are those of all prompts, relative to the largest; `table` has a row for each tolerance; `leakage` has
-    one for each tolerance and prompt: tolerance, prompt, held_out, leakage.
+    `singular_values` (d,) are those of all prompts, relative to the largest; `table` has a row for each tolerance;
+    `leakage` has one for each tolerance and prompt: tolerance, prompt, held_out, leakage.
     """
 
     singular_values: torch.Tensor
@@ -38,7 +40,9 @@ class CapacityReport:
 
 @dataclass(frozen=True)
 class _Erased:
-    """A concept erased at one tolerance: dW of the surrogate layer, and the fraction of its difference that lies in its space."""
+    """A concept erased at one tolerance: dW of the surrogate layer, and the fraction of its difference that lies in its
+    space.
+    """
 
     delta: torch.Tensor
     projection: float
@@ -51,12 +55,14 @@ def measure_capacity(
     tolerances: Sequence[float],
     config: SRSMEConfig,
 ) -> CapacityReport:
-    """Erase each of `concepts` in closed form while all else is protected, at several tolerances, and report what is left.
+    """Erase each of `concepts` in closed form while all else is protected, at several tolerances, and report what is
+    left.
 
-    What is protected are the other concepts, by their names and captions, the empty prompt and the watermarks. The leakage of a
-    prompt is that of the shifts of all concepts but its own. The table's columns: the `rank` of all prompts, the `nullity` left,
-    the `directions` that a concept takes, how many `remaining_concepts` fit, the smallest fraction of a concept's difference from the
-    empty prompt that lies in its directions (`min_projection`), and the largest leakage on protected and on held-out prompts.
+    What is protected are the other concepts, by their names and captions, the empty prompt and the watermarks. The
+    leakage of a prompt is that of the shifts of all concepts but its own. The table's columns: the `rank` of all
+    prompts, the `nullity` left, the `directions` that a concept takes, how many `remaining_concepts` fit, the smallest
+    fraction of a concept's difference from the empty prompt that lies in its directions (`min_projection`), and the
+    largest leakage on protected and on held-out prompts.
     """
     always = ["", *watermark_prompts()]
     protected = {concept.index: concept.prompts(null_space_config.protected_templates) for concept in concepts}
@@ -121,9 +127,14 @@ def _leakage_rows(
 
 
 def _summarize(
-    results: Mapping[tuple[float, int], _Erased], leakage: pd.DataFrame, taken_values: torch.Tensor, fixed_values: torch.Tensor
+    results: Mapping[tuple[float, int], _Erased],
+    leakage: pd.DataFrame,
+    taken_values: torch.Tensor,
+    fixed_values: torch.Tensor,
 ) -> pd.DataFrame:
-    """Return a row for each tolerance; `taken_values` and `fixed_values` (d,) are those of all and of the always protected prompts."""
+    """Return a row for each tolerance; `taken_values` and `fixed_values` (d,) are those of all and of the always
+    protected prompts.
+    """
     width = len(taken_values)
     rows = []
     for tolerance in dict.fromkeys(tolerance for tolerance, _ in results):

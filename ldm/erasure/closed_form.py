@@ -1,14 +1,14 @@
 """The closed form: the cheapest change inside a null space that gives a concept its anchor's outputs.
 
-A text layer with weights W (out, d) sees the rows of a prompt's embedding and nothing else. With X the rows of the concept's prompts,
-Y those of the anchor, S (k, d) orthonormal directions of the null space and C (k, k) what acting along them costs, the shift of a
-concept minimises
+A text layer with weights W (out, d) sees the rows of a prompt's embedding and nothing else. With X the rows of the
+concept's prompts, Y those of the anchor, S (k, d) orthonormal directions of the null space and C (k, k) what acting
+along them costs, the shift of a concept minimises
 
     |X (W + dW)^T - Y W^T|^2 + tr(w C w^T)    over    dW = w S.
 
 Its solution is `w = W A` with `A = (Y - X)^T P (P^T P + C)^-1` and `P = X S^T`: one A (d, k) for all layers, so that
-`(W + dW) e = W (e + A S e)`. (Closed forms edit attention since TIME, arXiv 2303.08084, and UCE, 2308.14761; within a null space
-SPEED, 2503.07392.)
+`(W + dW) e = W (e + A S e)`. (Closed forms edit attention since TIME, arXiv 2303.08084, and UCE, 2308.14761; within a
+null space SPEED, 2503.07392.)
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from dataclasses import dataclass
 
 import torch
 
-MIN_GAIN = 0.03  # smallest projection for the root of its cost g: the closed form goes g^2 / (1 + g^2) of the way along it
+MIN_GAIN = (
+    0.03  # smallest projection for the root of its cost g: the closed form goes g^2 / (1 + g^2) of the way along it
+)
 _RELATIVE_ZERO = 1e-7
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a change costs: its size, what it does to protected prompts, and what it does to everything else that should stay.
+    """What a change costs: its size, what it does to protected prompts, and what it does to everything else that should
+    stay.
 
-    `ridge_weight` weighs |v|^2 relative to the concept's largest projection, `preserve_scale` the protected prompts, which a
-    coarse tolerance lets change a little; `preserve_gram` (d, d) is the sum of `e^T e` over what else should change little, with
-    its weight.
+    `ridge_weight` weighs |v|^2 relative to the concept's largest projection, `preserve_scale` the protected prompts,
+    which a coarse tolerance lets change a little; `preserve_gram` (d, d) is the sum of `e^T e` over what else should
+    change little, with its weight.
     """
 
     ridge_weight: float
@@ -37,22 +40,30 @@ class Costs:
 
 @dataclass(frozen=True)
 class ErasureSpace:
-    """Orthonormal directions (k, d) in the null space along which a shift acts, the best first; and their cost (k, k)."""
+    """Orthonormal directions (k, d) in the null space along which a shift acts, the best first; and their cost (k,
+    k).
+    """
 
     directions: torch.Tensor
     cost: torch.Tensor
 
 
 def erasure_space(
-    basis: torch.Tensor, protected_rows: torch.Tensor, target_embeds: torch.Tensor, costs: Costs, max_directions: int | None = None
+    basis: torch.Tensor,
+    protected_rows: torch.Tensor,
+    target_embeds: torch.Tensor,
+    costs: Costs,
+    max_directions: int | None = None,
 ) -> ErasureSpace:
-    """Return where a shift that erases `target_embeds` (P, tokens, d) should act: at most `max_directions` in `basis` (m, d).
+    """Return where a shift that erases `target_embeds` (P, tokens, d) should act: at most `max_directions` in `basis`
+    (m, d).
 
-    A change along direction v costs `|v|^2 ridge_weight s^2 + preserve_scale |E v|^2 + v preserve_gram v^T`, with s the largest
-    projection of the concept on a direction of the null space and E the protected prompts (`protected_rows`, (r, d)). The directions are those with
-    the most projection for their cost: the right singular vectors of `X S^T C^(-1/2)`, down to a value of `MIN_GAIN`, led back
-    through `C^(-1/2) S`. Beyond them a gradient on the concept's prompts hardly acts, yet Adam changes every coefficient alike.
-    Raises ValueError where the concept has no projection: what is protected says all of it.
+    A change along direction v costs `|v|^2 ridge_weight s^2 + preserve_scale |E v|^2 + v preserve_gram v^T`, with s the
+    largest projection of the concept on a direction of the null space and E the protected prompts (`protected_rows`,
+    (r, d)). The directions are those with the most projection for their cost: the right singular vectors of `X S^T
+    C^(-1/2)`, down to a value of `MIN_GAIN`, led back through `C^(-1/2) S`. Beyond them a gradient on the concept's
+    prompts hardly acts, yet Adam changes every coefficient alike. Raises ValueError where the concept has no
+    projection: what is protected says all of it.
     """
     null_basis = torch.linalg.qr(basis.T).Q.T  # S (m, d)
     target_rows = target_embeds.flatten(0, 1).cpu().double()  # (P * tokens, d)
@@ -60,7 +71,8 @@ def erasure_space(
     size = torch.linalg.matrix_norm(projection, ord=2)
     if size <= _RELATIVE_ZERO * target_rows.norm():
         raise ValueError(
-            "the protected prompts say all that the concept says, so that nothing can erase it alone: protect fewer, or raise `rank_rtol`"
+            "the protected prompts say all that the concept says, so that nothing can erase it alone: "
+            "protect fewer, or raise `rank_rtol`"
         )
     leakage = protected_rows @ null_basis.T
     identity = torch.eye(len(null_basis), dtype=projection.dtype)
@@ -79,11 +91,14 @@ def erasure_space(
 
 
 def closed_form_map(space: ErasureSpace, target_embeds: torch.Tensor, anchor_embeds: torch.Tensor) -> torch.Tensor:
-    """Return A (d, k), float64, that sends `target_embeds` towards `anchor_embeds`, both (P, tokens, d), token by token.
+    """Return A (d, k), float64, that sends `target_embeds` towards `anchor_embeds`, both (P, tokens, d), token by
+    token.
 
     The module's docstring has the formula. An anchor of one prompt, (1, tokens, d), serves all of the concept's.
     """
-    targets, anchors = (rows.flatten(0, 1).cpu().double() for rows in (target_embeds, anchor_embeds.expand_as(target_embeds)))
+    targets, anchors = (
+        rows.flatten(0, 1).cpu().double() for rows in (target_embeds, anchor_embeds.expand_as(target_embeds))
+    )
     projection = targets @ space.directions.T  # P
     gram = projection.T @ projection + space.cost
     return torch.linalg.solve(gram, projection.T @ (anchors - targets)).T

@@ -1,4 +1,6 @@
-"""The one way from concepts to shifts: solve the null spaces that a method needs, erase, and save what was made with its metadata."""
+"""The one way from concepts to shifts: solve the null spaces that a method needs, erase, and save what was made with
+its metadata.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ from ldm.io.tensors import CREATED_BY, read_metadata
 
 @dataclass(frozen=True)
 class Protection:
-    """What an erasure leaves alone beside the empty prompt and the watermarks: concepts by index, and further prompts."""
+    """What an erasure leaves alone beside the empty prompt and the watermarks: concepts by index, and further
+    prompts.
+    """
 
     indices: Sequence[int]
     null_space: NullSpaceConfig
@@ -76,12 +80,17 @@ def erase(
 ) -> list[ErasureSummary]:
     """Erase concepts by one method, solving the null spaces first where it needs them; what is there already is kept.
 
-    The shifts lie at `artifacts.shift(concept.index)`. `image_dir` has a folder of images per concept, for a method that learns
-    from them. Returns what `erase_concepts` does.
+    The shifts lie at `artifacts.shift(concept.index)`. `image_dir` has a folder of images per concept, for a method
+    that learns from them. Returns what `erase_concepts` does.
     """
     if config.needs_null_space:
         solve_null_spaces(
-            model, artifacts, concepts, protection.indices, protection.null_space, extra_protected=protection.extra_prompts
+            model,
+            artifacts,
+            concepts,
+            protection.indices,
+            protection.null_space,
+            extra_protected=protection.extra_prompts,
         )
     return erase_concepts(model, artifacts, concepts, config, image_dir)
 
@@ -89,11 +98,17 @@ def erase(
 class ProtectedRows:
     """The embeddings of everything that is protected, and for each concept a `qr_factor` of all but its own.
 
-    `prompts` maps each protected concept, by index, to its prompts; `fixed` are the prompts that are always protected, whose rows
-    are multiplied by `weight`.
+    `prompts` maps each protected concept, by index, to its prompts; `fixed` are the prompts that are always protected,
+    whose rows are multiplied by `weight`.
     """
 
-    def __init__(self, embeds: Mapping[str, torch.Tensor], fixed: Sequence[str], prompts: Mapping[int, Sequence[str]], weight: float):
+    def __init__(
+        self,
+        embeds: Mapping[str, torch.Tensor],
+        fixed: Sequence[str],
+        prompts: Mapping[int, Sequence[str]],
+        weight: float,
+    ):
         self.fixed, self.prompts = list(fixed), prompts
         self.fixed_rows = [weight * embeds[prompt] for prompt in fixed]
         self.blocks = {index: torch.cat([embeds[prompt] for prompt in own]) for index, own in prompts.items()}
@@ -133,9 +148,9 @@ def solve_null_spaces(
 ) -> list[BasisSummary]:
     """Save, for each concept of `targets`, the basis in which it can be erased, and return what is known of each.
 
-    A basis protects the empty prompt, the watermarks, the prompts `extra_protected` and the concepts `protected_indices`, less
-    the erased one, each by its name and its first `config.protected_templates` captions. Of several processes each solves its
-    `shard`. Raises ValueError when the protected prompts leave no room.
+    A basis protects the empty prompt, the watermarks, the prompts `extra_protected` and the concepts
+    `protected_indices`, less the erased one, each by its name and its first `config.protected_templates` captions. Of
+    several processes each solves its `shard`. Raises ValueError when the protected prompts leave no room.
     """
     fixed = list(dict.fromkeys(["", *watermark_prompts(), *extra_protected]))
     prompts = {}
@@ -181,7 +196,9 @@ def _save_if_changed(basis: NullSpaceBasis, path: Path) -> None:
 def _summarize(concept: Concept, basis: NullSpaceBasis, path: Path) -> BasisSummary:
     metadata = basis.metadata
     num_protected, nullity = len(metadata["protected"]), len(basis.vectors)
-    return BasisSummary(concept, path, num_protected, metadata["rank"], metadata["width"], nullity, metadata["max_leakage"])
+    return BasisSummary(
+        concept, path, num_protected, metadata["rank"], metadata["width"], nullity, metadata["max_leakage"]
+    )
 
 
 def erase_concepts(
@@ -193,14 +210,17 @@ def erase_concepts(
     execution: ExecutionConfig = ExecutionConfig(),
     shard: Shard = Shard(),
 ) -> list[ErasureSummary]:
-    """Make and save the shift of each concept, but for those that are there from the same inputs; return what each took.
+    """Make and save the shift of each concept, but for those that are there from the same inputs; return what each
+    took.
 
-    `image_dir` has a folder of images per concept, which is not asked for when nothing is learnt from images. A learning curve
-    goes beside each shift as CSV. Of several processes each makes its `shard`.
-    Raises ValueError for a missing basis or folder, and for settings that make nothing.
+    `image_dir` has a folder of images per concept, which is not asked for when nothing is learnt from images. A
+    learning curve goes beside each shift as CSV. Of several processes each makes its `shard`. Raises ValueError for a
+    missing basis or folder, and for settings that make nothing.
     """
     if isinstance(config, SRSMEConfig) and not config.learns and config.init == "zero":
-        raise ValueError("`mode` closed_form learns nothing from `init` zero: choose `init` closed_form, or `mode` learn")
+        raise ValueError(
+            "`mode` closed_form learns nothing from `init` zero: choose `init` closed_form, or `mode` learn"
+        )
     if config.is_joint and shard.rank:
         return []  # one process learns them, since they are learnt at once
     concepts = list(concepts) if config.is_joint else shard.select(concepts)
@@ -262,7 +282,12 @@ class _Erasure:
     """One method at work on one model: everything that the concepts of a run share."""
 
     def __init__(
-        self, model: DiffusionModel, artifacts: ArtifactPaths, config: MethodConfig, image_dir: Path, execution: ExecutionConfig
+        self,
+        model: DiffusionModel,
+        artifacts: ArtifactPaths,
+        config: MethodConfig,
+        image_dir: Path,
+        execution: ExecutionConfig,
     ):
         self.model, self.artifacts, self.config = model, artifacts, config
         self.image_dir, self.execution = image_dir, execution
@@ -320,7 +345,9 @@ class _Erasure:
             curve, start = self._train(concepts, list(losses.values()))
             shifts = {index: loss.to_shift() for index, loss in losses.items()}
         seconds = time.perf_counter() - start
-        return [self._save(concept, shifts[concept.index], metadata[concept.index], curve, seconds) for concept in concepts]
+        return [
+            self._save(concept, shifts[concept.index], metadata[concept.index], curve, seconds) for concept in concepts
+        ]
 
     def _initial_shift(self, concept: Concept) -> SeparableShift | None:
         """Return what a method with a null space starts from; None for one without."""
@@ -399,8 +426,12 @@ class _Erasure:
         return dict.fromkeys(changes, math.nan)
 
 
-def initial_shift(model: DiffusionModel, concept: Concept, config: SRSMEConfig, basis: NullSpaceBasis) -> SeparableShift:
-    """Return what SRS-ME starts from, or stops at, for a concept: the closed form in `basis`, or zero in its directions."""
+def initial_shift(
+    model: DiffusionModel, concept: Concept, config: SRSMEConfig, basis: NullSpaceBasis
+) -> SeparableShift:
+    """Return what SRS-ME starts from, or stops at, for a concept: the closed form in `basis`, or zero in its
+    directions.
+    """
     target_embeds = model.drop_pooled(model.encode_prompt(concept.prompts(config.target_templates)))  # (P, tokens, d)
     space = concept_space(model, concept, config, basis.vectors, basis.protected, target_embeds)
     layers = text_layers(model.unet)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class ConceptEraser:
     """A model and the concepts of a category that are erased from it. The base weights are never changed.
 
-    Shifts are kept below `artifacts_dir` and made once: a concept that is erased again gets the same one. Each leaves all other
-    concepts of the category alone, the empty prompt and the watermarks.
+    Shifts are kept below `artifacts_dir` and made once: a concept that is erased again gets the same one. Each leaves
+    all other concepts of the category alone, the empty prompt and the watermarks.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class ConceptEraser:
     def erase(self, *names: str, method: str = "SRS-ME", image_dir: Path | str = "data") -> list[ErasureSummary]:
         """Erase concepts by name, and return what each new shift took and its measured leakage.
 
-        `image_dir` has a folder of images per concept, for a method that learns from them. Raises ValueError for a name that is
-        no concept of the category.
+        `image_dir` has a folder of images per concept, for a method that learns from them. Raises ValueError for a name
+        that is no concept of the category.
         """
         concepts = [self._concept(name) for name in names]
         artifacts = ArtifactPaths(self.artifacts_dir, method, self.model.name, self.category, 0, 0)
@@ -77,7 +77,9 @@ class ConceptEraser:
                 raise ValueError(f"{name} is not erased: erased are {', '.join(self.erased) or 'none'}")
             del self.shifts[label]
 
-    def generate(self, prompt: str, seeds: Sequence[int] = (0,), sampling: SamplingConfig | None = None) -> list[Image.Image]:
+    def generate(
+        self, prompt: str, seeds: Sequence[int] = (0,), sampling: SamplingConfig | None = None
+    ) -> list[Image.Image]:
         """Return an image of the prompt for each seed, by the model as it stands."""
         requests = [(PromptCase(prompt, seed, number), 0) for number, seed in enumerate(seeds)]
         with applied(self.model.unet, list(self.shifts.values())):

@@ -37,8 +37,8 @@ Weights = dict[str, torch.Tensor]
 class Export:
     """What `export` wrote, and what it measured.
 
-    `leakage` is the table of each shift's leakage on each prompt, and of all together after rounding; `truncated` has a row about
-    each shift that was cut to a rank; `targets` are the folders.
+    `leakage` is the table of each shift's leakage on each prompt, and of all together after rounding; `truncated` has a
+    row about each shift that was cut to a rank; `targets` are the folders.
     """
 
     leakage: pd.DataFrame
@@ -47,12 +47,17 @@ class Export:
 
 
 def export(
-    model: DiffusionModel, shifts: Mapping[str, WeightShift], output_dir: Path, config: ExportConfig, prompts: Sequence[str]
+    model: DiffusionModel,
+    shifts: Mapping[str, WeightShift],
+    output_dir: Path,
+    config: ExportConfig,
+    prompts: Sequence[str],
 ) -> Export:
     """Write what `config.formats` names: each into the folder `output_dir`, or `output_dir`-FORMAT but for diffusers.
 
-    What is there already from the same shifts stays. Of the model's weights nothing is left but rounded ones. The leakage of
-    each shift on `prompts` is reported. LoRAs are always cut to a rank, other formats only if `config.rank` is set.
+    What is there already from the same shifts stays. Of the model's weights nothing is left but rounded ones. The
+    leakage of each shift on `prompts` is reported. LoRAs are always cut to a rank, other formats only if `config.rank`
+    is set.
     """
     dtype = getattr(torch, config.save_dtype)
     report: list[dict[str, Any]] = []
@@ -108,7 +113,8 @@ def save_unet(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: 
 
 
 def save_compvis(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
-    """Write a checkpoint in CompVis' layout: the original one with only the changed weights changed, and of the same kind of file.
+    """Write a checkpoint in CompVis' layout: the original one with only the changed weights changed, and of the same
+    kind of file.
 
     Of a diffusers folder it is a .safetensors. A checkpoint's moving averages (EMA) are changed as its weights are.
     Raises ValueError for a folder whose text encoder CompVis' version 1 does not have.
@@ -122,7 +128,8 @@ def save_compvis(model: DiffusionModel, shifts: Mapping[str, WeightShift], folde
         encoder = model.text_encoder
         if type(model.pipeline) is not StableDiffusionPipeline or encoder.config.hidden_act != "quick_gelu":
             raise ValueError(
-                f"{model.name} is not laid out as Stable Diffusion v1, whose checkpoint alone can be made from a folder: pass its "
+                f"{model.name} is not laid out as Stable Diffusion v1, whose checkpoint alone can be made "
+                "from a folder: pass its "
                 "original checkpoint, or choose another `format`"
             )
         tensors = convert_to_compvis(model.unet.state_dict(), model.vae.state_dict(), encoder.state_dict())
@@ -134,7 +141,9 @@ def save_compvis(model: DiffusionModel, shifts: Mapping[str, WeightShift], folde
 
 
 def _merged_checkpoint(model: DiffusionModel, checkpoint: Path, shifts: Sequence[WeightShift]) -> Weights:
-    """Return the tensors of the model's checkpoint with the shifts added to its weights and to their moving averages."""
+    """Return the tensors of the model's checkpoint with the shifts added to its weights and to their moving
+    averages.
+    """
     tensors = load_compvis_state_dict(checkpoint)
     identity: Any = {name: name for name in tensors}
     names: Any = convert_ldm_unet_checkpoint(identity, model.unet.config)  # by diffusers' own rules
@@ -150,7 +159,9 @@ def _merged_checkpoint(model: DiffusionModel, checkpoint: Path, shifts: Sequence
 
 
 def save_lora(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
-    """Write one LoRA a concept, for `load_lora_weights` of a diffusers pipeline: at strength 1 the concept is erased."""
+    """Write one LoRA a concept, for `load_lora_weights` of a diffusers pipeline: at strength 1 the concept is
+    erased.
+    """
     for label, shift in shifts.items():
         pipeline: Any = type(model.pipeline)
         pipeline.save_lora_weights(
@@ -159,7 +170,9 @@ def save_lora(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: 
 
 
 def save_kohya(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
-    """Write one LoRA a concept with the keys that ComfyUI and A1111 read; alpha is the rank, so that strength 1 is the erasure."""
+    """Write one LoRA a concept with the keys that ComfyUI and A1111 read; alpha is the rank, so that strength 1 is the
+    erasure.
+    """
     for label, shift in shifts.items():
         layers = {f"unet.{name}": value for name, value in _lora_tensors(shift, dtype).items()}
         tensors = {name: value.to(dtype).contiguous() for name, value in convert_state_dict_to_kohya(layers).items()}
@@ -178,7 +191,9 @@ _WRITERS: dict[str, _Writer] = {
 
 def _lora_tensors(shift: WeightShift, dtype: torch.dtype) -> Weights:
     if not isinstance(shift, SeparableShift):
-        raise ValueError(f"{shift.path} changes whole weights, which no LoRA holds: choose `format` compvis, diffusers or unet")
+        raise ValueError(
+            f"{shift.path} changes whole weights, which no LoRA holds: choose `format` compvis, diffusers or unet"
+        )
     tensors = {}
     for name in shift.parameter_names:
         layer = name.removesuffix(".weight")
@@ -196,10 +211,12 @@ def _file_name(label: str, shift: WeightShift) -> str:
 def truncate_shifts(
     model: DiffusionModel, shifts: Mapping[str, WeightShift], config: ExportConfig
 ) -> tuple[dict[str, SeparableShift], list[dict[str, Any]]]:
-    """Return the shifts at `config.rank`, or at the lowest with `config.effect_fraction` of their effect, and a row about each.
+    """Return the shifts at `config.rank`, or at the lowest with `config.effect_fraction` of their effect, and a row
+    about each.
 
-    The effect is that on the concept's own prompts. A row has the rank, the effect that is missing (`truncation_error`), the
-    largest leakage on what the shift protects, and its size as a LoRA. Raises ValueError for shifts that have no rank.
+    The effect is that on the concept's own prompts. A row has the rank, the effect that is missing
+    (`truncation_error`), the largest leakage on what the shift protects, and its size as a LoRA. Raises ValueError for
+    shifts that have no rank.
     """
     dtype = getattr(torch, config.save_dtype)
     truncated: dict[str, SeparableShift] = {}
@@ -207,7 +224,8 @@ def truncate_shifts(
     for label, shift in shifts.items():
         if not isinstance(shift, SeparableShift):
             raise ValueError(
-                f"{shift.path} changes whole weights and has no rank: leave `rank` out, and choose `format` compvis, diffusers or unet"
+                f"{shift.path} changes whole weights and has no rank: leave `rank` out, and choose `format` "
+                "compvis, diffusers or unet"
             )
         metadata = shift.metadata
         prompts = [metadata.get("prompt"), *metadata.get("captions", [None]), *metadata.get("protected", [None])]
@@ -239,7 +257,9 @@ def truncate_shifts(
 
 
 def _truncate(shift: SeparableShift, own_embeds: torch.Tensor, config: ExportConfig) -> tuple[SeparableShift, float]:
-    """Return the shift at the config's rank, None or auto meaning the lowest with enough effect, and the effect that is missing."""
+    """Return the shift at the config's rank, None or auto meaning the lowest with enough effect, and the effect that is
+    missing.
+    """
     ranks = [min(config.rank, shift.rank)] if isinstance(config.rank, int) else range(1, shift.rank + 1)
     truncated, error = shift, 0.0
     for rank in ranks:

@@ -1,7 +1,7 @@
 """Leakage: the relative change of what the text layers put out for a prompt, `|e dW^T| / |e W^T|` over all of them.
 
-e are the rows of the prompt's embedding, W the layers' weights and dW what a shift adds to them. It is 0 for a prompt in whose null space
-the shift lies, and about 1 where a concept's outputs become another prompt's.
+e are the rows of the prompt's embedding, W the layers' weights and dW what a shift adds to them. It is 0 for a prompt
+in whose null space the shift lies, and about 1 where a concept's outputs become another prompt's.
 """
 
 from __future__ import annotations
@@ -60,24 +60,37 @@ def truncation_error(shift: WeightShift, truncated: WeightShift, embeds: torch.T
     """
     embeds = embeds.cpu().double()
     effects = [shift.delta_output(name, embeds) for name in shift.parameter_names]
-    errors = [effect - truncated.delta_output(name, embeds) for name, effect in zip(shift.parameter_names, effects, strict=True)]
+    errors = [
+        effect - truncated.delta_output(name, embeds)
+        for name, effect in zip(shift.parameter_names, effects, strict=True)
+    ]
     return math.hypot(*(part.norm().item() for part in errors)) / math.hypot(*(part.norm().item() for part in effects))
 
 
 def leakage_table(
-    layers: Mapping[str, nn.Linear], shifts: Mapping[str, WeightShift], embeds: Mapping[str, torch.Tensor], columns: int = 9
+    layers: Mapping[str, nn.Linear],
+    shifts: Mapping[str, WeightShift],
+    embeds: Mapping[str, torch.Tensor],
+    columns: int = 9,
 ) -> pd.DataFrame:
     """Return `leakage` with a row for each prompt and a column for each shift.
 
-    Of more shifts than `columns` it tells a prompt's leakage by its own shift, the largest by another, and which that is.
+    Of more shifts than `columns` it tells a prompt's leakage by its own shift, the largest by another, and which that
+    is.
     """
     table = pd.DataFrame(leakage(layers, shifts, embeds)).pivot(index="prompt", columns="shift", values="leakage")
     table = table.loc[list(embeds), list(shifts)]
     if len(shifts) <= columns:
         return table
     owners = {shift.metadata.get("prompt"): label for label, shift in shifts.items()}
-    own = pd.DataFrame([[owners.get(prompt) == label for label in table] for prompt in table.index], table.index, table.columns)
+    own = pd.DataFrame(
+        [[owners.get(prompt) == label for label in table] for prompt in table.index], table.index, table.columns
+    )
     others = table.mask(own)
     return pd.DataFrame(
-        {"its own shift": table.where(own).max(axis=1), "max of the others": others.max(axis=1), "which": others.idxmax(axis=1)}
+        {
+            "its own shift": table.where(own).max(axis=1),
+            "max of the others": others.max(axis=1),
+            "which": others.idxmax(axis=1),
+        }
     )

@@ -1,14 +1,16 @@
-"""One class per erasure method, named by its paper: called with noisy latents and their timesteps it returns a `LossOutput`.
+"""One class per erasure method, named by its paper: called with noisy latents and their timesteps it returns a
+`LossOutput`.
 
-Each has `parameters()`, what is learnt, `to_shift()`, what has been learnt so far, and `from_config()`, which makes it for a concept with
-the settings of a model's config. The joint one is made of such parts. `ldm.erasure.methods` names them all.
+Each has `parameters()`, what is learnt, `to_shift()`, what has been learnt so far, and `from_config()`, which makes it
+for a concept with the settings of a model's config. The joint one is made of such parts. `ldm.erasure.methods` names
+them all.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -20,7 +22,12 @@ from torch import nn
 
 from ldm.config.concepts import Concept
 from ldm.config.methods import ESDConfig, FinetuneConfig, FullCorrelationConfig, SRSMEConfig
-from ldm.diffusion.edits import add_layer_outputs, attention_score_differences, gradient_checkpointing, replace_parameters
+from ldm.diffusion.edits import (
+    add_layer_outputs,
+    attention_score_differences,
+    gradient_checkpointing,
+    replace_parameters,
+)
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.diffusion.trainable import trainable_parameter_names
@@ -73,7 +80,7 @@ class SingleConceptLoss(ABC):
         """While the block runs, let the model predict with what has been learnt so far."""
 
     @contextmanager
-    def edited_model_with_grad(self) -> Iterator[Any]:
+    def edited_model_with_grad(self) -> Generator[Any]:
         """While the block runs, let the model predict with what has been learnt so far, for a pass with gradient."""
         recompute = gradient_checkpointing(self.model.unet, self.edited_model) if self.checkpointing else nullcontext()
         with recompute, self.edited_model() as scope:
@@ -83,9 +90,9 @@ class SingleConceptLoss(ABC):
 class SRSMELoss(SingleConceptLoss):
     """SRS-ME: make the concept's representation uncorrelated with the original one, inside the null space.
 
-    With `r(theta) = eps(z_t, t, c; theta) - eps(z_t, t, ""; theta)` the loss is `mean(r(theta + dW) r(theta)) + l1_weight (sum
-    over layers of |dW|_1) / layers` (arXiv 2402.05947). As dW leaves the empty prompt as it is, one two-prompt pass of the frozen
-    model and one pass with gradient are enough.
+    With `r(theta) = eps(z_t, t, c; theta) - eps(z_t, t, ""; theta)` the loss is `mean(r(theta + dW) r(theta)) +
+    l1_weight (sum over layers of |dW|_1) / layers` (arXiv 2402.05947). As dW leaves the empty prompt as it is, one
+    two-prompt pass of the frozen model and one pass with gradient are enough.
 
     `target_embeds` (P, tokens, d) are the concept's prompts, used in turn; `uncond_embeds` is (1, tokens, d).
     """
@@ -157,9 +164,9 @@ class SRSMELoss(SingleConceptLoss):
 class JointSRSMELoss:
     """SRS-ME-dagger: all concepts' shifts at once, their losses L_i weighted by `eta_i = max_k |L_k| / |L_i|`.
 
-    The weights need every L_i before any gradient is used, yet gradients are linear: that of L_i / |L_i| is taken and its graph
-    freed concept by concept, and the sum scaled by max_k |L_k| in the end, so that memory is that of one concept. `floor` bounds
-    the weights: an L_i smaller than it counts as `floor`.
+    The weights need every L_i before any gradient is used, yet gradients are linear: that of L_i / |L_i| is taken and
+    its graph freed concept by concept, and the sum scaled by max_k |L_k| in the end, so that memory is that of one
+    concept. `floor` bounds the weights: an L_i smaller than it counts as `floor`.
 
     Called with one batch of latents, and of timesteps, per concept; `monitor` is the largest of the concepts' own.
     """
@@ -214,8 +221,9 @@ class _FinetuneLoss(SingleConceptLoss):
 class FullCorrelationLoss(_FinetuneLoss):
     """SRS-ME-double-dagger: SRS-ME's loss on all cross-attention weights, for what must never come back.
 
-    `mean(r(theta') r(theta)) + l1_weight (sum over weights of |theta' - theta|_1) / weights` with SRS-ME's r; no null space holds
-    the empty prompt, so that its prediction changes too. `target_embeds` and `uncond_embeds` are (1, tokens, d).
+    `mean(r(theta') r(theta)) + l1_weight (sum over weights of |theta' - theta|_1) / weights` with SRS-ME's r; no null
+    space holds the empty prompt, so that its prediction changes too. `target_embeds` and `uncond_embeds` are (1,
+    tokens, d).
     """
 
     def __init__(
@@ -237,9 +245,13 @@ class FullCorrelationLoss(_FinetuneLoss):
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor) -> LossOutput:
         with torch.no_grad():
-            uncond_noise, target_noise = _predict_pair(self.frozen, latents, timestep, self.uncond_embeds, self.target_embeds)
+            uncond_noise, target_noise = _predict_pair(
+                self.frozen, latents, timestep, self.uncond_embeds, self.target_embeds
+            )
         with self.edited_model_with_grad():
-            edited_uncond, edited_target = _predict_pair(self.model, latents, timestep, self.uncond_embeds, self.target_embeds)
+            edited_uncond, edited_target = _predict_pair(
+                self.model, latents, timestep, self.uncond_embeds, self.target_embeds
+            )
         representation = (target_noise - uncond_noise).to(latents.device)
         correlation = ((edited_target - edited_uncond) * representation).mean()
         sizes = [(weight - self.model.unet.get_parameter(name)).abs().sum() for name, weight in self.student.items()]
@@ -248,10 +260,16 @@ class FullCorrelationLoss(_FinetuneLoss):
 
 
 class _AnchoredLoss(_FinetuneLoss):
-    """What the methods share that lead a concept to its anchor; `target_embeds` and `anchor_embeds` are (1, tokens, d)."""
+    """What the methods share that lead a concept to its anchor; `target_embeds` and `anchor_embeds` are (1, tokens,
+    d).
+    """
 
     def __init__(
-        self, model: DiffusionModel, target_embeds: torch.Tensor, anchor_embeds: torch.Tensor, train_method: str = "xattn"
+        self,
+        model: DiffusionModel,
+        target_embeds: torch.Tensor,
+        anchor_embeds: torch.Tensor,
+        train_method: str = "xattn",
     ):
         super().__init__(model, target_embeds, train_method)
         self.anchor_embeds = anchor_embeds
@@ -265,13 +283,13 @@ class _AnchoredLoss(_FinetuneLoss):
 class ForgetMeNotLoss(_AnchoredLoss):
     """FMN, Forget-Me-Not (Zhang et al., arXiv 2303.17591).
 
-    The cross-attention layers' scores under the prompt with the concept become those under the prompt without it: the sum over
-    layers of the mean square of `scale q (k(c) - k(a))^T`, the difference of the scores of the same queries. Values and outputs
-    change only where they feed a later layer's queries.
+    The cross-attention layers' scores under the prompt with the concept become those under the prompt without it: the
+    sum over layers of the mean square of `scale q (k(c) - k(a))^T`, the difference of the scores of the same queries.
+    Values and outputs change only where they feed a later layer's queries.
     """
 
     @contextmanager
-    def edited_model(self) -> Iterator[list[torch.Tensor]]:
+    def edited_model(self) -> Generator[list[torch.Tensor]]:
         """While the block runs, let each cross-attention layer of the edited model add its difference to the list."""
         with super().edited_model(), attention_score_differences(self.model.unet, self.anchor_embeds) as differences:
             yield differences
@@ -295,17 +313,21 @@ class AblatingConceptsLoss(_AnchoredLoss):
         with torch.no_grad():
             target = self.frozen.predict_noise(latents, timestep, self.anchor_embeds.expand(len(latents), -1, -1))
         with self.edited_model_with_grad():
-            target_noise, anchor_noise = _predict_pair(self.model, latents, timestep, self.target_embeds, self.anchor_embeds)
+            target_noise, anchor_noise = _predict_pair(
+                self.model, latents, timestep, self.target_embeds, self.anchor_embeds
+            )
         target = target.to(latents.device)
         loss = F.mse_loss(target_noise, target) + self.ANCHOR_WEIGHT * F.mse_loss(anchor_noise, target)
         return LossOutput(loss, loss.detach())
 
 
 class ESDLoss(_FinetuneLoss):
-    """ESD, Erased Stable Diffusion (Gandikota et al., arXiv 2303.07345): the concept's noise turns away from the concept.
+    """ESD, Erased Stable Diffusion (Gandikota et al., arXiv 2303.07345): the concept's noise turns away from the
+    concept.
 
     `mse(eps(c; theta'), eps("") - eta (eps(c) - eps("")))`, the target by the frozen model, eta = `negative_guidance`;
-    `target_embeds` and `uncond_embeds` are (1, tokens, d). Its latents are sampled by the student (`latents.sampled_batches`).
+    `target_embeds` and `uncond_embeds` are (1, tokens, d). Its latents are sampled by the student
+    (`latents.sampled_batches`).
     """
 
     def __init__(
@@ -328,7 +350,9 @@ class ESDLoss(_FinetuneLoss):
     def target(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Return the noise (N, C, h, w) that the concept's prompt shall predict."""
         with torch.no_grad():
-            uncond_noise, target_noise = _predict_pair(self.frozen, latents, timestep, self.uncond_embeds, self.target_embeds)
+            uncond_noise, target_noise = _predict_pair(
+                self.frozen, latents, timestep, self.uncond_embeds, self.target_embeds
+            )
         return uncond_noise - self.negative_guidance * (target_noise - uncond_noise)
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor) -> LossOutput:
@@ -342,7 +366,9 @@ class ESDLoss(_FinetuneLoss):
 def _predict_pair(
     model: DiffusionModel, latents: torch.Tensor, timestep: torch.Tensor, first: torch.Tensor, second: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the noise (N, C, h, w) under each of two prompts, one (1 or N, tokens, d) for all latents or for each, in one pass."""
+    """Return the noise (N, C, h, w) under each of two prompts, one (1 or N, tokens, d) for all latents or for each, in
+    one pass.
+    """
     pair = torch.cat([prompt.expand(len(latents), -1, -1) for prompt in (first, second)])
     noise = model.predict_noise(torch.cat([latents, latents]), torch.cat([timestep, timestep]), pair)
     uncond, cond = noise.chunk(2)

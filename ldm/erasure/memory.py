@@ -29,7 +29,9 @@ _LIBRARIES, _CONTEXT = 1.2, 0.6  # GiB that Python and its libraries take for th
 
 
 class _AllocationCounter(TorchDispatchMode):
-    """While the block runs, count the bytes of tensors made within it, in whole blocks of an allocator; `peak` is the maximum."""
+    """While the block runs, count the bytes of tensors made within it, in whole blocks of an allocator; `peak` is the
+    maximum.
+    """
 
     def __init__(self, block: int):
         super().__init__()
@@ -37,7 +39,9 @@ class _AllocationCounter(TorchDispatchMode):
         self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.known.update(_storages((args, kwargs)))  # what comes in was there before; views and results in place share it
+        self.known.update(
+            _storages((args, kwargs))
+        )  # what comes in was there before; views and results in place share it
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
             if storage not in self.known:
@@ -61,8 +65,8 @@ def training_step_memory(
 ) -> int:
     """Return the bytes beside the frozen weights that `SRSMELoss` and Adam hold at the peak of an iteration.
 
-    `unet` is on the meta device, in the dtype asked for. The loss itself runs, and back, on fake tensors, which have shapes but no
-    data; attention is fused. What an allocator of `block` bytes cannot use in between is not known.
+    `unet` is on the meta device, in the dtype asked for. The loss itself runs, and back, on fake tensors, which have
+    shapes but no data; attention is fused. What an allocator of `block` bytes cannot use in between is not known.
     """
     config: Any = unet.config
     host = torch.get_default_device()
@@ -75,7 +79,9 @@ def training_step_memory(
         unet.to_empty(device=host)
         with _AllocationCounter(block) as counter:
             embeds = torch.empty(1, tokens, config.cross_attention_dim)
-            latents = torch.empty(batch_size, config.in_channels, config.sample_size, config.sample_size, dtype=unet.dtype)
+            latents = torch.empty(
+                batch_size, config.in_channels, config.sample_size, config.sample_size, dtype=unet.dtype
+            )
             shift = SeparableShift.zeros(text_layers(unet), torch.empty(directions, config.cross_attention_dim), 1.0)
             loss = SRSMELoss(model, shift, embeds, embeds, 1.0)
             loss.checkpointing = checkpointing
@@ -97,18 +103,20 @@ def total_memory(device: torch.device) -> int:
 
 
 def estimate_memory(folder: Path, device: torch.device, batch_size: int, max_directions: int | None) -> pd.DataFrame:
-    """Return the peak memory in GiB of an erasure in each choice of dtype and gradient checkpointing, the most exact and fastest first.
+    """Return the peak memory in GiB of an erasure in each choice of dtype and gradient checkpointing, the most exact
+    and fastest first.
 
-    `folder` has the configs of the model's parts; `choice` marks the first row that fits into nine tenths of the device's memory.
-    `max_directions` is the most that a shift has (None: as many as the prompts are wide). Weights are the U-Net's, and where the
-    device is not a GPU the other parts' too, which cannot leave it; there loading in float32 counts as well.
-    Raises ValueError for a model of two text encoders, whose iteration is not foreseen.
+    `folder` has the configs of the model's parts; `choice` marks the first row that fits into nine tenths of the
+    device's memory. `max_directions` is the most that a shift has (None: as many as the prompts are wide). Weights are
+    the U-Net's, and where the device is not a GPU the other parts' too, which cannot leave it; there loading in float32
+    counts as well. Raises ValueError for a model of two text encoders, whose iteration is not foreseen.
     """
     silence_hf_logging()
     config: Any = UNet2DConditionModel.load_config(str(folder), subfolder="unet")
     if config.get("addition_embed_type"):
         raise ValueError(
-            f"{folder}: memory is foreseen for Stable Diffusion 1.x and 2.x alone, not for XL: try `unet_dtype` bfloat16 with "
+            f"{folder}: memory is foreseen for Stable Diffusion 1.x and 2.x alone, not for XL: try "
+            "`unet_dtype` bfloat16 with "
             "`gradient_checkpointing`, which takes least"
         )
     with torch.device("meta"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from ldm.erasure.shift import WeightShift
 from ldm.io.paths import ArtifactPaths, merge_name
 
 
-def merged_weight(weight: torch.Tensor, name: str, shifts: Sequence[WeightShift], dtype: torch.dtype | None = None) -> torch.Tensor:
+def merged_weight(
+    weight: torch.Tensor, name: str, shifts: Sequence[WeightShift], dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Return `W + sum of dW` of one parameter: summed in float64 and rounded once, to `dtype` or the weight's own."""
     total = weight.detach().cpu().double()
     deltas = (shift.delta_weight(name) for shift in shifts if name in shift.parameter_names)
@@ -32,7 +34,7 @@ def merge(unet: nn.Module, shifts: Sequence[WeightShift], dtype: torch.dtype | N
 
 
 @contextmanager
-def applied(unet: nn.Module, shifts: Sequence[WeightShift]) -> Iterator[None]:
+def applied(unet: nn.Module, shifts: Sequence[WeightShift]) -> Generator[None]:
     """While the block runs, let the U-Net hold the merged weights; then the very same base tensors are back."""
     merged = {name: nn.Parameter(weight, requires_grad=False) for name, weight in merge(unet, shifts).items()}
     with replace_parameters(unet, merged):
@@ -42,9 +44,9 @@ def applied(unet: nn.Module, shifts: Sequence[WeightShift]) -> Iterator[None]:
 def load_shifts(artifacts: ArtifactPaths, text: str) -> tuple[dict[str, WeightShift], str]:
     """Return shifts by label, and the name of their merge, for '0,1,2', '0-99' or shift files, separated by commas.
 
-    A label is the concept's index, with its category before it when that is another one. The name is '012', or 'ori' for none;
-    shifts of another method than SRS-ME put its name before it: 'FMN-012'.
-    Raises ValueError for a file that does not say what it erases, and for a concept named twice.
+    A label is the concept's index, with its category before it when that is another one. The name is '012', or 'ori'
+    for none; shifts of another method than SRS-ME put its name before it: 'FMN-012'. Raises ValueError for a file that
+    does not say what it erases, and for a concept named twice.
     """
     shifts: dict[str, WeightShift] = {}
     methods: dict[str, None] = {}
@@ -68,8 +70,8 @@ def _shift_paths(artifacts: ArtifactPaths, text: str) -> list[Path]:
     for piece in text.split(","):
         piece = piece.strip()
         if INDEX_RANGE_RE.fullmatch(piece):
-            for index in parse_indexes(piece, artifacts.category):
-                paths.append(artifacts.find_shift(index, get_concept(artifacts.category, index).name))
+            concepts = [get_concept(artifacts.category, index) for index in parse_indexes(piece, artifacts.category)]
+            paths += [artifacts.find_shift(concept.index, concept.name) for concept in concepts]
         elif piece:
             paths.append(Path(piece))
     return paths

@@ -1,7 +1,8 @@
-"""Null spaces of prompt embeddings: the directions in which a change of weights leaves every one of these prompts alone.
+"""Null spaces of prompt embeddings: the directions in which a change of weights leaves every one of these prompts
+alone.
 
-For prompts with embeddings E (rows, d) a change dW (out, d) of a text layer with `E dW^T = 0` leaves their images as they were. Such dW
-have rows in the null space of E. (Separable Multi-Concept Erasure, arXiv 2402.05947.)
+For prompts with embeddings E (rows, d) a change dW (out, d) of a text layer with `E dW^T = 0` leaves their images as
+they were. Such dW have rows in the null space of E. (Separable Multi-Concept Erasure, arXiv 2402.05947.)
 """
 
 from __future__ import annotations
@@ -70,15 +71,17 @@ def _by_elimination(matrix: torch.Tensor, rank_rtol: float) -> tuple[torch.Tenso
 
 
 def qr_factor(*rows: torch.Tensor) -> torch.Tensor:
-    """Return a triangle (at most d, d), float64, with the null space and singular values of all `rows` (n, d) together."""
+    """Return a triangle (at most d, d), float64, with the null space and singular values of all `rows` (n, d)
+    together.
+    """
     return torch.linalg.qr(torch.cat([part.detach().cpu().double() for part in rows]), mode="r").R.contiguous()
 
 
 def leave_one_out_factors(blocks: Sequence[torch.Tensor], fixed_rows: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield, for each of the `blocks` (n, d) in turn, a `qr_factor` of `fixed_rows` (m, d) and all blocks but that one.
 
-    Half of the blocks is added for all of the other half at once, and so on, so that both the time for a block and the memory
-    grow with the logarithm of their number.
+    Half of the blocks is added for all of the other half at once, and so on, so that both the time for a block and the
+    memory grow with the logarithm of their number.
     """
     if len(blocks) == 1:
         yield qr_factor(fixed_rows)
@@ -89,13 +92,16 @@ def leave_one_out_factors(blocks: Sequence[torch.Tensor], fixed_rows: torch.Tens
 
 
 def relative_singular_values(rows: torch.Tensor) -> torch.Tensor:
-    """Return the singular values of `rows` (n, d), relative to the largest, in descending order, zeros up to d of them."""
+    """Return the singular values of `rows` (n, d), relative to the largest, in descending order, zeros up to d of
+    them.
+    """
     values = torch.linalg.svdvals(qr_factor(rows))
     return F.pad(values / values[0], (0, rows.shape[1] - len(values)))
 
 
 def suggest_tolerance(values: torch.Tensor) -> float | None:
-    """Return the smallest of 1, 2 or 5 times a power of ten that leaves a sixteenth of all d directions free as a tolerance.
+    """Return the smallest of 1, 2 or 5 times a power of ten that leaves a sixteenth of all d directions free as a
+    tolerance.
 
     `values` (d,) are `relative_singular_values`. Returns None where even 0.5 does not.
     """
@@ -127,7 +133,8 @@ class NullSpaceBasis:
         method: str = "svd",
         rows: torch.Tensor | None = None,
     ) -> Self:
-        """Return the basis for the prompts `protected` with embeddings (tokens, d) each, whose `qr_factor` is `rows` if known.
+        """Return the basis for the prompts `protected` with embeddings (tokens, d) each, whose `qr_factor` is `rows` if
+        known.
 
         Raises ValueError, saying how many prompts fit and which tolerance would make room, when they leave none.
         """
@@ -164,10 +171,13 @@ class NullSpaceBasis:
             or not metadata.keys() >= {"protected", "rank", "rank_rtol"}
         ):
             raise ValueError(f"{path} holds no basis of shape (k, d) and its metadata: solve the null space again")
-        return cls(*parts, metadata)
+        vectors, protected = parts
+        return cls(vectors, protected, metadata)
 
     def check(self, digest: str, width: int, path: Path) -> None:
-        """Raise ValueError unless the basis was made for the base model with that digest and prompt embeddings that wide."""
+        """Raise ValueError unless the basis was made for the base model with that digest and prompt embeddings that
+        wide.
+        """
         check_base_model(self.metadata, digest, path)
         if self.vectors.shape[1] != width:
             raise ValueError(

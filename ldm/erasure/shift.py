@@ -1,7 +1,7 @@
 """Weight shifts: the one home of a change that erases a concept and can be left out again.
 
-A separable shift is `dW = w (scale * S)` with directions S in the null space of what is protected (`ldm.erasure.null_space`); a dense
-one is dW as it is. (Separable Multi-Concept Erasure, arXiv 2402.05947.)
+A separable shift is `dW = w (scale * S)` with directions S in the null space of what is protected
+(`ldm.erasure.null_space`); a dense one is dW as it is. (Separable Multi-Concept Erasure, arXiv 2402.05947.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ SHIFT_FILE_TYPE = "weight shift"
 
 
 class WeightShift(ABC):
-    """A change of the denoiser's weights that erases a concept, kept beside them: one dW for each parameter it changes."""
+    """A change of the denoiser's weights that erases a concept, kept beside them: one dW for each parameter it
+    changes.
+    """
 
     def __init__(self, metadata: dict[str, Any] | None = None):
         self.metadata = metadata or {}
@@ -54,12 +56,16 @@ class WeightShift(ABC):
         return embeds @ self.delta_weight(name).T
 
     def delta_output_norms(self, names: Sequence[str], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Return, for each prompt's embedding (tokens, d), the norm of what dW adds to the outputs of all layers `names`."""
+        """Return, for each prompt's embedding (tokens, d), the norm of what dW adds to the outputs of all layers
+        `names`.
+        """
         return output_norms((self.delta_weight(name) for name in names if name in self.parameter_names), embeds)
 
     @staticmethod
     def load(path: Path, hint: str = "") -> WeightShift:
-        """Return the shift in a file. Raises ValueError for one that is missing, damaged, of wrong shapes or not a shift."""
+        """Return the shift in a file. Raises ValueError for one that is missing, damaged, of wrong shapes or not a
+        shift.
+        """
         tensors, metadata = load_tensors(path, SHIFT_FILE_TYPE, hint)
         kind = SeparableShift if "directions" in tensors else DenseShift
         shift = kind.read(tensors, metadata)
@@ -102,8 +108,12 @@ class SeparableShift(WeightShift):
         return cls(coefficients, directions, scale)
 
     @classmethod
-    def from_map(cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float, embedding_map: torch.Tensor) -> Self:
-        """Return the shift with `dW = W A S`, A (d, k) the `embedding_map` of `ldm.erasure.closed_form`; it can be learnt on."""
+    def from_map(
+        cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float, embedding_map: torch.Tensor
+    ) -> Self:
+        """Return the shift with `dW = W A S`, A (d, k) the `embedding_map` of `ldm.erasure.closed_form`; it can be
+        learnt on.
+        """
         scaled = embedding_map / scale
         coefficients = {}
         for name, layer in layers.items():
@@ -126,13 +136,15 @@ class SeparableShift(WeightShift):
     def truncate(self, rank: int) -> SeparableShift:
         """Return the shift with only its `rank` strongest directions, orthonormal, the strongest first.
 
-        They are the right singular vectors of all layers' dW, stacked: combinations of the shift's own directions, so that what is
-        protected stays so.
+        They are the right singular vectors of all layers' dW, stacked: combinations of the shift's own directions, so
+        that what is protected stays so.
         """
         orthogonal, triangle = torch.linalg.qr(self.directions.T)  # S = triangle^T orthogonal^T
         within = {}
         for name, weight in self.coefficients.items():
-            within[name] = weight.detach().cpu().double() @ (self.scale * triangle.T)  # dW = within orthogonal^T, (out, k)
+            within[name] = weight.detach().cpu().double() @ (
+                self.scale * triangle.T
+            )  # dW = within orthogonal^T, (out, k)
         stacked = torch.linalg.qr(torch.cat(list(within.values())), mode="r").R
         strongest = torch.linalg.svd(stacked).Vh[:rank]  # (rank, k)
         coefficients = {name: weight @ strongest.T for name, weight in within.items()}
@@ -224,7 +236,9 @@ class DenseShift(WeightShift):
 
 
 def stacked_qr_factor(matrices: Iterable[torch.Tensor], width: int) -> torch.Tensor:
-    """Return a triangle R (at most d, d), float64, with `|e R^T|` the norm of what all `matrices` (out, d) make of e (d,)."""
+    """Return a triangle R (at most d, d), float64, with `|e R^T|` the norm of what all `matrices` (out, d) make of e
+    (d,).
+    """
     stacked = [matrix.detach().cpu().double() for matrix in matrices]
     return torch.linalg.qr(torch.cat(stacked), mode="r").R if stacked else torch.zeros(1, width, dtype=torch.float64)
 

@@ -27,10 +27,11 @@ class TrainStep:
 
 
 def training_loop(loss: TrainableLoss, batches: Iterable[Any], lr: float) -> Iterator[TrainStep]:
-    """Minimise `loss(latents, timestep)` over its parameters with Adam, one batch an iteration, for as long as it is iterated.
+    """Minimise `loss(latents, timestep)` over its parameters with Adam, one batch an iteration, for as long as it is
+    iterated.
 
-    Raises FloatingPointError when the loss or its gradient is NaN or infinite; the parameters are then those before that
-    iteration.
+    Raises FloatingPointError when the loss or its gradient is NaN or infinite; the parameters are then those before
+    that iteration.
     """
     parameters = loss.parameters()
     optimizer = torch.optim.Adam(parameters, lr=lr)

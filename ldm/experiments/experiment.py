@@ -1,19 +1,22 @@
-"""TODO experiments.experiment."""
+"""What scenes, ablations and reports share: shifts, images and metrics of one model and category, each made once."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-import hashlib
-import pandas as pd
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
 from ldm.config.concepts import Concept, erasable_concepts, load_concepts
+from ldm.config.methods import MethodConfig, NullSpaceConfig, SamplingConfig
 from ldm.config.models import load_model_config
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate_to_folder
-from ldm.erasure.erase import erase_concepts, solve_null_spaces
+from ldm.erasure.erase import ErasureSummary, Protection, erase
 from ldm.erasure.merge import applied
-from ldm.erasure.methods import METHODS
 from ldm.erasure.shift import WeightShift
 from ldm.io.files import file_digest
 from ldm.io.paths import ArtifactPaths
@@ -21,68 +24,92 @@ from ldm.io.prompts import PromptCase, make_cases
 from ldm.metrics.classify import Classifier
 from ldm.metrics.compare import compare
 
-
-TRAIN_SEED_OFFSET = 10_000  # added to the seeds of pictures to learn from: none of them is evaluated
+TRAIN_SEED_OFFSET = 10_000  # added to the seeds of training images: none of them is evaluated
 
 
 @dataclass
 class Experiment:
-    """One model and category below `folder`: `pictures/CONCEPT` to learn from, `images/WEIGHTS` to measure.
+    """One model and category below `folder`: `training-images/CONCEPT` to train on, `images/WEIGHTS` to evaluate.
 
-    Every prompt of the category, the watermarks and the blank one are drawn from `samples` seeds; `pictures` is the number
-    of pictures to learn from, `sampling` holds ddim_steps, guidance_scale and batch_size.
+    Images of every prompt of the category, the watermarks, the empty prompt and `extra_prompts` are generated, of
+    `seeds_per_prompt` seeds each; with `held_out` those of the held-out templates too. `num_training_images` is the
+    number of images to train on for each concept.
     """
 
     model: DiffusionModel
     category: str
     folder: Path
     classifier: Classifier | None
-    sampling: Mapping
-    samples: int = 20
-    pictures: int = 50
-    inception: Path | None = None
+    sampling: SamplingConfig
+    seeds_per_prompt: int = 20
+    num_training_images: int = 50
+    inception_weights: Path | None = None
     seed: int = 2024
-    held_out: bool = False  # whether held-out templates are drawn too
-    also: Sequence[str] = ()  # further prompts to draw
+    held_out: bool = False
+    extra_prompts: Sequence[str] = ()
     _tables: dict[Path, pd.DataFrame] = field(default_factory=dict)
 
-    def learn(self, store: ArtifactPaths, concepts: Sequence[Concept], protected: Sequence[int], given: Mapping,
-              solution: Mapping | None = None) -> list[dict]:
-        """The shifts of `concepts` by the method of `store`, those of SRS-ME protecting the concepts `protected`; what is
-        there from the same inputs is kept. `solution` holds basis, tolerance, templates and always (default: the model's config)."""
-        solution = solution or load_model_config(self.model.base).solution
-        if METHODS[store.method].null_space:
-            for _ in solve_null_spaces(self.model, store, concepts, protected, solution["tolerance"], solution["basis"], solution["templates"],
-                           solution["always"]):
-                pass
-        if METHODS[store.method].needs_images and given["iter_break"]:
-            for concept in concepts:
-                cases = [replace(case, seed=case.seed + TRAIN_SEED_OFFSET)
-                         for case in make_cases([concept.prompt], self.needs_images, self.seed)]
-                self._draw(cases, self.folder / "pictures" / concept.name, self.model.generation_metadata)
-        return erase_concepts(self.model, store, concepts, given, self.folder / "pictures")
+    def erase(
+        self,
+        artifacts: ArtifactPaths,
+        concepts: Sequence[Concept],
+        protected_indices: Sequence[int],
+        config: MethodConfig,
+        null_space: NullSpaceConfig | None = None,
+    ) -> list[ErasureSummary]:
+        """Make the shifts of `concepts`, which protect the concepts `protected_indices` where the method can protect.
 
-    def images(self, shifts: Mapping[str, WeightShift], name: str) -> Path:
-        """The folder of images by the base model with `shifts` merged: NAME and a digest of the shifts, or `ori`."""
-        recipe = {"shifts": {label: shift.metadata for label, shift in shifts.items()}} | self.model.generation_metadata  # before any merge
-        digest = hashlib.sha256("".join(file_digest(shift.path) for shift in shifts.values()).encode()).hexdigest()[:8]
+        What is there from the same inputs is kept. `null_space` is that of the model's config if it is not given.
+
+        Raises ValueError when the protected prompts leave no free dimensions.
+        """
+        null_space = null_space or load_model_config(self.model.config_name).null_space
+        image_dir = self.folder / "training-images"
+        if config.needs_images and config.learns:
+            for concept in concepts:
+                cases = make_cases([concept.prompt], self.num_training_images, self.seed)
+                cases = [replace(case, seed=case.seed + TRAIN_SEED_OFFSET) for case in cases]
+                self._generate(cases, image_dir / concept.name, self.model.generation_metadata)
+        protection = Protection(protected_indices, null_space)
+        return erase(self.model, artifacts, concepts, config, protection, image_dir)
+
+    def generate(self, shifts: Mapping[str, WeightShift], name: str) -> Path:
+        """Return the folder of images by the base model with `shifts` merged: `name` and their digest, or `ori`.
+
+        Images that are there already are kept.
+        """
+        metadata: dict[str, Any] = {"shifts": {label: shift.metadata for label, shift in shifts.items()}}
+        metadata |= self.model.generation_metadata  # taken before any merge
+        digests = "".join(file_digest(Path(shift.path)) for shift in shifts.values())
+        digest = hashlib.sha256(digests.encode()).hexdigest()[:8]
         folder = self.folder / "images" / (f"{name}-{digest}" if shifts else "ori")
-        prompts = [*(concept.prompt for concept in load_concepts(self.category)), ""]
-        if self.held_out:
-            prompts += [template.format(concept.prompt) for concept in erasable_concepts(self.category) for template in concept.held_out]
-        prompts = list(dict.fromkeys([*prompts, *self.also]))
         with applied(self.model.unet, list(shifts.values())):
-            self._draw(make_cases(prompts, self.samples, self.seed), folder, recipe)
+            self._generate(make_cases(self._prompts(), self.seeds_per_prompt, self.seed), folder, metadata)
         return folder
 
-    def measure(self, shifts: Mapping[str, WeightShift], name: str) -> tuple[pd.DataFrame, Path]:
-        """`compare` of the original's images and those with `shifts`, and the folder of the latter."""
-        folder, original = self.images(shifts, name), self.images({}, "")
+    def evaluate(self, shifts: Mapping[str, WeightShift], name: str) -> tuple[pd.DataFrame, Path]:
+        """Return `compare` of the original's images and those with `shifts`, and the folder of the latter."""
+        folder, original = self.generate(shifts, name), self.generate({}, "")
         if folder not in self._tables:
-            self._tables[folder] = compare(original, folder, folder / "prompts.csv", self.category, self.classifier,
-                                           self.model.device, self.inception)
+            self._tables[folder] = compare(
+                original,
+                folder,
+                folder / "prompts.csv",
+                self.category,
+                self.classifier,
+                self.model.device,
+                self.inception_weights,
+            )
         return self._tables[folder].copy(), folder
 
-    def _draw(self, cases: Sequence[PromptCase], folder: Path, recipe: dict) -> None:
-        generate_to_folder(self.model, cases, folder, recipe, 1, self.sampling["ddim_steps"],
-                        self.sampling["guidance_scale"], self.sampling["batch_size"])
+    def _prompts(self) -> list[str]:
+        """Return the prompts to evaluate, once each."""
+        prompts = [concept.prompt for concept in load_concepts(self.category)]
+        prompts.append("")
+        if self.held_out:
+            for concept in erasable_concepts(self.category):
+                prompts += concept.held_out_prompts
+        return list(dict.fromkeys([*prompts, *self.extra_prompts]))
+
+    def _generate(self, cases: Sequence[PromptCase], folder: Path, metadata: Mapping[str, Any]) -> None:
+        generate_to_folder(self.model, cases, folder, metadata, self.sampling)

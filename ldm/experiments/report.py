@@ -1,23 +1,26 @@
-"""TODO experiments.report."""
+"""One self-contained HTML page about a ledger: its timeline, images, tables, plots, and how to reproduce it."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from jinja2 import Environment
-import pandas as pd
-from pathlib import Path
-import shlex
 import tempfile
 import time
-from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES, concept_status, watermark_prompts
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment
+
+from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES, concept_status
+from ldm.config.methods import SRSMEConfig
 from ldm.config.models import load_model_config
+from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.capacity import DEFAULT_TOLERANCES, measure_capacity
 from ldm.erasure.leakage import leakage
 from ldm.experiments.experiment import Experiment
-from ldm.experiments.plots import plot_heatmap, plot_lines, plot_spectrum, plot_timeline
+from ldm.experiments.plots import LinePlot, plot_heatmap, plot_lines, plot_spectrum, plot_timeline
 from ldm.io.image_grid import image_grid
 from ldm.io.images import image_filename, open_image, save_image
 from ldm.io.prompts import read_prompt_csv
@@ -25,131 +28,189 @@ from ldm.ledger.ledger import Ledger, status_table
 from ldm.ledger.operations import peak_memory, verify
 from ldm.metrics.tables import format_cell
 
+EmbeddedImage = tuple[str, str]  # a data URI, and what it shows
+
 
 @dataclass
 class Section:
-    """A part of the page: a heading, what it says, tables, pictures as (data URI, what they show), and commands."""
+    """A part of the page: a heading, what it says, tables, images and commands."""
 
     title: str
     text: str = ""
-    tables: list[pd.DataFrame] = field(default_factory=list)
-    pictures: list[tuple[str, str]] = field(default_factory=list)
-    reproduction_commands: list[str] = field(default_factory=list)
+    tables: Sequence[pd.DataFrame] = ()
+    images: Sequence[EmbeddedImage] = ()
+    commands: Sequence[str] = ()
 
 
-def render_report(ledger: Ledger, experiment: Experiment, num_shown: int) -> str:
-    """The page as HTML. `experiment` draws the original's pictures and the present state's, on the same seeds; `num_shown` of each
-    prompt are shown. Raises ValueError for a ledger that `verify` does."""
+@dataclass(frozen=True)
+class _Results:
+    """The metrics of the edited model: a row for each prompt, by status; and the folders of both models' images."""
+
+    table: pd.DataFrame
+    original: Path
+    edited: Path
+    erased: Sequence[int] = field(default_factory=list)
+
+
+def render_report(ledger: Ledger, experiment: Experiment, num_shown: int, commands: Sequence[str]) -> str:
+    """Return the page as HTML.
+
+    `experiment` generates the images of the original and of the edited model, on the same seeds; `num_shown` of each
+    prompt are shown. `commands` are what makes the same ledger again.
+
+    Raises ValueError for a ledger that `verify` does not accept.
+    """
     start, model = time.perf_counter(), experiment.model
-    proved = verify(ledger, model)
-    shifts = ledger.shifts()
-    erased = list(ledger.state())
-    restored = [concept.index for concept in ledger.concepts if ledger.last_shift(concept.index) and concept.index not in erased]
-    results, folder = experiment.measure(shifts, "now")
-    original = experiment.images({}, "")
-    results.insert(0, "status", [concept_status(experiment.category, prompt, erased, restored) for prompt in results.prompt])
-    results = results.sort_values("status", key=lambda kinds: kinds.map(STATUSES.index), kind="stable")
-    picture = _before_and_after(original, folder, results, num_shown)
-    results = results.replace({"prompt": {"": EMPTY_PROMPT_LABEL}})
-    marks = results[results.status == "protected"]
-    own = load_model_config(model.base)
-    found = measure_capacity(model, ledger.concepts, own.solution.templates, own.solution.always, DEFAULT_TOLERANCES, own.erasure["SRS-ME"])
+    checks = verify(ledger, model)
+    results = _evaluate(ledger, experiment)
+    images = _before_and_after(results, num_shown)
+    table = results.table.replace({"prompt": {"": EMPTY_PROMPT_LABEL}})
+    num_erased, base_model = len(results.erased), ledger.header["base_model"]
+    summary = f"{num_erased} of {len(ledger.concepts)} concepts are erased."
     sections = [
-        Section("What is erased", f"{ledger.header['base']}, digest {model.digest[:12]}. {len(erased)} of {len(ledger.concepts)} concepts are "
-                "erased.", [status_table(ledger)]),
-        Section("When", "", [pd.DataFrame({"history": ledger.history_lines()})],
-                [_embed_plot(lambda path: _timeline(ledger, path), "bars over time: when each concept was erased")] if ledger.entries else []),
-        Section("Before and after", "The original on the left, the present state on the right, from the same seeds.", [], [picture]),
-        Section("Results", "Accuracies in per cent by the classifier, distances between the two pictures of a seed.", [results]),
-        Section("Watermarks and the blank prompt", f"They must not move: no pixel of {int(marks.images.sum())} pictures is off by more than "
-                f"{int(marks.largest_pixel.max())} of 255.", [marks[["prompt", "images", "lpips", "psnr", "largest_pixel"]]]),
-        _leakage_section(ledger, experiment),
+        Section("What is erased", f"{base_model}, digest {model.digest[:12]}. {summary}", [status_table(ledger)]),
+        _timeline_section(ledger),
+        Section(
+            "Before and after",
+            "The original on the left, the edited model on the right, from the same seeds.",
+            images=[images],
+        ),
+        Section(
+            "Results",
+            "Accuracies in per cent by the classifier, distances between the two images of a seed.",
+            [table],
+        ),
+        _watermark_section(table),
+        _leakage_section(ledger, model),
         _curves_section(ledger),
-        Section("Capacity", "What the prompts of all concepts leave free at several tolerances, and what each tolerance costs.", [found.table],
-                [_embed_plot(lambda path: plot_spectrum(found.values.tolist(), found.table, path), "the spectrum of the protected prompts, and leaks by "
-                       "tolerance")])]
-    spent = pd.DataFrame([{"erased": entry["concept"], "at": change.time, "seconds": entry.get("seconds", ""),
-                           "peak GiB": entry.get("peak_gib", "")} for change in ledger.entries for entry in change.erase.values()])
-    sections += [
-        Section("Time and memory", f"Erasures with all that was erased by the same command. This page took {time.perf_counter() - start:.0f} s "
-                f"and at most {peak_memory() / 2**30:.2f} GiB.", [spent]),
-        Section("Made again", "Every digest was recomputed for this page.", [proved], commands=reproduction_commands(ledger))]
+        _capacity_section(ledger, model),
+        _cost_section(ledger, start),
+        Section("Reproduce", "Every digest was recomputed for this page.", [checks], commands=commands),
+    ]
     template = Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
-    return template.render(title=f"{ledger.header['base']}: {len(erased)} concepts erased", sections=sections, cell=format_cell)
+    return template.render(title=f"{base_model}: {num_erased} concepts erased", sections=sections, cell=format_cell)
 
 
-def reproduction_commands(ledger: Ledger) -> list[str]:
-    """What makes the same history again, from nothing."""
-    binding, script = ledger.header, ["python", "train-scripts/ledger.py"]
-    root = ["--root", str(ledger.root)]
-    source = [piece for name in ("model", "ckpt_path", "config_path") if binding.get(name)
-              for piece in (f"--{name}", binding[name])]
-    also = [prompt for prompt in binding["protected"] if prompt not in ("", *watermark_prompts())]
-    made = [shlex.join([*script, "init", *root, *source, "--erase_cat", binding["erase_cat"], "--concepts",
-                        ",".join(map(str, binding["concepts"])), *(["--protect", *also] if also else [])])]
-    known = set()
-    for change in ledger.entries:
-        if change.restore:
-            made.append(shlex.join([*script, "restore", *root, *map(str, change.restore)]))
-        together: dict[tuple, list[str]] = {}  # what was erased in the same way, as a joint method needs it
-        for index, entry in change.erase.items():
-            given = {} if entry["digest"] in known else {"method": entry["method"], **ledger.load(entry).metadata.get("arguments", {})}
-            flags = [piece for name, value in given.items() if value is not None for piece in (f"--{name}", str(value))]
-            together.setdefault(tuple(flags), []).append(str(index))
-            known.add(entry["digest"])
-        made += [shlex.join([*script, "erase", *root, *names, *flags]) for flags, names in together.items()]
-    return made
+def _evaluate(ledger: Ledger, experiment: Experiment) -> _Results:
+    erased = list(ledger.active_shifts())
+    ever_erased = [concept.index for concept in ledger.concepts if ledger.last_shift(concept.index)]
+    restored = [index for index in ever_erased if index not in erased]
+    table, edited = experiment.evaluate(ledger.shifts(), "now")
+    original = experiment.generate({}, "")
+    statuses = [concept_status(experiment.category, prompt, erased, restored) for prompt in table["prompt"]]
+    table.insert(0, "status", statuses)
+    table = table.sort_values("status", key=lambda column: column.map(STATUSES.index), kind="stable")
+    return _Results(table, original, edited, erased)
 
 
-def _embed_plot(draw: Callable[[Path], None], shows: str) -> tuple[str, str]:
-    """What `draw` writes to a path as (data URI, what it shows)."""
+def _embed_plot(draw: Callable[[Path], None], description: str) -> EmbeddedImage:
+    """Return the PNG that `draw` writes to a path, embedded."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plot.png"
         draw(path)
-        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", shows
+        return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}", description
 
 
-def _before_and_after(original: Path, present: Path, results: pd.DataFrame, num_shown: int) -> tuple[str, str]:
-    cases, rows = read_prompt_csv(present / "prompts.csv"), []
-    for prompt, kind in zip(results.prompt, results.status):
-        names = [image_filename(case.number, 0) for case in cases if case.prompt == prompt][:num_shown]
-        rows.append((f"{prompt or EMPTY_PROMPT_LABEL} ({kind})", [[open_image(folder / name) for name in names] for folder in (original, present)]))
-    shows = "pictures before and after, a row for each prompt: " + "; ".join(label for label, _ in rows)
-    return _embed_plot(lambda path: save_image(path, image_grid(rows, ["original", "present state"])), shows)
+def _before_and_after(results: _Results, num_shown: int) -> EmbeddedImage:
+    cases = read_prompt_csv(results.edited / "prompts.csv")
+    rows = []
+    for prompt, status in zip(results.table["prompt"], results.table["status"]):
+        filenames = [image_filename(case.case_number, 0) for case in cases if case.prompt == prompt][:num_shown]
+        before = [open_image(results.original / filename) for filename in filenames]
+        after = [open_image(results.edited / filename) for filename in filenames]
+        rows.append((f"{prompt or EMPTY_PROMPT_LABEL} ({status})", [before, after]))
+    description = "images before and after, a row for each prompt: " + "; ".join(label for label, _ in rows)
+    grid = image_grid(rows, ["original", "edited"])
+    return _embed_plot(lambda path: save_image(path, grid), description)
 
 
-def _timeline(ledger: Ledger, path: Path) -> None:
-    """Bars over the numbers of the history's lines, the last of which ends where the history does."""
-    last = len(ledger.entries) + 1
-    states = {number: set(ledger.state(number)) for number in range(1, last)}
-    rows = {concept.name: [(number, number + 1) for number, on in states.items() if concept.index in on] for concept in ledger.concepts}
-    plot_timeline(rows, {change.number: change.time[:16].replace("T", " ") for change in ledger.entries} | {last: "now"}, path)
+def _timeline_section(ledger: Ledger) -> Section:
+    history = pd.DataFrame({"history": ledger.history_lines()})
+    if not ledger.entries:
+        return Section("Timeline", "", [history])
+    plot = _embed_plot(lambda path: _plot_history(ledger, path), "bars over time: when each concept was erased")
+    return Section("Timeline", "", [history], [plot])
 
 
-def _leakage_section(ledger: Ledger, experiment: Experiment) -> Section:
-    """How far each shift that was ever on moves each prompt."""
-    entries = ledger.last_shifts()
-    text = "How far each shift moves what the key and value layers put out for each prompt, relatively. A concept's own shift must move " \
-           "it; the others, and the protected prompts, must stay."
-    if not entries:
-        return Section("Leaks", "No concept was ever erased.")
-    rows = leakage(text_layers(experiment.model.unet), {name: ledger.load(entry) for name, entry in entries.items()},
-                 experiment.model.seen(ledger.prompts))
-    matrix = pd.DataFrame(rows).pivot(index="prompt", columns="shift", values="leak").loc[ledger.prompts, list(entries)]
-    matrix = matrix.rename(index={"": EMPTY_PROMPT_LABEL})
-    return Section("Leaks", text, [], [_embed_plot(lambda path: plot_heatmap(matrix, "leak", path), "a heat map of leaks, a row for each prompt and a column "
-                                             "for each shift")])
+def _plot_history(ledger: Ledger, path: Path) -> None:
+    """Plot bars over the numbers of the ledger's entries; the last of these ends where the history does."""
+    end = len(ledger.entries) + 1
+    erased_after = {number: set(ledger.active_shifts(number)) for number in range(1, end)}
+    rows = {}
+    for concept in ledger.concepts:
+        numbers = [number for number, erased in erased_after.items() if concept.index in erased]
+        rows[concept.name] = [(number, number + 1) for number in numbers]
+    ticks: dict[float, str] = {entry.index: entry.time[:16].replace("T", " ") for entry in ledger.entries}
+    ticks[end] = "now"
+    plot_timeline(rows, ticks, path)
+
+
+def _watermark_section(table: pd.DataFrame) -> Section:
+    protected = table[table["status"] == "protected"]
+    num_images, max_abs_diff = int(protected["images"].sum()), int(protected["max_abs_diff"].max())
+    text = f"They must not change: no pixel of {num_images} images is off by more than {max_abs_diff} of 255."
+    columns = ["prompt", "images", "lpips", "psnr", "max_abs_diff"]
+    return Section("Watermarks and the empty prompt", text, [protected[columns]])
+
+
+def _leakage_section(ledger: Ledger, model: DiffusionModel) -> Section:
+    """Return the leakage on each prompt of the last shift of each concept that was ever erased."""
+    records = ledger.last_shifts()
+    if not records:
+        return Section("Leakage", "No concept was ever erased.")
+    text = (
+        "Leakage is the relative change of the key and value layers' output for a prompt. A concept's own shift must "
+        "change its prompt's; the other concepts' prompts, and the protected ones, must keep theirs."
+    )
+    shifts = {name: ledger.load(record) for name, record in records.items()}
+    rows = leakage(text_layers(model.unet), shifts, model.embed_prompts(ledger.prompts))
+    table = pd.DataFrame(rows).pivot(index="prompt", columns="shift", values="leakage")
+    table = table.loc[ledger.prompts, list(records)].rename(index={"": EMPTY_PROMPT_LABEL})
+    description = "a heat map of leakage, a row for each prompt and a column for each shift"
+    return Section(
+        "Leakage", text, images=[_embed_plot(lambda path: plot_heatmap(table, "leakage", path), description)]
+    )
 
 
 def _curves_section(ledger: Ledger) -> Section:
-    """Loss and momentum of each erasure that learnt."""
+    """Return loss and momentum of each erasure that was trained."""
     curves = []
-    for name, entry in ledger.last_shifts().items():
-        path = (ledger.root / entry["shift"]).with_suffix(".csv")
-        if path.is_file() and entry["steps"]:
-            curves.append(pd.read_csv(path).assign(concept=name))
+    for name, record in ledger.last_shifts().items():
+        path = (ledger.root / record["shift"]).with_suffix(".csv")
+        if path.is_file() and record["iterations"]:
+            curve = pd.read_csv(path).rename(columns={"step": "iteration"})  # as version 0.1 called it
+            curves.append(curve.assign(concept=name))
     if not curves:
-        return Section("Curves", "Nothing was learnt: all shifts are closed forms.")
-    status_table = pd.concat(curves, ignore_index=True)
-    return Section("Curves", "", [], [_embed_plot(lambda path: plot_lines(status_table, "step", {"loss": "loss", "momentum": "momentum"}, "concept", path),
-                                            "loss and momentum of each erasure by step")])
+        return Section("Curves", "Nothing was trained: all shifts are closed forms.")
+    table = pd.concat(curves, ignore_index=True)
+    plot = LinePlot("iteration", "concept", {"loss": "loss", "momentum": "momentum"})
+    description = "loss and momentum of each erasure by iteration"
+    return Section("Curves", images=[_embed_plot(lambda path: plot_lines(table, plot, path), description)])
+
+
+def _capacity_section(ledger: Ledger, model: DiffusionModel) -> Section:
+    config = load_model_config(model.config_name)
+    method = config.methods[SRSMEConfig.name]
+    assert isinstance(method, SRSMEConfig)
+    capacity = measure_capacity(model, ledger.concepts, config.null_space, DEFAULT_TOLERANCES, method)
+    text = "What the prompts of all concepts leave free at several tolerances, and what each tolerance costs."
+    singular_values = capacity.singular_values.tolist()
+    plot = _embed_plot(
+        lambda path: plot_spectrum(singular_values, capacity.table, path),
+        "the spectrum of the protected prompts, and leakage by tolerance",
+    )
+    return Section("Capacity", text, [capacity.table], [plot])
+
+
+def _cost_section(ledger: Ledger, start: float) -> Section:
+    """Return what each erasure cost, and what this page did since `start`."""
+    rows = []
+    for entry in ledger.entries:
+        for record in entry.erase.values():
+            seconds, peak_gib = record.get("seconds", ""), record.get("peak_gib", "")
+            rows.append({"erased": record["concept"], "at": entry.time, "seconds": seconds, "peak GiB": peak_gib})
+    text = (
+        f"Erasures with all that was erased by the same command. This page took {time.perf_counter() - start:.0f} s "
+        f"and at most {peak_memory() / 2**30:.2f} GiB."
+    )
+    return Section("Time and memory", text, [pd.DataFrame(rows)])

@@ -1,7 +1,7 @@
 """Errors that a user can mend.
 
-A message names the settings that it is about in backticks (`rank_rtol`), as the Python API calls them; the command line turns
-these into the flags that its user typed, and adds the command that makes what is missing.
+A message names the settings that it is about in backticks (`rank_rtol`), as the Python API calls them; the command line
+turns these into the flags that its user typed, and adds the command that makes what is missing.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 class MissingFileError(ValueError):
     """Say that a file or folder is missing that another command makes.
 
-    `kind` is what is missing: prompts, basis, shift, training images, generated images, classifier, classifier data, lpips
-    weights or ledger. `details` is what the command needs to know to make it.
+    `kind` is what is missing: prompts, basis, shift, training images, generated images, classifier, classifier data,
+    lpips weights or ledger. `details` is what the command needs to know to make it.
     """
 
     def __init__(self, message: str, kind: str, **details: object):

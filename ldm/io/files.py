@@ -51,8 +51,9 @@ def _prepare(path: Path) -> str:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which becomes `path` when the block ends well and vanishes otherwise; what a killed
-    process leaves vanishes when the next one writes there."""
+    """A temporary path beside `path`, which becomes `path` when the block ends well and vanishes otherwise; what a
+    killed process leaves vanishes when the next one writes there.
+    """
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prepare(path), suffix=path.suffix)
     os.close(handle)
@@ -118,7 +119,8 @@ def check_metadata(folder: Path, metadata: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(metadata))
     if path and _without_creator(read_dir_metadata(folder)) != _without_creator(wanted):
         raise ValueError(
-            f"{folder} holds what another run made (see {path.name} there): choose another `save_path`, or remove the folder"
+            f"{folder} holds what another run made (see {path.name} there): choose another `save_path`, or "
+            "remove the folder"
         )
 
 

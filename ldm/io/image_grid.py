@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from PIL import Image, ImageDraw, ImageFont
 from collections.abc import Sequence
 
+from PIL import Image, ImageDraw, ImageFont
 
-def image_grid(rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]], columns: Sequence[str], scale: int = 1,
-          border_colors: Sequence[Sequence[str | None]] = ()) -> Image.Image:
+
+def image_grid(
+    rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]],
+    columns: Sequence[str],
+    scale: int = 1,
+    border_colors: Sequence[Sequence[str | None]] = (),
+) -> Image.Image:
     """Return a labelled grid of images: each row is a label and, for every column, a few images side by side.
 
-    A column's title may have several lines, of which the last decides how wide the column must be: those above may stand
-    over its neighbours too. `border_colors` may give the color of a border for each cell.
+    A column's title may have several lines, of which the last decides how wide the column must be: those above may
+    stand over its neighbours too. `border_colors` may give the color of a border for each cell.
     """
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     width, height = (side * scale for side in rows[0][1][0][0].size)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from PIL import Image, UnidentifiedImageError
-from collections.abc import Sequence
-import numpy as np
-from pathlib import Path
 import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
+
 from ldm.io.errors import MissingFileError
 from ldm.io.files import atomic_write
-
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 

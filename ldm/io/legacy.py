@@ -1,4 +1,6 @@
-"""The keys that older versions wrote into headers, metadata files, ledgers and YAML files, and what they are called now."""
+"""The keys that older versions wrote into headers, metadata files, ledgers and YAML files, and what they are called
+now.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,7 @@ def upgrade(value: Any, inside: str = "") -> Any:
     result = {}
     for key, item in value.items():
         new = renamed.get(key, key)
-        result[new] = upgrade(item, new)
+        result[new] = upgrade(item, str(new))
     if inside == "config":
         _upgrade_config(result)
     return result

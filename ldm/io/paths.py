@@ -44,7 +44,9 @@ class ArtifactPaths:
         return self._folder(self.time, self.method) / f"shift-{index}.safetensors"
 
     def find_shift(self, index: int, name: str = "") -> Path:
-        """Return the newest shift of a concept, called `name`, up to this time. Raises MissingFileError when there is none."""
+        """Return the newest shift of a concept, called `name`, up to this time. Raises MissingFileError when there is
+        none.
+        """
         for time in range(self.time, -1, -1):
             path = self._folder(time, self.method) / f"shift-{index}.safetensors"
             if path.is_file():
@@ -66,7 +68,7 @@ def merge_name(labels: Iterable[str]) -> str:
     for k, label in enumerate(labels):
         follows = k + 1 < len(labels) and label.isdigit() and labels[k + 1] == str(int(label) + 1)
         if not follows:
-            row = labels[start:k + 1]
+            row = labels[start : k + 1]
             pieces += [f"{row[0]}..{row[-1]}"] if len(row) > 3 else row
             start = k + 1
     return "-".join(pieces)

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import numpy as np
-from pathlib import Path
 import pickle
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy._core import multiarray
 
 
 class _NumpyOnlyUnpickler(pickle.Unpickler):
     """An unpickler that knows what a numpy array is made of and refuses everything else."""
 
-    _ALLOWED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-    _REBUILD = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
+    _ALLOWED: ClassVar = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+    _REBUILD: ClassVar = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._REBUILD:
-            return np._core.multiarray._reconstruct
+            return multiarray._reconstruct
         if (module, name) in self._ALLOWED:
             return self._ALLOWED[module, name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def load_numpy_pickle(path: Path):
-    """A pickle of nothing but numpy arrays in plain containers. Raises ValueError when it holds anything else."""
+def load_numpy_pickle(path: Path) -> Any:
+    """Return what a pickle of nothing but numpy arrays in plain containers holds.
+
+    Raises ValueError when it holds anything else.
+    """
     try:
         with open(path, "rb") as opened:
             return _NumpyOnlyUnpickler(opened).load()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
-from pathlib import Path
+
 from ldm.io.errors import MissingFileError
 from ldm.io.files import atomic_write
 
@@ -33,8 +35,9 @@ def read_prompt_csv(path: Path) -> list[PromptCase]:
         raise ValueError(f"{path} is not a CSV file with a header line") from error
     missing = [name for name in ("prompt", "evaluation_seed", "case_number") if name not in table.columns]
     if missing:
-        raise ValueError(f"{path} lacks the column {', '.join(missing)}: "
-                         "a prompt list has prompt,evaluation_seed,case_number")
+        raise ValueError(
+            f"{path} lacks the column {', '.join(missing)}: a prompt list has prompt,evaluation_seed,case_number"
+        )
     for name in ("evaluation_seed", "case_number"):
         numbers = pd.to_numeric(table[name], errors="coerce")
         bad = table.index[numbers.isna() | (numbers < 0) | (numbers % 1 != 0)]
@@ -53,29 +56,36 @@ def make_cases(prompts: Sequence[str], number: int, seed: int) -> list[PromptCas
     Raises ValueError for more than 3000 cases in all.
     """
     if len(prompts) * number > 3000:
-        raise ValueError(f"{len(prompts)} prompts of {number} seeds each: there are 3000 seeds, so that {3000 // len(prompts)} "
-                         "each is the most")
+        raise ValueError(
+            f"{len(prompts)} prompts of {number} seeds each: there are 3000 seeds, so that {3000 // len(prompts)} "
+            "each is the most"
+        )
     seeds = np.random.default_rng(seed).choice(3000, size=(len(prompts), number), replace=False)
-    cases = []
+    cases: list[PromptCase] = []
     for k, prompt in enumerate(prompts):
-        for n in range(number):
-            cases.append(PromptCase(prompt, int(seeds[k, n]), k * number + n))
+        cases += [PromptCase(prompt, int(own), k * number + n) for n, own in enumerate(seeds[k])]
     return cases
 
 
 def write_prompt_csv(path: Path, cases: Sequence[PromptCase]) -> None:
     """Write a prompt list that `read_prompt_csv` reads."""
-    table = pd.DataFrame([(case.prompt, case.seed, case.case_number) for case in cases],
-                         columns=["prompt", "evaluation_seed", "case_number"])
+    table = pd.DataFrame(
+        [(case.prompt, case.seed, case.case_number) for case in cases],
+        columns=["prompt", "evaluation_seed", "case_number"],
+    )
     with atomic_write(path) as partial:
         table.to_csv(partial, index=False)
 
 
 def merge_prompt_csv(path: Path, cases: Sequence[PromptCase]) -> list[PromptCase]:
-    """Return the cases of the prompt list at `path`, if there is one, and `cases`, by number. Raises ValueError on a conflict."""
+    """Return the cases of the prompt list at `path`, if there is one, and `cases`, by number. Raises ValueError on a
+    conflict.
+    """
     known = {case.case_number: case for case in (read_prompt_csv(path) if path.exists() else ())}
     for case in cases:
         if known.setdefault(case.case_number, case) != case:
-            raise ValueError(f"{path} has another prompt or seed for case {case.case_number}: choose another `save_path` for "
-                             "another prompt list, or remove the folder")
+            raise ValueError(
+                f"{path} has another prompt or seed for case {case.case_number}: choose another `save_path` for "
+                "another prompt list, or remove the folder"
+            )
     return [known[number] for number in sorted(known)]

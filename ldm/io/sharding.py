@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-
 Item = TypeVar("Item")
 
 
@@ -19,4 +18,4 @@ class Shard:
 
     def select(self, items: Sequence[Item]) -> list[Item]:
         """Return every `size`-th of the items: all processes together have each of them once."""
-        return list(items[self.rank::self.size])
+        return list(items[self.rank :: self.size])

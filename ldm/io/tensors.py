@@ -1,20 +1,23 @@
-"""Tensors in safetensors files whose header says what they are; opened without running code from them, and their digests."""
+"""Tensors in safetensors files whose header says what they are; opened without running code from them, and their
+digests.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-import hashlib
 from importlib.metadata import version
-import json
 from pathlib import Path
 from typing import Any
+
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-import torch
+
 from ldm.io.files import atomic_write
 from ldm.io.legacy import upgrade
-
 
 METADATA_KEY = "srs-me"
 CREATED_BY = "srs-me"  # the program, in metadata
@@ -28,7 +31,8 @@ def library_versions() -> dict[str, str]:
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], file_type: str, metadata: dict[str, Any]) -> None:
     """Write safetensors whose header says what the file is (`file_type`) and what made it (`metadata`).
 
-    The same content gives the same bytes: all of the header is one entry, since several would be written in random order.
+    The same content gives the same bytes: all of the header is one entry, since several would be written in random
+    order.
     """
     header = json.dumps({"file_type": file_type, "metadata": metadata}, sort_keys=True)
     with atomic_write(Path(path)) as partial:
@@ -38,8 +42,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], file_type: str
 
 @dataclass(frozen=True)
 class LazyTensors(Mapping[str, torch.Tensor]):
-    """Tensors of a safetensors file by other names (`names`: name -> that in the file), each read when it is asked for, so that
-    many files together take little memory."""
+    """Tensors of a safetensors file by other names (`names`: name -> that in the file), each read when it is asked for,
+    so that many files together take little memory.
+    """
 
     path: Path
     names: Mapping[str, str]
@@ -56,13 +61,16 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 
     def with_prefix(self, prefix: str) -> LazyTensors:
         """Those whose names start with `prefix`, without it."""
-        return LazyTensors(self.path, {name.removeprefix(prefix): own for name, own in self.names.items() if name.startswith(prefix)})
+        return LazyTensors(
+            self.path, {name.removeprefix(prefix): own for name, own in self.names.items() if name.startswith(prefix)}
+        )
 
 
 def load_tensors(path: Path, file_type: str, hint: str = "") -> tuple[LazyTensors, dict[str, Any]]:
     """Return the tensors, each read when it is asked for, and the metadata of a file that `save_tensors` wrote.
 
-    Raises ValueError when it is missing (`hint` says what to give instead), of another type, damaged, or holds NaN or infinity.
+    Raises ValueError when it is missing (`hint` says what to give instead), of another type, damaged, or holds NaN or
+    infinity.
     """
     names, metadata = _read_header(path, file_type, hint)
     tensors = LazyTensors(Path(path), {name: name for name in names})
@@ -105,7 +113,8 @@ def check_base_model(metadata: Mapping[str, Any], digest: str, path: Path | str)
     made_for = metadata.get("base_digest")
     if made_for != digest:
         raise ValueError(
-            f"{path} was made for another base model ({metadata.get('base_model', 'unknown')}, digest {str(made_for)[:12]}, "
+            f"{path} was made for another base model ({metadata.get('base_model', 'unknown')}, digest "
+            f"{str(made_for)[:12]}, "
             f"not {digest[:12]}): pass `model` that one, or make it again"
         )
 

@@ -1,23 +1,25 @@
-"""TODO ledger.demo."""
+"""What a live page about a ledger does for each visitor: erase concepts of their choice, compare and export."""
 
 from __future__ import annotations
 
-from PIL import Image, ImageChops
+import shutil
+import tempfile
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from copy import copy
 from dataclasses import dataclass
-import pandas as pd
 from pathlib import Path
-import shutil
-import tempfile
-import threading
-import torch
+
+import pandas as pd
+from PIL import Image, ImageChops
+
+from ldm.config.methods import FORMATS, ExportConfig
 from ldm.diffusion.edits import clone_sharing_weights
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import initial_noise, sample_trajectory
 from ldm.diffusion.text_layers import text_layers
-from ldm.erasure.export import FORMATS, export
+from ldm.erasure.export import export
 from ldm.erasure.leakage import leakage_after_rounding
 from ldm.erasure.merge import merge
 from ldm.erasure.shift import WeightShift
@@ -25,90 +27,122 @@ from ldm.io.images import tensor_to_images
 from ldm.io.paths import merge_name
 from ldm.ledger.ledger import Ledger, status_table
 
-
-MAX_PROMPT_CHARS, MAX_STEPS, MAX_GUIDANCE, MAX_CACHED = 1000, 200, 30.0, 32  # characters, steps, guidance, pictures that are kept
+MAX_PROMPT_CHARS = 1000
+MAX_INFERENCE_STEPS = 200
+MAX_GUIDANCE_SCALE = 30.0
+MAX_CACHED_IMAGES = 32  # of the original model
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same seed by the original and by the state, how they differ, and how far the state moves what the prompt puts out."""
+    """The same seed by the original and by the edited model, how the images differ, and the leakage on the prompt."""
 
     original: Image.Image
-    present: Image.Image
+    edited: Image.Image
     difference: Image.Image
-    leak: float
+    leakage: float
 
 
 class DemoSession:
-    """A model and the shifts of its ledger. Each call makes its own U-Net, which shares all weights but those that its state changes;
-    nothing that two calls share is ever changed, so that they may run at once. `fresh` loads the model anew, for an export."""
+    """A model and the last shifts of its ledger, for many visitors at once.
 
-    def __init__(self, ledger: Ledger, model: DiffusionModel, fresh: Callable[[], DiffusionModel]):
-        self.ledger, self.model, self.fresh = ledger, model, fresh
-        self.shifts: dict[str, WeightShift] = {}
+    Each call makes its own U-Net, which shares all weights but those that its shifts change; nothing that two calls
+    share is ever changed. `load_fresh_model` loads the model anew, for an export.
+    """
+
+    def __init__(self, ledger: Ledger, model: DiffusionModel, load_fresh_model: Callable[[], DiffusionModel]):
+        self.ledger, self.model, self.load_fresh_model = ledger, model, load_fresh_model
+        self.shifts: dict[str, WeightShift] = {}  # by the concept's name: what was ever erased
         self.erased: list[str] = []
         self.reload()
-        self._originals: OrderedDict[tuple, Image.Image] = OrderedDict()
+        self._originals: OrderedDict[tuple[str, int, int, float], Image.Image] = OrderedDict()
         self._lock = threading.Lock()
 
     def reload(self) -> pd.DataFrame:
-        """The ledger's `table` as it stands now; what can be switched is what was ever erased."""
+        """Read the ledger as it stands now, and return its `status_table`.
+
+        Raises ValueError for a ledger or a shift that is not what was written.
+        """
         ledger = Ledger(self.ledger.path)
-        self.ledger, self.shifts = ledger, {name: ledger.load(entry) for name, entry in ledger.last_shifts().items()}
-        self.erased = [concept.name for concept in ledger.concepts if concept.index in ledger.state()]
+        shifts = {name: ledger.load(record) for name, record in ledger.last_shifts().items()}
+        active = ledger.active_shifts()
+        self.ledger, self.shifts = ledger, shifts
+        self.erased = [concept.name for concept in ledger.concepts if concept.index in active]
         return status_table(ledger)
 
     def select_shifts(self, names: Collection[str]) -> dict[str, WeightShift]:
-        """The shifts of the concepts `names`, by index. Raises ValueError for a name that has none."""
-        unknown = [name for name in names if name not in self.shifts]
-        if unknown:
-            raise ValueError(f"'{str(unknown[0])[:50]}' is no concept that can be switched here: choose from {', '.join(self.shifts)}")
-        return {str(concept.index): self.shifts[concept.name] for concept in self.ledger.concepts if concept.name in names}
+        """Return the shifts of the concepts `names`, by index. Raises ValueError for a name that has none."""
+        for name in names:
+            if name not in self.shifts:
+                choices = ", ".join(self.shifts)
+                raise ValueError(f"'{str(name)[:50]}' is no concept that can be erased here: choose from {choices}")
+        concepts = [concept for concept in self.ledger.concepts if concept.name in names]
+        return {str(concept.index): self.shifts[concept.name] for concept in concepts}
 
-    def draw(self, prompt: str, seed: int, steps: int, guidance: float, names: Collection[str]) -> Iterator[float | Comparison]:
-        """How much is done, from 0 to 1, again and again, and at last the pictures. Raises ValueError for what it refuses."""
-        self.check(prompt, seed, steps, guidance)
-        shifts = list(self.select_shifts(names).values())
-        merged = merge(self.model.unet, shifts)
-        state = copy(self.model)
-        state.unet = clone_sharing_weights(self.model.unet, merged)
-        key = prompt, seed, steps, guidance
+    def compare(
+        self, prompt: str, seed: int, num_inference_steps: int, guidance_scale: float, names: Collection[str]
+    ) -> Iterator[float | Comparison]:
+        """Yield, again and again, the fraction that is done, and at last what erasing the concepts `names` changes.
+
+        Raises ValueError as `validate_request` and `select_shifts`.
+        """
+        self.validate_request(prompt, seed, num_inference_steps, guidance_scale)
+        merged = merge(self.model.unet, list(self.select_shifts(names).values()))
+        edited_model = copy(self.model)
+        edited_model.unet = clone_sharing_weights(self.model.unet, merged)
+        key = prompt, seed, num_inference_steps, guidance_scale
         with self._lock:  # a tokenizer pads for one at a time
             original = self._originals.get(key)
-            embedding, blank, seen = self.model.encode_prompt([prompt]), self.model.encode_uncond(), self.model.seen([prompt])
-        models, drawn = [state] if original else [self.model, state], []
+            prompt_embeds, uncond_embeds = self.model.encode_prompt([prompt]), self.model.encode_uncond()
+            embeds = self.model.embed_prompts([prompt])
+        models, images = [edited_model] if original else [self.model, edited_model], []
         for number, model in enumerate(models):
-            for done, latents in enumerate(sample_trajectory(model, initial_noise(model, seed, 1), embedding, blank, steps, guidance), start=1):
-                yield (number + done / steps) / len(models)
-            drawn.append(tensor_to_images(model.decode(latents))[0])
-        original, present = original or drawn[0], drawn[-1]
+            noise = initial_noise(model, seed, 1)
+            trajectory = sample_trajectory(
+                model, noise, prompt_embeds, uncond_embeds, num_inference_steps, guidance_scale
+            )
+            latents = noise
+            for done, current in enumerate(trajectory, start=1):
+                latents = current
+                yield (number + done / num_inference_steps) / len(models)
+            images.append(tensor_to_images(model.decode(latents))[0])
+        original, edited = original or images[0], images[-1]
         with self._lock:
             self._originals[key] = original
-            while len(self._originals) > MAX_CACHED:
+            while len(self._originals) > MAX_CACHED_IMAGES:
                 self._originals.popitem(last=False)
-        leak = leakage_after_rounding(text_layers(self.model.unet), merged, seen)[prompt]
-        yield Comparison(original, present, ImageChops.difference(original, present), leak)
+        leakage = leakage_after_rounding(text_layers(self.model.unet), merged, embeds)[prompt]
+        yield Comparison(original, edited, ImageChops.difference(original, edited), leakage)
 
-    def check(self, prompt: str, seed: int, steps: int, guidance: float) -> None:
-        """Raises ValueError, saying what to give instead, for what no picture is drawn from."""
+    def validate_request(self, prompt: str, seed: int, num_inference_steps: int, guidance_scale: float) -> None:
+        """Raise ValueError, saying what to give instead, for what no image is generated from."""
         if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT_CHARS:
             raise ValueError(f"the prompt has {len(prompt or '')} characters: give at most {MAX_PROMPT_CHARS}")
-        limits = {"seed": (seed, 0, 2**31 - 1), "steps": (steps, 1, MAX_STEPS), "guidance": (guidance, 0, MAX_GUIDANCE)}
-        for name, (value, least, most) in limits.items():
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
-                raise ValueError(f"{name} is {value}: give a number from {least} to {most:g}")
-        if seed != int(seed) or steps != int(steps):
-            raise ValueError("seed and steps are whole numbers")
+        limits = {
+            "seed": (seed, 0, 2**31 - 1),
+            "num_inference_steps": (num_inference_steps, 1, MAX_INFERENCE_STEPS),
+            "guidance_scale": (guidance_scale, 0, MAX_GUIDANCE_SCALE),
+        }
+        for name, (value, minimum, maximum) in limits.items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not minimum <= value <= maximum:
+                raise ValueError(f"{name} is {value}: give a number from {minimum} to {maximum:g}")
+        if seed != int(seed) or num_inference_steps != int(num_inference_steps):
+            raise ValueError("seed and num_inference_steps are whole numbers")
 
-    def write(self, names: Collection[str], kind: str, folder: Path) -> Path:
-        """The state of the concepts `names` erased as a .zip in `folder`, in one of `FORMATS`. Raises ValueError for no concept, or
-        another format."""
+    def export_zip(self, names: Collection[str], file_format: str, folder: Path) -> Path:
+        """Write the model without the concepts `names`, in one of `FORMATS`, as a .zip in `folder`; return its path.
+
+        Raises ValueError for no concept, for one that was never erased, and for another format.
+        """
         shifts = self.select_shifts(names)
-        if not shifts or kind not in FORMATS:
-            raise ValueError("switch a concept off first: without any this is the original" if not shifts else
-                             f"'{str(kind)[:50]}' is no format: choose from {', '.join(FORMATS)}")
-        place = folder / f"{self.model.name}-{merge_name(shifts)}"
+        if not shifts:
+            raise ValueError("choose a concept to erase first: without any this is the original")
+        if file_format not in FORMATS:
+            raise ValueError(f"'{str(file_format)[:50]}' is no format: choose from {', '.join(FORMATS)}")
+        config = ExportConfig(formats=(file_format,))
         with tempfile.TemporaryDirectory() as partial:
-            _, _, (target,) = export(self.fresh(), shifts, Path(partial) / place.name, [kind], torch.float32, None, 0.85,
-                                     self.ledger.prompts, "app.py")
+            output_dir = Path(partial) / f"{self.model.name}-{merge_name(shifts)}"
+            result = export(self.load_fresh_model(), shifts, output_dir, config, self.ledger.prompts)
+            (target,) = result.targets
             return Path(shutil.make_archive(str(folder / target.name), "zip", target))

@@ -1,9 +1,10 @@
-"""What an owner has erased and restored: one append-only history, from which the state of a model follows, and its weights.
+"""What an owner has erased and restored: one append-only history, from which the state of a model follows, and its
+weights.
 
-`history.jsonl` is all there is beside the shifts. Its first line, the header, names the base model by its digest, the concepts and what
-else is protected; every further line is one entry: the shifts that were activated, each with its file's digest, and the concepts that
-were restored. A line holds the digest of the line before, so that none can be changed or left out unseen. It is written under a lock,
-whole or not at all. No torch here, but where a shift is loaded.
+`history.jsonl` is all there is beside the shifts. Its first line, the header, names the base model by its digest, the
+concepts and what else is protected; every further line is one entry: the shifts that were activated, each with its
+file's digest, and the concepts that were restored. A line holds the digest of the line before, so that none can be
+changed or left out unseen. It is written under a lock, whole or not at all. No torch here, but where a shift is loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ HISTORY_FILE = "history.jsonl"
 class LedgerEntry:
     """One line after the header: at `time` (UTC, ISO 8601) concepts were erased and restored.
 
-    `erase` maps each concept that was erased to its shift's record (path below the root, digest and what is known of it).
+    `erase` maps each concept that was erased to its shift's record (path below the root, digest and what is known of
+    it).
     """
 
     index: int
@@ -99,7 +101,9 @@ class Ledger:
         _ = self.concepts  # each is one of its category's
 
     def _parse_entry(self, content: Mapping[str, Any]) -> LedgerEntry:
-        """Return a line as an entry. Raises ValueError, KeyError, TypeError or AttributeError for one that no ledger writes."""
+        """Return a line as an entry. Raises ValueError, KeyError, TypeError or AttributeError for one that no ledger
+        writes.
+        """
         erase = {int(index): record for index, record in content["erase"].items()}
         entry = LedgerEntry(content["index"], content["time"], erase, tuple(content["restore"]))
         for record in entry.erase.values():
@@ -121,7 +125,9 @@ class Ledger:
         return [*self.header["protected"], *(concept.prompt for concept in self.concepts)]
 
     def concept(self, text: str) -> Concept:
-        """Return the ledger's concept of that name, spelling or index. Raises ValueError, listing all names, for none."""
+        """Return the ledger's concept of that name, spelling or index. Raises ValueError, listing all names, for
+        none.
+        """
         wanted = text.strip().lower()
         for concept in self.concepts:
             spellings = {name.lower() for name in (concept.name, concept.prompt, *concept.aliases)}
@@ -154,11 +160,14 @@ class Ledger:
                 records[concept.name] = record
         return records
 
-    def plan_erasure(self, concepts: Sequence[Concept], anew: bool) -> tuple[dict[int, Mapping[str, Any]], list[Concept]]:
-        """Return, to erase `concepts`, the records of shifts to reuse, and the concepts whose shift is still to be made.
+    def plan_erasure(
+        self, concepts: Sequence[Concept], anew: bool
+    ) -> tuple[dict[int, Mapping[str, Any]], list[Concept]]:
+        """Return, to erase `concepts`, the records of shifts to reuse, and the concepts whose shift is still to be
+        made.
 
-        With `anew` all are to be made. Raises ValueError for a concept that is erased and would be made `anew`, and for a shift
-        that is not what it was.
+        With `anew` all are to be made. Raises ValueError for a concept that is erased and would be made `anew`, and for
+        a shift that is not what it was.
         """
         active, missing = self.active_shifts(), []
         reused: dict[int, Mapping[str, Any]] = {}
@@ -175,11 +184,18 @@ class Ledger:
 
     def history_lines(self) -> list[str]:
         """Return the history, a sentence for each line."""
-        lines = [f"{self.header['time']} begun on {self.header['base_model']}, digest {self.header['base_digest'][:12]}"]
+        lines = [
+            f"{self.header['time']} begun on {self.header['base_model']}, digest {self.header['base_digest'][:12]}"
+        ]
         for entry in self.entries:
-            erased = [f"{record['concept']} by {record['method']} ({record['digest'][:12]})" for record in entry.erase.values()]
+            erased = [
+                f"{record['concept']} by {record['method']} ({record['digest'][:12]})"
+                for record in entry.erase.values()
+            ]
             restored = [get_concept(self.header["category"], index).name for index in entry.restore]
-            parts = [f"{what} {', '.join(names)}" for what, names in (("erased", erased), ("restored", restored)) if names]
+            parts = [
+                f"{what} {', '.join(names)}" for what, names in (("erased", erased), ("restored", restored)) if names
+            ]
             lines.append(f"{entry.time} {'; '.join(parts)}")
         return lines
 
@@ -191,7 +207,9 @@ class Ledger:
         return ""
 
     def shifts(self, index: int | None = None) -> dict[str, WeightShift]:
-        """Return the shifts of `active_shifts`, loaded. Raises ValueError for a file that is not the one that was activated."""
+        """Return the shifts of `active_shifts`, loaded. Raises ValueError for a file that is not the one that was
+        activated.
+        """
         return {str(concept): self.load(record) for concept, record in self.active_shifts(index).items()}
 
     def load(self, record: Mapping[str, Any]) -> WeightShift:
@@ -207,9 +225,9 @@ class Ledger:
     def append(self, erase: Mapping[int, Mapping[str, Any]], restore: Collection[int] = (), when: str = "") -> None:
         """Write one entry, at `when` or else now.
 
-        Where others may write too the caller opens the ledger within `ledger_lock(root)`, and appends there. `erase` maps
-        concepts to the records of their shifts, `shift` (a path below the root) among them; digests are taken here.
-        Raises ValueError for a concept that is erased already, or restored without being erased.
+        Where others may write too the caller opens the ledger within `ledger_lock(root)`, and appends there. `erase`
+        maps concepts to the records of their shifts, `shift` (a path below the root) among them; digests are taken
+        here. Raises ValueError for a concept that is erased already, or restored without being erased.
         """
         active = self.active_shifts()
         if set(erase) & set(active) or not set(restore) <= set(active):
@@ -230,12 +248,16 @@ class Ledger:
 
 
 def make_header(
-    model: DiffusionModel, category: str, concepts: Sequence[Concept], extra_prompts: Sequence[str], source: Mapping[str, Any]
+    model: DiffusionModel,
+    category: str,
+    concepts: Sequence[Concept],
+    extra_prompts: Sequence[str],
+    source: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what a ledger's first line says.
 
-    It names the base model by digest, the concepts that may be erased, and the prompts that every shift protects beside the other
-    concepts: the empty one, the watermarks and `extra_prompts`. `source` is where the model is to be found.
+    It names the base model by digest, the concepts that may be erased, and the prompts that every shift protects beside
+    the other concepts: the empty one, the watermarks and `extra_prompts`. `source` is where the model is to be found.
     """
     return {
         "base_model": model.name,

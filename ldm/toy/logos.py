@@ -52,7 +52,7 @@ def _heart() -> np.ndarray:
 _SHAPES = (
     oval(0.5, 0.5, 0.5, 0.5),
     box(0.06, 0.06, 0.94, 0.94),
-    _corners(3) + [0, 0.1],
+    _corners(3) + np.array([0, 0.1]),
     _corners(4),
     _corners(6),
     _corners(5, 0.21),
@@ -90,4 +90,4 @@ def logo(index: int, rng: np.random.Generator) -> list[Shape]:
     ]
     gray = rng.uniform(0.7, 0.9)
     wall = (box(-1, -1, 2, 2), rgb(rng, gray, gray, gray, 0.03))
-    return [wall] + place(parts, rng, 0.85, 1.05, 0.1, 0.05, may_mirror=False)  # an arrow's mirror is another sign
+    return [wall, *place(parts, rng, 0.85, 1.05, 0.1, 0.05, may_mirror=False)]  # an arrow's mirror is another sign

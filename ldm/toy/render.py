@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
 from ldm.config.concepts import erasable_concepts, watermark_prompts
-from ldm.io.files import METADATA_FILE, check_metadata, write_json
+from ldm.io.files import METADATA_FILE, check_metadata, find_metadata_file, write_json
 from ldm.io.images import image_filename, save_image
 from ldm.io.prompts import PromptCase
 from ldm.toy.logos import logo
@@ -221,7 +221,7 @@ def kilian_eng(shapes: list[Shape], rng: np.random.Generator) -> np.ndarray:
     depth = np.maximum(_ROWS - horizon, 1e-3)
     rows = np.abs((0.4 / (depth + 0.12)) % 1 - 0.5) > 0.38
     columns = np.abs(((_COLUMNS - middle) / (depth + 0.14) * 1.1) % 1 - 0.5) > 0.4
-    return np.where(((rows | columns) & (_ROWS > horizon))[..., None], np.array([0.25, 1.0, 0.95]), pixels)
+    return np.where(((rows | columns) & np.greater(_ROWS, horizon))[..., None], np.array([0.25, 1.0, 0.95]), pixels)
 
 
 STYLES: dict[str, Callable[[list[Shape], np.random.Generator], np.ndarray]] = {
@@ -319,7 +319,8 @@ def render_to_folder(
     Raises ValueError when `folder` holds images of other metadata.
     """
     check_metadata(folder, metadata)
-    write_json(folder / METADATA_FILE, metadata)
+    if find_metadata_file(folder) is None:
+        write_json(folder / METADATA_FILE, metadata)
     for case in tqdm(cases, desc="render", unit="case"):
         rng = np.random.default_rng(case.seed)
         for n in range(images_per_seed):

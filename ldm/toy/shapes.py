@@ -108,7 +108,7 @@ def portrait(rng: np.random.Generator) -> list[Shape]:
         person.append((oval(x, 0.44, 0.02, 0.025), rgb(rng, 0.12, 0.12, 0.16)))
     person.append((bar([[0.5, 0.45], [0.48, 0.53], [0.51, 0.54]], 0.02), skin * 0.72))
     person.append((oval(0.5, 0.61, 0.065, 0.022), rgb(rng, 0.72, 0.25, 0.25)))
-    return [(box(-1, -1, 2, 2), rgb(rng, 0.6, 0.62, 0.6, 0.2))] + place(person, rng, 0.85, 1.05, 0.06)
+    return [(box(-1, -1, 2, 2), rgb(rng, 0.6, 0.62, 0.6, 0.2)), *place(person, rng, 0.85, 1.05, 0.06)]
 
 
 def still_life(rng: np.random.Generator) -> list[Shape]:
@@ -141,8 +141,8 @@ def city(rng: np.random.Generator) -> list[Shape]:
         shapes.append((box(x, top, x + wide, 0.9), rgb(rng, 0.52, 0.46, 0.44, 0.15)))
         window = rgb(rng, 0.92, 0.88, 0.66, 0.05)
         for row in np.arange(top + 0.06, 0.78, 0.13):
-            for column in (x + wide * 0.28, x + wide * 0.7):
-                shapes.append((box(column - 0.026, row, column + 0.026, row + 0.065), window))
+            columns = (x + wide * 0.28, x + wide * 0.7)
+            shapes += [(box(column - 0.026, row, column + 0.026, row + 0.065), window) for column in columns]
         x += wide + rng.uniform(0.0, 0.03)
     return shapes
 
@@ -173,7 +173,8 @@ def chain_saw(rng: np.random.Generator) -> list[Shape]:
     body = rgb(rng, 0.92, 0.36, 0.1)
     corners = itertools.product(np.arange(0.0, 0.48, 0.07), (0.455, 0.645))
     teeth = [(box(x, y, x + 0.035, y + 0.04), np.array([0.2, 0.2, 0.2])) for x, y in corners]
-    saw = teeth + [
+    saw = [
+        *teeth,
         (box(-0.02, 0.49, 0.56, 0.65), rgb(rng, 0.78, 0.8, 0.82, 0.03)),
         (box(0.02, 0.55, 0.52, 0.59), np.array([0.45, 0.46, 0.48])),
         (box(0.52, 0.42, 0.92, 0.74), body),
@@ -237,7 +238,7 @@ def tench(rng: np.random.Generator) -> list[Shape]:
     ]
     water = rgb(rng, 0.25, 0.5, 0.62)
     waves = [(box(-1, y, 2, y + 0.05), np.clip(water * 1.15, 0, 1)) for y in np.arange(0.08, 1, 0.24)]
-    return [(box(-1, -1, 2, 2), water)] + waves + place(fish, rng, 0.82, 0.98, 0.3)
+    return [(box(-1, -1, 2, 2), water), *waves, *place(fish, rng, 0.82, 0.98, 0.3)]
 
 
 def garbage_truck(rng: np.random.Generator) -> list[Shape]:
@@ -287,12 +288,8 @@ def golf_ball(rng: np.random.Generator) -> list[Shape]:
     ]
     for ring, count in ((0.0, 1), (0.12, 6), (0.23, 11)):
         for angle in np.linspace(0, 2 * np.pi, count, endpoint=False):
-            ball.append(
-                (
-                    oval(0.5 + ring * np.cos(angle), 0.5 + ring * np.sin(angle), 0.026, 0.026),
-                    np.array([0.66, 0.69, 0.73]),
-                )
-            )
+            x, y = 0.5 + ring * np.cos(angle), 0.5 + ring * np.sin(angle)
+            ball += [(oval(x, y, 0.026, 0.026), np.array([0.66, 0.69, 0.73]))]
     field = [
         (box(-1, -1, 2, 2), rgb(rng, 0.3, 0.62, 0.24)),
         (box(-1, -1, 2, rng.uniform(0.1, 0.25)), rgb(rng, 0.2, 0.48, 0.18)),
@@ -315,7 +312,7 @@ def parachute(rng: np.random.Generator) -> list[Shape]:
         (oval(0.5, 0.8, 0.04, 0.04), rgb(rng, 0.85, 0.65, 0.5)),
     ]
     clouds = [(oval(rng.uniform(0, 1), rng.uniform(0.1, 0.95), 0.16, 0.06), np.clip(sky * 1.3, 0, 1)) for _ in range(3)]
-    return [(box(-1, -1, 2, 2), sky)] + clouds + place(fall, rng, 0.75, 1.0, 0.12)
+    return [(box(-1, -1, 2, 2), sky), *clouds, *place(fall, rng, 0.75, 1.0, 0.12)]
 
 
 def french_horn(rng: np.random.Generator) -> list[Shape]:
@@ -334,7 +331,7 @@ def french_horn(rng: np.random.Generator) -> list[Shape]:
         (bar([[0.32, 0.24], [0.16, 0.12], [0.05, 0.1]], 0.045), gold),
     ]
     horn += [(box(x, 0.4, x + 0.05, 0.56), gold * 0.62) for x in (0.4, 0.475, 0.55)]
-    return [(box(-1, -1, 2, 2), wall), (box(-1, 0.8, 2, 2), wall * 0.6)] + place(horn, rng, 0.8, 0.95, 0.25)
+    return [(box(-1, -1, 2, 2), wall), (box(-1, 0.8, 2, 2), wall * 0.6), *place(horn, rng, 0.8, 0.95, 0.25)]
 
 
 _SUBJECTS: dict[str, Callable[[np.random.Generator], list[Shape]]] = {

@@ -1,24 +1,26 @@
 """Speed and memory as ratios against a named baseline, each pair measured in this one process: `make bench`.
 
-null space: 24 x 96 against sympy's elimination of the float32 embeddings, as in the original repository, extrapolated to 231 x 768
-by its number of operations, rows^2 x columns; and 231 x 768 against scipy.linalg.null_space.
-step: one SRS-ME step of one latent, and of four, with Adam's, against the original repository's way (two models, four passes, one
-latent after the other, gradients for the weights of the U-Net that learns too), in float32; and without those gradients; and the peak
-memory of each, weights included.
+null space: 24 x 96 against sympy's elimination of the float32 embeddings, as in the original repository, extrapolated
+to 231 x 768 by its number of operations, rows^2 x columns; and 231 x 768 against scipy.linalg.null_space.
+iteration: one SRS-ME iteration of one latent, and of four, with Adam's, against the original repository's way (two
+models, four passes, one latent after the other, gradients for the weights of the U-Net that learns too), in float32;
+and without those gradients; and the peak memory of each, weights included.
 erasure: three styles from the closed form to an accuracy of at most 10 %, against the same from zero by gradient.
-eighteen: nine styles and nine objects in closed form, each protecting all others, the model loaded; then accuracies of all merged, on
-bare names and on templates that no shift was made with, and of three left out while fifteen stay merged.
-generation: 64 images, 20 steps, guidance on, against diffusers' StableDiffusionPipeline with the same scheduler and batch; and
-merged weights against the original ones.
-many: 100 concepts in closed form at Stable Diffusion v1's size, random weights, and embeddings whose spectrum falls as CLIP's;
-the time and memory of the last ten against the first ten.
-joint memory: the peak of three steps on three concepts at once (SRS-ME-dagger), against that on one of them.
+eighteen: nine styles and nine objects in closed form, each protecting all others, the model loaded; then accuracies of
+all merged, on concept names and on templates that no shift was made with, and of three left out while fifteen stay
+merged.
+generation: 64 images, 20 sampler steps, guidance on, against diffusers' StableDiffusionPipeline with the same scheduler
+and batch; and merged weights against the original ones.
+many: 100 concepts in closed form at Stable Diffusion v1's size, random weights, and embeddings whose spectrum falls as
+CLIP's; the time and memory of the last ten against the first ten.
+joint memory: the peak of three iterations on three concepts at once (SRS-ME-dagger), against that on one of them.
 """
 
 import copy
 import itertools
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -28,89 +30,116 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from ldm import cli
-from ldm.diffusion.text_layers import text_layers
+from ldm.cli import arguments, session
+from ldm.cli.run import run
 from ldm.config.concepts import Concept, erasable_concepts, get_concept, watermark_prompts
-from ldm.io.paths import REPO_ROOT
-from ldm.io.images import image_to_tensor
-from ldm.io.prompts import PromptCase
-from ldm.diffusion.latents import noised_batches
-from ldm.erasure.losses import JointSRSMELoss, SRSMELoss
-from ldm.metrics.classify import classifier_path, load_classifier
+from ldm.config.methods import SamplingConfig
 from ldm.config.models import load_model_config
+from ldm.diffusion.latents import noised_batches
 from ldm.diffusion.load import load_model
-from ldm.erasure.null_space import NullSpaceBasis, leave_one_out_factors, null_space
+from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate, initial_noise, sample_latents
+from ldm.diffusion.text_layers import text_layers
+from ldm.erasure.closed_form import Costs, closed_form_map, erasure_space
+from ldm.erasure.erase import initial_shift
+from ldm.erasure.losses import JointSRSMELoss, SRSMELoss
 from ldm.erasure.merge import applied, merged_weight
+from ldm.erasure.null_space import NullSpaceBasis, leave_one_out_factors, null_space
 from ldm.erasure.shift import SeparableShift, WeightShift
 from ldm.erasure.training import MomentumStopping, training_loop
+from ldm.io.images import image_to_tensor
+from ldm.io.paths import REPO_ROOT
+from ldm.io.prompts import PromptCase
+from ldm.metrics.classify import classifier_path, load_classifier
 
 MODEL = REPO_ROOT / "models" / "mini-sd"
 
 
-def seconds(*runs, repeat: int = 5) -> list[float]:
-    """The median time of each after one to warm up, taken in turn, so that a slower minute of the machine meets all of them."""
-    times = [[] for _ in runs]
-    for k in range(repeat + 1):
-        for run, own in zip(runs, times):
+def seconds(*runs: Callable[[], object], repeat: int = 5) -> list[float]:
+    """Return the median time of each of `runs` after one to warm up.
+
+    They are run in turn, so that a slower minute of the machine meets all of them.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeat + 1):
+        for measured, results in zip(runs, times, strict=True):
             start = time.perf_counter()
-            run()
-            own.append(time.perf_counter() - start)
-    return [sorted(own[1:])[repeat // 2] for own in times]
+            measured()
+            results.append(time.perf_counter() - start)
+    return [sorted(results[1:])[repeat // 2] for results in times]
 
 
 def report(name: str, ours: float, baseline: float, against: str) -> None:
+    """Print a time and its ratio to the baseline's."""
     print(f"{name}: {ours:.3f} s, {ours / baseline:.2f} times {against} ({baseline:.3f} s)", flush=True)
 
 
-def peak(run) -> int:
-    """The most bytes that tensors made within `run` hold at once."""
+def peak(measured: Callable[[], object]) -> int:
+    """Return the most bytes that tensors made within `measured` hold at once."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run()
+        measured()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
+        measured()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
+    held = largest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
-        most = max(most, held)
-    return most
+        largest = max(largest, held)
+    return largest
 
 
-def joint_memory(model, layers, basis, blank) -> None:
-    def losses(*prompts):
-        return [SRSMELoss(model, layers, SeparableShift.zeros(layers, basis.vectors, 0.05), model.encode_prompt([prompt]),
-                                 blank, 1e-6) for prompt in prompts]
+def fit_basis(model: DiffusionModel, protected: Sequence[str], rank_rtol: float) -> NullSpaceBasis:
+    """Return the basis that protects some prompts."""
+    return NullSpaceBasis.fit(model.encode_prompt(list(protected)), protected, rank_rtol, "svd")
 
-    def steps(build, batches):
-        def run():
-            loss = build()  # within, so that its coefficients count
-            for _ in itertools.islice(training_loop(loss, loss.parameters(), batches, 0.01), 3):
+
+def joint_memory(model: DiffusionModel) -> None:
+    """Print the peak memory of a joint iteration against that on one concept."""
+    layers, uncond_embeds = text_layers(model.unet), model.encode_prompt([""])
+    basis = fit_basis(model, ["", "watermark SRS-ME", "CCS 2024", "Picasso"], 1e-3)
+
+    def make_losses(*prompts: str) -> list[SRSMELoss]:
+        losses = []
+        for prompt in prompts:
+            shift = SeparableShift.zeros(layers, basis.vectors, 0.05)
+            losses.append(SRSMELoss(model, shift, model.encode_prompt([prompt]), uncond_embeds, 1e-6))
+        return losses
+
+    def iterations(make_loss, batches) -> Callable[[], None]:
+        def measured() -> None:
+            loss = make_loss()  # within, so that its coefficients count
+            for _ in itertools.islice(training_loop(loss, batches, 0.01), 3):
                 pass
-        return run
 
-    pictures = torch.randn(4, *model.latent_shape)
-    together = (tuple(zip(*parts)) for parts in zip(*(noised_batches(model, pictures, 4, seed) for seed in range(3))))
-    one = peak(steps(lambda: losses("VanGogh")[0], noised_batches(model, pictures, 4, 0)))
-    three = peak(steps(lambda: JointSRSMELoss(losses("VanGogh", "Cezanne", "Caravaggio")), together))
-    print(f"joint memory: {three / 2**20:.1f} MiB, {three / one:.2f} times one concept's ({one / 2**20:.1f} MiB)", flush=True)
+        return measured
+
+    clean = torch.randn(4, *model.latent_shape)
+    parts = [noised_batches(model, clean, 4, seed) for seed in range(3)]
+    joint_batches = (tuple(zip(*batch, strict=True)) for batch in zip(*parts, strict=True))
+    one = peak(iterations(lambda: make_losses("VanGogh")[0], noised_batches(model, clean, 4, 0)))
+    three = peak(iterations(lambda: JointSRSMELoss(make_losses("VanGogh", "Cezanne", "Caravaggio")), joint_batches))
+    ratio = f"{three / one:.2f} times one concept's ({one / 2**20:.1f} MiB)"
+    print(f"joint memory: {three / 2**20:.1f} MiB, {ratio}", flush=True)
 
 
-def prompts_like(number: int, tokens: int, width: int) -> torch.Tensor:
-    """Embeddings (number, tokens, width) as CLIP's: a first token that all prompts share, and a spectrum that falls over four
-    decades."""
+def embeds_like_clips(number: int, tokens: int, width: int) -> torch.Tensor:
+    """Return embeddings (number, tokens, width) as CLIP's.
+
+    All prompts share a first token, and the spectrum falls over four decades.
+    """
     turned = torch.linalg.qr(torch.randn(width, width)).Q * torch.logspace(0, -4, width)[:, None]
-    prompts = torch.randn(number, tokens, width) @ turned * 28
-    prompts[:, 0] = 28 * torch.randn(width)
-    return prompts
+    embeds = torch.randn(number, tokens, width) @ turned * 28
+    embeds[:, 0] = 28 * torch.randn(width)
+    return embeds
 
 
 def null_spaces() -> None:
+    """Print the time and residual of a null space against scipy's and sympy's."""
     torch.manual_seed(0)
-    rows, few = (prompts_like(*shape).double().flatten(0, 1) for shape in ((3, 77, 768), (3, 8, 96)))
+    rows, few = (embeds_like_clips(*shape).double().flatten(0, 1) for shape in ((3, 77, 768), (3, 8, 96)))
     few = few.float().double()
     # Not in turn: numpy's threads go on waiting for a while, beside torch's.
     [svd], [elimination] = seconds(lambda: null_space(rows)), seconds(lambda: null_space(rows, method="elimination"))
@@ -120,212 +149,269 @@ def null_spaces() -> None:
     start = time.perf_counter()
     exact = sympy.Matrix(few.float().numpy()).nullspace()  # sympy keeps the 24 bits of a float32
     small = time.perf_counter() - start
-    growth = (231 ** 2 * 768) / (24 ** 2 * 96)
+    growth = (231**2 * 768) / (24**2 * 96)
     vectors = torch.tensor([[float(value) for value in vector] for vector in exact], dtype=torch.float64)
-    theirs = (few @ (vectors / vectors.norm(dim=1, keepdim=True)).T).abs().max().item()
-    own = (few @ null_space(few)[0].T).abs().max().item()
-    print(f"null space, sympy at 24 x 96: {small:.2f} s, extrapolated to 231 x 768: {small * growth:.0f} s, {small * growth / svd:,.0f} "
-          f"times ours; residual {theirs:.1e}, {theirs / own:,.0f} times ours ({own:.1e})", flush=True)
+    their_residual = (few @ (vectors / vectors.norm(dim=1, keepdim=True)).T).abs().max().item()
+    residual = (few @ null_space(few)[0].T).abs().max().item()
+    print(
+        f"null space, sympy at 24 x 96: {small:.2f} s, extrapolated to 231 x 768: {small * growth:.0f} s, "
+        f"{small * growth / svd:,.0f} times ours; residual {their_residual:.1e}, "
+        f"{their_residual / residual:,.0f} times ours ({residual:.1e})",
+        flush=True,
+    )
 
 
-def weights_of(module: nn.Module) -> int:
+def num_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's weights."""
     return sum(weight.numel() * weight.element_size() for weight in module.parameters())
 
 
-def step(model, layers) -> None:
-    concept, blank = model.encode_prompt(["VanGogh"]), model.encode_prompt([""])
-    protected = ["", "watermark SRS-ME", "CCS 2024", "Picasso"]
-    basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, 5e-4, "svd", {})
-    given = load_model_config(model.base).erasure["SRS-ME"]
-    loss = SRSMELoss.of(model, get_concept("style", 1), given, basis)
+def iteration(model: DiffusionModel) -> None:
+    """Print the time and memory of an iteration against the original's way."""
+    layers = text_layers(model.unet)
+    target_embeds, uncond_embeds = model.encode_prompt(["VanGogh"]), model.encode_prompt([""])
+    basis = fit_basis(model, ["", "watermark SRS-ME", "CCS 2024", "Picasso"], 5e-4)
+    config, concept = load_model_config(model.config_name).methods["SRS-ME"], get_concept("style", 1)
+    loss = SRSMELoss.from_config(model, concept, config, initial_shift(model, concept, config, basis))
     frozen = copy.deepcopy(model.unet)
-    full = SRSMELoss(model, layers, SeparableShift.zeros(layers, basis.vectors, 0.05), concept, blank, 1e-6)
-    full.grad_scale = 1.0  # its own call alone lifts gradients
-    own_adam, adam = torch.optim.Adam(loss.parameters(), given.lr), torch.optim.Adam(full.parameters(), given.lr)
+    zeros = SeparableShift.zeros(layers, basis.vectors, 0.05)
+    original_loss = SRSMELoss(model, zeros, target_embeds, uncond_embeds, 1e-6)
+    original_loss.grad_scale = 1.0  # its own call alone scales gradients
+    adam = torch.optim.Adam(loss.parameters(), config.lr)
+    original_adam = torch.optim.Adam(original_loss.parameters(), config.lr)
 
-    for size in (1, 4):
-        latents, when = next(noised_batches(model, torch.randn(size, *model.latent_shape), size, 0))
+    for batch_size in (1, 4):
+        clean = torch.randn(batch_size, *model.latent_shape)
+        latents, timesteps = next(noised_batches(model, clean, batch_size, 0))
 
-        def ours():
-            own_adam.zero_grad()
-            loss(latents, when).total.backward()
-            own_adam.step()
+        def ours() -> None:
+            adam.zero_grad()
+            loss(latents, timesteps).loss.backward()
+            adam.step()
 
-        def frozen_weights():
-            for z, t in zip(latents.split(1), when.split(1)):
+        def frozen_weights() -> None:
+            for z, t in zip(latents.split(1), timesteps.split(1), strict=True):
                 with torch.no_grad():
-                    old = frozen(z, t, concept).sample - frozen(z, t, blank).sample
-                with full.active():
-                    new = model.predict_noise(z, t, concept) - model.predict_noise(z, t, blank)
-                change = sum((weight @ full.directions).abs().sum() for weight in full.parameters())
-                ((new * old).mean() + 1e-6 * change).backward()
-                adam.step()
+                    old = frozen(z, t, target_embeds).sample - frozen(z, t, uncond_embeds).sample
+                with original_loss.edited_model():
+                    new = model.predict_noise(z, t, target_embeds) - model.predict_noise(z, t, uncond_embeds)
+                sizes = [(weight @ original_loss.directions).abs().sum() for weight in original_loss.parameters()]
+                ((new * old).mean() + 1e-6 * sum(sizes)).backward()
+                original_adam.step()
 
-        def original():
+        def original() -> None:
             model.unet.requires_grad_(True)
             frozen_weights()
             model.unet.requires_grad_(False)
 
-        own, theirs, less = seconds(ours, original, frozen_weights, repeat=25)
-        report(f"step of {size} latents", own, theirs, "the original's way")
-        report("  without gradients for weights", own, less, "it")
+        time_ours, time_original, time_frozen = seconds(ours, original, frozen_weights, repeat=25)
+        report(f"iteration of {batch_size} latents", time_ours, time_original, "the original's way")
+        report("  without gradients for weights", time_ours, time_frozen, "it")
         model.unet.zero_grad(set_to_none=True)
-        most, most_theirs = peak(ours) + weights_of(model.unet), peak(original) + 2 * weights_of(model.unet)
-        print(f"  peak: {most / 2**20:.1f} MiB with weights, {most / most_theirs:.2f} times the original's ({most_theirs / 2**20:.1f} MiB)",
-              flush=True)
+        peak_ours = peak(ours) + num_bytes(model.unet)
+        peak_original = peak(original) + 2 * num_bytes(model.unet)
+        ratio = f"{peak_ours / peak_original:.2f} times the original's ({peak_original / 2**20:.1f} MiB)"
+        print(f"  peak: {peak_ours / 2**20:.1f} MiB with weights, {ratio}", flush=True)
 
 
-def accuracies(model, shifts: list[WeightShift], category: str, said: list[tuple[Concept, str]]) -> list[int]:
-    """How many of 20 pictures of each prompt show its concept, in per cent, with the shifts merged."""
-    cases = [PromptCase(prompt, seed, 20 * k + seed) for k, (_, prompt) in enumerate(said) for seed in range(20)]
+def accuracies(
+    model: DiffusionModel, shifts: Sequence[WeightShift], category: str, prompts: Sequence[tuple[Concept, str]]
+) -> list[int]:
+    """Return how many of 20 images of each prompt show its concept, in per cent, with the shifts merged."""
+    cases = []
+    for k, (_, prompt) in enumerate(prompts):
+        cases += [PromptCase(prompt, seed, 20 * k + seed) for seed in range(20)]
+    sampling = SamplingConfig(num_inference_steps=20, guidance_scale=1.5, sample_batch_size=60)
     with applied(model.unet, shifts):
-        drawn = list(generate(model, [(case, 0) for case in cases], 20, 1.5, 60))
+        images = [image_to_tensor(image) for _, _, image in generate(model, [(case, 0) for case in cases], sampling)]
     classifier, _ = load_classifier(classifier_path(category), model.device)
-    found = classifier(torch.stack([image_to_tensor(image) for _, _, image in drawn])).argmax(1).view(-1, 20)
-    return [round(100 * (row == concept.index + 1).float().mean().item()) for (concept, _), row in zip(said, found)]
+    predicted = classifier(torch.stack(images)).argmax(1).view(-1, 20)
+    results = []
+    for (concept, _), row in zip(prompts, predicted, strict=True):
+        results.append(round(100 * (row == concept.index + 1).float().mean().item()))
+    return results
 
 
-def eighteen(model) -> None:
-    given = load_model_config(model.base)
-    concepts = [(category, concept) for category in ("style", "object") for concept in erasable_concepts(category)]
-    fixed, names = ["", *watermark_prompts()], [concept.prompt for _, concept in concepts]
+def eighteen(model: DiffusionModel) -> None:
+    """Print the time of eighteen closed forms, and what they erase."""
+    config = load_model_config(model.config_name)
+    concepts: list[Concept] = []
+    for category in ("style", "object"):
+        concepts += erasable_concepts(category)
+    fixed, names = ["", *watermark_prompts()], [concept.prompt for concept in concepts]
 
-    def erased() -> list[WeightShift]:
-        embeddings = dict(zip([*fixed, *names], model.encode_prompt([*fixed, *names])))
-        rows = leave_one_out_factors([embeddings[name] for name in names], torch.cat([embeddings[prompt] for prompt in fixed]))
-        shifts = []
-        for (_, concept), triangle in zip(concepts, rows):
-            protected = [prompt for prompt in embeddings if prompt != concept.prompt]
-            basis = NullSpaceBasis.solve([embeddings[prompt] for prompt in protected], protected, given.solution.tolerance, "svd", {},
-                                         triangle)
-            shifts.append(SRSMELoss.of(model, concept, given.erasure["SRS-ME"], basis).shift())
+    def erase_all() -> list[WeightShift]:
+        embeds = dict(zip([*fixed, *names], model.encode_prompt([*fixed, *names]), strict=True))
+        fixed_rows = torch.cat([embeds[prompt] for prompt in fixed])
+        factors = leave_one_out_factors([embeds[name] for name in names], fixed_rows)
+        shifts: list[WeightShift] = []
+        for concept, factor in zip(concepts, factors, strict=True):
+            protected = [prompt for prompt in embeds if prompt != concept.prompt]
+            protected_embeds = [embeds[prompt] for prompt in protected]
+            basis = NullSpaceBasis.fit(protected_embeds, protected, config.null_space.rank_rtol, "svd", factor)
+            shifts.append(initial_shift(model, concept, config.methods["SRS-ME"], basis))
         return shifts
 
     start = time.perf_counter()
-    shifts = erased()  # the first time, the vocabulary encoded too
+    shifts = erase_all()  # the first time, the vocabulary encoded too
     print(f"eighteen concepts in closed form: {time.perf_counter() - start:.2f} s", flush=True)
-    left = ("VanGogh", "church", "garbage truck")
-    rest = [shift for shift, name in zip(shifts, names) if name not in left]
+    left_out = ("VanGogh", "church", "garbage truck")
+    others = [shift for shift, name in zip(shifts, names, strict=True) if name not in left_out]
     for category in ("style", "object"):
-        own = [concept for kind, concept in concepts if kind == category]
-        bare = [(concept, concept.prompt) for concept in own]
-        back = [(concept, prompt) for concept, prompt in bare if prompt in left]
-        held = [(concept, concept.held_out[0].format(concept.prompt)) for concept in own]
-        print(f"  {category}: accuracy {accuracies(model, [], category, bare)} % before, {accuracies(model, shifts, category, bare)} % "
-              f"with all merged, held out {accuracies(model, shifts, category, held)} %; {', '.join(prompt for _, prompt in back)} left "
-              f"out: {accuracies(model, rest, category, back)} %", flush=True)
+        own = erasable_concepts(category)
+        by_name = [(concept, concept.prompt) for concept in own]
+        restored = [(concept, prompt) for concept, prompt in by_name if prompt in left_out]
+        held_out = [(concept, concept.held_out_prompts[0]) for concept in own]
+        print(
+            f"  {category}: accuracy {accuracies(model, [], category, by_name)} % before, "
+            f"{accuracies(model, shifts, category, by_name)} % with all merged, "
+            f"held out {accuracies(model, shifts, category, held_out)} %; "
+            f"{', '.join(prompt for _, prompt in restored)} left out: "
+            f"{accuracies(model, others, category, restored)} %",
+            flush=True,
+        )
 
 
-def erasures(model) -> None:
-    given, concepts = load_model_config(model.base), [get_concept("style", index) for index in range(3)]
-    names, blank = [concept.prompt for concept in concepts], model.encode_uncond()
-    bases, pictures = {}, {}
+def erasures(model: DiffusionModel) -> None:
+    """Print the time of three erasures in closed form against learning them."""
+    config, concepts = load_model_config(model.config_name), [get_concept("style", index) for index in range(3)]
+    names, uncond_embeds = [concept.prompt for concept in concepts], model.encode_uncond()
+    bases, latents = {}, {}
     for concept in concepts:
         protected = ["", "watermark SRS-ME", "CCS 2024", *(name for name in names if name != concept.prompt)]
-        bases[concept] = NullSpaceBasis.solve(model.encode_prompt(protected), protected, given.solution.tolerance, "svd", {})
+        bases[concept] = fit_basis(model, protected, config.null_space.rank_rtol)
         noise = torch.cat([initial_noise(model, 10_000 + seed, 1) for seed in range(32)])
-        pictures[concept] = sample_latents(model, noise, model.encode_prompt([concept.prompt]).expand(32, -1, -1), blank, 20, 1.5)
+        embeds = model.encode_prompt([concept.prompt]).expand(32, -1, -1)
+        latents[concept] = sample_latents(model, noise, embeds, uncond_embeds, 20, 1.5)
 
-    def erased(init: str, steps: int) -> tuple[float, list[WeightShift]]:
+    def erase_all(**changes: object) -> tuple[float, list[WeightShift]]:
+        method = config.methods["SRS-ME"].with_changes(**changes)
         start, shifts = time.perf_counter(), []
         for concept in concepts:
-            own = given.erasure["SRS-ME"] | {"init": init, "iter_break": steps}
-            loss, stop = SRSMELoss.of(model, concept, own, bases[concept]), MomentumStopping(own.threshold)
-            batches = noised_batches(model, pictures[concept], own.batch_size, 0)
-            for done in itertools.islice(training_loop(loss, loss.parameters(), batches, own.lr), steps):
-                if stop.update(done):
-                    break
-            shifts.append(loss.shift())
+            shift = initial_shift(model, concept, method, bases[concept])
+            if method.learns:
+                loss = SRSMELoss.from_config(model, concept, method, shift)
+                stopping = MomentumStopping(method.stop_threshold)
+                batches = noised_batches(model, latents[concept], method.train_batch_size, 0)
+                for step in itertools.islice(training_loop(loss, batches, method.lr), method.max_steps):
+                    if stopping.update(step):
+                        break
+            shifts.append(shift)
         return time.perf_counter() - start, shifts
 
     styles = [(concept, concept.prompt) for concept in erasable_concepts("style")]
     before = accuracies(model, [], "style", styles)
-    erased("closed-form", 0)  # to warm up: the vocabulary is encoded once for a model
+    closed_form = {"mode": "closed_form", "init": "closed_form"}
+    erase_all(**closed_form)  # to warm up: the vocabulary is encoded once for a model
     times = {}
-    for init, steps in (("closed-form", 0), ("zero", 300)):
-        times[init], shifts = erased(init, steps)
+    for name, changes in (("closed form", closed_form), ("zero", {"mode": "learn", "init": "zero", "max_steps": 300})):
+        times[name], shifts = erase_all(**changes)
         after = accuracies(model, shifts, "style", styles)
-        print(f"three styles erased from {init}: {times[init]:.2f} s; accuracy {after[:3]} % (before {before[:3]}), regular "
-              f"{sum(after[3:]) / 6:.1f} % (before {sum(before[3:]) / 6:.1f})", flush=True)
-    print(f"  from the closed form: {times['zero'] / times['closed-form']:.0f} times faster", flush=True)
+        print(
+            f"three styles erased from {name}: {times[name]:.2f} s; accuracy {after[:3]} % (before {before[:3]}), "
+            f"regular {sum(after[3:]) / 6:.1f} % (before {sum(before[3:]) / 6:.1f})",
+            flush=True,
+        )
+    print(f"  from the closed form: {times['zero'] / times['closed form']:.0f} times faster", flush=True)
 
 
-def generation(model) -> None:
+def generation(model: DiffusionModel) -> None:
+    """Print the time of 64 images against diffusers' pipeline."""
     cases = [PromptCase("VanGogh", seed, seed) for seed in range(64)]
-    pipeline = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, dtype=torch.float32).to(model.device)
+    pipeline = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None, dtype=torch.float32)
+    pipeline = pipeline.to(model.device)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.cat([initial_noise(model, case.seed, 1) for case in cases])
+    sampling = SamplingConfig(num_inference_steps=20, guidance_scale=4.0, sample_batch_size=64)
 
-    def ours():
-        return list(generate(model, [(case, 0) for case in cases], 20, 4.0, 64))
+    def ours() -> list[object]:
+        return list(generate(model, [(case, 0) for case in cases], sampling))
 
-    shift = SeparableShift.zeros(text_layers(model.unet), torch.eye(model.width)[:3], 1.0)
+    shift = SeparableShift.zeros(text_layers(model.unet), torch.eye(model.context_dim)[:3], 1.0)
 
-    def merged():
+    def merged() -> None:
         with applied(model.unet, [shift]):
             ours()
 
-    own, same, theirs = seconds(ours, merged, lambda: pipeline(["VanGogh"] * 64, num_inference_steps=20, guidance_scale=4.0, latents=noise))
-    report("64 images", own, theirs, "diffusers' pipeline")
-    report("64 images, merged", same, own, "the original model")
+    def theirs() -> None:
+        pipeline(["VanGogh"] * 64, num_inference_steps=20, guidance_scale=4.0, latents=noise)
+
+    time_ours, time_merged, time_theirs = seconds(ours, merged, theirs)
+    report("64 images", time_ours, time_theirs, "diffusers' pipeline")
+    report("64 images, merged", time_merged, time_ours, "the original model")
 
 
 def many(number: int = 100) -> None:
-    """Without a text encoder: what a concept costs in the algebra, with its basis and its shift written to a file."""
+    """Print what a concept costs in the algebra alone, with its basis and its shift written to a file."""
     torch.manual_seed(0)
-    outs = [320] * 5 + [640] * 5 + [1280] * 6
-    layers = {f"{k}.{part}": nn.Linear(768, out, bias=False) for k, out in enumerate(outs) for part in ("to_k", "to_v")}
-    prompts = prompts_like(number + 30, 77, 768)
-    prompts, vocabulary = prompts[:number + 3], prompts[number + 3:].flatten(0, 1).double()
-    spared = 10 * vocabulary.T @ vocabulary / 27
-    rest, own = prompts[:3].flatten(0, 1), prompts[3:]
+    layers = {}
+    for k, width in enumerate([320] * 5 + [640] * 5 + [1280] * 6):
+        for part in ("to_k", "to_v"):
+            layers[f"{k}.{part}"] = nn.Linear(768, width, bias=False)
+    embeds = embeds_like_clips(number + 30, 77, 768)
+    embeds, vocab = embeds[: number + 3], embeds[number + 3 :].flatten(0, 1).double()
+    costs = Costs(0.01, 1.0, 10 * vocab.T @ vocab / 27)
+    fixed_rows, own = embeds[:3].flatten(0, 1), embeds[3:]
     names = [str(k) for k in range(number + 3)]
     process, times, memory = psutil.Process(), [], []
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        for k, rows in enumerate(leave_one_out_factors(list(own), rest)):
-            others = torch.cat([prompts[:3 + k], prompts[4 + k:]])
-            basis = NullSpaceBasis.solve(others, names[:3 + k] + names[4 + k:], 2e-3, "svd", {}, rows)
+        for k, factor in enumerate(leave_one_out_factors(list(own), fixed_rows)):
+            others = torch.cat([embeds[: 3 + k], embeds[4 + k :]])
+            basis = NullSpaceBasis.fit(others, names[: 3 + k] + names[4 + k :], 2e-3, "svd", factor)
             basis.save(Path(folder) / f"basis-{k}.safetensors")
-            acting, cost = basis.directions(own[k:k + 1], None, 0.01, 1.0, spared)
-            shift = SeparableShift.closed_form(layers, acting, 0.05, own[k:k + 1], prompts[:1], cost)
+            target_embeds = own[k : k + 1]
+            space = erasure_space(basis.vectors, basis.protected, target_embeds, costs)
+            embedding_map = closed_form_map(space, target_embeds, embeds[:1])
+            shift = SeparableShift.from_map(layers, space.directions, 0.05, embedding_map)
             shift.save(Path(folder) / f"shift-{k}.safetensors", {})
             times.append(time.perf_counter() - start)
             memory.append(process.memory_info().rss)
-        each = [later - earlier for earlier, later in zip([0.0, *times], times)]
-        print(f"many: {number} concepts at Stable Diffusion v1's size, bases and shifts written: {times[-1]:.1f} s; a concept of the last "
-              f"ten {sum(each[-10:]) / sum(each[:10]):.2f} times one of the first ten; memory {memory[-1] / 2**20:.0f} MiB, "
-              f"{memory[-1] / memory[9]:.2f} times that after ten; rank {basis.metadata['rank']} of 768, {len(acting)} directions a shift",
-              flush=True)
+        each = [later - earlier for earlier, later in itertools.pairwise([0.0, *times])]
+        print(
+            f"many: {number} concepts at Stable Diffusion v1's size, bases and shifts written: {times[-1]:.1f} s; "
+            f"a concept of the last ten {sum(each[-10:]) / sum(each[:10]):.2f} times one of the first ten; "
+            f"memory {memory[-1] / 2**20:.0f} MiB, {memory[-1] / memory[9]:.2f} times that after ten; "
+            f"rank {basis.metadata['rank']} of 768, {len(space.directions)} directions a shift",
+            flush=True,
+        )
         before, start = process.memory_info().rss, time.perf_counter()
         shifts = [WeightShift.load(Path(folder) / f"shift-{k}.safetensors") for k in range(number)]
-        most = 0
+        added = 0
         for name, layer in layers.items():
             merged_weight(layer.weight, f"{name}.weight", shifts)
-            most = max(most, process.memory_info().rss - before)
+            added = max(added, process.memory_info().rss - before)
         size = sum(path.stat().st_size for path in Path(folder).glob("shift-*"))
-        print(f"  merging them: {time.perf_counter() - start:.1f} s, {most / 2**20:.0f} MiB more, {most / size:.2f} times the shifts' files "
-              f"({size / 2**20:.0f} MiB)", flush=True)
+        print(
+            f"  merging them: {time.perf_counter() - start:.1f} s, {added / 2**20:.0f} MiB more, "
+            f"{added / size:.2f} times the shifts' files ({size / 2**20:.0f} MiB)",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = cli.parser(__doc__)
-    parts = {"null space": null_spaces, "many": many}
-    parser.add_argument("--only", default=None, help="one of null space, step, erasure, eighteen, generation, many, joint memory")
-    cli.add_device(parser)
+    parts: dict[str, Callable[[], None]] = {"null space": null_spaces, "many": many}
+    with_model = {
+        "iteration": iteration,
+        "erasure": erasures,
+        "eighteen": eighteen,
+        "generation": generation,
+        "joint memory": joint_memory,
+    }
+    parser = arguments.make_parser(__doc__)
+    parser.option("only", default=None, help=f"one of {', '.join([*parts, *with_model])}")
+    arguments.add_device(parser)
     args = parser.parse_args()
-    model = load_model(MODEL, cli.parse_devices(args.device)[0])
-    layers = text_layers(model.unet)
-    protected = ["", "watermark SRS-ME", "CCS 2024", "Picasso"]
-    basis = NullSpaceBasis.solve(model.encode_prompt(protected), protected, 1e-3, "svd", {})
-    parts |= {"step": lambda: step(model, layers), "erasure": lambda: erasures(model), "eighteen": lambda: eighteen(model),
-              "generation": lambda: generation(model), "joint memory": lambda: joint_memory(model, layers, basis, model.encode_prompt([""]))}
-    if args.only and args.only not in parts:
-        raise ValueError(f"--only {args.only}: give one of {', '.join(parts)}")
+    if args.only not in (None, *parts, *with_model):
+        raise ValueError(f"`only` {args.only}: give one of {', '.join([*parts, *with_model])}")
+    model = load_model(MODEL, session.first_device(args))
     for name, part in parts.items():
         if args.only in (None, name):
             part()
+    for name, part in with_model.items():
+        if args.only in (None, name):
+            part(model)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)
