@@ -59,7 +59,7 @@ def run_and_write(args: Namespace, experiment, scene: int, methods: list[str]) -
 def main() -> None:
     parser = arguments.make_parser(__doc__)
     add_experiment(parser, "scenes")
-    parser.option("scene", default="4", help="a scene of configs/scenes.yaml, or several such as 1,2,3,4")
+    parser.add_argument("--scene", default="4", help="a scene of configs/scenes.yaml, or several such as 1,2,3,4")
     parser.option("methods", default="SRS-ME,FMN,AbConcept,ESD", help=f"of {', '.join(METHODS)}")
     text = "what SRS-ME's null space protects"
     parser.option("protect_scope", choices=("scene", "all"), default="scene", help=text)

@@ -1,5 +1,7 @@
-"""README's pictures of the report and of the live page, by a headless Chromium: python tests/desk_pictures.py, with a ledger in
-models/ledger and its report made."""
+"""Write the documents' images of the report and the live page, by a headless Chromium: python tests/demo_screenshots.py.
+
+It needs a ledger in models/ledger, and its report.
+"""
 
 import subprocess
 import sys
@@ -14,7 +16,7 @@ ADDRESS = "http://127.0.0.1:7860"
 
 
 def main() -> None:
-    server = subprocess.Popen([sys.executable, ROOT / "eval-scripts" / "app.py"])
+    server = subprocess.Popen([sys.executable, ROOT / "eval-scripts" / "demo.py"])
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
@@ -30,8 +32,8 @@ def main() -> None:
             page.set_viewport_size({"width": 1100, "height": 760})
             page.goto(ADDRESS)
             page.get_by_label("prompt").fill("VanGogh")
-            page.get_by_role("button", name="draw").click()
-            page.wait_for_selector("#said >> text=Largest pixel")
+            page.get_by_role("button", name="generate").click()
+            page.wait_for_selector("#message >> text=Largest pixel")
             page.wait_for_timeout(1000)
             page.screenshot(path=ROOT / "images" / "page.png")
             browser.close()

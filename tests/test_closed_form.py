@@ -75,7 +75,7 @@ def test_where_the_tolerance_lets_protected_prompts_change_preserving_them_costs
 
 
 def test_directions_whose_gain_is_below_the_minimum_are_left_out():
-    """Without protected rows in the way, a token's gain is its size over that of the largest, by the root of the ridge."""
+    """Where nothing protected is in the way, a token's gain is its size over the largest's, by the ridge's root."""
     ridge_weight = 0.25
     basis = fit(torch.eye(9)[:1, None], "a")
     for gain, expected in ((1.01 * MIN_GAIN, 2), (0.99 * MIN_GAIN, 1)):
@@ -133,7 +133,7 @@ def test_one_map_of_the_embeddings_serves_all_layers():
 
 
 def test_the_closed_form_is_the_cheapest_change_towards_the_anchors_keys_and_values(tiny):
-    """The gradient of `|X (W + dW)^T - Y W^T|^2 + ridge s^2 |dW|^2 + tr(dW G dW^T)` within the null space is zero there."""
+    """Within the null space the gradient of `|X (W + dW)^T - Y W^T|^2 + ridge s^2 |dW|^2 + tr(dW G dW^T)` is zero."""
     layers, scale, ridge_weight = text_layers(tiny.unet), 0.5, 0.1
     basis = fit(tiny.encode_prompt(["", "Picasso"]), "", "Picasso")
     null_basis = torch.linalg.qr(basis.vectors.T).Q

@@ -1,4 +1,4 @@
-"""From concepts to shifts: bases that share their work, shifts with their metadata, and what is there already is kept."""
+"""From concepts to shifts: bases that share their work, shifts with metadata, and what is there already is kept."""
 
 import math
 

@@ -243,7 +243,7 @@ def test_half_precision_weights_give_the_gradient_of_full_ones_to_float32_coeffi
 
 
 def test_joint_losses_are_balanced(tiny):
-    """Each concept's gradient is that of its own loss, times eta_i = max |L_k| / |L_i|; the values are all max |L_k|."""
+    """Each concept's gradient is that of its own loss, times eta_i = max |L_k| / |L_i|; all values are max |L_k|."""
     parts = [make_srs_me(tiny, prompt=prompt)[1] for prompt in ("VanGogh", "Picasso")]
     batches = [make_batch(tiny, seed) for seed in (0, 1)]
     values, gradients = [], []

@@ -59,5 +59,5 @@ def test_the_first_choice_that_fits_is_marked(tiny_path, monkeypatch):
 
 
 def test_xl_is_not_foreseen(tmp_path):
-    with pytest.raises(ValueError, match="not for XL.*`gradient_checkpointing`"):
+    with pytest.raises(ValueError, match=r"not for XL.*`gradient_checkpointing`"):
         estimate_memory(make_xl(tmp_path / "xl"), CPU, 1, None)

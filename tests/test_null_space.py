@@ -55,7 +55,7 @@ def test_bad_requests_are_refused():
 
 def test_no_room_says_how_many_prompts_fit():
     prompts = torch.randn(5, 2, 7)
-    with pytest.raises(ValueError, match="no null space left: 5 protected prompts.*the first 3 fit.*`rank_rtol`"):
+    with pytest.raises(ValueError, match=r"no null space left: 5 protected prompts.*the first 3 fit.*`rank_rtol`"):
         NullSpaceBasis.fit(prompts, list("abcde"), EXACT_TOLERANCE, "svd")
 
 

@@ -6,18 +6,21 @@ import re
 import shlex
 
 import pytest
+from conftest import CPU
 from PIL import Image
 
+from ldm.cli.reproduce import reproduction_commands
 from ldm.config.concepts import get_concept
-from ldm.experiments.experiment import Experiment
-from ldm.ledger.ledger import HISTORY_FILE, Ledger, make_header
-from ldm.ledger.operations import create_shifts, weights_hash
+from ldm.config.methods import SamplingConfig
 from ldm.config.models import load_model_config
 from ldm.diffusion.load import load_model
-from ldm.experiments.report import render_report, reproduction_commands
 from ldm.erasure.merge import applied
+from ldm.experiments.experiment import Experiment
+from ldm.experiments.report import render_report
+from ldm.ledger.ledger import HISTORY_FILE, Ledger, make_header
+from ldm.ledger.operations import create_shifts, weights_hash
 
-from conftest import CPU
+SAMPLING = SamplingConfig(num_inference_steps=2, guidance_scale=2.0, sample_batch_size=32)
 
 
 @pytest.fixture
@@ -27,53 +30,63 @@ def model(mini_path):
 
 @pytest.fixture
 def ledger(model, mini_path, tmp_path):
-    """VanGogh erased in closed form, Picasso in two steps of learning, VanGogh given back and erased again."""
+    """Erase VanGogh in closed form, Picasso in two iterations of learning; restore VanGogh and erase it again."""
     styles = [get_concept("style", index) for index in range(3)]
     source = {"model": str(mini_path), "ckpt_path": None, "config_path": None}
-    ledger = Ledger.create(tmp_path / "desk" / HISTORY_FILE, make_header(model, "style", styles, ["a <b>cat & dog"], source))
-    given = {**load_model_config("mini-sd").erasure["SRS-ME"], "seed": 0}
-    for index, changes in ((1, {}), (2, {"iter_break": 2, "ridge": 0.5, "batch_size": 1})):
+    header = make_header(model, "style", styles, ["a <b>cat & dog"], source)
+    ledger = Ledger.create(tmp_path / "ledger" / HISTORY_FILE, header)
+    config = load_model_config("mini-sd")
+    method = config.methods["SRS-ME"].with_changes(seed=0)
+    learning = {"mode": "learn", "max_steps": 2, "ridge_weight": 0.5, "train_batch_size": 1}
+    for index, changes in ((1, {}), (2, learning)):
         (tmp_path / "data" / styles[index].name).mkdir(parents=True)
         Image.new("RGB", (32, 32), "blue").save(tmp_path / "data" / styles[index].name / "0_0.png")
-        ledger.append(create_shifts(ledger, model, [styles[index]], "SRS-ME", {**given, **changes}, tmp_path / "data"))
+        settings = method.with_changes(**changes)
+        ledger.append(create_shifts(ledger, model, [styles[index]], settings, config.null_space, tmp_path / "data"))
     ledger.append({}, [1])
     ledger.append(ledger.plan_erasure([styles[1]], False)[0])
     return ledger
 
 
+@pytest.mark.slow
 def test_the_page_holds_everything_in_itself(ledger, model, tmp_path):
-    experiment = Experiment(model, "style", tmp_path / "run", None, {"ddim_steps": 2, "guidance_scale": 2.0, "batch_size": 32}, samples=2,
-                            also=ledger.header["protected"])
-    page = render_report(ledger, experiment, 2)
-    pictures = re.findall(r'<img src="data:image/png;base64,([^"]*)" alt="([^"]*)">', page)
-    assert len(pictures) == page.count("<img") == 5  # bars, pictures, leaks, curves, capacity
-    for picture, shows in pictures:
-        Image.open(io.BytesIO(base64.b64decode(picture))).verify()
-        assert len(shows) > 20
+    experiment = Experiment(model, "style", tmp_path / "run", None, SAMPLING, seeds_per_prompt=2)
+    experiment.extra_prompts = ledger.header["protected"]
+    page = render_report(ledger, experiment, 2, reproduction_commands(ledger))
+    images = re.findall(r'<img src="data:image/png;base64,([^"]*)" alt="([^"]*)">', page)
+    assert len(images) == page.count("<img") == 5  # timeline, images, leakage, curves, capacity
+    for image, description in images:
+        Image.open(io.BytesIO(base64.b64decode(image))).verify()
+        assert len(description) > 20
     assert not re.search(r"(src|href)=.(?!data:)|url\(|@import", page)  # nothing is fetched
     assert "a &lt;b&gt;cat &amp; dog" in page and "<b>" not in page  # what a ledger holds is text
-    for digest in (ledger.head, model.digest, *(entry["digest"] for entry in ledger.state().values())):
+    digests = [record["digest"] for record in ledger.active_shifts().values()]
+    for digest in (ledger.last_hash, model.digest, *digests):
         assert digest[:12] in page
-    assert "2 of 3 concepts are erased" in page and "no pixel of 8 pictures" in page
+    assert "2 of 3 concepts are erased" in page and "no pixel of 8 images" in page
+    for command in reproduction_commands(ledger):
+        assert command.split(" --")[0] in page
 
 
 def test_a_ledger_of_nothing_has_a_page_too(model, tmp_path):
-    ledger = Ledger.create(tmp_path / HISTORY_FILE, make_header(model, "style", [get_concept("style", 0)], [], {}))
-    experiment = Experiment(model, "style", tmp_path / "run", None, {"ddim_steps": 2, "guidance_scale": 2.0, "batch_size": 32}, samples=1)
-    page = render_report(ledger, experiment, 1)
+    header = make_header(model, "style", [get_concept("style", 0)], [], {})
+    ledger = Ledger.create(tmp_path / HISTORY_FILE, header)
+    experiment = Experiment(model, "style", tmp_path / "run", None, SAMPLING, seeds_per_prompt=1)
+    page = render_report(ledger, experiment, 1, reproduction_commands(ledger))
     assert "0 of 1 concepts are erased" in page and "No concept was ever erased" in page
 
 
+@pytest.mark.slow
 def test_its_commands_make_the_same_weights_again(ledger, model, script, tmp_path):
     for line in reproduction_commands(ledger):
         words = shlex.split(line.replace(str(ledger.root), str(tmp_path / "again")))
-        data = ["--data_path", tmp_path / "data"] if "--iter_break" in words else []
+        data = ["--training_image_dir", tmp_path / "data"] if "--max_steps" in words else []
         assert script(words[1], *words[2:], *data)[0] == 0, line
     again = Ledger(tmp_path / "again" / HISTORY_FILE)
     assert again.header["protected"] == ledger.header["protected"] and len(again.entries) == len(ledger.entries) == 4
     for number in range(1, 5):
-        made = []
+        hashes = []
         for known in (ledger, again):
             with applied(model.unet, list(known.shifts(number).values())):
-                made.append(weights_hash(model.unet))
-        assert made[0] == made[1]
+                hashes.append(weights_hash(model.unet))
+        assert hashes[0] == hashes[1]

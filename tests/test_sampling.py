@@ -146,6 +146,6 @@ def test_a_machine_that_cannot_compile_says_so_and_the_unet_is_restored(tiny, tm
 
     unet = tiny.unet
     compile_by(fail)
-    with pytest.raises(ValueError, match="leave `compile` out.*no C.. compiler"):
+    with pytest.raises(ValueError, match=r"leave `compile` out.*no C.. compiler"):
         generate_to_folder(tiny, CASES, tmp_path, {}, PAIRS, compile_unet=True)
     assert tiny.unet is unet and not list(tmp_path.rglob("*.png"))

@@ -34,7 +34,7 @@ def test_it_minimises_and_yields_what_it_saw_before_each_update():
 
 def test_a_loss_of_nan_stops_before_the_weights_are_touched():
     loss = WeightLoss(1.0, lambda weight: weight * float("nan"))
-    with pytest.raises(FloatingPointError, match="iteration 1.*nothing was saved"):
+    with pytest.raises(FloatingPointError, match=r"iteration 1.*nothing was saved"):
         next(training_loop(loss, BATCHES, 0.5))
     assert loss.weight.item() == 1
 

@@ -5,6 +5,7 @@ once.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -73,18 +74,20 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] argparse's is overloaded
         typed = sys.argv[1:] if args is None else list(args)
+        has_commands = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
         for text in typed:
             flag = text.split("=")[0]
             if flag in self._option_string_actions:
                 spelled[self._option_string_actions[flag].dest] = flag
-        known, unknown = super().parse_known_args(args, namespace)
-        for text in unknown:
-            flag = text.split("=")[0]
-            if flag.startswith("--"):
+            elif re.fullmatch(r"--[\w-]+", flag) and not has_commands:
                 self.error(f"unrecognized argument {flag}{did_you_mean(flag, list(self._option_string_actions))}")
-        return known, unknown
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        named = re.match(r"argument (--[^:]+): ", message)
+        if named:  # as the user typed it, and not in every spelling
+            action = self._option_string_actions[named[1].split("/")[0].split(", ")[0]]
+            message = f"argument {spelled.get(action.dest, named[1])}: {message[named.end() :]}"
         print(f"{self.prog}: error: {' '.join(message.split())} (see --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -185,7 +188,8 @@ def setting_type(entry: Field[Any]) -> Callable[[str], Any]:
         try:
             check_value(entry.name, value, entry.metadata)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error).replace(f"`{entry.name}` ", "")) from error
+            reason = str(error).removeprefix(f"`{entry.name}` ").replace(f"'{value}'", f"'{text}'")
+            raise argparse.ArgumentTypeError(reason) from error
         return value
 
     return parse

@@ -21,6 +21,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -180,36 +181,36 @@ def iteration(model: DiffusionModel) -> None:
     adam = torch.optim.Adam(loss.parameters(), config.lr)
     original_adam = torch.optim.Adam(original_loss.parameters(), config.lr)
 
+    def ours(latents: torch.Tensor, timesteps: torch.Tensor) -> None:
+        adam.zero_grad()
+        loss(latents, timesteps).loss.backward()
+        adam.step()
+
+    def frozen_weights(latents: torch.Tensor, timesteps: torch.Tensor) -> None:
+        for z, t in zip(latents.split(1), timesteps.split(1), strict=True):
+            with torch.no_grad():
+                old = frozen(z, t, target_embeds).sample - frozen(z, t, uncond_embeds).sample
+            with original_loss.edited_model():
+                new = model.predict_noise(z, t, target_embeds) - model.predict_noise(z, t, uncond_embeds)
+            sizes = [(weight @ original_loss.directions).abs().sum() for weight in original_loss.parameters()]
+            ((new * old).mean() + 1e-6 * sum(sizes)).backward()
+            original_adam.step()
+
+    def original(latents: torch.Tensor, timesteps: torch.Tensor) -> None:
+        model.unet.requires_grad_(True)
+        frozen_weights(latents, timesteps)
+        model.unet.requires_grad_(False)
+
     for batch_size in (1, 4):
         clean = torch.randn(batch_size, *model.latent_shape)
-        latents, timesteps = next(noised_batches(model, clean, batch_size, 0))
-
-        def ours() -> None:
-            adam.zero_grad()
-            loss(latents, timesteps).loss.backward()
-            adam.step()
-
-        def frozen_weights() -> None:
-            for z, t in zip(latents.split(1), timesteps.split(1), strict=True):
-                with torch.no_grad():
-                    old = frozen(z, t, target_embeds).sample - frozen(z, t, uncond_embeds).sample
-                with original_loss.edited_model():
-                    new = model.predict_noise(z, t, target_embeds) - model.predict_noise(z, t, uncond_embeds)
-                sizes = [(weight @ original_loss.directions).abs().sum() for weight in original_loss.parameters()]
-                ((new * old).mean() + 1e-6 * sum(sizes)).backward()
-                original_adam.step()
-
-        def original() -> None:
-            model.unet.requires_grad_(True)
-            frozen_weights()
-            model.unet.requires_grad_(False)
-
-        time_ours, time_original, time_frozen = seconds(ours, original, frozen_weights, repeat=25)
+        batch = next(noised_batches(model, clean, batch_size, 0))
+        ways = [partial(way, *batch) for way in (ours, original, frozen_weights)]
+        time_ours, time_original, time_frozen = seconds(*ways, repeat=25)
         report(f"iteration of {batch_size} latents", time_ours, time_original, "the original's way")
         report("  without gradients for weights", time_ours, time_frozen, "it")
         model.unet.zero_grad(set_to_none=True)
-        peak_ours = peak(ours) + num_bytes(model.unet)
-        peak_original = peak(original) + 2 * num_bytes(model.unet)
+        peak_ours = peak(ways[0]) + num_bytes(model.unet)
+        peak_original = peak(ways[1]) + 2 * num_bytes(model.unet)
         ratio = f"{peak_ours / peak_original:.2f} times the original's ({peak_original / 2**20:.1f} MiB)"
         print(f"  peak: {peak_ours / 2**20:.1f} MiB with weights, {ratio}", flush=True)
 

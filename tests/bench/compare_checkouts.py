@@ -80,11 +80,17 @@ def compare(first: Path, second: Path) -> int:
             different.append(f"{name} is missing")
         elif path.suffix == ".safetensors" and not _same_tensors(path, other):
             different.append(f"{name}: tensors")
-        elif path.suffix == ".png" and not np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(other))) and "capacity" not in name.parts:
+        elif (
+            path.suffix == ".png"
+            and not np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(other)))
+            and "capacity" not in name.parts
+        ):
             different.append(f"{name}: pixels")
         elif path.suffix == ".csv" and not _same_numbers(path, other):
             different.append(f"{name}: numbers")
-    extra = [path for path in second.rglob("*") if path.suffix in counts and not (first / path.relative_to(second)).exists()]
+    extra = [
+        path for path in second.rglob("*") if path.suffix in counts and not (first / path.relative_to(second)).exists()
+    ]
     different += [f"{path.relative_to(second)} is new" for path in extra]
     print(", ".join(f"{count} {suffix}" for suffix, count in counts.items()), f"compared, {len(different)} different")
     print("\n".join(different))
@@ -95,7 +101,10 @@ def _same_tensors(first: Path, second: Path) -> bool:
     a, b = load_file(first), load_file(second)
     if a.keys() != b.keys():
         return False
-    return all(a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and bool((a[name] == b[name]).all()) for name in a)
+    return all(
+        a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and bool((a[name] == b[name]).all())
+        for name in a
+    )
 
 
 def _same_numbers(first: Path, second: Path) -> bool:
