@@ -1,4 +1,4 @@
-"""Write the documents' images of the report and the live page, by a headless Chromium: python tests/demo_screenshots.py.
+"""Write the documents' images of report and live page, by a headless Chromium: python tests/demo_screenshots.py.
 
 It needs a ledger in models/ledger, and its report.
 """

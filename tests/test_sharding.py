@@ -5,27 +5,27 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from conftest import CPU, ROOT
 
-from ldm import cli
+from ldm.cli.devices import init_distributed
 from ldm.io.files import file_digest
 from ldm.io.sharding import Shard
 
-from conftest import CPU, ROOT
 
-
-def test_all_shares_together_are_everything_once():
+def test_all_shards_together_are_everything_once():
     for size in (1, 2, 5, 9):
-        parts = [Shard(rank, size).of(range(7)) for rank in range(size)]
+        parts = [Shard(rank, size).select(range(7)) for rank in range(size)]
         assert sorted(sum(parts, [])) == list(range(7)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_the_tasks_of_a_job_array_share_too(monkeypatch):
+def test_the_tasks_of_a_job_array_shard_too(monkeypatch):
     for name, value in (("ID", 7), ("MIN", 5), ("COUNT", 3)):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-    assert cli.join(CPU) == (CPU, Shard(2, 3))
+    assert init_distributed(CPU) == (CPU, Shard(2, 3))
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "9")  # of such as --array=5-9:2
     with pytest.raises(ValueError, match="one by one"):
-        cli.join(CPU)
+        init_distributed(CPU)
 
 
 def test_what_lightning_does_not_take_from_slurm_is_said_in_one_line(monkeypatch):
@@ -33,32 +33,67 @@ def test_what_lightning_does_not_take_from_slurm_is_said_in_one_line(monkeypatch
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setattr("lightning_fabric.plugins.environments.slurm.shutil.which", lambda name: None)
     with pytest.raises(ValueError, match="--ntasks-per-node=2"):
-        cli.join(CPU)
+        init_distributed(CPU)
 
 
-def run(processes: int, script: str, *arguments) -> None:
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                     f"--nproc_per_node={processes}"]
-    done = subprocess.run([*start, ROOT / script, *map(str, arguments)], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
+def run_in_two_processes(path: str, *arguments) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, ROOT / path, *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_give_the_same_files_as_one(tiny_path, tmp_path):
+@pytest.fixture
+def run_in_one_process(script):
+    """Run a script in this process, with as many threads as each of the two has: sums are added up in that order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(path: str, *arguments) -> None:
+        code, _, err = script(path, *arguments)
+        assert code == 0, err
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_files_as_one(run_in_one_process, tiny_path, tmp_path):
     prompts = tmp_path / "list.csv"
     names = ["VanGogh", "Picasso", "", "Cezanne", "CCS 2024"]
-    prompts.write_text("prompt,evaluation_seed,case_number\n" + "".join(f"{name},{k},{k}\n" for k, name in enumerate(names)))
-    flags, device = ["--model", tiny_path, "--erased_index", "0-2"], ["--device", "cpu"]
-    for processes in (1, 2):
-        root = tmp_path / str(processes)
-        shifts, draw = ["--shifts_path", root / "shifts"], ["--prompts_path", prompts, "--save_path", root, "--batch_size", 2]
-        run(processes, "train-scripts/SRSME_Solution.py", *flags, *shifts, "--em_indexes", "0-3", *device)
-        for concept in ("Cezanne", "VanGogh", "Picasso"):
-            run(1, "eval-scripts/generate-data.py", "--model", tiny_path, "--prompt", concept, "--num_seeds", 2, "--ddim_steps", 2,
-                "--save_path", tmp_path / "data", *device)
-        run(processes, "train-scripts/SRS_ME.py", *flags, *shifts, "--data_path", tmp_path / "data", "--devices", "cpu",
-            "--init", "closed-form", "--iter_break", 3)
-        run(processes, "eval-scripts/generate-images-merge.py", "--model", tiny_path, *shifts, "--merge", "0-2", *draw,
-            "--ddim_steps", 2, "--num_samples", 2, *device)
-    assert len(list((tmp_path / "2").rglob("*.png"))) == 10 and len(list((tmp_path / "2").rglob("shift-*.safetensors"))) == 3
+    rows = [f"{name},{k},{k}\n" for k, name in enumerate(names)]
+    prompts.write_text("prompt,evaluation_seed,case_number\n" + "".join(rows))
+    model, device = ["--model", tiny_path], ["--device", "cpu"]
+    for concept in ("Cezanne", "VanGogh", "Picasso"):
+        flags = [
+            "--prompt",
+            concept,
+            "--seeds_per_prompt",
+            2,
+            "--num_inference_steps",
+            2,
+            "--save_path",
+            tmp_path / "data",
+        ]
+        run_in_one_process("eval-scripts/generate-data.py", *model, *device, *flags)
+    learning = [
+        "--init",
+        "closed_form",
+        "--max_steps",
+        3,
+        "--training_image_dir",
+        tmp_path / "data",
+        "--devices",
+        "cpu",
+    ]
+    sampling = ["--num_inference_steps", 2, "--images_per_seed", 2, "--sample_batch_size", 2]
+    for name, run in (("1", run_in_one_process), ("2", run_in_two_processes)):
+        root = tmp_path / name
+        shifts, targets = ["--artifacts_dir", root / "shifts"], ["--erased_index", "0-2"]
+        run("train-scripts/SRSME_Solution.py", *model, *targets, *shifts, "--em_indexes", "0-3", *device)
+        run("train-scripts/SRS_ME.py", *model, *targets, *shifts, *learning)
+        images = ["--shifts", "0-2", "--prompts_path", prompts, "--save_path", root]
+        run("eval-scripts/generate-images-merge.py", *model, *shifts, *images, *sampling, *device)
+    assert len(list((tmp_path / "2").rglob("*.png"))) == 10
+    assert len(list((tmp_path / "2").rglob("shift-*.safetensors"))) == 3
     assert file_digest(tmp_path / "1") == file_digest(tmp_path / "2")

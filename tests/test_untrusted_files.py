@@ -8,17 +8,16 @@ import zipfile
 
 import pytest
 import torch
+from conftest import compvis_config, is_error
 from safetensors.torch import load_file, save_file
 
-from ldm.diffusion.text_layers import text_layers
 from ldm.diffusion.compvis import convert_to_compvis
-from ldm.io.tensors import save_tensors
+from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.shift import SHIFT_FILE_TYPE
-
-from conftest import compvis_config, is_error
+from ldm.io.tensors import save_tensors
 
 SOLVE, MERGE = "train-scripts/SRSME_Solution.py", "train-scripts/Merge_model.py"
-DRAW = "eval-scripts/generate-images-merge.py"
+GENERATE = "eval-scripts/generate-images-merge.py"
 
 
 class Harm:
@@ -33,12 +32,14 @@ class Harm:
 
 @pytest.fixture
 def refused(script, tmp_path):
-    """Run a script that must refuse, and see that all files are as they were but for `prompts.csv` and the like it was given."""
+    """Run a script that must refuse, and see that all files are as they were."""
+
     def run(name, *arguments, words=()):
         before = {path: path.stat().st_mtime_ns for path in tmp_path.parent.rglob("*")}
         is_error(script(name, *arguments), *words)
         after = {path: path.stat().st_mtime_ns for path in tmp_path.parent.rglob("*")}
         assert after == before
+
     return run
 
 
@@ -46,7 +47,14 @@ def refused(script, tmp_path):
 def checkpoint(tiny, tiny_path, tmp_path):
     """Tensors in CompVis' layout, and the flags that load a file `hostile` of them."""
     tensors = convert_to_compvis(tiny.unet.state_dict(), tiny.vae.state_dict(), tiny.text_encoder.state_dict())
-    flags = ["--config_path", compvis_config(tiny_path, tmp_path), "--erased_index", "0", "--shifts_path", tmp_path / "shifts"]
+    flags = [
+        "--config_path",
+        compvis_config(tiny_path, tmp_path),
+        "--erased_index",
+        "0",
+        "--artifacts_dir",
+        tmp_path / "shifts",
+    ]
     return {name: value.contiguous() for name, value in tensors.items()}, flags
 
 
@@ -63,7 +71,16 @@ def test_a_plain_pickle_as_a_ckpt_as_a_shift_and_as_arrays(refused, checkpoint, 
     path.write_bytes(pickle.dumps({"AlexNet_0": Harm(tmp_path / "harm")}))
     shutil.copy(path, tmp_path / "hostile.ckpt")
     refused(SOLVE, "--ckpt_path", tmp_path / "hostile.ckpt", *checkpoint[1], words=["was not loaded"])
-    refused(MERGE, "--model", tiny_path, "--merge", path, "--save_path", tmp_path / "out", words=["hostile.pickle", "not safetensors"])
+    refused(
+        MERGE,
+        "--model",
+        tiny_path,
+        "--shifts",
+        path,
+        "--save_path",
+        tmp_path / "out",
+        words=["hostile.pickle", "not safetensors"],
+    )
     refused("train-scripts/convert-lpips.py", path, "--save_path", tmp_path / "out", words=["open", "was not loaded"])
 
 
@@ -80,8 +97,11 @@ def test_a_models_folder_that_brings_code(refused, tiny_path, tmp_path):
     kept = json.loads(index.read_text())
     (tmp_path / "model" / "harm.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w')")
     (tmp_path / "model" / "unet" / "harm.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w')")
-    for changes in ({"unet": ["harm", "UNet2DConditionModel"]}, {"_class_name": ["harm", "Pipeline"]},
-                    {"_class_name": "OnnxStableDiffusionPipeline"}):
+    for changes in (
+        {"unet": ["harm", "UNet2DConditionModel"]},
+        {"_class_name": ["harm", "Pipeline"]},
+        {"_class_name": "OnnxStableDiffusionPipeline"},
+    ):
         index.write_text(json.dumps(kept | changes))
         refused(SOLVE, "--model", tmp_path / "model", "--erased_index", "0", words=["--model"])
 
@@ -90,12 +110,12 @@ def lie(path):
     """Let a safetensors header claim more than the file holds."""
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:8 + size])
+    header = json.loads(content[8 : 8 + size])
     name = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"][1])
-    header[name]["data_offsets"][1] += 2 ** 40
-    header[name]["shape"] = [2 ** 38]
+    header[name]["data_offsets"][1] += 2**40
+    header[name]["shape"] = [2**38]
     made = json.dumps(header).encode()
-    path.write_bytes(len(made).to_bytes(8, "little") + made + content[8 + size:])
+    path.write_bytes(len(made).to_bytes(8, "little") + made + content[8 + size :])
 
 
 def test_a_checkpoint_of_wrong_shapes_with_nan_without_a_part_or_with_a_header_that_lies(refused, checkpoint, tmp_path):
@@ -104,8 +124,13 @@ def test_a_checkpoint_of_wrong_shapes_with_nan_without_a_part_or_with_a_header_t
     key = next(name for name in tensors if name.endswith("attn2.to_k.weight"))
     part = "first_stage_model.decoder.conv_in.weight"
     text = next(name for name in tensors if "token_embedding" in name)
-    for changed, words in (({key: torch.ones(3, 5)}, ["shape"]), ({key: tensors[key] * float("nan")}, ["NaN", "attn2.to_k"]),
-                           ({part: None}, []), ({key: None}, []), ({text: None}, [])):
+    for changed, words in (
+        ({key: torch.ones(3, 5)}, ["shape"]),
+        ({key: tensors[key] * float("nan")}, ["NaN", "attn2.to_k"]),
+        ({part: None}, []),
+        ({key: None}, []),
+        ({text: None}, []),
+    ):
         save_file({name: value for name, value in (tensors | changed).items() if value is not None}, path)
         refused(SOLVE, "--ckpt_path", path, *flags, words=["hostile.safetensors", *words])
     save_file(tensors, path)
@@ -127,41 +152,64 @@ def test_a_ckpt_whose_zip_leads_out_of_its_folder(refused, checkpoint, tmp_path)
 
 @pytest.fixture
 def shift(tiny, tmp_path):
-    """Write a shift file with other tensors, or another recipe."""
-    def write(recipe=(), **tensors):
-        good = {f"w.{name}": torch.zeros(layer.out_features, 2) for name, layer in text_layers(tiny.unet).items()}
-        said = {"erased_index": 1, "erase_cat": "style", "concept": "VanGogh", "prompt": "VanGogh", "captions": ["VanGogh"],
-                "protected": [""], "base": "tiny", "base_digest": tiny.digest, "scale": 1.0, "method": "SRS-ME"}
+    """Write a shift file with other tensors, or other metadata."""
+
+    def write(changes=(), **tensors):
+        coefficients = {
+            f"w.{name}": torch.zeros(layer.out_features, 2) for name, layer in text_layers(tiny.unet).items()
+        }
+        metadata = {
+            "concept_index": 1,
+            "category": "style",
+            "concept": "VanGogh",
+            "prompt": "VanGogh",
+            "captions": ["VanGogh"],
+            "protected": [""],
+            "base_model": "tiny",
+            "base_digest": tiny.digest,
+            "scale": 1.0,
+            "method": "SRS-ME",
+        }
         path = tmp_path / "shift.safetensors"
-        tensors = good | {"directions": torch.eye(2, 96, dtype=torch.float64)} | tensors
-        save_tensors(path, {name: value for name, value in tensors.items() if value is not None}, SHIFT_FILE_TYPE, said | dict(recipe))
+        contents = coefficients | {"directions": torch.eye(2, 96, dtype=torch.float64)} | tensors
+        save_tensors(path, contents, SHIFT_FILE_TYPE, metadata | dict(changes))
         return path
+
     return write
 
 
-def test_a_shift_of_wrong_shapes_with_nan_for_another_base_or_with_a_header_that_lies(refused, shift, tiny, tiny_path, other_path, tmp_path):
+def test_a_shift_of_wrong_shapes_with_nan_for_another_base_or_with_a_header_that_lies(
+    refused, shift, tiny, tiny_path, other_path, tmp_path
+):
     (tmp_path / "list.csv").write_text("prompt,evaluation_seed,case_number\nVanGogh,1,0\n")
     flags = ["--prompts_path", tmp_path / "list.csv", "--save_path", tmp_path / "out"]
     first = f"w.{next(iter(text_layers(tiny.unet)))}"
-    for changed, words in (({"directions": torch.eye(3, 96)}, ["wrong names or shapes"]),
-                           ({"directions": torch.eye(2, 95)}, ["does not fit"]), ({first: torch.zeros(5, 2)}, ["does not fit"]),
-                           ({"w.nothing": torch.zeros(5, 2)}, ["nothing", "does not fit"]),
-                           ({first: torch.full((5, 2), float("nan"))}, ["NaN"]), ({first: torch.full((5, 2), float("inf"))}, ["NaN or infinity"])):
-        refused(DRAW, "--model", tiny_path, "--merge", shift(**changed), *flags, words=["shift.safetensors", *words])
-    refused(DRAW, "--model", other_path, "--merge", shift(), *flags, words=["another base model", "tiny"])
+    for changed, words in (
+        ({"directions": torch.eye(3, 96)}, ["wrong names or shapes"]),
+        ({"directions": torch.eye(2, 95)}, ["does not fit"]),
+        ({first: torch.zeros(5, 2)}, ["does not fit"]),
+        ({"w.nothing": torch.zeros(5, 2)}, ["nothing", "does not fit"]),
+        ({first: torch.full((5, 2), float("nan"))}, ["NaN"]),
+        ({first: torch.full((5, 2), float("inf"))}, ["NaN or infinity"]),
+    ):
+        refused(
+            GENERATE, "--model", tiny_path, "--shifts", shift(**changed), *flags, words=["shift.safetensors", *words]
+        )
+    refused(GENERATE, "--model", other_path, "--shifts", shift(), *flags, words=["another base model", "tiny"])
     path = shift()
     lie(path)
-    refused(DRAW, "--model", tiny_path, "--merge", path, *flags, words=["damaged"])
+    refused(GENERATE, "--model", tiny_path, "--shifts", path, *flags, words=["damaged"])
 
 
-def test_a_shift_whose_recipe_names_paths(script, refused, shift, tiny_path, tmp_path):
+def test_a_shift_whose_metadata_names_paths(script, refused, shift, tiny_path, tmp_path):
     flags = ["--model", tiny_path, "--format", "lora,kohya", "--save_path", tmp_path / "deep" / "out"]
-    for recipe in ({"erased_index": "../../harm"}, {"erase_cat": "../../harm"}, {"method": "../../harm"}):
-        refused(MERGE, *flags, "--merge", shift(recipe), words=["which concept it erases"])
-    for recipe in ({"captions": [7]}, {"protected": ["", None]}, {"prompt": None}):
-        refused(MERGE, *flags, "--merge", shift(recipe), words=["what it erases and protects"])
-    coefficients = {name: torch.ones_like(value) for name, value in load_file(shift()).items() if name.startswith("w.")}
-    assert script(MERGE, *flags, "--merge", shift({"concept": "../../../harm"}, **coefficients))[0] == 0
+    for changes in ({"concept_index": "../../harm"}, {"category": "../../harm"}, {"method": "../../harm"}):
+        refused(MERGE, *flags, "--shifts", shift(changes), words=["which concept it erases"])
+    for changes in ({"captions": [7]}, {"protected": ["", None]}, {"prompt": None}):
+        refused(MERGE, *flags, "--shifts", shift(changes), words=["what it erases and protects"])
+    tensors = load_file(shift())
+    coefficients = {name: torch.ones_like(value) for name, value in tensors.items() if name.startswith("w.")}
+    assert script(MERGE, *flags, "--shifts", shift({"concept": "../../../harm"}, **coefficients))[0] == 0
     assert not [path for path in tmp_path.rglob("*harm*") if (tmp_path / "deep" / "out") not in path.parents]
     assert (tmp_path / "deep" / "out" / "tiny-1-lora" / "1-harm.safetensors").is_file()
 
@@ -169,15 +217,25 @@ def test_a_shift_whose_recipe_names_paths(script, refused, shift, tiny_path, tmp
 def test_a_prompt_list_whose_case_number_is_a_path(refused, tiny_path, tmp_path):
     for number in ("../../harm", "/harm", "-1", "1e3x"):
         (tmp_path / "list.csv").write_text(f"prompt,evaluation_seed,case_number\nVanGogh,1,{number}\n")
-        refused(DRAW, "--model", tiny_path, "--prompts_path", tmp_path / "list.csv", "--save_path", tmp_path / "out",
-                words=["list.csv", "case_number", "whole number"])
+        refused(
+            GENERATE,
+            "--model",
+            tiny_path,
+            "--prompts_path",
+            tmp_path / "list.csv",
+            "--save_path",
+            tmp_path / "out",
+            words=["list.csv", "case_number", "whole number"],
+        )
 
 
-def test_a_models_recipe_that_names_a_path(refused, script, tiny_path, tmp_path):
+@pytest.mark.parametrize(("name", "key"), [("metadata.json", "base_model"), ("recipe.json", "base")])
+def test_a_models_metadata_that_names_a_path(refused, script, tiny_path, tmp_path, name, key):
     shutil.copytree(tiny_path, tmp_path / "model")
-    (tmp_path / "harm.yaml").write_text("solution: {basis: guess, tolerance: 1}")
-    (tmp_path / "model" / "recipe.json").write_text(json.dumps({"base": os.path.relpath(tmp_path / "harm")}))
-    assert script(SOLVE, "--model", tmp_path / "model", "--erased_index", "0", "--shifts_path", tmp_path / "shifts")[0] == 0
-    for text in ("no JSON", "[]", '{"base": 3}'):
-        (tmp_path / "model" / "recipe.json").write_text(text)
-        refused(SOLVE, "--model", tmp_path / "model", "--erased_index", "0", words=["recipe.json", "merge again"])
+    (tmp_path / "harm.yaml").write_text("null_space: {null_space_method: guess, rank_rtol: 1}")
+    (tmp_path / "model" / name).write_text(json.dumps({key: os.path.relpath(tmp_path / "harm")}))
+    flags = ["--model", tmp_path / "model", "--erased_index", "0"]
+    assert script(SOLVE, *flags, "--artifacts_dir", tmp_path / "shifts")[0] == 0
+    for text in ("no JSON", "[]", f'{{"{key}": 3}}'):
+        (tmp_path / "model" / name).write_text(text)
+        refused(SOLVE, *flags, words=[name, "merge again"])
