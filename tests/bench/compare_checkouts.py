@@ -66,7 +66,8 @@ WALK = (
 def run(checkout: Path, out: Path) -> None:
     """Run the walk by the code of a checkout, its output in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "HF_HUB_OFFLINE": "1"}
+    checkout = checkout.resolve()
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
     for line in WALK:
         command = line.format(out=out.resolve()).split()
         if not (checkout / command[0]).is_file():  # capacity.py has moved
@@ -91,9 +92,8 @@ def compare(first: Path, second: Path) -> int:
             different.append(f"{name} is missing")
         elif not checks[path.suffix](path, second / name):
             different.append(f"{name} differs")
-    for path in sorted(second.rglob("*")):
-        if path.suffix in checks and not (first / path.relative_to(second)).exists():
-            different.append(f"{path.relative_to(second)} is new")
+    others = [path.relative_to(second) for path in sorted(second.rglob("*")) if path.suffix in checks]
+    different += [f"{name} is new" for name in others if not (first / name).exists()]
     counted = ", ".join(f"{count} {suffix}" for suffix, count in counts.items())
     print("\n".join([f"{counted} compared, {len(different)} different", *different]))
     return len(different)
