@@ -33,8 +33,8 @@ def build(demo, sampling: SamplingConfig, folder: Path):
             raise gr.Error(str(error), print_exception=False) from error
         max_difference = max(high for _, high in result.difference.getextrema())
         message = (
-            f"Erased: {', '.join(names) or 'nothing'}. Largest pixel difference {max_difference} of 255; leakage, the "
-            f"relative change of this prompt's keys and values, {result.leakage:.1e}."
+            f"Erased: {', '.join(names) or 'nothing'}. Largest pixel difference {max_difference} of 255; leakage (the "
+            f"relative change of this prompt's keys and values) {result.leakage:.1e}."
         )
         return result.original, result.edited, result.difference, message
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A person's test, not CI's: the batch scripts on a one-node SLURM on this machine, as root on Debian.
 #   apt-get install slurm-wlm munge && bash tests/slurm_localhost.sh
-# Starts the daemons on their default ports, erases three styles as a job array of two tasks and generates pictures in a job of two
+# Starts the daemons on their default ports, erases three styles as a job array of two tasks and generates images in a job of two
 # processes, stops a task in its middle and queues it again, and compares every file with that of a single process.
 set -euo pipefail
 repo=$(cd "$(dirname "$0")/.." && pwd)
@@ -33,28 +33,28 @@ trap 'pkill -F "$work/slurmd.pid"; pkill -F "$work/slurmctld.pid"' EXIT
 sinfo
 
 export INDEXES=0,1,2 PROMPTS="$work/list.csv" MERGE=0,1,2
-"$PYTHON" "$repo/eval-scripts/make-prompts.py" --num_seeds 4 --save_path "$PROMPTS"
+"$PYTHON" "$repo/eval-scripts/make-prompts.py" --seeds_per_prompt 4 --save_path "$PROMPTS"
 once() { # what a single process makes
-    common=(--erased_index "$INDEXES" --shifts_path "$work/one/shifts")
+    common=(--erased_index "$INDEXES" --artifacts_dir "$work/one/shifts")
     "$PYTHON" "$repo/train-scripts/SRSME_Solution.py" "${common[@]}" --em_indexes "$INDEXES"
     "$PYTHON" "$repo/train-scripts/SRS_ME.py" "${common[@]}"
-    "$PYTHON" "$repo/eval-scripts/generate-images-merge.py" --merge "$MERGE" --shifts_path "$work/one/shifts" --prompts_path "$PROMPTS" \
-        --save_path "$work/one" --ddim_steps 10 --batch_size 6
+    "$PYTHON" "$repo/eval-scripts/generate-images-merge.py" --shifts "$MERGE" --artifacts_dir "$work/one/shifts" --prompts_path "$PROMPTS" \
+        --save_path "$work/one" --num_inference_steps 10 --sample_batch_size 6
 }
 once
-export SHIFTS="$work/many/shifts" SAVE="$work/many"
+export ARTIFACTS="$work/many/shifts" SAVE="$work/many"
 cd "$repo"
 sbatch --wait --array=0-1 --output="$work/erase-%a.log" train-scripts/slurm/erase.sbatch
-job=$(sbatch --parsable --ntasks-per-node=2 --output="$work/generate.log" train-scripts/slurm/generate.sbatch --ddim_steps 10 --batch_size 6)
+job=$(sbatch --parsable --ntasks-per-node=2 --output="$work/generate.log" train-scripts/slurm/generate.sbatch --num_inference_steps 10 --sample_batch_size 6)
 state() { scontrol show job "$job" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p'; }
 until [ "$(state)" != PENDING ]; do sleep 1; done
-until compgen -G "$SAVE/*/*.png" > /dev/null || [ "$(state)" != RUNNING ]; do sleep 0.2; done # in the middle of drawing
+until compgen -G "$SAVE/*/*.png" > /dev/null || [ "$(state)" != RUNNING ]; do sleep 0.2; done # in the middle of generating
 scontrol requeue "$job"
 until [ "$(state)" = COMPLETED ]; do
     case "$(state)" in FAILED | CANCELLED) cat "$work/generate.log"; exit 1 ;; esac
     scontrol update "JobId=$job" StartTime=now 2> /dev/null || true # a job that was queued again waits two minutes otherwise
     sleep 2
 done
-grep -c "images drawn" "$work/generate.log"
+grep -c "images generated" "$work/generate.log"
 diff -r "$work/one" "$work/many"
 echo "the same files: $(find "$work/many" -type f | wc -l)"

@@ -3,14 +3,17 @@
 import hashlib
 import json
 import runpy
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import CPU, ROOT, is_error
 from PIL import Image
 
+from ldm.cli.reproduce import reproduction_commands
 from ldm.config import concepts as concept_lists
 from ldm.config.models import load_model_config, make_model_config, read_yaml
 from ldm.diffusion.load import load_model
@@ -186,6 +189,15 @@ def test_a_folder_of_images_is_resumed(script, common, old):
     assert "0 images generated, 3 in" in script(GENERATE, *common, *flags, "--ddim_steps", "3")[1]
 
 
+def test_a_folder_of_images_that_is_whole_keeps_its_digest(script, common, old):
+    """A shift that was trained on a folder names its digest: generating it again must not train the shift again."""
+    folder = old / "images" / "1-merge"
+    digest = file_digest(folder)
+    flags = ["--merge", "1", "--prompts_path", old / "prompts.csv", "--save_path", old / "images", "--device", "cpu"]
+    assert script(GENERATE, *common, *flags, "--ddim_steps", "3")[0] == 0
+    assert file_digest(folder) == digest
+
+
 def test_rendered_images_are_resumed(script, old_concepts, old):
     flags = ["--model_name", "paint", "--prompt", "VanGogh", "--save_path", old / "painted"]
     assert read_dir_metadata(old / "painted" / "VanGogh")["synthetic"] is True
@@ -250,6 +262,24 @@ def test_an_old_ledger_is_continued(script, old_concepts, model_path, old):
     assert script(LEDGER, "verify", *root, *model)[0] == 0
     table = verify(ledger, load_model(model_path, CPU)).set_index("item")
     assert len(table) == 2 + 3 + 2 and table.loc["no shift", "sha256"]
+
+
+def test_the_commands_that_make_an_old_ledger_again_work(script, old_concepts, model_path, old, tmp_path):
+    ledger = Ledger(old / "ledger" / HISTORY_FILE)
+    for line in reproduction_commands(ledger):
+        line = line.replace(str(ledger.root), str(tmp_path / "again")).replace(ledger.header["model"], str(model_path))
+        _, path, *arguments = shlex.split(line)
+        code, _, err = script(path, *arguments)
+        assert code == 0, f"{line}: {err}"
+    again = Ledger(tmp_path / "again" / HISTORY_FILE)
+    assert len(again.entries) == 4 and set(again.active_shifts()) == {1, 2}
+    for name, shift in ledger.shifts().items():
+        made = again.shifts()[name]
+        assert made.parameter_names == shift.parameter_names and made.metadata["config"] == shift.metadata["config"]
+        for parameter in shift.parameter_names:
+            torch.testing.assert_close(
+                made.delta_weight(parameter), shift.delta_weight(parameter), rtol=1e-3, atol=1e-6
+            )
 
 
 def test_old_concept_files_are_read(old_concepts):

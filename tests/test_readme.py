@@ -1,8 +1,15 @@
-"""Every command of the README and of `make demo` runs as written, in a copy of the repository with shorter prompt lists,
-trainings and samplings."""
+"""Every command of the documents, and of `make demo`, runs as written, in copies of the repository at a smoke size.
 
+A document's commands run in order, in a copy of their own, whose prompt lists, trainings and samplings are shorter.
+Each is a fork of a process that has imported the libraries, but nothing of this repository: that comes from the copy.
+What needs a shell goes through bash. Under xdist the order holds by --dist loadfile, which keeps a file's tests on one
+worker.
+"""
+
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,51 +19,215 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
+pytestmark = pytest.mark.readme
+
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-            for line in block.replace("\\\n", " ").splitlines() if line.startswith("python ")]
+FOLDERS = [".", "train-scripts", "eval-scripts", "models", "configs", "ldm"]
+DOCUMENTS = [(Path(folder) / "README.md").as_posix() for folder in FOLDERS]
+# Of the commands in `text` fences, which are too long to be run as written, those that run with further arguments:
+# how a command begins -> these.
+SMOKE: dict[str, list[str]] = {}
+LIBRARIES = [
+    "diffusers.schedulers.scheduling_dpmsolver_multistep",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    "diffusers.loaders.single_file_utils",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "lpips",
+    "matplotlib.figure",
+    "omegaconf",
+    "pandas",
+    "torchmetrics.functional.image",
+    "torchvision.models",
+]
+# Reads a line of JSON for each command, runs it in a fork, and answers with its exit code.
+SERVER = """
+import importlib, json, os, runpy, sys, traceback
+
+def run(folder, arguments, log):
+    os.chdir(folder)
+    with open(log, "w") as opened:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(opened.fileno(), stream.fileno())
+    code = 0
+    try:
+        if arguments[0] == "-c":
+            sys.path[0] = folder
+            sys.argv = ["-c"]
+            exec(compile(arguments[1], "<document>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.path[:1] = [os.path.dirname(os.path.abspath(arguments[0])), folder]
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(bool(error.code))
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+for name in json.loads(sys.argv[1]):
+    importlib.import_module(name)
+assert "ldm" not in sys.modules
+answers = os.dup(1)
+os.dup2(2, 1)
+for line in sys.stdin:
+    process = os.fork()
+    if not process:
+        run(*json.loads(line))
+    _, status = os.waitpid(process, 0)
+    os.write(answers, f"{os.waitstatus_to_exitcode(status)}\\n".encode())
+"""
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Path:
-    copy = tmp_path_factory.mktemp("clone") / "repo"
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
-                            check=True).stdout.split("\n")
-    for name in filter(None, listed):
-        if (ROOT / name).exists():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
-    for path in (copy / "data").glob("*.csv"):  # two cases of every prompt
-        pd.read_csv(path, keep_default_na=False).groupby("prompt", sort=False).head(2).to_csv(path, index=False)
-    config = OmegaConf.load(copy / "configs" / "mini-sd.yaml")
-    config.world.needs_images, config.world.held_out = 64, 8
-    config.train.autoencoder.steps = config.train.denoiser.steps = 2
-    config.train.save_every = 1
-    config.sampling.ddim_steps = config.evaluation.num_seeds = config.evaluation.num_pictures = 2
-    for method in config.erasure.values():
-        method.iter_break = min(method.iter_break, 12)
-    OmegaConf.save(config, copy / "configs" / "mini-sd.yaml")
-    return copy
+def fences(document: str) -> list[tuple[str, str]]:
+    """Return the language and content of each fenced block of a document."""
+    path = ROOT / document
+    return re.findall(r"^```(\w*)\n(.*?)^```", path.read_text() if path.is_file() else "", re.DOTALL | re.MULTILINE)
+
+
+def commands(document: str) -> list[str]:
+    """Return what a document asks its readers to run, in order, a text each; Python starts with `from` or `import`."""
+    found = []
+    for language, content in fences(document):
+        lines = [line.strip() for line in content.replace("\\\n", " ").splitlines()]
+        lines = [re.sub(r"\s+", " ", line) for line in lines if line and not line.startswith("#")]
+        if language == "sh":
+            found += lines
+        elif language == "text":
+            for line in lines:
+                extra = [arguments for beginning, arguments in SMOKE.items() if line.startswith(beginning)]
+                found += [shlex.join([*shlex.split(line), *extra[0]])] if extra else []
+        elif language == "python" and re.match(r"(from|import) ldm\b", content):
+            found.append(content)
+    return found
+
+
+COMMANDS = [(document, command) for document in DOCUMENTS for command in commands(document)]
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) > 15
+    assert len(COMMANDS) > 30 and {document for document, _ in COMMANDS} >= set(DOCUMENTS[:4])
+    assert all(Path(ROOT / document).is_file() for document in DOCUMENTS)
 
 
-def run(command, clone) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(clone),
-                   "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", command], cwd=clone, env=environment, capture_output=True, text=True)
+def copy_repository(copy: Path) -> Path:
+    """Copy what git knows, with two cases of every prompt, few inference steps, and trainings of few iterations."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in filter(None, listing.stdout.split("\n")):
+        if (ROOT / name).exists():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
+    for path in (copy / "data").glob("*.csv"):
+        pd.read_csv(path, keep_default_na=False).groupby("prompt", sort=False).head(2).to_csv(path, index=False)
+    path = copy / "configs" / "mini-sd.yaml"
+    config = OmegaConf.load(path)
+    config.dataset.num_images, config.dataset.num_held_out = 64, 8
+    for part in (config.train.autoencoder, config.train.denoiser):
+        part["iterations" if "iterations" in part else "steps"] = 2
+    config.train.save_every = 1
+    config.sampling.num_inference_steps = 2
+    config.evaluation.seeds_per_prompt = config.evaluation.num_training_images = 2
+    for method in config.methods.values():
+        method.max_steps = min(method.get("max_steps", 12), 12)
+    OmegaConf.save(config, path)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def copy_of(tmp_path_factory):
+    """Return the copy of the repository that a document's commands run in."""
+    copies: dict[str, Path] = {}
+
+    def copy(document: str) -> Path:
+        if document not in copies:
+            copies[document] = copy_repository(tmp_path_factory.mktemp("copy") / "repo")
+        return copies[document]
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """Return the environment of the commands: offline, one thread, and `python` is this one."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PATH": path}
+
+
+@pytest.fixture(scope="module")
+def server(environment, tmp_path_factory):
+    """Start the process that forks for each command."""
+    command = [sys.executable, "-c", SERVER, json.dumps(LIBRARIES)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    folder = tmp_path_factory.mktemp("server")
+    with subprocess.Popen(command, cwd=folder, env=environment, text=True, bufsize=1, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+def run_in_shell(command: str, folder: Path, environment) -> str:
+    environment = {**environment, "PYTHONPATH": str(folder)}
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command_runs_as_written(command, clone):
-    run(command, clone)
+def arguments_of(command: str) -> list[str] | None:
+    """Return what Python gets of a command that needs no shell: -c and code, or a script and what follows; else None."""
+    if "\n" in command:
+        return ["-c", command]
+    tokens = shlex.shlex(command, posix=True, punctuation_chars=True)
+    tokens.whitespace_split = True
+    words = list(tokens)
+    plain = words[0] == "python" and words[1].endswith(".py") and "$" not in command
+    is_shell = any(set(word) <= set("();<>|&") for word in words if word)
+    return words[1:] if plain and not is_shell else None
 
 
-def test_the_demo_ends_with_a_picture_and_a_table(clone):
-    shown = run(f"make demo VENV={sys.prefix} -o {sys.prefix}/.installed", clone)  # nothing is installed
-    assert "| Picasso | restored |" in shown and (clone / "demo" / "demo.png").exists()
-    assert len(pd.read_csv(clone / "demo" / "demo.csv")) == 12
+@pytest.mark.parametrize(("document", "command"), COMMANDS)
+def test_command_runs_as_written(server, environment, copy_of, tmp_path, document, command):
+    folder, log = copy_of(document), tmp_path / "log"
+    arguments = arguments_of(command)
+    if arguments is None:
+        run_in_shell(command, folder, environment)
+        return
+    server.stdin.write(json.dumps([str(folder), arguments, str(log)]) + "\n")
+    code = server.stdout.readline().strip()
+    assert code == "0", f"exit code {code or 'none'}: {log.read_text()[-2000:]}"
+
+
+def test_what_needs_a_shell_is_known():
+    assert arguments_of("python eval-scripts/x.py --prompt 'Van Gogh; a | b' --n 1") == [
+        "eval-scripts/x.py",
+        "--prompt",
+        "Van Gogh; a | b",
+        "--n",
+        "1",
+    ]
+    for command in (
+        "python a.py | head",
+        "python a.py > b",
+        "A=1 python a.py",
+        "make demo",
+        "python -m a",
+        "cd x && python a.py",
+    ):
+        assert arguments_of(command) is None, command
+
+
+def test_the_demo_ends_with_an_image_and_a_table(environment, copy_of):
+    folder = copy_of("make demo")
+    shown = run_in_shell(
+        f"make demo VENV={sys.prefix} -o {sys.prefix}/.installed", folder, environment
+    )  # installs nothing
+    assert "| Picasso | restored |" in shown and (folder / "demo" / "demo.png").exists()
+    assert len(pd.read_csv(folder / "demo" / "demo.csv")) == 12

@@ -1,8 +1,11 @@
 """Several processes do together what one does: the same files, to the last bit."""
 
+import itertools
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from ldm.io.sharding import Shard
 def test_all_shards_together_are_everything_once():
     for size in (1, 2, 5, 9):
         parts = [Shard(rank, size).select(range(7)) for rank in range(size)]
-        assert sorted(sum(parts, [])) == list(range(7)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert sorted(itertools.chain(*parts)) == list(range(7)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_the_tasks_of_a_job_array_shard_too(monkeypatch):
@@ -36,10 +39,25 @@ def test_what_lightning_does_not_take_from_slurm_is_said_in_one_line(monkeypatch
         init_distributed(CPU)
 
 
-def run_in_two_processes(path: str, *arguments) -> None:
+# What torchrun starts twice: scripts one after the other, each when the other process has finished the one before.
+STAGES = """
+import json, runpy, sys
+import torch.distributed
+
+for command in json.loads(sys.argv[1]):
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+    torch.distributed.barrier()
+"""
+
+
+def run_in_two_processes(commands: list[list], folder: Path) -> None:
+    (folder / "stages.py").write_text(STAGES)
+    stages = [[str(ROOT / path), *map(str, arguments)] for path, *arguments in commands]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, ROOT / path, *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, folder / "stages.py", json.dumps(stages)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -87,13 +105,19 @@ def test_two_processes_give_the_same_files_as_one(run_in_one_process, tiny_path,
         "cpu",
     ]
     sampling = ["--num_inference_steps", 2, "--images_per_seed", 2, "--sample_batch_size", 2]
-    for name, run in (("1", run_in_one_process), ("2", run_in_two_processes)):
-        root = tmp_path / name
+
+    def commands(root: Path) -> list[list]:
         shifts, targets = ["--artifacts_dir", root / "shifts"], ["--erased_index", "0-2"]
-        run("train-scripts/SRSME_Solution.py", *model, *targets, *shifts, "--em_indexes", "0-3", *device)
-        run("train-scripts/SRS_ME.py", *model, *targets, *shifts, *learning)
         images = ["--shifts", "0-2", "--prompts_path", prompts, "--save_path", root]
-        run("eval-scripts/generate-images-merge.py", *model, *shifts, *images, *sampling, *device)
+        return [
+            ["train-scripts/SRSME_Solution.py", *model, *targets, *shifts, "--em_indexes", "0-3", *device],
+            ["train-scripts/SRS_ME.py", *model, *targets, *shifts, *learning],
+            ["eval-scripts/generate-images-merge.py", *model, *shifts, *images, *sampling, *device],
+        ]
+
+    for command in commands(tmp_path / "1"):
+        run_in_one_process(*command)
+    run_in_two_processes(commands(tmp_path / "2"), tmp_path)
     assert len(list((tmp_path / "2").rglob("*.png"))) == 10
     assert len(list((tmp_path / "2").rglob("shift-*.safetensors"))) == 3
     assert file_digest(tmp_path / "1") == file_digest(tmp_path / "2")

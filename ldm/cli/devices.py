@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from ldm.io.sharding import Shard
+from ldm.io.sharding import Shard, job_shard
 
 
 def parse_devices(text: str | None) -> list[torch.device]:
@@ -54,11 +54,7 @@ def init_distributed(device: torch.device) -> tuple[torch.device, Shard]:
     environment = environments[0] if environments else None
     if environment and environment.world_size() > 1:
         rank, size, device = _launch(environment, device)
-    tasks = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
-    task = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-    if not 0 <= task < tasks:
-        raise ValueError("the tasks of the job array are not numbered one by one: pass such as --array=0-3 to sbatch")
-    return device, Shard(task * size + rank, tasks * size)
+    return device, job_shard(rank, size)
 
 
 def _launch(environment, device: torch.device) -> tuple[int, int, torch.device]:

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-MIN_GAIN = (
-    0.03  # smallest projection for the root of its cost g: the closed form goes g^2 / (1 + g^2) of the way along it
-)
+# The smallest projection for the root of its cost, g: the closed form goes g^2 / (1 + g^2) of the way along it.
+MIN_GAIN = 0.03
 _RELATIVE_ZERO = 1e-7
 
 

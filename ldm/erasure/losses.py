@@ -311,13 +311,13 @@ class AblatingConceptsLoss(_AnchoredLoss):
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor) -> LossOutput:
         with torch.no_grad():
-            target = self.frozen.predict_noise(latents, timestep, self.anchor_embeds.expand(len(latents), -1, -1))
+            frozen_noise = self.frozen.predict_noise(latents, timestep, self.anchor_embeds.expand(len(latents), -1, -1))
         with self.edited_model_with_grad():
             target_noise, anchor_noise = _predict_pair(
                 self.model, latents, timestep, self.target_embeds, self.anchor_embeds
             )
-        target = target.to(latents.device)
-        loss = F.mse_loss(target_noise, target) + self.ANCHOR_WEIGHT * F.mse_loss(anchor_noise, target)
+        frozen_noise = frozen_noise.to(latents.device)
+        loss = F.mse_loss(target_noise, frozen_noise) + self.ANCHOR_WEIGHT * F.mse_loss(anchor_noise, frozen_noise)
         return LossOutput(loss, loss.detach())
 
 

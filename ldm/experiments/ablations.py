@@ -123,7 +123,7 @@ def compare_initializations(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return `run_ablation` over `INITIALIZATIONS`, and the means of each; `experiment` has `held_out` set.
 
-    Those that learn do so for at most `config.max_steps` iterations. The means' column `fd_reference` is the Frechet
+    Those that train do so for at most `config.max_steps` iterations. The means' column `fd_reference` is the Frechet
     distance of the erased prompts' images to `num_rendered` rendered ones that show no concept of the category. Two
     rows of the original model come first.
     """

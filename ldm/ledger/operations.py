@@ -38,7 +38,7 @@ def create_shifts(
 
     The files lie under the number of the ledger's next entry, so that no file that an entry names is ever written
     again. Each shift protects all that the ledger protects, and its other concepts. `image_dir` has a folder of images
-    per concept, for a method that learns from them. In a record, `seconds` and `peak_gib` are of all concepts together,
+    per concept, for a method that trains on them. In a record, `seconds` and `peak_gib` are of all concepts together,
     the memory that of the whole process, or on a GPU of its tensors.
 
     Raises ValueError for another model than the ledger's.

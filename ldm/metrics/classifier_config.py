@@ -15,4 +15,4 @@ class ClassifierConfig(Settings):
     train_batch_size: int = setting(64, "images in an iteration", minimum=1)
     epochs: int = setting(3, "passes over the images", minimum=1)
     max_lr: float = setting(0.05, "peak of the cyclic learning rate")
-    seed: int = setting(0, "what the weights, the order and the augmentations are drawn from")
+    seed: int = setting(0, "of the initial weights, the order of the images and their augmentations")
