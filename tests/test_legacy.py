@@ -275,7 +275,8 @@ def test_the_commands_that_make_an_old_ledger_again_work(script, old_concepts, m
     assert len(again.entries) == 4 and set(again.active_shifts()) == {1, 2}
     for name, shift in ledger.shifts().items():
         made = again.shifts()[name]
-        assert made.parameter_names == shift.parameter_names and made.metadata["config"] == shift.metadata["config"]
+        assert made.parameter_names == shift.parameter_names
+        assert made.metadata["config"].items() <= shift.metadata["config"].items()  # today only settings that act
         for parameter in shift.parameter_names:
             torch.testing.assert_close(
                 made.delta_weight(parameter), shift.delta_weight(parameter), rtol=1e-3, atol=1e-6

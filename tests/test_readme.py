@@ -61,9 +61,10 @@ def run(folder, arguments, log):
             sys.argv = ["-c"]
             exec(compile(arguments[1], "<document>", "exec"), {"__name__": "__main__"})
         else:
-            sys.path[:1] = [os.path.dirname(os.path.abspath(arguments[0])), folder]
+            path = os.path.abspath(arguments[0])
+            sys.path[:1] = [os.path.dirname(path), folder]
             sys.argv = arguments
-            runpy.run_path(arguments[0], run_name="__main__")
+            runpy.run_path(path, run_name="__main__")
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(bool(error.code))
     except BaseException:
@@ -182,7 +183,7 @@ def run_in_shell(command: str, folder: Path, environment) -> str:
 
 
 def arguments_of(command: str) -> list[str] | None:
-    """Return what Python gets of a command that needs no shell: -c and code, or a script and what follows; else None."""
+    """Return what Python gets of a command, -c and code or a script and its arguments; None where it needs a shell."""
     if "\n" in command:
         return ["-c", command]
     tokens = shlex.shlex(command, posix=True, punctuation_chars=True)

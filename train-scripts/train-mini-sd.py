@@ -57,7 +57,7 @@ def main() -> None:
     seed_everything(config.seed)
     start = load_model(REPO_ROOT / "models" / config.train.start, fabric.device) if "start" in config.train else None
 
-    weights = config.dataset.mixture_weights
+    weights = list(config.dataset.mixture_weights)
     images, captions = train.cached_dataset(work / "dataset.npz", config.dataset.num_images, config.seed, weights)
     if start:
         vae = start.vae

@@ -150,7 +150,7 @@ def solve_null_spaces(
 
     A basis protects the empty prompt, the watermarks, the prompts `extra_protected` and the concepts
     `protected_indices`, less the erased one, each by its name and its first `config.protected_templates` captions. Of
-    several processes each solves its `shard`. Raises ValueError when the protected prompts leave no room.
+    several processes each solves its `shard`. Raises ValueError when the protected prompts leave no dimension free.
     """
     fixed = list(dict.fromkeys(["", *watermark_prompts(), *extra_protected]))
     prompts = {}

@@ -30,7 +30,7 @@ def null_space(rows: torch.Tensor, rank_rtol: float = EXACT_TOLERANCE, method: s
     if method not in ("svd", "elimination"):
         raise ValueError(f"unknown `null_space_method` '{method}': choose svd or elimination")
     if not 0 <= rank_rtol < 1:
-        raise ValueError(f"`rank_rtol` {rank_rtol} is outside [0, 1): near 1e-7 is exact, 1e-3 leaves more room")
+        raise ValueError(f"`rank_rtol` {rank_rtol} is outside [0, 1): 1e-7 is exact, 1e-3 leaves more dimensions free")
     if not rows.isfinite().all():
         raise ValueError("the prompts' embeddings hold NaN or infinity: the model cannot be used in this precision")
     matrix = rows.detach().cpu().double()
@@ -136,13 +136,13 @@ class NullSpaceBasis:
         """Return the basis for the prompts `protected` with embeddings (tokens, d) each, whose `qr_factor` is `rows` if
         known.
 
-        Raises ValueError, saying how many prompts fit and which tolerance would make room, when they leave none.
+        Raises ValueError when they leave no dimension free, saying how many fit and which tolerance would do.
         """
         tokens, width = embeddings[0].shape
         rows = qr_factor(*embeddings) if rows is None else rows  # at most (d, d)
         vectors, rank = null_space(rows, rank_rtol, method)
         if len(vectors) == 0:
-            raise ValueError(_no_room(embeddings, rows, rank_rtol, tokens, width))
+            raise ValueError(_no_nullity(embeddings, rows, rank_rtol, tokens, width))
         max_leakage = (vectors @ rows.T).norm(dim=1).max().item()
         metadata = {
             "protected": list(protected),
@@ -186,8 +186,10 @@ class NullSpaceBasis:
             )
 
 
-def _no_room(embeddings: Sequence[torch.Tensor], rows: torch.Tensor, rank_rtol: float, tokens: int, width: int) -> str:
-    """Say how many of the prompts fit, and which tolerance would make room for all."""
+def _no_nullity(
+    embeddings: Sequence[torch.Tensor], rows: torch.Tensor, rank_rtol: float, tokens: int, width: int
+) -> str:
+    """Say how many of the prompts fit, and which tolerance would leave dimensions free."""
     fit = 0
     for count in range(len(embeddings) - 1, 0, -1):
         if null_space(qr_factor(*embeddings[:count]), rank_rtol)[1] < width:

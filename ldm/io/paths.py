@@ -51,7 +51,7 @@ class ArtifactPaths:
             path = self._folder(time, self.method) / f"shift-{index}.safetensors"
             if path.is_file():
                 return path
-        message = f"no shift that erases {index} {name} at {self.shift(index)}"
+        message = f"no shift that erases {index}{f' {name}' if name else ''} at {self.shift(index)}"
         raise MissingFileError(message, "shift", **self._details(index))
 
     def _details(self, index: int) -> dict[str, object]:
