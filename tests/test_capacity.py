@@ -9,9 +9,9 @@ from ldm.config.methods import NullSpaceConfig, SRSMEConfig
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.capacity import measure_capacity
 from ldm.erasure.closed_form import Costs, closed_form_map, erasure_space
-from ldm.erasure.erase import ProtectedRows
 from ldm.erasure.leakage import leakage
 from ldm.erasure.null_space import NullSpaceBasis
+from ldm.erasure.protection import ProtectedRows
 from ldm.erasure.shift import SeparableShift
 
 CONFIG = SRSMEConfig(
@@ -55,7 +55,7 @@ def test_capacity_counts_free_dimensions_and_the_leakage_that_shifts_have(tiny):
 
 
 def test_capacity_protects_what_an_erasure_protects(tiny, monkeypatch):
-    """The rows are those of `erase.ProtectedRows`, of which `solve_null_spaces` is made too."""
+    """The rows are those of `protection.ProtectedRows`, of which `solve_null_spaces` is made too."""
     made = []
 
     class Recorded(ProtectedRows):

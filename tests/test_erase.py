@@ -9,8 +9,9 @@ from PIL import Image
 
 from ldm.config.concepts import get_concept, watermark_prompts
 from ldm.config.methods import ForgetMeNotConfig, JointSRSMEConfig, NullSpaceConfig, SRSMEConfig
-from ldm.erasure.erase import ProtectedRows, Protection, erase, erase_concepts, solve_null_spaces
+from ldm.erasure.erase import erase, erase_concepts
 from ldm.erasure.null_space import NullSpaceBasis
+from ldm.erasure.protection import ProtectedRows, Protection, solve_null_spaces
 from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift, WeightShift
 from ldm.erasure.training import CURVE_COLUMNS
 from ldm.io.errors import MissingFileError

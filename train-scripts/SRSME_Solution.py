@@ -24,7 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     from ldm.cli import devices, session
     from ldm.config.models import load_model_config
-    from ldm.erasure.erase import solve_null_spaces
+    from ldm.erasure.protection import solve_null_spaces
 
     targets = parse_erase_targets(args.erased_index, args.category)
     protected = parse_indexes(args.em_indexes, args.category)

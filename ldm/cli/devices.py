@@ -1,4 +1,4 @@
-"""Devices by name, and this process's share of the work where several do it together."""
+"""Devices by name, and this process's shard of the work where several do it together."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def erasable_concepts(category: str) -> tuple[Concept, ...]:
 
 
 def watermark_prompts() -> tuple[str, ...]:
-    """The prompts whose pictures prove ownership; every shift leaves them untouched."""
+    """The prompts whose images prove ownership; every shift leaves them untouched."""
     return tuple(_load_config().watermarks)
 
 
@@ -136,7 +136,7 @@ def concept_status(
     category: str, prompt: str, erased: Collection[int], restored: Collection[int] = (), protected: Collection[int] = ()
 ) -> str:
     """What a prompt's concept is, given the indexes of those: erased, restored, protected (as the watermarks and the
-    blank prompt always are), or regular.
+    empty prompt always are), or regular.
     """
     concept = match_concept(category, prompt)
     if concept is None or concept.is_watermark:

@@ -92,7 +92,7 @@ class MethodConfig(Settings):
     needs_images: ClassVar[bool] = True  # it learns from images of the concept; otherwise from what the model samples
 
     lr: float = setting(1e-5, "Adam's learning rate", learning_only=True)
-    max_steps: int = setting(1000, "most iterations", minimum=1, learning_only=True)
+    max_steps: int = setting(1000, "max number of iterations", minimum=1, learning_only=True)
     train_batch_size: int = setting(1, "latents in an iteration", minimum=1, learning_only=True)
     seed: int = setting(0, "what images, timesteps and noise are drawn from", learning_only=True)
 
@@ -133,7 +133,7 @@ class SRSMEConfig(MethodConfig):
     )
     target_templates: int = setting(0, "caption templates to erase beside the concept's name", minimum=0)
     max_directions: int | None = setting(
-        691, "most basis vectors, those with the largest projection of the concept first", minimum=1
+        691, "max number of basis vectors, those with the largest projection of the concept first", minimum=1
     )
     basis_scale: float = setting(1e-4, "beta, the scale of the null space's basis")
     lr: float = setting(0.1, "Adam's learning rate", learning_only=True)
@@ -177,7 +177,7 @@ class ForgetMeNotConfig(FinetuneConfig):
 
     name: ClassVar[str] = "FMN"
 
-    max_steps: int = setting(50, "most iterations", minimum=1, learning_only=True)
+    max_steps: int = setting(50, "max number of iterations", minimum=1, learning_only=True)
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class AblatingConceptsConfig(FinetuneConfig):
 
     name: ClassVar[str] = "AbConcept"
 
-    max_steps: int = setting(75, "most iterations", minimum=1, learning_only=True)
+    max_steps: int = setting(75, "max number of iterations", minimum=1, learning_only=True)
 
 
 @dataclass(frozen=True)

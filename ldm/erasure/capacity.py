@@ -1,6 +1,4 @@
-"""How many concepts a model's prompts leave room for, at several tolerances, and what each tolerance costs in
-leakage.
-"""
+"""How many concepts a model's prompts leave free directions for, at several tolerances, and at what leakage."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ from ldm.config.methods import NullSpaceConfig, SRSMEConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.closed_form import closed_form_map
-from ldm.erasure.erase import ProtectedRows, concept_space
+from ldm.erasure.erase import concept_space
 from ldm.erasure.null_space import null_space, qr_factor, relative_singular_values
+from ldm.erasure.protection import ProtectedRows
 from ldm.erasure.shift import SeparableShift, stacked_qr_factor
 
 DEFAULT_TOLERANCES = (1e-7, 1e-4, 5e-4, 2e-3, 5e-3, 2e-2)  # to compare where nobody names others

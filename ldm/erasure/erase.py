@@ -4,11 +4,10 @@ its metadata.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ldm.config.concepts import Concept, get_concept, watermark_prompts
-from ldm.config.methods import ESDConfig, ExecutionConfig, MethodConfig, NullSpaceConfig, SRSMEConfig
+from ldm.config.concepts import Concept, watermark_prompts
+from ldm.config.methods import ESDConfig, ExecutionConfig, MethodConfig, SRSMEConfig
 from ldm.diffusion.latents import latents_from_folder, sampled_batches
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
@@ -25,37 +24,15 @@ from ldm.erasure.closed_form import Costs, ErasureSpace, closed_form_map, erasur
 from ldm.erasure.leakage import base_norms, leakage
 from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
 from ldm.erasure.methods import LOSSES
-from ldm.erasure.null_space import BASIS_FILE_TYPE, NullSpaceBasis, leave_one_out_factors, qr_factor
+from ldm.erasure.null_space import NullSpaceBasis
+from ldm.erasure.protection import Protection, solve_null_spaces
 from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift, WeightShift
 from ldm.erasure.training import CURVE_COLUMNS, fit
+from ldm.io.errors import MissingFileError
 from ldm.io.files import atomic_write, file_digest
 from ldm.io.paths import ArtifactPaths
 from ldm.io.sharding import Shard
 from ldm.io.tensors import CREATED_BY, read_metadata
-
-
-@dataclass(frozen=True)
-class Protection:
-    """What an erasure leaves alone beside the empty prompt and the watermarks: concepts by index, and further
-    prompts.
-    """
-
-    indices: Sequence[int]
-    null_space: NullSpaceConfig
-    extra_prompts: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class BasisSummary:
-    """What is known of a basis that was solved: how much it protects and what it leaves free."""
-
-    concept: Concept
-    path: Path
-    num_protected: int
-    rank: int
-    width: int
-    nullity: int
-    max_leakage: float
 
 
 @dataclass(frozen=True)
@@ -93,112 +70,6 @@ def erase(
             extra_protected=protection.extra_prompts,
         )
     return erase_concepts(model, artifacts, concepts, config, image_dir)
-
-
-class ProtectedRows:
-    """The embeddings of everything that is protected, and for each concept a `qr_factor` of all but its own.
-
-    `prompts` maps each protected concept, by index, to its prompts; `fixed` are the prompts that are always protected,
-    whose rows are multiplied by `weight`.
-    """
-
-    def __init__(
-        self,
-        embeds: Mapping[str, torch.Tensor],
-        fixed: Sequence[str],
-        prompts: Mapping[int, Sequence[str]],
-        weight: float,
-    ):
-        self.fixed, self.prompts = list(fixed), prompts
-        self.fixed_rows = [weight * embeds[prompt] for prompt in fixed]
-        self.blocks = {index: torch.cat([embeds[prompt] for prompt in own]) for index, own in prompts.items()}
-
-    def leave_one_out(self, concepts: Sequence[Concept]) -> Iterator[torch.Tensor]:
-        """Yield for each concept a `qr_factor` (at most d, d) of the rows of everything protected but itself.
-
-        What these have in common is decomposed once.
-        """
-        own = [concept for concept in concepts if concept.index in self.blocks]
-        own_indices = {concept.index for concept in own}
-        others = [block for index, block in self.blocks.items() if index not in own_indices]
-        rest = torch.cat([*self.fixed_rows, *others])
-        own_blocks = [self.blocks[concept.index] for concept in own]
-        factors = leave_one_out_factors(own_blocks, rest) if own else iter(())
-        every_factor = qr_factor(rest, *own_blocks) if len(own) < len(concepts) else None
-        for concept in concepts:
-            if concept.index in own_indices:
-                yield next(factors)
-            elif every_factor is not None:
-                yield every_factor
-
-    def without(self, concept: Concept) -> list[str]:
-        """Return the prompts that are protected when `concept` is erased, once each."""
-        others = [prompts for index, prompts in self.prompts.items() if index != concept.index]
-        return list(dict.fromkeys([*self.fixed, *itertools.chain(*others)]))
-
-
-def solve_null_spaces(
-    model: DiffusionModel,
-    artifacts: ArtifactPaths,
-    targets: Sequence[Concept],
-    protected_indices: Sequence[int],
-    config: NullSpaceConfig,
-    shard: Shard = Shard(),
-    extra_protected: Sequence[str] = (),
-) -> list[BasisSummary]:
-    """Save, for each concept of `targets`, the basis in which it can be erased, and return what is known of each.
-
-    A basis protects the empty prompt, the watermarks, the prompts `extra_protected` and the concepts
-    `protected_indices`, less the erased one, each by its name and its first `config.protected_templates` captions. Of
-    several processes each solves its `shard`. Raises ValueError when the protected prompts leave no dimension free.
-    """
-    fixed = list(dict.fromkeys(["", *watermark_prompts(), *extra_protected]))
-    prompts = {}
-    for index in protected_indices:
-        concept = get_concept(artifacts.category, index)
-        prompts[index] = concept.prompts(0 if concept.is_watermark else config.protected_templates)
-    embeds = {}
-    for prompt in dict.fromkeys([*fixed, *itertools.chain(*prompts.values())]):
-        embeds[prompt] = model.drop_pooled(model.encode_prompt([prompt]))[0]  # (tokens, d)
-    rows = ProtectedRows(embeds, fixed, prompts, config.always_protected_weight)
-    local_targets = shard.select(targets)
-    summaries = []
-    progress = tqdm(targets, desc="null spaces", unit="basis", disable=len(targets) < 10)
-    for concept, factor in zip(progress, rows.leave_one_out(targets), strict=True):
-        if concept not in local_targets:
-            continue
-        protected = rows.without(concept)
-        basis = NullSpaceBasis.fit(
-            [embeds[prompt] for prompt in protected], protected, config.rank_rtol, config.null_space_method, factor
-        )
-        made_for = {
-            "created_by": CREATED_BY,
-            "base_model": model.name,
-            "base_digest": model.digest,
-            "category": artifacts.category,
-            "concept_index": concept.index,
-            "concept": concept.name,
-            "always_protected_weight": config.always_protected_weight,
-        }
-        basis = replace(basis, metadata=made_for | basis.metadata)
-        _save_if_changed(basis, artifacts.basis(concept.index))
-        summaries.append(_summarize(concept, basis, artifacts.basis(concept.index)))
-    return summaries
-
-
-def _save_if_changed(basis: NullSpaceBasis, path: Path) -> None:
-    """Keep a file that was made from the same inputs, whose last digits depend on the machine."""
-    anew = {name: basis.metadata[name] for name in ("max_leakage", "created_by")}
-    if read_metadata(path, BASIS_FILE_TYPE) | anew != basis.metadata:
-        basis.save(path)
-
-
-def _summarize(concept: Concept, basis: NullSpaceBasis, path: Path) -> BasisSummary:
-    metadata = basis.metadata
-    num_protected, nullity = len(metadata["protected"]), len(basis.vectors)
-    return BasisSummary(
-        concept, path, num_protected, metadata["rank"], metadata["width"], nullity, metadata["max_leakage"]
-    )
 
 
 def erase_concepts(
@@ -298,6 +169,10 @@ class _Erasure:
         """Return the basis of a concept. Raises ValueError for one that is missing or made for another model."""
         path = self.artifacts.find_basis(concept.index)
         basis = NullSpaceBasis.load(path)
+        dimensions = basis.vectors.shape[1], self.model.context_dim
+        if dimensions[0] != dimensions[1]:
+            message = f"{path} holds directions of {dimensions[0]} dimensions, the model's prompts have {dimensions[1]}"
+            raise MissingFileError(message, "basis", **self.artifacts.details(concept.index))
         basis.check(self.model.digest, self.model.context_dim, path)
         return basis
 

@@ -15,9 +15,10 @@ from ldm.config.models import ModelConfig, load_model_config
 from ldm.diffusion.load import load_model
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate
-from ldm.erasure.erase import ErasureSummary, Protection, erase
+from ldm.erasure.erase import ErasureSummary, erase
 from ldm.erasure.export import Export, export
 from ldm.erasure.merge import applied
+from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
 from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.prompts import PromptCase
@@ -38,8 +39,9 @@ class ConceptEraser:
         model: DiffusionModel | str | Path,
         category: str = "style",
         artifacts_dir: Path | str = "artifacts",
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ):
+        device = device or torch.accelerator.current_accelerator(check_available=True) or torch.get_default_device()
         self.model = model if isinstance(model, DiffusionModel) else load_model(model, torch.device(device))
         self.category = category
         self.config: ModelConfig = load_model_config(self.model.config_name)

@@ -109,7 +109,7 @@ def estimate_memory(folder: Path, device: torch.device, batch_size: int, max_dir
     `folder` has the configs of the model's parts; `choice` marks the first row that fits into nine tenths of the
     device's memory. `max_directions` is the most that a shift has (None: as many as the prompts are wide). Weights are
     the U-Net's, and where the device is not a GPU the other parts' too, which cannot leave it; there loading in float32
-    counts as well. Raises ValueError for a model of two text encoders, whose iteration is not foreseen.
+    counts as well. Raises ValueError for a model of two text encoders, whose iteration is not estimated.
     """
     silence_hf_logging()
     config: Any = UNet2DConditionModel.load_config(str(folder), subfolder="unet")

@@ -15,8 +15,9 @@ from ldm.config.methods import MethodConfig, NullSpaceConfig, SamplingConfig
 from ldm.config.models import load_model_config
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate_to_folder
-from ldm.erasure.erase import ErasureSummary, Protection, erase
+from ldm.erasure.erase import ErasureSummary, erase
 from ldm.erasure.merge import applied
+from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
 from ldm.io.files import file_digest
 from ldm.io.paths import ArtifactPaths

@@ -36,7 +36,7 @@ class ArtifactPaths:
         """Return the path of a concept's basis. Raises MissingFileError when there is none."""
         path = self.basis(index)
         if not path.is_file():
-            raise MissingFileError(f"no null space basis {path}", "basis", **self._details(index))
+            raise MissingFileError(f"no null space basis {path}", "basis", **self.details(index))
         return path
 
     def shift(self, index: int) -> Path:
@@ -52,9 +52,10 @@ class ArtifactPaths:
             if path.is_file():
                 return path
         message = f"no shift that erases {index}{f' {name}' if name else ''} at {self.shift(index)}"
-        raise MissingFileError(message, "shift", **self._details(index))
+        raise MissingFileError(message, "shift", **self.details(index))
 
-    def _details(self, index: int) -> dict[str, object]:
+    def details(self, index: int) -> dict[str, object]:
+        """Return what a MissingFileError says about a concept's basis or shift."""
         place = {"scene": self.scene, "scene_time": self.time}
         return {"method": self.method, "category": self.category, "erased_index": index, **place}
 

@@ -1,4 +1,4 @@
-"""This process's share of independent work: its shard, among the processes and the tasks of a SLURM job array."""
+"""Which shard of independent work is this process's own, of several processes and of a SLURM job array's tasks."""
 
 from __future__ import annotations
 

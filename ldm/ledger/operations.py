@@ -17,9 +17,10 @@ from ldm.config.concepts import Concept
 from ldm.config.methods import MethodConfig, NullSpaceConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
-from ldm.erasure.erase import Protection, erase
+from ldm.erasure.erase import erase
 from ldm.erasure.leakage import leakage
 from ldm.erasure.merge import applied
+from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
 from ldm.io.paths import ArtifactPaths
 from ldm.io.tensors import check_base_model
