@@ -50,7 +50,6 @@ def solved(script, flags, tmp_path):
     ]
 
 
-@pytest.mark.slow
 def test_erase_merge_restore_and_measure(script, flags, solved, tmp_path, tiny_path):
     before = file_digest(tiny_path)
     code, out, _err = script(ERASE, *solved, "--max_directions", "691")
@@ -97,7 +96,6 @@ def test_erase_merge_restore_and_measure(script, flags, solved, tmp_path, tiny_p
     assert file_digest(tiny_path) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
     [("FMN.py", "FMN"), ("Abconcept.py", "AbConcept"), ("Esd.py", "ESD"), ("CiE.py", "SRS-ME-double-dagger")],
@@ -346,7 +344,6 @@ def test_memory_is_estimated_and_running_out_of_it_ends_in_the_same_table(script
     is_error(script(ERASE, "--estimate_memory", "--model", "nothing/here"), "--model")
 
 
-@pytest.mark.slow
 def test_an_erasure_in_half_precision_with_little_memory_and_a_second_device(script, solved, tmp_path):
     at = solved.index("--devices")
     given = [
@@ -368,7 +365,6 @@ def test_an_erasure_in_half_precision_with_little_memory_and_a_second_device(scr
     assert "there already" not in script(ERASE, *solved)[1]  # in float32 it is another
 
 
-@pytest.mark.slow
 def test_formats_are_written_side_by_side_and_ranks_are_reported(script, flags, solved, tmp_path):
     assert script(ERASE, *solved)[0] == 0
     merge = [*flags, "--shifts", "1", "--save_path", tmp_path / "merged", "--format"]

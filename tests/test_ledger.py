@@ -147,7 +147,6 @@ def owner(script, mini_path, tmp_path):
     return run
 
 
-@pytest.mark.slow
 def test_erase_restore_status_history_verify_and_export(owner, mini_path):
     assert owner("erase", "Van Gogh", "2")[0] == 0 and owner("restore", "picasso")[0] == 0
     made = {path: path.read_bytes() for path in owner.root.rglob("*.safetensors")}

@@ -112,6 +112,7 @@ def commands(document: str) -> list[str]:
 
 
 COMMANDS = [(document, command) for document in DOCUMENTS for command in commands(document)]
+IDS = [f"{document}: {number}: {command.splitlines()[0][:80]}" for number, (document, command) in enumerate(COMMANDS)]
 
 
 def test_there_are_commands():
@@ -194,7 +195,7 @@ def arguments_of(command: str) -> list[str] | None:
     return words[1:] if plain and not is_shell else None
 
 
-@pytest.mark.parametrize(("document", "command"), COMMANDS)
+@pytest.mark.parametrize(("document", "command"), COMMANDS, ids=IDS)
 def test_command_runs_as_written(server, environment, copy_of, tmp_path, document, command):
     folder, log = copy_of(document), tmp_path / "log"
     arguments = arguments_of(command)

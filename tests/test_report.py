@@ -48,7 +48,6 @@ def ledger(model, mini_path, tmp_path):
     return ledger
 
 
-@pytest.mark.slow
 def test_the_page_holds_everything_in_itself(ledger, model, tmp_path):
     experiment = Experiment(model, "style", tmp_path / "run", None, SAMPLING, seeds_per_prompt=2)
     experiment.extra_prompts = ledger.header["protected"]
@@ -76,7 +75,6 @@ def test_a_ledger_of_nothing_has_a_page_too(model, tmp_path):
     assert "0 of 1 concepts are erased" in page and "No concept was ever erased" in page
 
 
-@pytest.mark.slow
 def test_its_commands_make_the_same_weights_again(ledger, model, script, tmp_path):
     for line in reproduction_commands(ledger):
         words = shlex.split(line.replace(str(ledger.root), str(tmp_path / "again")))

@@ -72,7 +72,10 @@ class Parser(argparse.ArgumentParser):
 
         self.add_argument(flag, action=Retired, nargs="*", help=argparse.SUPPRESS, dest=argparse.SUPPRESS)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] argparse's is overloaded
+    # argparse's is overloaded, which this stands for in one signature
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         typed = sys.argv[1:] if args is None else list(args)
         has_commands = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
         for text in typed:

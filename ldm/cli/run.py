@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ldm.cli.arguments import spelled
+from ldm.config.concepts import CATEGORIES
 from ldm.io.errors import MissingFileError
 
 METHOD_SCRIPTS = {
@@ -28,8 +29,8 @@ _MAKERS = {  # what makes a missing file, by its kind
     "training images": "make them with python eval-scripts/generate-data.py --category {category} "
     "--prompt '{concept}' --source model",
     "generated images": "make them with python eval-scripts/generate-images-merge.py",
-    "classifier": "train it with python train-scripts/artist-cls-train.py --category {category}",
-    "classifier data": "make them with python eval-scripts/generate-data.py --category {category}",
+    "classifier": "train it with python train-scripts/artist-cls-train.py{category_flag}",
+    "classifier data": "make them with python eval-scripts/generate-data.py{category_flag}",
     "lpips weights": "make them with python train-scripts/convert-lpips.py",
     "ledger": "begin one with python train-scripts/ledger.py init --ledger_dir {ledger_dir}",
 }
@@ -66,10 +67,10 @@ def explain(error: Exception) -> str:
     message = " ".join(str(error).split())
     message = re.sub(r"`(\w+)`", lambda found: spelled.get(found[1], f"--{found[1]}"), message)
     if isinstance(error, MissingFileError):
-        details = {
-            "category": "style",
+        category = error.details.get("category")
+        known = {
             "script": METHOD_SCRIPTS.get(str(error.details.get("method")), ""),
-            **error.details,
+            "category_flag": f" --category {category}" if category in CATEGORIES else "",
         }
-        message += f": {_MAKERS[error.kind].format(**details)}"
+        message += f": {_MAKERS[error.kind].format(**known, **error.details)}"
     return message
