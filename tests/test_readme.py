@@ -26,7 +26,12 @@ FOLDERS = [".", "train-scripts", "eval-scripts", "models", "configs", "ldm"]
 DOCUMENTS = [(Path(folder) / "README.md").as_posix() for folder in FOLDERS]
 # Of the commands in `text` fences, which are too long to be run as written, those that run with further arguments:
 # how a command begins -> these.
-SMOKE: dict[str, list[str]] = {}
+SMOKE: dict[str, list[str]] = {
+    "python eval-scripts/report.py": ["--seeds_per_prompt", "1", "--num_inference_steps", "2"],
+    "python eval-scripts/generate-data.py --source synthetic": ["--seeds_per_prompt", "3"],
+    "python train-scripts/artist-cls-train.py --data_dir data/synthetic": ["--epochs", "1"],
+    "python train-scripts/train-mini-sd.py": [],  # the copy's config is short
+}
 LIBRARIES = [
     "diffusers.schedulers.scheduling_dpmsolver_multistep",
     "diffusers.models.autoencoders.autoencoder_kl",
