@@ -28,9 +28,6 @@ DOCUMENTS = [(Path(folder) / "README.md").as_posix() for folder in FOLDERS]
 # how a command begins -> these.
 SMOKE: dict[str, list[str]] = {
     "python eval-scripts/report.py": ["--seeds_per_prompt", "1", "--num_inference_steps", "2"],
-    "python eval-scripts/generate-data.py --source synthetic": ["--seeds_per_prompt", "3"],
-    "python train-scripts/artist-cls-train.py --data_dir data/synthetic": ["--epochs", "1"],
-    "python train-scripts/train-mini-sd.py": [],  # the copy's config is short
 }
 LIBRARIES = [
     "diffusers.schedulers.scheduling_dpmsolver_multistep",
