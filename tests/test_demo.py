@@ -71,13 +71,16 @@ def test_a_choice_of_ones_own_is_that_of_merged_weights_and_touches_nothing(demo
 
 
 def test_visitors_at_the_same_time_each_get_their_own_images(demo):
-    choices = [["VanGogh"], ["Picasso"], ["VanGogh", "Picasso"], []]
-    alone = [last(demo.compare("VanGogh", 5, 4, 2.0, names)).edited.tobytes() for names in choices]
-    results = {}
+    visits = [(prompt, names) for prompt in ("VanGogh", "Picasso") for names in ([], [prompt])]
+
+    def edited(prompt, names):
+        return last(demo.compare(prompt, 5, 4, 2.0, names)).edited.tobytes()
+
+    alone, results = [edited(*visit) for visit in visits], {}
     assert len(set(alone)) == 4
 
     def visit(k):
-        results[k] = [last(demo.compare("VanGogh", 5, 4, 2.0, choices[k])).edited.tobytes() for _ in range(3)]
+        results[k] = [edited(*visits[k]) for _ in range(3)]
 
     visitors = [threading.Thread(target=visit, args=(k,)) for k in range(4)]
     for visitor in visitors:
