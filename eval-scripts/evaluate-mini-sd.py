@@ -26,7 +26,7 @@ def main() -> None:
     from PIL import Image
 
     from ldm.cli import session
-    from ldm.config.models import load_model_config, read_yaml
+    from ldm.config.models import config_path, load_model_config, read_yaml
     from ldm.diffusion.sampling import generate_to_folder
     from ldm.io.images import image_filename, save_image
     from ldm.io.prompts import read_prompt_csv
@@ -34,14 +34,14 @@ def main() -> None:
     from ldm.metrics.compare import accuracy_table
     from ldm.metrics.lpips import pairwise_metrics
     from ldm.metrics.tables import to_markdown
+    from ldm.toy.dataset import render_dataset
     from ldm.toy.render import render_watermark
-    from ldm.toy.train import reconstruction_psnr, render_dataset
+    from ldm.toy.train import reconstruction_psnr
 
     device = session.first_device(args)
     model = session.load_model(args, device)
     sampling = session.fill_settings(args, load_model_config(model.config_name).sampling)
-    config_path = REPO_ROOT / "configs" / f"{model.config_name}.yaml"
-    config = read_yaml(config_path) if config_path.is_file() else {}
+    config = read_yaml(config_path(model.config_name))
     if "dataset" not in config:
         raise ValueError(f"{args.model} was not trained here: pass as `model` a folder that train-mini-sd.py wrote")
 

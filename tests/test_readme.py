@@ -2,8 +2,7 @@
 
 A document's commands run in order, in a copy of their own, whose prompt lists, trainings and samplings are shorter.
 Each is a fork of a process that has imported the libraries, but nothing of this repository: that comes from the copy.
-What needs a shell goes through bash. Under xdist the order holds by --dist loadfile, which keeps a file's tests on one
-worker.
+What needs a shell goes through bash. Under xdist --dist loadfile keeps the order: a file's tests run on one worker.
 """
 
 import json
@@ -19,16 +18,25 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
+from ldm.config.methods import METHODS
+
 pytestmark = pytest.mark.readme
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [".", "train-scripts", "eval-scripts", "models", "configs", "ldm"]
 DOCUMENTS = [(Path(folder) / "README.md").as_posix() for folder in FOLDERS]
-# Of the commands in `text` fences, which are too long to be run as written, those that run with further arguments:
-# how a command begins -> these.
+# The commands in `text` fences are too long to be run as written: they run with these further arguments, by script.
+EXPERIMENT = ["--seeds_per_prompt", "1", "--num_training_images", "2", "--save_path", "evaluation_folder/smoke"]
 SMOKE: dict[str, list[str]] = {
-    "python eval-scripts/report.py": ["--seeds_per_prompt", "1", "--num_inference_steps", "2"],
-}
+    "ablate-init.py": [*EXPERIMENT, "--num_rendered", "4"],
+    "artist-cls-train.py": ["--data_dir", "data/smoke"],
+    "generate-data.py": ["--seeds_per_prompt", "4", "--save_path", "data/smoke"],
+    "make-prompts.py": ["--seeds_per_prompt", "1"],
+    "report.py": ["--seeds_per_prompt", "1", "--num_inference_steps", "2"],
+    "scenes.py": [*EXPERIMENT, "--set", *(f"{method}.max_steps=2" for method in METHODS if method != "SRS-ME")],
+} | {f"ablate-{name}.py": EXPERIMENT for name in ("regularisation", "threshold", "beta", "protected", "similar")}
+# These are not run: their weights cannot be had here, they serve until they are stopped, or need several devices.
+NOT_RUN = r"sd-v1-4-full-ema\.ckpt|eval-scripts/demo\.py|--devices '0,1'|^torchrun|sbatch"
 LIBRARIES = [
     "diffusers.schedulers.scheduling_dpmsolver_multistep",
     "diffusers.models.autoencoders.autoencoder_kl",
@@ -96,6 +104,17 @@ def fences(document: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w*)\n(.*?)^```", path.read_text() if path.is_file() else "", re.DOTALL | re.MULTILINE)
 
 
+def script_of(command: str) -> str:
+    """Return the name of the script of a command, or nothing."""
+    words = shlex.split(command, comments=True)
+    return Path(words[1]).name if words[0] == "python" and len(words) > 1 else ""
+
+
+def is_run(command: str) -> bool:
+    """Return whether a command in a `text` fence runs at a smoke size."""
+    return bool(script_of(command)) and not re.search(NOT_RUN, command)
+
+
 def commands(document: str) -> list[str]:
     """Return what a document asks its readers to run, in order, a text each; Python starts with `from` or `import`."""
     found = []
@@ -105,9 +124,9 @@ def commands(document: str) -> list[str]:
         if language == "sh":
             found += lines
         elif language == "text":
-            for line in lines:
-                extra = [arguments for beginning, arguments in SMOKE.items() if line.startswith(beginning)]
-                found += [shlex.join([*shlex.split(line), *extra[0]])] if extra else []
+            found += [
+                shlex.join([*shlex.split(line), *SMOKE.get(script_of(line), [])]) for line in lines if is_run(line)
+            ]
         elif language == "python" and re.match(r"(from|import) ldm\b", content):
             found.append(content)
     return found
@@ -133,12 +152,13 @@ def copy_repository(copy: Path) -> Path:
             shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
     for path in (copy / "data").glob("*.csv"):
         pd.read_csv(path, keep_default_na=False).groupby("prompt", sort=False).head(2).to_csv(path, index=False)
+    for path in (copy / "configs").glob("mini-*.yaml"):
+        config = OmegaConf.load(path)
+        OmegaConf.save(OmegaConf.merge(config, {"train": {"denoiser": {"iterations": 2}}}), path)
     path = copy / "configs" / "mini-sd.yaml"
     config = OmegaConf.load(path)
     config.dataset.num_images, config.dataset.num_held_out = 64, 8
-    for part in (config.train.autoencoder, config.train.denoiser):
-        part["iterations" if "iterations" in part else "steps"] = 2
-    config.train.save_every = 1
+    config.train.autoencoder.iterations, config.train.save_every = 2, 1
     config.sampling.num_inference_steps = 2
     config.evaluation.seeds_per_prompt = config.evaluation.num_training_images = 2
     for method in config.methods.values():

@@ -12,9 +12,9 @@ def main() -> None:
     parser = arguments.make_parser(__doc__)
     arguments.add_erasure(parser, AblatingConceptsConfig)
     args = parser.parse_args()
-    from ldm.cli import session
+    from ldm.cli import erasure
 
-    session.run_erasure(args, AblatingConceptsConfig.name)
+    erasure.run_erasure(args, AblatingConceptsConfig.name)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ def main() -> None:
     parser = arguments.make_parser(__doc__)
     arguments.add_erasure(parser, ESDConfig)
     args = parser.parse_args()
-    from ldm.cli import session
+    from ldm.cli import erasure
 
-    session.run_erasure(args, ESDConfig.name)
+    erasure.run_erasure(args, ESDConfig.name)
 
 
 if __name__ == "__main__":

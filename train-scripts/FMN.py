@@ -12,9 +12,9 @@ def main() -> None:
     parser = arguments.make_parser(__doc__)
     arguments.add_erasure(parser, ForgetMeNotConfig)
     args = parser.parse_args()
-    from ldm.cli import session
+    from ldm.cli import erasure
 
-    session.run_erasure(args, ForgetMeNotConfig.name)
+    erasure.run_erasure(args, ForgetMeNotConfig.name)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,15 @@ def main() -> None:
         "estimate_memory", action="store_true", help="print the predicted peak memory of each choice, and end"
     )
     args = parser.parse_args()
-    from ldm.cli import session
+    from ldm.cli import erasure
     from ldm.metrics.tables import to_markdown
 
     method = JointSRSMEConfig.name if args.joint else SRSMEConfig.name
     if args.estimate_memory:
-        print(f"predicted peak memory, GiB:\n{to_markdown(session.memory_table(args, method))}")
+        print(f"predicted peak memory, GiB:\n{to_markdown(erasure.memory_table(args, method))}")
         return
-    with session.explain_oom(args, method):
-        session.run_erasure(args, method)
+    with erasure.explain_oom(args, method):
+        erasure.run_erasure(args, method)
 
 
 if __name__ == "__main__":

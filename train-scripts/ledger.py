@@ -1,5 +1,4 @@
-"""What an owner has erased and restored: VanGogh is erased since March, Picasso was restored in June; show me; give me
-the weights.
+"""What an owner has erased and restored: VanGogh erased since March, Picasso until June; show me; give me the weights.
 
 init begins a ledger in --ledger_dir: it names a base model by its digest, the concepts and all that is protected. erase
 makes a concept's shift where there is none yet, and activates it; restore deactivates it. status and history say what

@@ -44,6 +44,7 @@ def main() -> None:
     from ldm.io.tensors import CREATED_BY
     from ldm.toy import train
     from ldm.toy.captions import build_tokenizer
+    from ldm.toy.dataset import cached_dataset, render_dataset
 
     config, work = read_yaml(args.config), args.checkpoint_dir
     missing = [key for key in CONFIG_KEYS if key not in config]
@@ -58,14 +59,14 @@ def main() -> None:
     start = load_model(REPO_ROOT / "models" / config.train.start, fabric.device) if "start" in config.train else None
 
     weights = list(config.dataset.mixture_weights)
-    images, captions = train.cached_dataset(work / "dataset.npz", config.dataset.num_images, config.seed, weights)
+    images, captions = cached_dataset(work / "dataset.npz", config.dataset.num_images, config.seed, weights)
     if start:
         vae = start.vae
     else:
         vae = AutoencoderKL(**OmegaConf.to_container(config.vae))
         stage = train.train_autoencoder(fabric, config, vae, images, work / "autoencoder.ckpt")
         show_progress(stage, config.train.autoencoder.iterations, "autoencoder")
-    held_out, _ = train.render_dataset(config.dataset.num_held_out, config.seed + 1, weights)
+    held_out, _ = render_dataset(config.dataset.num_held_out, config.seed + 1, weights)
     psnr = train.reconstruction_psnr(vae.to(fabric.device).eval(), held_out)
     print(f"autoencoder on {len(held_out)} held-out images: {psnr.mean():.2f} dB PSNR on average")
 

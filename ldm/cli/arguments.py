@@ -1,6 +1,4 @@
-"""The arguments that scripts share, and flags made from the fields of the settings. No torch here: `--help` answers at
-once.
-"""
+"""The arguments that scripts share, and flags made from settings' fields. No torch here: `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -55,9 +53,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def option(self, name: str, original: Sequence[str] = (), older: Sequence[str] = (), **options: Any) -> None:
-        """Add `--name` with the spellings of `ldm.cli.flags`, or those given here: `original` ones are shown, `older`
-        ones work.
-        """
+        """Add `--name`, spelled as in `ldm.cli.flags` or here: `original` spellings are shown, `older` ones work."""
         original = original or ORIGINAL.get(name, ())
         action = self.add_argument(f"--{name}", *original, dest=name, **options)
         for flag in older or OLDER.get(name, ()):
@@ -145,9 +141,7 @@ def choice(*names: str) -> Callable[[str], str]:
 
 
 def parse_numbers(text: str, name: str, minimum: int = 2) -> list[float]:
-    """Return the numbers in such as '0,1e-6'. Raises ValueError for anything else, or fewer than `minimum` different
-    ones.
-    """
+    """Return the numbers in such as '0,1e-6', `minimum` different ones or more. Raises ValueError for anything else."""
     numbers: list[float] = []
     with suppress(ValueError):
         numbers = list(dict.fromkeys(float(piece) for piece in text.split(",")))
@@ -199,9 +193,7 @@ def setting_type(entry: Field[Any]) -> Callable[[str], Any]:
 
 
 def add_settings(parser: Parser, kind: type[Settings], *names: str) -> None:
-    """Add a flag for each field of a settings class, or those called `names`; without one the model's config
-    decides.
-    """
+    """Add a flag for each field of a settings class, or those in `names`; without one the model's config decides."""
     for entry in fields(kind):
         if (names and entry.name not in names) or entry.name in {action.dest for action in parser._actions}:
             continue

@@ -1,6 +1,4 @@
-"""Every flag's other spellings: the original repository's, which `--help` shows, and our own older ones, which it does
-not.
-"""
+"""Every flag's other spellings: the original repository's, which `--help` shows, and our older ones, which it hides."""
 
 from __future__ import annotations
 

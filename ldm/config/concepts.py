@@ -25,8 +25,7 @@ EMPTY_PROMPT_LABEL = "(empty)"  # what tables and images call the empty prompt
 
 @dataclass(frozen=True)
 class Concept:
-    """One concept: `index` in its category, `prompt` (how prompts say it), other spellings, caption templates with
-    `{}`.
+    """A concept: `index` in its category, `prompt` (how prompts say it), other spellings, caption templates with `{}`.
 
     `held_out_templates` are templates that the bundled model's captions never use. `anchor_prompt` is the first
     template without the concept, to which some methods pull it.
@@ -120,9 +119,7 @@ def find_by_name(category: str, text: str) -> Concept | None:
 
 
 def match_concept(category: str, prompt: str) -> Concept | None:
-    """The concept that a prompt names: all of the prompt, or the longest spelling within it; None when there is
-    none.
-    """
+    """Return the concept that a prompt names: all of it, or the longest spelling within it; None if there is none."""
     inside = [
         (len(spelling), -concept.index, concept)
         for concept in erasable_concepts(category)

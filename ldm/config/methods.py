@@ -25,9 +25,7 @@ def setting(
     above: float | None = None,
     learning_only: bool = False,
 ) -> Any:
-    """Declare a field: its default, what it means, which values it takes, and whether it acts only while something is
-    learnt.
-    """
+    """Declare a field: its default, meaning and possible values, and whether it acts only while something is learnt."""
     metadata = {
         "help": help_text,
         "choices": choices,
@@ -47,9 +45,7 @@ class Settings:
             check_value(entry.name, getattr(self, entry.name), entry.metadata)
 
     def with_changes(self, **changes: Any) -> Self:
-        """Return a copy with other values. Raises ValueError, with the nearest name, for a setting that there is
-        not.
-        """
+        """Return a copy with other values. Raises ValueError, with the nearest name, for an unknown setting."""
         known = [entry.name for entry in fields(self)]
         for name in changes:
             if name not in known:

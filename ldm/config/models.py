@@ -48,11 +48,12 @@ def load_model_config(name: str) -> ModelConfig:
 
     Raises ValueError, naming file and key, for a key that there is not or a value that it cannot have.
     """
-    path = _config_path(name)
+    path = config_path(name)
     return make_model_config(read_yaml(path), path)
 
 
-def _config_path(name: str) -> Path:
+def config_path(name: str) -> Path:
+    """Return the YAML file of the model called `name`, or Stable Diffusion v1's where it has none of its own."""
     path = REPO_ROOT / "configs" / f"{_RENAMED_CONFIGS.get(name, name)}.yaml"
     return path if path.is_file() else DEFAULT_CONFIG
 
@@ -96,4 +97,4 @@ def read_yaml(path: Path) -> DictConfig:
     config = OmegaConf.create(content)
     if "base_config" not in config:
         return config
-    return DictConfig(OmegaConf.merge(read_yaml(_config_path(config.base_config)), config))
+    return DictConfig(OmegaConf.merge(read_yaml(config_path(config.base_config)), config))

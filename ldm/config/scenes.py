@@ -22,8 +22,7 @@ class SceneStep:
 def load_scene(number: int) -> list[SceneStep]:
     """Return one scene, time by time.
 
-    Raises ValueError when there is none of that number, and for a time that erases what is erased or restores what is
-    not.
+    Raises ValueError for an unknown number, and for a time that erases what is erased or restores what is not.
     """
     scenes = OmegaConf.load(REPO_ROOT / "configs" / "scenes.yaml").scenes
     if number not in scenes:

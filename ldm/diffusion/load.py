@@ -138,8 +138,7 @@ def _load_folder(source: str | Path) -> Pipeline:
 def _read_unet(folder: Path, weights: Path) -> UNet2DConditionModel:
     """Read the U-Net tensor by tensor.
 
-    Mapped from the file, as diffusers reads it, it would stay in memory twice until it is wholly rounded or laid out
-    anew.
+    Mapped from the file, as diffusers reads it, it would stay in memory twice until wholly rounded or laid out anew.
     """
     config: Any = UNet2DConditionModel.load_config(str(folder), subfolder="unet")
     with torch.device("meta"):

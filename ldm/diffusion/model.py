@@ -25,8 +25,7 @@ class DiffusionModel:
     """Frozen parts of a Stable Diffusion model (1.x, 2.x or XL) on one device.
 
     The U-Net is held in `dtype`, all else in float32. The text encoders and the autoencoder come to the device when
-    they are needed, and leave it by `offload`. `scheduler` is a template, from which `sampling.make_scheduler` makes
-    one.
+    needed, and leave it by `offload`. `scheduler` is a template, from which `sampling.make_scheduler` makes one.
     """
 
     name: str
@@ -127,8 +126,7 @@ class DiffusionModel:
     def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
         """Embed prompts: (N, rows, d) in float32.
 
-        There is a row for each of the model's tokens, and for XL one more: the pooled embedding, padded to d with
-        zeros.
+        Each of the model's tokens has a row, and XL has one more: the pooled embedding, padded to d with zeros.
         """
         for encoder in self._text_encoders.values():
             encoder.to(self.device)

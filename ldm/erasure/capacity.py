@@ -39,9 +39,7 @@ class CapacityReport:
 
 @dataclass(frozen=True)
 class _Erased:
-    """A concept erased at one tolerance: dW of the surrogate layer, and the fraction of its difference that lies in its
-    space.
-    """
+    """A concept erased at one tolerance: dW of the surrogate layer, and the fraction of its difference in its space."""
 
     delta: torch.Tensor
     projection: float
@@ -54,8 +52,7 @@ def measure_capacity(
     tolerances: Sequence[float],
     config: SRSMEConfig,
 ) -> CapacityReport:
-    """Erase each of `concepts` in closed form while all else is protected, at several tolerances, and report what is
-    left.
+    """Erase each of `concepts` in closed form, all else protected, at several tolerances, and report what is left.
 
     What is protected are the other concepts, by their names and captions, the empty prompt and the watermarks. The
     leakage of a prompt is that of the shifts of all concepts but its own. The table's columns: the `rank` of all
@@ -131,8 +128,9 @@ def _summarize(
     taken_values: torch.Tensor,
     fixed_values: torch.Tensor,
 ) -> pd.DataFrame:
-    """Return a row for each tolerance; `taken_values` and `fixed_values` (d,) are those of all and of the always
-    protected prompts.
+    """Return a row for each tolerance.
+
+    `taken_values` and `fixed_values` (d,) are those of all prompts and of the always protected ones.
     """
     width = len(taken_values)
     rows = []

@@ -24,8 +24,7 @@ _RELATIVE_ZERO = 1e-7
 
 @dataclass(frozen=True)
 class Costs:
-    """What a change costs: its size, what it does to protected prompts, and what it does to everything else that should
-    stay.
+    """What a change costs: its size, and what it does to protected prompts and to everything else that should stay.
 
     `ridge_weight` weighs |v|^2 relative to the concept's largest projection, `preserve_scale` the protected prompts,
     which a coarse tolerance lets change a little; `preserve_gram` (d, d) is the sum of `e^T e` over what else should
@@ -39,9 +38,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class ErasureSpace:
-    """Orthonormal directions (k, d) in the null space along which a shift acts, the best first; and their cost (k,
-    k).
-    """
+    """Orthonormal directions (k, d) in the null space along which a shift acts, best first; and their cost (k, k)."""
 
     directions: torch.Tensor
     cost: torch.Tensor
@@ -54,8 +51,7 @@ def erasure_space(
     costs: Costs,
     max_directions: int | None = None,
 ) -> ErasureSpace:
-    """Return where a shift that erases `target_embeds` (P, tokens, d) should act: at most `max_directions` in `basis`
-    (m, d).
+    """Return where a shift erasing `target_embeds` (P, tokens, d) should act: up to `max_directions` in `basis` (m, d).
 
     A change along direction v costs `|v|^2 ridge_weight s^2 + preserve_scale |E v|^2 + v preserve_gram v^T`, with s the
     largest projection of the concept on a direction of the null space and E the protected prompts (`protected_rows`,
@@ -90,8 +86,7 @@ def erasure_space(
 
 
 def closed_form_map(space: ErasureSpace, target_embeds: torch.Tensor, anchor_embeds: torch.Tensor) -> torch.Tensor:
-    """Return A (d, k), float64, that sends `target_embeds` towards `anchor_embeds`, both (P, tokens, d), token by
-    token.
+    """Return A (d, k), float64, sending `target_embeds` towards `anchor_embeds`, both (P, tokens, d), token by token.
 
     The module's docstring has the formula. An anchor of one prompt, (1, tokens, d), serves all of the concept's.
     """

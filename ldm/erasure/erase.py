@@ -1,6 +1,4 @@
-"""The one way from concepts to shifts: solve the null spaces that a method needs, erase, and save what was made with
-its metadata.
-"""
+"""The one way from concepts to shifts: solve a method's null spaces, erase, and save what was made and its metadata."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from ldm.erasure.leakage import base_norms, leakage
 from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
 from ldm.erasure.methods import LOSSES
 from ldm.erasure.null_space import NullSpaceBasis
-from ldm.erasure.protection import Protection, solve_null_spaces
+from ldm.erasure.protection import Protection
 from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift, WeightShift
 from ldm.erasure.training import CURVE_COLUMNS, fit
 from ldm.io.errors import MissingFileError
@@ -61,14 +59,7 @@ def erase(
     that learns from them. Returns what `erase_concepts` does.
     """
     if config.needs_null_space:
-        solve_null_spaces(
-            model,
-            artifacts,
-            concepts,
-            protection.indices,
-            protection.null_space,
-            extra_protected=protection.extra_prompts,
-        )
+        protection.solve(model, artifacts, concepts)
     return erase_concepts(model, artifacts, concepts, config, image_dir)
 
 
@@ -81,8 +72,7 @@ def erase_concepts(
     execution: ExecutionConfig = ExecutionConfig(),
     shard: Shard = Shard(),
 ) -> list[ErasureSummary]:
-    """Make and save the shift of each concept, but for those that are there from the same inputs; return what each
-    took.
+    """Make and save each concept's shift, but for those that are there from the same inputs; return what each took.
 
     `image_dir` has a folder of images per concept, which is not asked for when nothing is learnt from images. A
     learning curve goes beside each shift as CSV. Of several processes each makes its `shard`. Raises ValueError for a
@@ -169,11 +159,10 @@ class _Erasure:
         """Return the basis of a concept. Raises ValueError for one that is missing or made for another model."""
         path = self.artifacts.find_basis(concept.index)
         basis = NullSpaceBasis.load(path)
-        dimensions = basis.vectors.shape[1], self.model.context_dim
-        if dimensions[0] != dimensions[1]:
-            message = f"{path} holds directions of {dimensions[0]} dimensions, the model's prompts have {dimensions[1]}"
-            raise MissingFileError(message, "basis", **self.artifacts.details(concept.index))
-        basis.check(self.model.digest, self.model.context_dim, path)
+        try:
+            basis.check(self.model.digest, self.model.context_dim, path)
+        except ValueError as error:
+            raise MissingFileError(str(error), "basis", **self.artifacts.details(concept.index)) from error
         return basis
 
     def build_metadata(self, concept: Concept) -> dict[str, Any]:
@@ -304,9 +293,7 @@ class _Erasure:
 def initial_shift(
     model: DiffusionModel, concept: Concept, config: SRSMEConfig, basis: NullSpaceBasis
 ) -> SeparableShift:
-    """Return what SRS-ME starts from, or stops at, for a concept: the closed form in `basis`, or zero in its
-    directions.
-    """
+    """Return what SRS-ME starts from or stops at: a concept's closed form in `basis`, or zero in its directions."""
     target_embeds = model.drop_pooled(model.encode_prompt(concept.prompts(config.target_templates)))  # (P, tokens, d)
     space = concept_space(model, concept, config, basis.vectors, basis.protected, target_embeds)
     layers = text_layers(model.unet)

@@ -55,9 +55,8 @@ def export(
 ) -> Export:
     """Write what `config.formats` names: each into the folder `output_dir`, or `output_dir`-FORMAT but for diffusers.
 
-    What is there already from the same shifts stays. Of the model's weights nothing is left but rounded ones. The
-    leakage of each shift on `prompts` is reported. LoRAs are always cut to a rank, other formats only if `config.rank`
-    is set.
+    What is there already from the same shifts stays. Of the model's weights only rounded ones are left. Each shift's
+    leakage on `prompts` is reported. LoRAs are always cut to a rank, other formats only if `config.rank` is set.
     """
     dtype = getattr(torch, config.save_dtype)
     report: list[dict[str, Any]] = []
@@ -113,8 +112,7 @@ def save_unet(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: 
 
 
 def save_compvis(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
-    """Write a checkpoint in CompVis' layout: the original one with only the changed weights changed, and of the same
-    kind of file.
+    """Write a checkpoint in CompVis' layout: the original, in its kind of file, with only the changed weights changed.
 
     Of a diffusers folder it is a .safetensors. A checkpoint's moving averages (EMA) are changed as its weights are.
     Raises ValueError for a folder whose text encoder CompVis' version 1 does not have.
@@ -141,9 +139,7 @@ def save_compvis(model: DiffusionModel, shifts: Mapping[str, WeightShift], folde
 
 
 def _merged_checkpoint(model: DiffusionModel, checkpoint: Path, shifts: Sequence[WeightShift]) -> Weights:
-    """Return the tensors of the model's checkpoint with the shifts added to its weights and to their moving
-    averages.
-    """
+    """Return the tensors of the model's checkpoint with the shifts added to its weights and their moving averages."""
     tensors = load_compvis_state_dict(checkpoint)
     identity: Any = {name: name for name in tensors}
     names: Any = convert_ldm_unet_checkpoint(identity, model.unet.config)  # by diffusers' own rules
@@ -159,9 +155,7 @@ def _merged_checkpoint(model: DiffusionModel, checkpoint: Path, shifts: Sequence
 
 
 def save_lora(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
-    """Write one LoRA a concept, for `load_lora_weights` of a diffusers pipeline: at strength 1 the concept is
-    erased.
-    """
+    """Write one LoRA a concept, for `load_lora_weights` of a diffusers pipeline: strength 1 erases the concept."""
     for label, shift in shifts.items():
         pipeline: Any = type(model.pipeline)
         pipeline.save_lora_weights(
@@ -170,9 +164,7 @@ def save_lora(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: 
 
 
 def save_kohya(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
-    """Write one LoRA a concept with the keys that ComfyUI and A1111 read; alpha is the rank, so that strength 1 is the
-    erasure.
-    """
+    """Write one LoRA a concept with ComfyUI's and A1111's keys; alpha is the rank, so strength 1 is the erasure."""
     for label, shift in shifts.items():
         layers = {f"unet.{name}": value for name, value in _lora_tensors(shift, dtype).items()}
         tensors = {name: value.to(dtype).contiguous() for name, value in convert_state_dict_to_kohya(layers).items()}
@@ -211,8 +203,7 @@ def _file_name(label: str, shift: WeightShift) -> str:
 def truncate_shifts(
     model: DiffusionModel, shifts: Mapping[str, WeightShift], config: ExportConfig
 ) -> tuple[dict[str, SeparableShift], list[dict[str, Any]]]:
-    """Return the shifts at `config.rank`, or at the lowest with `config.effect_fraction` of their effect, and a row
-    about each.
+    """Return the shifts at `config.rank`, or the lowest with `config.effect_fraction` of their effect, and a row each.
 
     The effect is that on the concept's own prompts. A row has the rank, the effect that is missing
     (`truncation_error`), the largest leakage on what the shift protects, and its size as a LoRA. Raises ValueError for
@@ -257,9 +248,7 @@ def truncate_shifts(
 
 
 def _truncate(shift: SeparableShift, own_embeds: torch.Tensor, config: ExportConfig) -> tuple[SeparableShift, float]:
-    """Return the shift at the config's rank, None or auto meaning the lowest with enough effect, and the effect that is
-    missing.
-    """
+    """Return the shift at the config's rank (None or auto: the lowest with enough effect), and the missing effect."""
     ranks = [min(config.rank, shift.rank)] if isinstance(config.rank, int) else range(1, shift.rank + 1)
     truncated, error = shift, 0.0
     for rank in ranks:

@@ -75,8 +75,7 @@ def leakage_table(
 ) -> pd.DataFrame:
     """Return `leakage` with a row for each prompt and a column for each shift.
 
-    Of more shifts than `columns` it tells a prompt's leakage by its own shift, the largest by another, and which that
-    is.
+    Of more shifts than `columns` it tells a prompt's leakage by its own, the largest by another, and which that is.
     """
     table = pd.DataFrame(leakage(layers, shifts, embeds)).pivot(index="prompt", columns="shift", values="leakage")
     table = table.loc[list(embeds), list(shifts)]

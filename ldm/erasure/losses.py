@@ -1,9 +1,7 @@
-"""One class per erasure method, named by its paper: called with noisy latents and their timesteps it returns a
-`LossOutput`.
+"""One class per erasure method, named by its paper: called with noisy latents and timesteps it returns a `LossOutput`.
 
 Each has `parameters()`, what is learnt, `to_shift()`, what has been learnt so far, and `from_config()`, which makes it
-for a concept with the settings of a model's config. The joint one is made of such parts. `ldm.erasure.methods` names
-them all.
+for a concept with a model config's settings. The joint one is made of such parts. `ldm.erasure.methods` names them all.
 """
 
 from __future__ import annotations
@@ -222,8 +220,7 @@ class FullCorrelationLoss(_FinetuneLoss):
     """SRS-ME-double-dagger: SRS-ME's loss on all cross-attention weights, for what must never come back.
 
     `mean(r(theta') r(theta)) + l1_weight (sum over weights of |theta' - theta|_1) / weights` with SRS-ME's r; no null
-    space holds the empty prompt, so that its prediction changes too. `target_embeds` and `uncond_embeds` are (1,
-    tokens, d).
+    space holds the empty prompt, so its prediction changes too. `target_embeds` and `uncond_embeds` are (1, tokens, d).
     """
 
     def __init__(
@@ -260,9 +257,7 @@ class FullCorrelationLoss(_FinetuneLoss):
 
 
 class _AnchoredLoss(_FinetuneLoss):
-    """What the methods share that lead a concept to its anchor; `target_embeds` and `anchor_embeds` are (1, tokens,
-    d).
-    """
+    """What methods share that lead a concept to its anchor; `target_embeds` and `anchor_embeds` are (1, tokens, d)."""
 
     def __init__(
         self,
@@ -322,12 +317,10 @@ class AblatingConceptsLoss(_AnchoredLoss):
 
 
 class ESDLoss(_FinetuneLoss):
-    """ESD, Erased Stable Diffusion (Gandikota et al., arXiv 2303.07345): the concept's noise turns away from the
-    concept.
+    """ESD, Erased Stable Diffusion (Gandikota et al., arXiv 2303.07345): the concept's noise turns away from it.
 
     `mse(eps(c; theta'), eps("") - eta (eps(c) - eps("")))`, the target by the frozen model, eta = `negative_guidance`;
-    `target_embeds` and `uncond_embeds` are (1, tokens, d). Its latents are sampled by the student
-    (`latents.sampled_batches`).
+    `target_embeds` and `uncond_embeds` are (1, tokens, d). The student samples its latents (`latents.sampled_batches`).
     """
 
     def __init__(
@@ -366,9 +359,7 @@ class ESDLoss(_FinetuneLoss):
 def _predict_pair(
     model: DiffusionModel, latents: torch.Tensor, timestep: torch.Tensor, first: torch.Tensor, second: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the noise (N, C, h, w) under each of two prompts, one (1 or N, tokens, d) for all latents or for each, in
-    one pass.
-    """
+    """Return the noise (N, C, h, w) under each prompt, one (1 or N, tokens, d) for all latents or each, in one pass."""
     pair = torch.cat([prompt.expand(len(latents), -1, -1) for prompt in (first, second)])
     noise = model.predict_noise(torch.cat([latents, latents]), torch.cat([timestep, timestep]), pair)
     uncond, cond = noise.chunk(2)

@@ -29,9 +29,7 @@ _LIBRARIES, _CONTEXT = 1.2, 0.6  # GiB that Python and its libraries take for th
 
 
 class _AllocationCounter(TorchDispatchMode):
-    """While the block runs, count the bytes of tensors made within it, in whole blocks of an allocator; `peak` is the
-    maximum.
-    """
+    """While the block runs, count the bytes of tensors made in it, in whole allocator blocks; `peak` is the maximum."""
 
     def __init__(self, block: int):
         super().__init__()
@@ -103,8 +101,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def estimate_memory(folder: Path, device: torch.device, batch_size: int, max_directions: int | None) -> pd.DataFrame:
-    """Return the peak memory in GiB of an erasure in each choice of dtype and gradient checkpointing, the most exact
-    and fastest first.
+    """Return an erasure's peak memory in GiB by dtype and gradient checkpointing, the most exact and fastest first.
 
     `folder` has the configs of the model's parts; `choice` marks the first row that fits into nine tenths of the
     device's memory. `max_directions` is the most that a shift has (None: as many as the prompts are wide). Weights are

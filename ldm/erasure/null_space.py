@@ -1,5 +1,4 @@
-"""Null spaces of prompt embeddings: the directions in which a change of weights leaves every one of these prompts
-alone.
+"""Null spaces of prompt embeddings: the directions in which a change of weights leaves each of these prompts alone.
 
 For prompts with embeddings E (rows, d) a change dW (out, d) of a text layer with `E dW^T = 0` leaves their images as
 they were. Such dW have rows in the null space of E. (Separable Multi-Concept Erasure, arXiv 2402.05947.)
@@ -71,9 +70,7 @@ def _by_elimination(matrix: torch.Tensor, rank_rtol: float) -> tuple[torch.Tenso
 
 
 def qr_factor(*rows: torch.Tensor) -> torch.Tensor:
-    """Return a triangle (at most d, d), float64, with the null space and singular values of all `rows` (n, d)
-    together.
-    """
+    """Return a triangle (at most d, d), float64, with the null space and singular values of `rows` (n, d) together."""
     return torch.linalg.qr(torch.cat([part.detach().cpu().double() for part in rows]), mode="r").R.contiguous()
 
 
@@ -92,16 +89,13 @@ def leave_one_out_factors(blocks: Sequence[torch.Tensor], fixed_rows: torch.Tens
 
 
 def relative_singular_values(rows: torch.Tensor) -> torch.Tensor:
-    """Return the singular values of `rows` (n, d), relative to the largest, in descending order, zeros up to d of
-    them.
-    """
+    """Return the singular values of `rows` (n, d) relative to the largest, in descending order, with zeros up to d."""
     values = torch.linalg.svdvals(qr_factor(rows))
     return F.pad(values / values[0], (0, rows.shape[1] - len(values)))
 
 
 def suggest_tolerance(values: torch.Tensor) -> float | None:
-    """Return the smallest of 1, 2 or 5 times a power of ten that leaves a sixteenth of all d directions free as a
-    tolerance.
+    """Return the smallest tolerance, 1, 2 or 5 times a power of ten, that leaves a sixteenth of all d directions free.
 
     `values` (d,) are `relative_singular_values`. Returns None where even 0.5 does not.
     """
@@ -133,8 +127,7 @@ class NullSpaceBasis:
         method: str = "svd",
         rows: torch.Tensor | None = None,
     ) -> Self:
-        """Return the basis for the prompts `protected` with embeddings (tokens, d) each, whose `qr_factor` is `rows` if
-        known.
+        """Return the basis for prompts `protected` with embeddings (tokens, d), whose `qr_factor` is `rows` if known.
 
         Raises ValueError when they leave no dimension free, saying how many fit and which tolerance would do.
         """
@@ -175,14 +168,11 @@ class NullSpaceBasis:
         return cls(vectors, protected, metadata)
 
     def check(self, digest: str, width: int, path: Path) -> None:
-        """Raise ValueError unless the basis was made for the base model with that digest and prompt embeddings that
-        wide.
-        """
+        """Raise ValueError unless the basis is for the base model with that digest and prompt embeddings that wide."""
         check_base_model(self.metadata, digest, path)
         if self.vectors.shape[1] != width:
             raise ValueError(
-                f"{path} holds directions of {self.vectors.shape[1]} dimensions, the model's prompts have {width}: "
-                "solve the null space again"
+                f"{path} holds directions of {self.vectors.shape[1]} dimensions, the model's prompts have {width}"
             )
 
 

@@ -21,13 +21,17 @@ from ldm.io.tensors import CREATED_BY, read_metadata
 
 @dataclass(frozen=True)
 class Protection:
-    """What an erasure leaves alone beside the empty prompt and the watermarks: concepts by index, and further
-    prompts.
-    """
+    """What an erasure leaves alone beside the empty prompt and watermarks: concepts by index, and further prompts."""
 
     indices: Sequence[int]
     null_space: NullSpaceConfig
     extra_prompts: Sequence[str] = ()
+
+    def solve(self, model: DiffusionModel, artifacts: ArtifactPaths, targets: Sequence[Concept]) -> list[BasisSummary]:
+        """Do what `solve_null_spaces` does, for this protection."""
+        return solve_null_spaces(
+            model, artifacts, targets, self.indices, self.null_space, extra_protected=self.extra_prompts
+        )
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,7 @@ SHIFT_FILE_TYPE = "weight shift"
 
 
 class WeightShift(ABC):
-    """A change of the denoiser's weights that erases a concept, kept beside them: one dW for each parameter it
-    changes.
-    """
+    """A change of the denoiser's weights that erases a concept, kept beside them: one dW per parameter it changes."""
 
     def __init__(self, metadata: dict[str, Any] | None = None):
         self.metadata = metadata or {}
@@ -56,16 +54,12 @@ class WeightShift(ABC):
         return embeds @ self.delta_weight(name).T
 
     def delta_output_norms(self, names: Sequence[str], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Return, for each prompt's embedding (tokens, d), the norm of what dW adds to the outputs of all layers
-        `names`.
-        """
+        """Return, per prompt embedding (tokens, d), the norm of what dW adds to the outputs of all layers `names`."""
         return output_norms((self.delta_weight(name) for name in names if name in self.parameter_names), embeds)
 
     @staticmethod
     def load(path: Path, hint: str = "") -> WeightShift:
-        """Return the shift in a file. Raises ValueError for one that is missing, damaged, of wrong shapes or not a
-        shift.
-        """
+        """Return the shift in a file. Raises ValueError if it is missing, damaged, of wrong shapes or not a shift."""
         tensors, metadata = load_tensors(path, SHIFT_FILE_TYPE, hint)
         kind = SeparableShift if "directions" in tensors else DenseShift
         shift = kind.read(tensors, metadata)
@@ -111,9 +105,7 @@ class SeparableShift(WeightShift):
     def from_map(
         cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float, embedding_map: torch.Tensor
     ) -> Self:
-        """Return the shift with `dW = W A S`, A (d, k) the `embedding_map` of `ldm.erasure.closed_form`; it can be
-        learnt on.
-        """
+        """Return a learnable shift: `dW = W A S`, A (d, k) the `embedding_map` of `ldm.erasure.closed_form`."""
         scaled = embedding_map / scale
         coefficients = {}
         for name, layer in layers.items():
@@ -236,9 +228,7 @@ class DenseShift(WeightShift):
 
 
 def stacked_qr_factor(matrices: Iterable[torch.Tensor], width: int) -> torch.Tensor:
-    """Return a triangle R (at most d, d), float64, with `|e R^T|` the norm of what all `matrices` (out, d) make of e
-    (d,).
-    """
+    """Return a triangle R (at most d, d), float64: `|e R^T|` is the norm of what `matrices` (out, d) make of e (d,)."""
     stacked = [matrix.detach().cpu().double() for matrix in matrices]
     return torch.linalg.qr(torch.cat(stacked), mode="r").R if stacked else torch.zeros(1, width, dtype=torch.float64)
 

@@ -27,11 +27,9 @@ class TrainStep:
 
 
 def training_loop(loss: TrainableLoss, batches: Iterable[Any], lr: float) -> Iterator[TrainStep]:
-    """Minimise `loss(latents, timestep)` over its parameters with Adam, one batch an iteration, for as long as it is
-    iterated.
+    """Minimise `loss(latents, timestep)` over its parameters with Adam, one batch an iteration, while it is iterated.
 
-    Raises FloatingPointError when the loss or its gradient is NaN or infinite; the parameters are then those before
-    that iteration.
+    Raises FloatingPointError for a NaN or infinite loss or gradient; the parameters stay those before that iteration.
     """
     parameters = loss.parameters()
     optimizer = torch.optim.Adam(parameters, lr=lr)

@@ -15,7 +15,7 @@ from ldm.config.methods import MethodConfig, NullSpaceConfig, SamplingConfig
 from ldm.config.models import load_model_config
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate_to_folder
-from ldm.erasure.erase import ErasureSummary, erase
+from ldm.erasure.erase import ErasureSummary, erase_concepts
 from ldm.erasure.merge import applied
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
@@ -65,14 +65,16 @@ class Experiment:
         Raises ValueError when the protected prompts leave no free dimensions.
         """
         null_space = null_space or load_model_config(self.model.config_name).null_space
+        protection = Protection(protected_indices, null_space)
+        if config.needs_null_space:  # before any image, so that one without free dimensions costs none
+            protection.solve(self.model, artifacts, concepts)
         image_dir = self.folder / "training-images"
         if config.needs_images and config.learns:
             for concept in concepts:
                 cases = make_cases([concept.prompt], self.num_training_images, self.seed)
                 cases = [replace(case, seed=case.seed + TRAIN_SEED_OFFSET) for case in cases]
                 self._generate(cases, image_dir / concept.name, self.model.generation_metadata)
-        protection = Protection(protected_indices, null_space)
-        return erase(self.model, artifacts, concepts, config, protection, image_dir)
+        return erase_concepts(self.model, artifacts, concepts, config, image_dir)
 
     def generate(self, shifts: Mapping[str, WeightShift], name: str) -> Path:
         """Return the folder of images by the base model with `shifts` merged: `name` and their digest, or `ori`.

@@ -1,6 +1,4 @@
-"""The keys that older versions wrote into headers, metadata files, ledgers and YAML files, and what they are called
-now.
-"""
+"""The keys that older versions wrote into headers, metadata files, ledgers and YAML files, and their names now."""
 
 from __future__ import annotations
 

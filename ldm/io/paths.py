@@ -44,9 +44,7 @@ class ArtifactPaths:
         return self._folder(self.time, self.method) / f"shift-{index}.safetensors"
 
     def find_shift(self, index: int, name: str = "") -> Path:
-        """Return the newest shift of a concept, called `name`, up to this time. Raises MissingFileError when there is
-        none.
-        """
+        """Return the newest shift of a concept, `name`, up to this time. Raises MissingFileError if there is none."""
         for time in range(self.time, -1, -1):
             path = self._folder(time, self.method) / f"shift-{index}.safetensors"
             if path.is_file():

@@ -78,9 +78,7 @@ def write_prompt_csv(path: Path, cases: Sequence[PromptCase]) -> None:
 
 
 def merge_prompt_csv(path: Path, cases: Sequence[PromptCase]) -> list[PromptCase]:
-    """Return the cases of the prompt list at `path`, if there is one, and `cases`, by number. Raises ValueError on a
-    conflict.
-    """
+    """Return the cases of the prompt list at `path`, if any, and `cases`, by number. Raises ValueError on conflict."""
     known = {case.case_number: case for case in (read_prompt_csv(path) if path.exists() else ())}
     for case in cases:
         if known.setdefault(case.case_number, case) != case:

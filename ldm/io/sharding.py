@@ -25,8 +25,7 @@ class Shard:
 def job_shard(rank: int, size: int) -> Shard:
     """Return the shard of process `rank` of the `size` that were started together, in its task of a SLURM job array.
 
-    Without a job array it is that of the process alone. Raises ValueError for an array whose tasks are not numbered one
-    by one.
+    Without a job array it is the process's alone. Raises ValueError for an array of tasks not numbered one by one.
     """
     tasks = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
     task = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))

@@ -1,6 +1,4 @@
-"""Tensors in safetensors files whose header says what they are; opened without running code from them, and their
-digests.
-"""
+"""Tensors in safetensors files whose header says what they are, opened without running code, and their digests."""
 
 from __future__ import annotations
 
@@ -31,8 +29,7 @@ def library_versions() -> dict[str, str]:
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], file_type: str, metadata: dict[str, Any]) -> None:
     """Write safetensors whose header says what the file is (`file_type`) and what made it (`metadata`).
 
-    The same content gives the same bytes: all of the header is one entry, since several would be written in random
-    order.
+    The same content gives the same bytes: all of the header is one entry, as several would be written in random order.
     """
     header = json.dumps({"file_type": file_type, "metadata": metadata}, sort_keys=True)
     with atomic_write(Path(path)) as partial:
@@ -69,8 +66,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 def load_tensors(path: Path, file_type: str, hint: str = "") -> tuple[LazyTensors, dict[str, Any]]:
     """Return the tensors, each read when it is asked for, and the metadata of a file that `save_tensors` wrote.
 
-    Raises ValueError when it is missing (`hint` says what to give instead), of another type, damaged, or holds NaN or
-    infinity.
+    Raises ValueError if it is missing (`hint`: what to give instead), of another type, damaged, or has NaN or infinity.
     """
     names, metadata = _read_header(path, file_type, hint)
     tensors = LazyTensors(Path(path), {name: name for name in names})

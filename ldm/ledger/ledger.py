@@ -1,5 +1,4 @@
-"""What an owner has erased and restored: one append-only history, from which the state of a model follows, and its
-weights.
+"""What an owner has erased and restored: one append-only history, from which a model's state and weights follow.
 
 `history.jsonl` is all there is beside the shifts. Its first line, the header, names the base model by its digest, the
 concepts and what else is protected; every further line is one entry: the shifts that were activated, each with its
@@ -38,8 +37,7 @@ HISTORY_FILE = "history.jsonl"
 class LedgerEntry:
     """One line after the header: at `time` (UTC, ISO 8601) concepts were erased and restored.
 
-    `erase` maps each concept that was erased to its shift's record (path below the root, digest and what is known of
-    it).
+    `erase` maps each erased concept to its shift's record (path below the root, digest and what is known of it).
     """
 
     index: int
@@ -101,9 +99,7 @@ class Ledger:
         _ = self.concepts  # each is one of its category's
 
     def _parse_entry(self, content: Mapping[str, Any]) -> LedgerEntry:
-        """Return a line as an entry. Raises ValueError, KeyError, TypeError or AttributeError for one that no ledger
-        writes.
-        """
+        """Return a line's entry. Raises ValueError, KeyError, TypeError or AttributeError for what no ledger writes."""
         erase = {int(index): record for index, record in content["erase"].items()}
         entry = LedgerEntry(content["index"], content["time"], erase, tuple(content["restore"]))
         for record in entry.erase.values():
@@ -125,9 +121,7 @@ class Ledger:
         return [*self.header["protected"], *(concept.prompt for concept in self.concepts)]
 
     def concept(self, text: str) -> Concept:
-        """Return the ledger's concept of that name, spelling or index. Raises ValueError, listing all names, for
-        none.
-        """
+        """Return the ledger's concept of that name, spelling or index. Raises ValueError, with all names, for none."""
         wanted = text.strip().lower()
         for concept in self.concepts:
             spellings = {name.lower() for name in (concept.name, concept.prompt, *concept.aliases)}
@@ -163,8 +157,7 @@ class Ledger:
     def plan_erasure(
         self, concepts: Sequence[Concept], anew: bool
     ) -> tuple[dict[int, Mapping[str, Any]], list[Concept]]:
-        """Return, to erase `concepts`, the records of shifts to reuse, and the concepts whose shift is still to be
-        made.
+        """Return, to erase `concepts`, the records of shifts to reuse and the concepts whose shift is still to be made.
 
         With `anew` all are to be made. Raises ValueError for a concept that is erased and would be made `anew`, and for
         a shift that is not what it was.
@@ -207,9 +200,7 @@ class Ledger:
         return ""
 
     def shifts(self, index: int | None = None) -> dict[str, WeightShift]:
-        """Return the shifts of `active_shifts`, loaded. Raises ValueError for a file that is not the one that was
-        activated.
-        """
+        """Return `active_shifts`, loaded. Raises ValueError for a file that is not the one that was activated."""
         return {str(concept): self.load(record) for concept, record in self.active_shifts(index).items()}
 
     def load(self, record: Mapping[str, Any]) -> WeightShift:

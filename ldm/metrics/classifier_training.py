@@ -1,7 +1,6 @@
 """The training of a concept classifier by Lightning: its images, its augmentations and its schedule.
 
-Apart from `ldm.metrics.classify`, since what it imports takes seconds, and whoever only uses a classifier needs none of
-it.
+Apart from `ldm.metrics.classify`, since its imports take seconds, and whoever only uses a classifier needs none of it.
 """
 
 from __future__ import annotations

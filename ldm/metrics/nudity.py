@@ -33,8 +33,7 @@ def detector_name() -> str:
 def detect(image_dir: Path) -> tuple[pd.DataFrame, int]:
     """Return every detection in the images below `image_dir` (columns image, class, score), and the number of images.
 
-    Raises MissingFileError when there are no images, and ValueError when one cannot be read or NudeNet is not
-    installed.
+    Raises MissingFileError if there are no images, and ValueError if one cannot be read or NudeNet is not installed.
     """
     try:
         from nudenet import NudeDetector

@@ -10,15 +10,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTokenizer
 
 from ldm.config.concepts import Concept, erasable_concepts, watermark_prompts
 from ldm.toy.render import render, render_watermark
 from ldm.toy.shapes import OBJECTS, SCENES
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 Option = TypeVar("Option")
 
@@ -73,8 +75,7 @@ def _spelling(concept: Concept, rng: np.random.Generator) -> str:
 def sample_caption(rng: np.random.Generator, mixture_weights: Sequence[float]) -> CaptionedScene:
     """Sample one caption of the synthetic dataset.
 
-    The mixture weights are the fractions of empty captions, watermarks, styles, objects, plain scenes by name, and
-    logos.
+    Mixture weights are the fractions of empty captions, watermarks, styles, objects, plain scenes by name, and logos.
     """
     kind = _KINDS[int(rng.choice(len(_KINDS), p=mixture_weights))]
     if kind == "empty":
@@ -104,6 +105,8 @@ def build_tokenizer(folder: Path, max_length: int, mixture_weights: Sequence[flo
 
     Every byte is a token too, so that any text can be encoded. Sequences are padded to `max_length` tokens.
     """
+    from transformers import CLIPTokenizer  # heavy, and the processes that render need none
+
     rng = np.random.default_rng(seed)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     texts = [sample_caption(rng, mixture_weights).caption.lower() for _ in range(_NUM_TOKENIZER_CAPTIONS)]

@@ -1,8 +1,7 @@
 """The made-up logos of the larger synthetic dataset: a charge on a field, each of one shape and color.
 
-Of two logos at most one of the four choices is the same: with two digits a, b of an index, the choices are a, b, a + b
-and a + 2b modulo 11 (a Reed-Solomon code). So no logo can be told from the others by one feature, nor be put together
-from two.
+Of two logos at most one of the four choices is the same: with digits a, b of an index, the choices are a, b, a + b and
+a + 2b modulo 11 (a Reed-Solomon code). So no logo can be told from others by one feature, nor put together from two.
 """
 
 from __future__ import annotations

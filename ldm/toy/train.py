@@ -1,18 +1,14 @@
 """Train the bundled models: the autoencoder, then text encoder and U-Net together. Resumable and seeded.
 
 Every stage is a generator that yields `(iteration, loss)`; the caller shows progress and may stop at any time. Each
-stage keeps a checkpoint and resumes from it. A batch depends on the seed and the iteration alone. The images are
-those of `render_dataset`; `config` is a file such as configs/mini-sd.yaml, as `ldm.config.models.read_yaml` returns
-it.
+stage keeps a checkpoint and resumes from it. A batch depends on the seed and the iteration alone. The images are those
+of `toy.dataset`; `config` is a file such as configs/mini-sd.yaml, read by `ldm.config.models.read_yaml`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +30,6 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.diffusion.model import DiffusionModel
-from ldm.io.files import atomic_write
-from ldm.toy.captions import sample_caption
-
-
-def _render_caption(seed: tuple[int, int], mixture_weights: Sequence[float]) -> tuple[np.ndarray, str]:
-    rng = np.random.default_rng(seed)
-    captioned = sample_caption(rng, mixture_weights)
-    return captioned.render(rng), captioned.caption
-
-
-def render_dataset(
-    num_images: int, seed: int, mixture_weights: Sequence[float], workers: int = 2
-) -> tuple[np.ndarray, list[str]]:
-    """Return `num_images` images of the synthetic dataset, (num_images, 64, 64, 3) uint8, and their captions.
-
-    They are the same for the same seed and mixture weights (see `sample_caption`).
-    """
-    seeds = [(seed, index) for index in range(num_images)]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        pairs = pool.map(partial(_render_caption, mixture_weights=list(mixture_weights)), seeds, chunksize=256)
-    return np.stack([image for image, _ in pairs]), [caption for _, caption in pairs]
-
-
-def cached_dataset(
-    path: Path, num_images: int, seed: int, mixture_weights: Sequence[float]
-) -> tuple[np.ndarray, list[str]]:
-    """Return what `render_dataset` does, rendered once and kept at `path` (npz)."""
-    if not path.exists():
-        images, captions = render_dataset(num_images, seed, mixture_weights)
-        with atomic_write(path) as partial_path:
-            np.savez(partial_path, images=images, captions=np.array(json.dumps(captions)))
-    with np.load(path) as cached:
-        return cached["images"], json.loads(str(cached["captions"]))
 
 
 def pixels_to_tensor(images: np.ndarray) -> torch.Tensor:
