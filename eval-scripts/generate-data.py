@@ -1,8 +1,8 @@
 """Make images of concepts: by a model, or by the renderer of the synthetic dataset (--source synthetic).
 
 Every concept's images go to SAVE_PATH/CONCEPT, for SRS_ME.py, and, split 70 to 30, to SAVE_PATH/train/CLASS and
-SAVE_PATH/eval/CLASS, for artist-cls-train.py; class 0 is the empty prompt's. For objects the two are in
-SAVE_PATH/object. The same command resumes a stopped run.
+SAVE_PATH/eval/CLASS, for artist-cls-train.py; class 0 is the empty prompt's. For every category but style the two are
+in SAVE_PATH/CATEGORY. The same command resumes a stopped run.
 """
 
 import itertools
@@ -87,7 +87,7 @@ def main() -> None:
     parser.option("source", type=sources, default="model", help="model: that of --model; synthetic: the renderer")
     parser.option("save_path", type=Path, default=REPO_ROOT / "data", help="where to write")
     parser.option("seeds_per_prompt", type=arguments.positive_int, default=50, help="seeds for each concept")
-    parser.option("seed", type=int, default=0, help="what the seeds are drawn from")
+    parser.option("seed", type=int, default=0, help="what the seeds are chosen from")
     parser.option("reconstruct", action="store_true", help="add each image's autoencoder reconstruction")
     arguments.add_sampling(parser, images_per_seed=1)
     arguments.add_device(parser)

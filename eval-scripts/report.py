@@ -6,20 +6,21 @@ ledger, `sceneN-CATEGORY-METHOD.jsonl` beside its shifts, is one too.
 """
 
 from ldm.cli import arguments
-from ldm.cli.experiment import add_experiment, make_experiment
+from ldm.cli.experiment import add_evaluation, make_experiment
 from ldm.cli.run import run
 
 
 def main() -> None:
     parser = arguments.make_parser(__doc__)
     arguments.add_ledger(parser)
-    add_experiment(parser, "report")
+    add_evaluation(parser, "report")
+    parser.accept_unused("category", "artifacts_dir", "set", "seed", "num_training_images")
     parser.set_defaults(model=None)
     text = "images of each prompt that the page shows"
     parser.option("num_shown", type=arguments.positive_int, default=4, help=text)
     args = parser.parse_args()
     from ldm.cli import session
-    from ldm.cli.reproduce import reproduction_commands
+    from ldm.cli.reproduce import MODEL_ARGUMENTS, reproduction_commands
     from ldm.experiments.report import render_report
     from ldm.io.files import write_text
 
@@ -27,8 +28,8 @@ def main() -> None:
     args.category = ledger.header["category"]
     experiment = make_experiment(args)
     experiment.extra_prompts = ledger.header["protected"]
-    path = args.save_path / "report.html"
-    write_text(path, render_report(ledger, experiment, args.num_shown, reproduction_commands(ledger)))
+    path, source = args.save_path / "report.html", {name: getattr(args, name) for name in MODEL_ARGUMENTS}
+    write_text(path, render_report(ledger, experiment, args.num_shown, reproduction_commands(ledger, source)))
     print(f"-> {path}")
 
 

@@ -32,13 +32,13 @@ slurmctld && sleep 2 && slurmd && sleep 2
 trap 'pkill -F "$work/slurmd.pid"; pkill -F "$work/slurmctld.pid"' EXIT
 sinfo
 
-export INDEXES=0,1,2 PROMPTS="$work/list.csv" MERGE=0,1,2
+export INDEXES=0,1,2 PROMPTS="$work/list.csv" SHIFTS=0,1,2
 "$PYTHON" "$repo/eval-scripts/make-prompts.py" --seeds_per_prompt 4 --save_path "$PROMPTS"
 once() { # what a single process makes
     common=(--erased_index "$INDEXES" --artifacts_dir "$work/one/shifts")
     "$PYTHON" "$repo/train-scripts/SRSME_Solution.py" "${common[@]}" --em_indexes "$INDEXES"
     "$PYTHON" "$repo/train-scripts/SRS_ME.py" "${common[@]}"
-    "$PYTHON" "$repo/eval-scripts/generate-images-merge.py" --shifts "$MERGE" --artifacts_dir "$work/one/shifts" --prompts_path "$PROMPTS" \
+    "$PYTHON" "$repo/eval-scripts/generate-images-merge.py" --shifts "$SHIFTS" --artifacts_dir "$work/one/shifts" --prompts_path "$PROMPTS" \
         --save_path "$work/one" --num_inference_steps 10 --sample_batch_size 6
 }
 once

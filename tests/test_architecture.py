@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ldm.cli.flags import OLDER, ORIGINAL
 from ldm.config.methods import METHODS
@@ -101,6 +103,16 @@ def test_a_folder_imports_only_from_folders_before_it(path):
     own = LAYERS.index(layer(path))
     for name in imported_modules(path):
         assert LAYERS.index(name.split(".")[1]) <= own, f"{relative(path)} imports {name}"
+
+
+def test_the_map_of_the_developers_document_has_every_file():
+    table = (ROOT / "ldm" / "README.md").read_text().split("## The map")[1].split("##")[0]
+    folder, mapped = "", []
+    for row in re.findall(r"^\|(.*?)\|(.*?)\|", table, re.MULTILINE):
+        folder = row[0].strip(" [").split("]")[0] or folder
+        mapped += [f"ldm/{folder}/{name}" for name in re.findall(r"`([\w.]+)`", row[1])]
+    modules = [relative(path) for path in LDM if path.name != "__init__.py"]
+    assert sorted(mapped) == sorted([*modules, "ldm/experiments/report.html"])
 
 
 def test_the_package_itself_imports_nothing_when_it_is_imported():
@@ -290,8 +302,12 @@ OLD_WORDS = {
     r"foresee|foreseen|foresees": "estimate",
     r"desks?": "demo",
     r"(?:contact |image )?sheets?": "image grid",
-    r"what layers see|what it puts out": "output, context",
+    r"what layers see|what it puts out|puts? out|putting out": "output, context",
+    r"drawn from": "chosen from, sampled from",
 }
+# No prose: keys and names, and the captions that the bundled models were trained on.
+NO_PROSE = re.compile(r"\S*|a picture( of \{\w*\}( by \{\w*\})?)?")
+COMMENT = re.compile(r"(?:^|\s)#(.*)", re.MULTILINE)
 CODE_SPAN = re.compile(r"`[^`\n]*`|\]\([^)]*\)|!\[[^\]]*\]")
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 DOCUMENTS = sorted(
@@ -318,6 +334,10 @@ def test_the_words_are_found_where_they_are():
     assert not old_words("leakage of a painting, given by an image `picture`") and not old_words(
         "get it back from a copy"
     )
+    assert old_words("What it puts out.\nSeeds are drawn from it")[1:]
+    assert (
+        not NO_PROSE.fullmatch(" pictures") and NO_PROSE.fullmatch("pictures") and NO_PROSE.fullmatch("a picture of {}")
+    )
     assert len(DOCUMENTS) > 6
 
 
@@ -331,9 +351,39 @@ def test_documents_are_in_todays_words(path):
     assert not old_words(without_fences(path.read_text()))
 
 
+def f_strings(path: Path) -> list[str]:
+    """Return the f-strings of a module, each whole, with `x` for what is put in."""
+    nodes = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.JoinedStr)]
+    parts = [[part.value if isinstance(part, ast.Constant) else "x" for part in node.values] for node in nodes]
+    return ["".join(map(str, texts)) for texts in parts]
+
+
+def comments(path: Path) -> list[str]:
+    """Return the comments of a module."""
+    with tokenize.open(path) as opened:
+        return [token.string for token in tokenize.generate_tokens(opened.readline) if token.type == tokenize.COMMENT]
+
+
+def yaml_texts(value: object) -> list[str]:
+    """Return all keys and texts of what a YAML file holds."""
+    if isinstance(value, dict):
+        return [text for pair in value.items() for item in pair for text in yaml_texts(item)]
+    if isinstance(value, list):
+        return [text for item in value for text in yaml_texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
 @pytest.mark.parametrize("path", [*LDM, *SCRIPTS], ids=relative)
-def test_docstrings_are_in_todays_words(path):
-    assert not [line for text in docstrings(path) for line in old_words(text)]
+def test_texts_and_comments_are_in_todays_words(path):
+    texts = [*strings(path), *f_strings(path), *comments(path)]
+    assert not [line for text in texts if not NO_PROSE.fullmatch(text) for line in old_words(text)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=relative)
+def test_configs_are_in_todays_words(path):
+    text = path.read_text()
+    texts = [*yaml_texts(yaml.safe_load(text)), *COMMENT.findall(text)]
+    assert not [line for text in texts if not NO_PROSE.fullmatch(text) for line in old_words(text)]
 
 
 @pytest.mark.parametrize("command", [" ".join(command) for command in HELP])

@@ -32,7 +32,7 @@ def test_bases_solved_together_are_those_solved_alone(tiny, tmp_path):
     concepts = [get_concept("style", index) for index in (0, 1, 2, 7)]
     artifacts = artifacts_in(tmp_path)
     config = NullSpaceConfig(rank_rtol=1e-5, protected_templates=1, always_protected_weight=3.0)
-    summaries = solve_null_spaces(tiny, artifacts, concepts, [0, 1, 2, 3], config)
+    summaries = solve_null_spaces(tiny, artifacts, concepts, Protection([0, 1, 2, 3], config))
     assert [summary.concept for summary in summaries] == concepts
     for summary in summaries:
         concept, basis = summary.concept, NullSpaceBasis.load(summary.path)
@@ -52,11 +52,11 @@ def test_bases_solved_together_are_those_solved_alone(tiny, tmp_path):
 
 def test_a_basis_from_the_same_inputs_is_kept(tiny, tmp_path):
     artifacts = artifacts_in(tmp_path)
-    solve_null_spaces(tiny, artifacts, STYLES[:1], [0, 1], NullSpaceConfig())
+    solve_null_spaces(tiny, artifacts, STYLES[:1], Protection([0, 1], NullSpaceConfig()))
     written = artifacts.basis(0).stat().st_mtime_ns
-    solve_null_spaces(tiny, artifacts, STYLES[:1], [0, 1], NullSpaceConfig())
+    solve_null_spaces(tiny, artifacts, STYLES[:1], Protection([0, 1], NullSpaceConfig()))
     assert artifacts.basis(0).stat().st_mtime_ns == written
-    solve_null_spaces(tiny, artifacts, STYLES[:1], [0, 1], NullSpaceConfig(), extra_protected=["a photo of a church"])
+    solve_null_spaces(tiny, artifacts, STYLES[:1], Protection([0, 1], NullSpaceConfig(), ["a photo of a church"]))
     metadata = NullSpaceBasis.load(artifacts.basis(0)).metadata
     assert metadata["protected"] == ["", *watermark_prompts(), "a photo of a church", "VanGogh"]
 
@@ -64,7 +64,7 @@ def test_a_basis_from_the_same_inputs_is_kept(tiny, tmp_path):
 def test_of_several_processes_each_solves_and_erases_its_shard(tiny, tmp_path):
     artifacts = artifacts_in(tmp_path)
     for rank, expected in ((0, [0, 2]), (1, [1])):
-        solved = solve_null_spaces(tiny, artifacts, STYLES, [0, 1, 2], NullSpaceConfig(), Shard(rank, 2))
+        solved = solve_null_spaces(tiny, artifacts, STYLES, Protection([0, 1, 2], NullSpaceConfig()), Shard(rank, 2))
         assert [summary.concept.index for summary in solved] == expected
         erased = erase_concepts(tiny, artifacts, STYLES, CLOSED_FORM, tmp_path, shard=Shard(rank, 2))
         assert [summary.concept for summary in erased] == [STYLES[index].name for index in expected]
@@ -174,7 +174,7 @@ def test_what_makes_nothing_or_lacks_its_inputs_is_refused(tiny, tmp_path):
 
 def test_a_joint_method_learns_all_at_once_in_one_process(tiny, tmp_path):
     artifacts = artifacts_in(tmp_path, "SRS-ME-dagger")
-    solve_null_spaces(tiny, artifacts, STYLES[:2], [0, 1], NullSpaceConfig())
+    solve_null_spaces(tiny, artifacts, STYLES[:2], Protection([0, 1], NullSpaceConfig()))
     for concept in STYLES[:2]:
         (tmp_path / "images" / concept.name).mkdir(parents=True)
         Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / concept.name / "0_0.png")

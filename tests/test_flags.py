@@ -177,6 +177,13 @@ def test_every_flag_of_the_original_that_version_0_1_took_stands_in_the_help(nam
 
 
 @pytest.mark.parametrize("name", OLD_FLAGS)
+def test_batch_size_is_shown_where_the_original_had_it_and_works_elsewhere(name):
+    shown = any("--batch_size" in action.option_strings for action in parser_of(name)._actions)
+    assert shown == (name == "train-scripts/artist-cls-train.py")
+    assert ("--batch_size" in OLD_FLAGS[name]) == ("--batch_size" in parser_of(name)._option_string_actions)
+
+
+@pytest.mark.parametrize("name", OLD_FLAGS)
 def test_every_flag_has_a_help_text_and_older_spellings_are_hidden(name):
     originals = set(ORIGINAL_FLAGS.get(name, ()))
     text = parser_of(name).format_help()

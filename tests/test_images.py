@@ -41,7 +41,7 @@ def test_a_missing_folder_says_what_makes_it(tmp_path):
     assert missing.value.kind == "generated images" and "generate-images-merge.py" in explain(missing.value)
     with pytest.raises(MissingFileError, match="no images in") as missing:
         list_images(tmp_path, "training images", category="style", concept="VanGogh")
-    assert "generate-data.py --category style --prompt 'VanGogh'" in explain(missing.value)
+    assert "generate-data.py --category style --prompt VanGogh" in explain(missing.value)
 
 
 def test_opening_scales_the_short_side_and_cuts_the_middle(tmp_path):

@@ -1,4 +1,4 @@
-"""What the memory estimate foresees is what an iteration takes."""
+"""The estimate of memory is what an iteration takes."""
 
 import itertools
 
@@ -36,12 +36,12 @@ def measure(path, dtype, checkpointing: bool) -> int:
 @pytest.mark.parametrize(
     ("dtype", "checkpointing"), [*itertools.product((torch.float32, torch.bfloat16), (False, True))]
 )
-def test_an_iterations_memory_is_foreseen(tiny_path, dtype, checkpointing):
+def test_an_iterations_memory_is_estimated(tiny_path, dtype, checkpointing):
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(tiny_path, subfolder="unet"))
     unet.requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last)
-    foreseen = training_step_memory(unet, 8, 16, 40, checkpointing, 64)
-    assert foreseen == pytest.approx(measure(tiny_path, dtype, checkpointing), rel=0.25)
+    estimate = training_step_memory(unet, 8, 16, 40, checkpointing, 64)
+    assert estimate == pytest.approx(measure(tiny_path, dtype, checkpointing), rel=0.25)
 
 
 @pytest.mark.slow
@@ -58,6 +58,6 @@ def test_the_first_choice_that_fits_is_marked(tiny_path, monkeypatch):
     assert not any(estimate_memory(tiny_path, CPU, 8, 40)["choice"])
 
 
-def test_xl_is_not_foreseen(tmp_path):
+def test_xl_is_not_estimated(tmp_path):
     with pytest.raises(ValueError, match=r"not for XL.*`gradient_checkpointing`"):
         estimate_memory(make_xl(tmp_path / "xl"), CPU, 1, None)

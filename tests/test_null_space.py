@@ -1,4 +1,4 @@
-"""Null spaces: their size, exactness and order, and what a basis says when there is no room."""
+"""Null spaces: their size, exactness and order, and what a basis says when no dimension is free."""
 
 import pytest
 import torch

@@ -22,6 +22,35 @@ def test_all_shards_together_are_everything_once():
         assert sorted(itertools.chain(*parts)) == list(range(7)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.parametrize(
+    ("script", "variables", "result"),
+    [
+        ("generate", {"SHIFTS": "0-99"}, "--shifts 0-99 --artifacts_dir models "),
+        ("generate", {"MERGE": "0-99", "ARTIFACTS": "a"}, "--shifts 0-99 --artifacts_dir a "),
+        ("generate", {"SHIFTS": "models", "MERGE": "0"}, None),  # a folder, as the name meant before
+        ("erase", {}, "--artifacts_dir models "),
+        ("erase", {"SHIFTS": "data"}, "--artifacts_dir data "),
+        ("erase", {"SHIFTS": "new/folder"}, "--artifacts_dir new/folder "),
+        ("erase", {"SHIFTS": "0-99"}, None),
+        ("erase", {"SHIFTS": "0-99", "ARTIFACTS": "a"}, "--artifacts_dir a "),
+    ],
+)
+def test_the_batch_scripts_take_shifts_and_their_folder_by_name(tmp_path, script, variables, result):
+    srun = tmp_path / "srun"  # says what it would run
+    srun.write_text('#!/bin/sh\necho "$*" ""\n')
+    srun.chmod(0o755)
+    unset = {name: value for name, value in os.environ.items() if name not in ("SHIFTS", "MERGE", "ARTIFACTS")}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REPO": str(ROOT)}
+    environment = {**unset, **path, "PROMPTS": "p", "SAVE": "s", "INDEXES": "0", **variables}
+    command = ["bash", f"train-scripts/slurm/{script}.sbatch"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if result is None:
+        assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+        assert "ARTIFACTS the folder" in done.stderr and "SHIFTS" in done.stderr and "shifts to merge" in done.stderr
+    else:
+        assert done.returncode == 0 and result in done.stdout
+
+
 def test_the_tasks_of_a_job_array_shard_too(monkeypatch):
     for name, value in (("ID", 7), ("MIN", 5), ("COUNT", 3)):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))

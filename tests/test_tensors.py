@@ -38,7 +38,7 @@ def test_unexpected_damaged_and_nan_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no thing .*: do this"):
         load_tensors(path, "thing", "do this")
     save_file({"x": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="is not a thing but a foreign file"):
+    with pytest.raises(ValueError, match="is not a thing but a file of another program"):
         load_tensors(path, "thing")
     save_tensors(path, {"x": torch.tensor([float("nan")])}, "thing", {})
     with pytest.raises(ValueError, match="x holds NaN"):

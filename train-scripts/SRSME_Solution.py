@@ -24,7 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     from ldm.cli import devices, session
     from ldm.config.models import load_model_config
-    from ldm.erasure.protection import solve_null_spaces
+    from ldm.erasure.protection import Protection, solve_null_spaces
 
     targets = parse_erase_targets(args.erased_index, args.category)
     protected = parse_indexes(args.em_indexes, args.category)
@@ -32,11 +32,11 @@ def main() -> None:
     model = session.load_model(args, device)
     config = session.fill_settings(args, load_model_config(model.config_name).null_space)
     artifacts = session.artifact_paths(args, model.name, "SRS-ME")
-    for found in solve_null_spaces(model, artifacts, targets, protected, config, shard):
+    for summary in solve_null_spaces(model, artifacts, targets, Protection(protected, config), shard):
         print(
-            f"{found.concept.index} {found.concept.name}: {found.num_protected} prompts protected, rank "
-            f"{found.rank} of {found.width}, "
-            f"{found.nullity} directions free, max leakage {found.max_leakage:.1e} -> {found.path}"
+            f"{summary.concept.index} {summary.concept.name}: {summary.num_protected} prompts protected, rank "
+            f"{summary.rank} of {summary.width}, "
+            f"{summary.nullity} directions free, max leakage {summary.max_leakage:.1e} -> {summary.path}"
         )
 
 

@@ -1,8 +1,8 @@
 """Train the classifier of a category's concepts, ResNet18 over class 0 (empty) and one class for each concept.
 
 Reads DATA_DIR/train/{0..9} and DATA_DIR/eval/{0..9}, which generate-data.py makes, and writes
-CLASSIFIER_DIR/CATEGORY.safetensors. The classifiers of the synthetic dataset, models/classifiers, stay; --classifier of
-the scripts that classify names others.
+CLASSIFIER_DIR/CATEGORY.safetensors. The classifiers of the synthetic dataset, models/classifiers, stay: for others give
+--classifier to artist-cls-test.py, cate-cls-test.py, compare.py, scenes.py, the ablations or report.py.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ def main() -> None:
     )
     text = "torchvision's ImageNet ResNet18 state dict to start from"
     parser.option("init_weights", type=Path, default=None, help=text)
-    arguments.add_settings_with_defaults(parser, ClassifierConfig())
+    arguments.add_settings_with_defaults(parser, ClassifierConfig(), train_batch_size=("--batch_size",))
     arguments.add_device(parser)
     args = parser.parse_args()
     from ldm.cli.devices import parse_devices

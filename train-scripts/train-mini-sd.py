@@ -10,8 +10,6 @@ from ldm.cli import arguments
 from ldm.cli.run import run
 from ldm.io.paths import REPO_ROOT
 
-CONFIG_KEYS = ("seed", "dataset", "tokenizer", "text_encoder", "vae", "unet", "scheduler", "train")
-
 
 def show_progress(iterations, total: int, name: str) -> None:
     """Run a stage of the training, and show how far it is and its running mean loss."""
@@ -38,7 +36,7 @@ def main() -> None:
     from lightning_fabric import Fabric, seed_everything
     from omegaconf import OmegaConf
 
-    from ldm.config.models import read_yaml
+    from ldm.config.models import TRAINING_KEYS, read_yaml
     from ldm.diffusion.load import load_model
     from ldm.io.files import METADATA_FILE, atomic_write_dir, check_metadata, write_json
     from ldm.io.tensors import CREATED_BY
@@ -47,10 +45,10 @@ def main() -> None:
     from ldm.toy.dataset import cached_dataset, render_dataset
 
     config, work = read_yaml(args.config), args.checkpoint_dir
-    missing = [key for key in CONFIG_KEYS if key not in config]
+    missing = [key for key in TRAINING_KEYS if key not in config]
     if missing:
         raise ValueError(f"{args.config} lacks {', '.join(missing)}: `config` is a file such as configs/mini-sd.yaml")
-    trained_config = OmegaConf.to_container(OmegaConf.masked_copy(config, list(CONFIG_KEYS)))
+    trained_config = OmegaConf.to_container(OmegaConf.masked_copy(config, list(TRAINING_KEYS)))
     metadata = {"created_by": CREATED_BY, "base_model": args.config.stem, "config": trained_config}
     check_metadata(work, metadata)
     write_json(work / METADATA_FILE, metadata)

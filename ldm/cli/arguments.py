@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from ldm.cli.flags import OLDER, OLDER_VALUES, ORIGINAL, RENAMED_VALUES
 from ldm.config.concepts import CATEGORIES
@@ -29,11 +29,11 @@ from ldm.config.methods import (
 from ldm.io.paths import REPO_ROOT
 
 Namespace = argparse.Namespace
-AnySettings = TypeVar("AnySettings", bound=Settings)
 DEFAULT_MODEL = REPO_ROOT / "models" / "mini-sd"
 FROM_CONFIG = "(default: the model's config)"
 
 spelled: dict[str, str] = {}  # the flags as the user typed them, by the name of the argument
+typed: dict[str, Any] = {}  # and the values that they were given
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -52,12 +52,22 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", _HelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
-    def option(self, name: str, original: Sequence[str] = (), older: Sequence[str] = (), **options: Any) -> None:
-        """Add `--name`, spelled as in `ldm.cli.flags` or here: `original` spellings are shown, `older` ones work."""
+    def option(self, name: str, original: Sequence[str] = (), **options: Any) -> None:
+        """Add `--name`, spelled as in `ldm.cli.flags` too: the original's spellings, or those here, are shown."""
         original = original or ORIGINAL.get(name, ())
         action = self.add_argument(f"--{name}", *original, dest=name, **options)
-        for flag in older or OLDER.get(name, ()):
+        for flag in OLDER.get(name, ()):
             self._option_string_actions.setdefault(flag, action)
+
+    def accept_unused(self, *names: str) -> None:
+        """Take options of an older version that never had an effect, hidden, and say so when one is typed."""
+
+        class Unused(argparse.Action):
+            def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+                print(f"{given[-1]}: not used, and without effect here")
+
+        for name in names:
+            self.option(name, action=Unused, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     def retire(self, flag: str, advice: str) -> None:
         """Let `flag`, whose meaning has changed, end in one line that says what to give instead."""
@@ -72,15 +82,17 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: Any = None, namespace: Any = None
     ) -> Any:
-        typed = sys.argv[1:] if args is None else list(args)
+        texts = sys.argv[1:] if args is None else list(args)
         has_commands = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
-        for text in typed:
+        for text in texts:
             flag = text.split("=")[0]
             if flag in self._option_string_actions:
                 spelled[self._option_string_actions[flag].dest] = flag
             elif re.fullmatch(r"--[\w-]+", flag) and not has_commands:
                 self.error(f"unrecognized argument {flag}{did_you_mean(flag, list(self._option_string_actions))}")
-        return super().parse_known_args(args, namespace)
+        parsed, others = super().parse_known_args(args, namespace)
+        typed.update({name: value for name, value in vars(parsed).items() if name in spelled})
+        return parsed, others
 
     def error(self, message: str) -> NoReturn:
         named = re.match(r"argument (--[^:]+): ", message)
@@ -92,7 +104,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str | None) -> Parser:
-    """Return a parser for a script whose docstring is `description`."""
+    """Return a parser for a script whose docstring is `description`; what an earlier one was given is forgotten."""
+    spelled.clear()
+    typed.clear()
     return Parser(description=description)
 
 
@@ -154,11 +168,11 @@ def parse_numbers(text: str, name: str, minimum: int = 2) -> list[float]:
 
 def parse_formats(text: str) -> tuple[str, ...]:
     """Return the export formats in such as 'unet,lora'."""
-    wanted = [piece.strip() for piece in text.split(",") if piece.strip()]
-    unknown = [name for name in wanted if name not in FORMATS]
-    if unknown or not wanted:
+    formats = [piece.strip() for piece in text.split(",") if piece.strip()]
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
         raise argparse.ArgumentTypeError(f"'{text}' names no format: choose from {', '.join(FORMATS)}")
-    return tuple(wanted)
+    return tuple(formats)
 
 
 def parse_rank(text: str) -> int | str:
@@ -202,14 +216,21 @@ def add_settings(parser: Parser, kind: type[Settings], *names: str) -> None:
         parse: Callable[[str], Any] = setting_type(entry)
         if entry.name == "max_steps" and issubclass(kind, SRSMEConfig):
             parse, text = nonnegative_int, f"{entry.metadata['help']}; 0 is --mode closed_form {FROM_CONFIG}"
-        parser.option(entry.name, type=parse, default=None, help=text)
+        if entry.type == "bool":
+            parser.option(entry.name, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.option(entry.name, type=parse, default=None, help=text)
 
 
-def add_settings_with_defaults(parser: Parser, settings: Settings) -> None:
-    """Add a flag for each field of settings that no model's config decides: without one its value stays."""
+def add_settings_with_defaults(parser: Parser, settings: Settings, **original: Sequence[str]) -> None:
+    """Add a flag for each field of settings that no model's config decides: without one its value stays.
+
+    `original` has further spellings of the original by field, those of this script alone.
+    """
     for entry in fields(settings):
-        default = getattr(settings, entry.name)
-        parser.option(entry.name, type=setting_type(entry), default=default, help=entry.metadata["help"])
+        default, spellings = getattr(settings, entry.name), original.get(entry.name, ())
+        text = entry.metadata["help"]
+        parser.option(entry.name, original=spellings, type=setting_type(entry), default=default, help=text)
 
 
 def typed_settings(args: Namespace, kind: type[Settings]) -> dict[str, Any]:
@@ -269,8 +290,7 @@ def add_export(parser: Parser) -> None:
 
 def export_config(args: Namespace) -> ExportConfig:
     """Return what `add_export`'s arguments say."""
-    formats = args.format if isinstance(args.format, tuple) else (args.format,)
-    return ExportConfig(formats, args.save_dtype, args.rank, args.effect_fraction)
+    return ExportConfig(args.format, args.save_dtype, args.rank, args.effect_fraction)
 
 
 def add_erasure(parser: Parser, kind: type[MethodConfig]) -> None:

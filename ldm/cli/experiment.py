@@ -5,6 +5,7 @@ No torch here at import: `--help` answers at once.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,15 +25,21 @@ if TYPE_CHECKING:
 
 
 def add_experiment(parser: Parser, folder: str) -> None:
-    """Add how much is generated, by what, and where it goes: below evaluation_folder/`folder` by default."""
-    arguments.add_model(parser)
+    """Add what is erased and how, and what `add_evaluation` adds."""
     arguments.add_category(parser)
-    arguments.add_settings(parser, EvaluationConfig)
-    parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / folder, help="where to write")
     text = "where shifts are kept (default: SAVE_PATH/shifts)"
     parser.option("artifacts_dir", type=Path, default=None, help=text)
     parser.option("set", nargs="*", default=[], help="changes of the methods' settings, such as FMN.lr=1e-2")
     parser.option("seed", type=int, default=0, help="of the erasures")
+    arguments.add_settings(parser, EvaluationConfig, "num_training_images")
+    add_evaluation(parser, folder)
+
+
+def add_evaluation(parser: Parser, folder: str) -> None:
+    """Add how much is generated, by what, and where it goes: below evaluation_folder/`folder` by default."""
+    arguments.add_model(parser)
+    arguments.add_settings(parser, EvaluationConfig, "seeds_per_prompt")
+    parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / folder, help="where to write")
     arguments.add_classifier(parser)
     arguments.add_imagenet(parser)
     arguments.add_sampling(parser)
@@ -136,9 +143,9 @@ def run_sweep(args: Namespace, name: str, setting: str, allow_zero: bool = False
     from ldm.experiments.ablations import Variant, run_ablation
 
     experiment = make_experiment(args)
-    config = srsme_config(args, experiment)
-    if not config.learns:
-        config = config.with_changes(mode="learn", init="zero")
+    config = srsme_config(args, experiment).with_changes(mode="learn")
+    if not any(re.match(r"SRS-ME\.init=", change) for change in args.set):
+        config = config.with_changes(init="zero")  # what is compared is what training from nothing finds
     variants = [Variant(value, config.with_changes(**{setting: value}), erased) for value in values]
     table = run_ablation(experiment, artifacts_dir(args), name, erased, variants)
     print_ablation(args, table, name, "status", setting, log_x=True)

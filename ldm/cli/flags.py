@@ -12,7 +12,6 @@ ORIGINAL = {
     "l1_weight": ("--reg_beta",),
     "stop_threshold": ("--threshold",),
     "max_directions": ("--max_base",),
-    "train_batch_size": ("--batch_size",),
     "num_inference_steps": ("--ddim_steps",),
     "images_per_seed": ("--num_samples",),
     "start_case": ("--from_case",),
@@ -33,6 +32,7 @@ OLDER = {
     "always_protected_weight": ("--always",),
     "null_space_method": ("--basis",),
     "rank_rtol": ("--tolerance",),
+    "train_batch_size": ("--batch_size",),  # the original's in artist-cls-train.py, which says so itself
     "sample_batch_size": ("--batch_size",),
     "estimate_memory": ("--plan",),
     "unet_dtype": ("--dtype",),

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ldm.cli import arguments
 from ldm.cli.arguments import Namespace
+from ldm.cli.reproduce import MODEL_ARGUMENTS
 from ldm.config.concepts import parse_erase_targets
 from ldm.config.methods import METHODS
-from ldm.ledger.ledger import HISTORY_FILE, Ledger, ledger_lock, make_header, status_table
+from ldm.ledger.ledger import Ledger, history_path, ledger_lock, make_header, status_table
 
 
 def init(args: Namespace) -> None:
@@ -17,19 +18,20 @@ def init(args: Namespace) -> None:
     from ldm.cli import session
 
     concepts = parse_erase_targets(args.erased_index, args.category)
-    with ledger_lock(args.ledger_dir):
-        if (args.ledger_dir / HISTORY_FILE).exists():
+    path = history_path(args.ledger_dir)
+    with ledger_lock(path.parent):
+        if path.exists():
             raise ValueError(
                 f"{args.ledger_dir} has a ledger already: give another `ledger_dir`, or continue it with "
                 "erase and restore"
             )
         model = session.load_model(args, session.first_device(args))
         source = {}
-        for name in ("model", "ckpt_path", "config_path"):
+        for name in MODEL_ARGUMENTS:
             value = getattr(args, name)
             source[name] = str(Path(value).resolve()) if value and Path(value).exists() else value
         header = make_header(model, args.category, concepts, args.protect, source)
-        ledger = Ledger.create(args.ledger_dir / HISTORY_FILE, header)
+        ledger = Ledger.create(path, header)
     print(
         f"{len(concepts)} concepts of {model.name}; always protected: the empty prompt, "
         f"{', '.join(ledger.header['protected'][1:])}"
@@ -38,8 +40,9 @@ def init(args: Namespace) -> None:
 
 def erase(args: Namespace) -> None:
     """Erase concepts: make the shifts that are missing, and activate them."""
-    with ledger_lock(args.ledger_dir):
-        ledger = Ledger(args.ledger_dir / HISTORY_FILE)
+    path = history_path(args.ledger_dir)
+    with ledger_lock(path.parent):
+        ledger = Ledger(path)
         typed = {name for kind in METHODS.values() for name in arguments.typed_settings(args, kind)}
         concepts = [ledger.concept(name) for name in args.concept]
         records, missing = ledger.plan_erasure(concepts, bool(typed or args.method))
@@ -50,9 +53,9 @@ def erase(args: Namespace) -> None:
 
             method = args.method or "SRS-ME"
             known = [entry.name for entry in fields(METHODS[method])]
-            foreign = sorted(typed - set(known))
-            if foreign:
-                raise ValueError(f"`{foreign[0]}` is no setting of {method}, which has {', '.join(known)}")
+            unexpected = sorted(typed - set(known))
+            if unexpected:
+                raise ValueError(f"`{unexpected[0]}` is no setting of {method}, which has {', '.join(known)}")
             ledger, model = session.open_ledger(args, args.ledger_dir)
             model_config = load_model_config(model.config_name)
             config = session.method_config(args, model_config, method)
@@ -64,8 +67,9 @@ def erase(args: Namespace) -> None:
 
 def restore(args: Namespace) -> None:
     """Restore concepts: deactivate their shifts."""
-    with ledger_lock(args.ledger_dir):
-        ledger = Ledger(args.ledger_dir / HISTORY_FILE)
+    path = history_path(args.ledger_dir)
+    with ledger_lock(path.parent):
+        ledger = Ledger(path)
         restored = {ledger.concept(name).index for name in args.concept} & set(ledger.active_shifts())
         if restored:
             ledger.append({}, restored)
@@ -76,12 +80,12 @@ def status(args: Namespace) -> None:
     """Print what each concept is."""
     from ldm.metrics.tables import to_markdown
 
-    print(to_markdown(status_table(Ledger(args.ledger_dir / HISTORY_FILE))))
+    print(to_markdown(status_table(Ledger(history_path(args.ledger_dir)))))
 
 
 def history(args: Namespace) -> None:
     """Print the history, a sentence for each entry."""
-    print("\n".join(Ledger(args.ledger_dir / HISTORY_FILE).history_lines()))
+    print("\n".join(Ledger(history_path(args.ledger_dir)).history_lines()))
 
 
 def verify(args: Namespace) -> None:
@@ -107,5 +111,5 @@ def export(args: Namespace) -> None:
         raise ValueError(
             f"nothing is erased in {args.ledger_dir}: its weights are those of {base}; erase a concept first"
         )
-    target = (args.save_path or args.ledger_dir / "export") / f"{model.name}-{merge_name(shifts)}"
+    target = (args.save_path or ledger.root / "export") / f"{model.name}-{merge_name(shifts)}"
     session.print_export(write(model, shifts, target, config, ledger.prompts))

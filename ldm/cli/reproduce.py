@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ldm.config.concepts import watermark_prompts
+from ldm.config.concepts import always_protected_prompts
 from ldm.ledger.ledger import Ledger, LedgerEntry
 
+MODEL_ARGUMENTS = ("model", "ckpt_path", "config_path")
+SCENE_LEDGER_RE = re.compile(r"scene(?P<number>\d+)-[a-z]+-(?P<method>.+)\.jsonl")  # as `run_scene` calls them
 
-def reproduction_commands(ledger: Ledger) -> list[str]:
-    """Return the commands that make a ledger of the same history, in order.
 
+def reproduction_commands(ledger: Ledger, source: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the commands that make a ledger of the same history, in order: of a scene's, the one that runs the scene.
+
+    `source` has the arguments of the model, `MODEL_ARGUMENTS`, which a scene's ledger does not say.
     Raises ValueError for a shift that is not the one that was activated.
     """
+    scene = SCENE_LEDGER_RE.fullmatch(ledger.path.name)
+    if scene:
+        return [_scene_command(ledger, source or {}, scene["number"], scene["method"])]
     names = {concept.index: concept.name for concept in ledger.concepts}
     commands = [_init_command(ledger)]
     known: set[str] = set()  # the digests of shifts that are there by now, and only activated again
@@ -26,6 +34,24 @@ def reproduction_commands(ledger: Ledger) -> list[str]:
     return commands
 
 
+def _scene_command(ledger: Ledger, source: Mapping[str, Any], number: str, method: str) -> str:
+    """Return the command that runs a scene by one method."""
+    arguments = [*_model_arguments(source), "--category", ledger.header["category"], "--scene", number]
+    arguments += ["--methods", method]
+    if ledger.root.name == "all":  # where scenes.py keeps shifts that protect the whole category
+        arguments += ["--protect_scope", "all"]
+    return shlex.join(["python", "eval-scripts/scenes.py", *arguments])
+
+
+def _model_arguments(source: Mapping[str, Any]) -> list[str]:
+    """Return the flags that name a model."""
+    arguments: list[str] = []
+    for name in MODEL_ARGUMENTS:
+        if source.get(name):
+            arguments += [f"--{name}", str(source[name])]
+    return arguments
+
+
 def _command(ledger: Ledger, name: str, *arguments: str) -> str:
     script = ["python", "train-scripts/ledger.py", name, "--ledger_dir", str(ledger.root)]
     return shlex.join([*script, *arguments])
@@ -34,12 +60,9 @@ def _command(ledger: Ledger, name: str, *arguments: str) -> str:
 def _init_command(ledger: Ledger) -> str:
     """Return the command that begins the ledger: its model, its concepts and what else is protected."""
     header = ledger.header
-    arguments = []
-    for name in ("model", "ckpt_path", "config_path"):
-        if header.get(name):
-            arguments += [f"--{name}", header[name]]
-    arguments += ["--category", header["category"], "--erased_index", ",".join(map(str, header["concepts"]))]
-    extra_prompts = [prompt for prompt in header["protected"] if prompt not in ("", *watermark_prompts())]
+    arguments = [*_model_arguments(header), "--category", header["category"]]
+    arguments += ["--erased_index", ",".join(map(str, header["concepts"]))]
+    extra_prompts = [prompt for prompt in header["protected"] if prompt not in always_protected_prompts()]
     if extra_prompts:
         arguments += ["--protect", *extra_prompts]
     return _command(ledger, "init", *arguments)

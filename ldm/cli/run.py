@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ldm.cli.arguments import spelled
+from ldm.cli.arguments import spelled, typed
 from ldm.config.concepts import CATEGORIES
 from ldm.io.errors import MissingFileError
 
@@ -27,12 +28,21 @@ _MAKERS = {  # what makes a missing file, by its kind
     "basis": f"make it with python train-scripts/SRSME_Solution.py {_PLACE} --em_indexes ...",
     "shift": f"make it with python train-scripts/{{script}} {_PLACE}",
     "training images": "make them with python eval-scripts/generate-data.py --category {category} "
-    "--prompt '{concept}' --source model",
+    "--prompt {concept} --source model",
     "generated images": "make them with python eval-scripts/generate-images-merge.py",
     "classifier": "train it with python train-scripts/artist-cls-train.py{category_flag}",
-    "classifier data": "make them with python eval-scripts/generate-data.py{category_flag}",
+    "classifier data": "make them with python eval-scripts/generate-data.py",
     "lpips weights": "make them with python train-scripts/convert-lpips.py",
     "ledger": "begin one with python train-scripts/ledger.py init --ledger_dir {ledger_dir}",
+}
+
+# Flags that the command which makes it takes over, where they were typed.
+_MODEL = ("model", "ckpt_path", "config_path")
+_TAKEN_OVER = {
+    "basis": (*_MODEL, "artifacts_dir"),
+    "shift": (*_MODEL, "artifacts_dir"),
+    "training images": _MODEL,
+    "classifier data": ("category",),
 }
 
 
@@ -72,5 +82,9 @@ def explain(error: Exception) -> str:
             "script": METHOD_SCRIPTS.get(str(error.details.get("method")), ""),
             "category_flag": f" --category {category}" if category in CATEGORIES else "",
         }
-        message += f": {_MAKERS[error.kind].format(**known, **error.details)}"
+        details = {name: shlex.quote(str(value)) for name, value in error.details.items()}
+        message += f": {_MAKERS[error.kind].format(**known, **details)}"
+        for name in _TAKEN_OVER.get(error.kind, ()):
+            if typed.get(name):
+                message += f" --{name} {shlex.quote(str(typed[name]))}"
     return message

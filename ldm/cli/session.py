@@ -16,10 +16,10 @@ from ldm.config.methods import MethodConfig, Settings, SRSMEConfig, did_you_mean
 from ldm.config.models import ModelConfig
 from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
-from ldm.io.legacy import RENAMED_KEYS
+from ldm.io.legacy import renamed_setting
 from ldm.io.paths import ArtifactPaths
 from ldm.io.tensors import check_base_model
-from ldm.ledger.ledger import HISTORY_FILE, Ledger
+from ldm.ledger.ledger import Ledger, history_path
 from ldm.metrics.tables import to_markdown
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -81,7 +81,7 @@ def changed_methods(config: ModelConfig, changes: Sequence[str]) -> dict[str, Me
             raise ValueError(
                 f"`set` {change}: give METHOD.SETTING=VALUE as in the model's config, such as FMN.lr=1e-2{near}"
             )
-        methods[method] = _changed(methods[method], RENAMED_KEYS.get(name, name), text, change)
+        methods[method] = _changed(methods[method], renamed_setting(name), text, change)
     return methods
 
 
@@ -101,7 +101,7 @@ def _changed(config: MethodConfig, name: str, text: str, change: str) -> MethodC
 
 def ledger_at(args: Namespace, path: Path) -> Ledger:
     """Return the ledger in a folder, or file; where no model is given, `args` get the ledger's."""
-    ledger = Ledger(path if path.suffix == ".jsonl" else path / HISTORY_FILE)
+    ledger = Ledger(history_path(path))
     if not args.model and not args.ckpt_path:
         args.model = ledger.header.get("model") or str(DEFAULT_MODEL)
         args.ckpt_path, args.config_path = (ledger.header.get(name) for name in ("ckpt_path", "config_path"))

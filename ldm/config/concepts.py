@@ -41,6 +41,15 @@ class Concept:
     is_watermark: bool = False
 
     @property
+    def spellings(self) -> tuple[str, ...]:
+        """What names the concept: its prompt, its name and its aliases."""
+        return (self.prompt, self.name, *self.aliases)
+
+    def is_named(self, text: str) -> bool:
+        """Return whether `text` is one of the spellings, upper and lower case alike."""
+        return text.strip().lower() in {spelling.lower() for spelling in self.spellings}
+
+    @property
     def captions(self) -> list[str]:
         """Each template with the concept in it; without templates, the concept's name."""
         return [template.format(self.prompt) for template in self.templates] or [self.prompt]
@@ -81,10 +90,10 @@ def load_concepts(category: str) -> tuple[Concept, ...]:
         )
         for index, entry in enumerate(group.concepts)
     ]
-    marks = [
+    watermarks = [
         Concept(len(concepts) + k, text, text, is_watermark=True) for k, text in enumerate(_load_config().watermarks)
     ]
-    return tuple(concepts + marks)
+    return tuple(concepts + watermarks)
 
 
 def erasable_concepts(category: str) -> tuple[Concept, ...]:
@@ -95,6 +104,11 @@ def erasable_concepts(category: str) -> tuple[Concept, ...]:
 def watermark_prompts() -> tuple[str, ...]:
     """The prompts whose images prove ownership; every shift leaves them untouched."""
     return tuple(_load_config().watermarks)
+
+
+def always_protected_prompts() -> list[str]:
+    """The prompts that every shift leaves untouched: the empty one and the watermarks."""
+    return ["", *watermark_prompts()]
 
 
 def _format_choices(category: str) -> str:
@@ -110,12 +124,8 @@ def get_concept(category: str, index: int) -> Concept:
 
 
 def find_by_name(category: str, text: str) -> Concept | None:
-    """The concept whose name, prompt or alias is `text`, upper and lower case alike; None when there is none."""
-    wanted = text.strip().lower()
-    for concept in load_concepts(category):
-        if wanted in {spelling.lower() for spelling in (concept.name, concept.prompt, *concept.aliases)}:
-            return concept
-    return None
+    """The concept that `text` names by one of its spellings; None when there is none."""
+    return next((concept for concept in load_concepts(category) if concept.is_named(text)), None)
 
 
 def match_concept(category: str, prompt: str) -> Concept | None:
@@ -123,7 +133,7 @@ def match_concept(category: str, prompt: str) -> Concept | None:
     inside = [
         (len(spelling), -concept.index, concept)
         for concept in erasable_concepts(category)
-        for spelling in (concept.prompt, concept.name, *concept.aliases)
+        for spelling in concept.spellings
         if spelling.lower() in prompt.lower()
     ]
     return find_by_name(category, prompt) or (max(inside)[2] if inside else None)

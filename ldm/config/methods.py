@@ -90,12 +90,17 @@ class MethodConfig(Settings):
     lr: float = setting(1e-5, "Adam's learning rate", learning_only=True)
     max_steps: int = setting(1000, "max number of iterations", minimum=1, learning_only=True)
     train_batch_size: int = setting(1, "latents in an iteration", minimum=1, learning_only=True)
-    seed: int = setting(0, "what images, timesteps and noise are drawn from", learning_only=True)
+    seed: int = setting(0, "what images, timesteps and noise are chosen from", learning_only=True)
 
     @property
     def learns(self) -> bool:
         """Whether the method iterates at all."""
         return True
+
+    @property
+    def trains_on_images(self) -> bool:
+        """Whether images of the concept are needed."""
+        return self.needs_images and self.learns
 
     def acting(self) -> dict[str, Any]:
         """Return the settings that act: without a gradient, those of the closed form alone."""
@@ -186,15 +191,22 @@ class AblatingConceptsConfig(FinetuneConfig):
 
 
 @dataclass(frozen=True)
-class ESDConfig(FinetuneConfig):
-    """ESD, Erased Stable Diffusion (arXiv 2303.07345)."""
+class SelfSampledConfig(FinetuneConfig):
+    """What the methods share whose training latents are sampled by the model that is being trained."""
 
-    name: ClassVar[str] = "ESD"
     needs_images: ClassVar[bool] = False
 
     start_guidance: float = setting(3.0, "guidance with which the training latents are sampled")
-    negative_guidance: float = setting(1.0, "eta, how far to turn away from the concept")
     num_inference_steps: int = setting(50, "sampler steps of the training latents", minimum=1)
+
+
+@dataclass(frozen=True)
+class ESDConfig(SelfSampledConfig):
+    """ESD, Erased Stable Diffusion (arXiv 2303.07345)."""
+
+    name: ClassVar[str] = "ESD"
+
+    negative_guidance: float = setting(1.0, "eta, how far to turn away from the concept")
 
 
 METHODS: dict[str, type[MethodConfig]] = {

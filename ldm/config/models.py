@@ -26,7 +26,7 @@ from ldm.io.paths import REPO_ROOT
 DEFAULT_CONFIG = REPO_ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
 _RENAMED_CONFIGS = {"mini-many": "mini-sd-logos"}
 _MODEL_KEYS = ("base_config", "component_configs", "sampling", "null_space", "evaluation", "methods")
-_TOY_KEYS = ("seed", "dataset", "tokenizer", "text_encoder", "vae", "unet", "scheduler", "train")
+TRAINING_KEYS = ("seed", "dataset", "tokenizer", "text_encoder", "vae", "unet", "scheduler", "train")
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -61,8 +61,8 @@ def config_path(name: str) -> Path:
 def make_model_config(config: DictConfig, path: Path) -> ModelConfig:
     """Return the settings in what `read_yaml` read from `path`. Raises ValueError as `load_model_config`."""
     for key in config:
-        if key not in (*_MODEL_KEYS, *_TOY_KEYS):
-            raise ValueError(f"{path}: no key {key}{did_you_mean(str(key), [*_MODEL_KEYS, *_TOY_KEYS])}")
+        if key not in (*_MODEL_KEYS, *TRAINING_KEYS):
+            raise ValueError(f"{path}: no key {key}{did_you_mean(str(key), [*_MODEL_KEYS, *TRAINING_KEYS])}")
     methods = config.get("methods", {})
     for name in methods:
         if name not in METHODS:

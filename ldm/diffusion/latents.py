@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ldm.config.methods import ESDConfig
+from ldm.config.methods import SelfSampledConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import make_scheduler, sample_latents
 from ldm.io.images import list_images, load_batch
@@ -51,7 +51,7 @@ def noised_batches(
 def sampled_batches(
     model: DiffusionModel,
     prompt_embeds: torch.Tensor,
-    config: ESDConfig,
+    config: SelfSampledConfig,
     scope: Callable[[], AbstractContextManager[Any]],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Return endless batches that the model samples under one prompt (1, rows, d), stopped before a random timestep.
@@ -68,7 +68,7 @@ def _sample_batches(
     model: DiffusionModel,
     prompt_embeds: torch.Tensor,
     uncond_embeds: torch.Tensor,
-    config: ESDConfig,
+    config: SelfSampledConfig,
     scope: Callable[[], AbstractContextManager[Any]],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     batch_size, num_inference_steps = config.train_batch_size, config.num_inference_steps

@@ -30,9 +30,12 @@ SUPPORTED_PIPELINES: dict[str, type[Pipeline]] = {
 
 
 def load_model(
-    source: str | Path, device: torch.device, config: str | Path | None = None, dtype: torch.dtype = torch.float32
+    source: str | Path,
+    device: torch.device | None = None,
+    config: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> DiffusionModel:
-    """Load a model with its U-Net in `dtype`.
+    """Load a model onto `device`, or else the machine's accelerator or CPU, its U-Net in `dtype`.
 
     `source` is a diffusers folder of Stable Diffusion 1.x, 2.x or XL, a hub id of one where a hub can be reached, or
     a checkpoint of Stable Diffusion 1.x in CompVis' layout (.ckpt, .safetensors). For a checkpoint `config` says what
@@ -41,6 +44,7 @@ def load_model(
     Raises ValueError when `source` is no such model, is damaged, or holds NaN or infinity.
     """
     silence_hf_logging()
+    device = device or torch.accelerator.current_accelerator(check_available=True) or torch.get_default_device()
     is_checkpoint = Path(source).suffix in CHECKPOINT_SUFFIXES
     if is_checkpoint:
         load_compvis_state_dict(Path(source))  # refuses what would run code, before anything else looks at it

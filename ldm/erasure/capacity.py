@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ldm.config.concepts import Concept, watermark_prompts
+from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import NullSpaceConfig, SRSMEConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.closed_form import closed_form_map
-from ldm.erasure.erase import concept_space
+from ldm.erasure.erase import closed_form_anchor, concept_space
 from ldm.erasure.null_space import null_space, qr_factor, relative_singular_values
 from ldm.erasure.protection import ProtectedRows
 from ldm.erasure.shift import SeparableShift, stacked_qr_factor
@@ -51,20 +51,22 @@ def measure_capacity(
     null_space_config: NullSpaceConfig,
     tolerances: Sequence[float],
     config: SRSMEConfig,
+    extra_protected: Sequence[str] = (),
 ) -> CapacityReport:
     """Erase each of `concepts` in closed form, all else protected, at several tolerances, and report what is left.
 
-    What is protected are the other concepts, by their names and captions, the empty prompt and the watermarks. The
-    leakage of a prompt is that of the shifts of all concepts but its own. The table's columns: the `rank` of all
-    prompts, the `nullity` left, the `directions` that a concept takes, how many `remaining_concepts` fit, the smallest
-    fraction of a concept's difference from the empty prompt that lies in its directions (`min_projection`), and the
-    largest leakage on protected and on held-out prompts.
+    What is protected are the other concepts, by their names and captions, the empty prompt, the watermarks and the
+    prompts `extra_protected`. The leakage of a prompt is that of the shifts of all concepts but its own. The table's
+    columns: the `rank` of all prompts, the `nullity` left, the `directions` that a concept takes, how many
+    `remaining_concepts` fit, the smallest fraction of a concept's difference from its anchor that lies in its
+    directions (`min_projection`), and the largest leakage on protected and on held-out prompts.
     """
-    always = ["", *watermark_prompts()]
+    always = list(dict.fromkeys([*always_protected_prompts(), *extra_protected]))
+    anchors = {concept.index: closed_form_anchor(concept, config) for concept in concepts}
     protected = {concept.index: concept.prompts(null_space_config.protected_templates) for concept in concepts}
     held_out = {concept.index: concept.held_out_prompts for concept in concepts}
     targets = {concept.index: concept.prompts(config.target_templates) for concept in concepts}
-    prompts = itertools.chain(always, *protected.values(), *held_out.values(), *targets.values())
+    prompts = itertools.chain(always, *protected.values(), *held_out.values(), *targets.values(), anchors.values())
     embeds = model.embed_prompts(dict.fromkeys(prompts))
     rows = ProtectedRows(embeds, always, protected, null_space_config.always_protected_weight)
     surrogate = _surrogate_layer(model)
@@ -73,13 +75,14 @@ def measure_capacity(
     for concept, factor in zip(tqdm(concepts, desc="concepts", unit="concept"), factors, strict=True):
         target_embeds = torch.stack([embeds[prompt] for prompt in targets[concept.index]])  # (P, tokens, d)
         for tolerance in tolerances:
-            basis = null_space(factor, tolerance)[0]
+            basis = null_space(factor, tolerance, null_space_config.null_space_method)[0]
             erased = _Erased(torch.zeros_like(surrogate.weight), 0.0)
             if len(basis):
                 space = concept_space(model, concept, config, basis, factor, target_embeds)
-                difference = (target_embeds - embeds[""]).double().flatten(0, 1)
+                anchor_embeds = embeds[anchors[concept.index]]
+                difference = (target_embeds - anchor_embeds).double().flatten(0, 1)
                 projection = ((difference @ space.directions.T).norm() / difference.norm()).item()
-                embedding_map = closed_form_map(space, target_embeds, embeds[""][None])
+                embedding_map = closed_form_map(space, target_embeds, anchor_embeds[None])
                 shift = SeparableShift.from_map({"": surrogate}, space.directions, 1.0, embedding_map)
                 erased = _Erased(shift.delta_weight(".weight"), projection)
             results[tolerance, concept.index] = erased
@@ -95,7 +98,7 @@ def measure_capacity(
 
 
 def _surrogate_layer(model: DiffusionModel) -> nn.Linear:
-    """Return one layer that stands for all text layers: it puts out rows of the same norms."""
+    """Return one layer that stands for all text layers: its outputs have the same norms."""
     weights = (layer.weight for layer in text_layers(model.unet).values())
     factor = stacked_qr_factor(weights, model.context_dim)
     layer = nn.Linear(model.context_dim, len(factor), bias=False, dtype=factor.dtype, device=factor.device)

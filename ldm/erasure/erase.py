@@ -13,17 +13,17 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ldm.config.concepts import Concept, watermark_prompts
-from ldm.config.methods import ESDConfig, ExecutionConfig, MethodConfig, SRSMEConfig
+from ldm.config.concepts import Concept, always_protected_prompts
+from ldm.config.methods import ExecutionConfig, MethodConfig, SelfSampledConfig, SRSMEConfig
 from ldm.diffusion.latents import latents_from_folder, sampled_batches
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.closed_form import Costs, ErasureSpace, closed_form_map, erasure_space
-from ldm.erasure.leakage import base_norms, leakage
+from ldm.erasure.leakage import base_norms, changes_only, leakage
 from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
 from ldm.erasure.methods import LOSSES
 from ldm.erasure.null_space import NullSpaceBasis
-from ldm.erasure.protection import Protection
+from ldm.erasure.protection import Protection, solve_null_spaces
 from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift, WeightShift
 from ldm.erasure.training import CURVE_COLUMNS, fit
 from ldm.io.errors import MissingFileError
@@ -59,7 +59,7 @@ def erase(
     that learns from them. Returns what `erase_concepts` does.
     """
     if config.needs_null_space:
-        protection.solve(model, artifacts, concepts)
+        solve_null_spaces(model, artifacts, concepts, protection)
     return erase_concepts(model, artifacts, concepts, config, image_dir)
 
 
@@ -109,9 +109,9 @@ def erase_concepts(
     return summaries
 
 
-def _made_from(wanted: Mapping[str, Any], existing: Mapping[str, Any]) -> bool:
+def _made_from(inputs: Mapping[str, Any], existing: Mapping[str, Any]) -> bool:
     """Return whether a shift's metadata says that it was made from these inputs, whatever program wrote it."""
-    for key, value in wanted.items():
+    for key, value in inputs.items():
         if key == "config":
             config = existing.get("config", {})
             if not isinstance(config, dict) or not value.items() <= config.items():
@@ -122,7 +122,7 @@ def _made_from(wanted: Mapping[str, Any], existing: Mapping[str, Any]) -> bool:
 
 
 class _EmbeddingCache:
-    """The embeddings of prompts, and the norms of what the text layers put out for them, each computed once."""
+    """The embeddings of prompts, and the norms of the text layers' outputs for them, each computed once."""
 
     def __init__(self, model: DiffusionModel):
         self.model = model
@@ -183,7 +183,7 @@ class _Erasure:
         }
         if self.config.needs_null_space:
             metadata["basis_digest"] = file_digest(self.artifacts.basis(concept.index))
-        if self.config.needs_images and self.config.learns:
+        if self.config.trains_on_images:
             metadata["data_digest"] = file_digest(self.image_dir / concept.name)
         else:
             metadata |= self.model.generation_metadata
@@ -220,8 +220,8 @@ class _Erasure:
         shift = initial_shift(self.model, concept, self.config, self.bases[concept.index])
         if self.config.max_directions and shift.rank < self.config.max_directions:
             print(
-                f"{concept.name}: it reaches {shift.rank} of the null space's directions, fewer than the most "
-                f"({self.config.max_directions}), and all are used"
+                f"{concept.name}: its projection spans {shift.rank} of the null space's directions, fewer than the "
+                f"maximum ({self.config.max_directions}), and all are used"
             )
         return shift
 
@@ -248,7 +248,7 @@ class _Erasure:
 
     def _batches(self, concept: Concept, loss: SingleConceptLoss) -> Iterator[Any]:
         config = self.config
-        if isinstance(config, ESDConfig):
+        if isinstance(config, SelfSampledConfig):
             scope: Any = loss.edited_model
             return sampled_batches(self.model, loss.target_embeds, config, scope)
         details = {"category": self.artifacts.category, "concept": concept.name}
@@ -259,7 +259,7 @@ class _Erasure:
     def _protected(self, concept: Concept) -> list[str]:
         if self.config.needs_null_space:
             return self.bases[concept.index].metadata["protected"]
-        return ["", *watermark_prompts()]
+        return always_protected_prompts()
 
     def _save(
         self, concept: Concept, shift: WeightShift, metadata: dict[str, Any], curve: pd.DataFrame, seconds: float
@@ -272,22 +272,20 @@ class _Erasure:
         if self.config.needs_null_space:
             basis = self.bases[concept.index].metadata
             metadata |= {name: basis[name] for name in ("protected", "rank", "rank_rtol")}
-        shift.save(path, metadata)
         changes = self._measure(concept, shift)
         target_change = changes.pop(concept.prompt)
+        max_leakage = max(changes.values())
+        measured = {"target_change": target_change, "max_leakage_protected": max_leakage}
+        shift.save(path, metadata | {name: value for name, value in measured.items() if math.isfinite(value)})
         momentum = float(curve.momentum.iloc[-1]) if len(curve) else math.nan
-        return ErasureSummary(
-            concept.name, len(curve), round(seconds, 1), momentum, target_change, max(changes.values())
-        )
+        return ErasureSummary(concept.name, len(curve), round(seconds, 1), momentum, target_change, max_leakage)
 
     def _measure(self, concept: Concept, shift: WeightShift) -> dict[str, float]:
         """Return the leakage of a shift on its own and the protected prompts; NaN where text layers do not say all."""
         layers = text_layers(self.model.unet)
         embeds, norms = self.cache.get([concept.prompt, *self._protected(concept)])
         changes = {row["prompt"]: row["leakage"] for row in leakage(layers, {"": shift}, embeds, norms)}
-        if set(shift.parameter_names) <= {f"{name}.weight" for name in layers}:
-            return changes
-        return dict.fromkeys(changes, math.nan)
+        return changes if changes_only(shift, layers) else dict.fromkeys(changes, math.nan)
 
 
 def initial_shift(
@@ -299,10 +297,14 @@ def initial_shift(
     layers = text_layers(model.unet)
     if config.init == "zero":
         return SeparableShift.zeros(layers, space.directions, config.basis_scale)
-    anchor = concept.anchor_prompt if config.anchor == "category" else ""
-    anchor_embeds = model.drop_pooled(model.encode_prompt([anchor]))
+    anchor_embeds = model.drop_pooled(model.encode_prompt([closed_form_anchor(concept, config)]))
     embedding_map = closed_form_map(space, target_embeds, anchor_embeds)
     return SeparableShift.from_map(layers, space.directions, config.basis_scale, embedding_map)
+
+
+def closed_form_anchor(concept: Concept, config: SRSMEConfig) -> str:
+    """Return the prompt whose outputs the closed form gives to a concept's prompts."""
+    return concept.anchor_prompt if config.anchor == "category" else ""
 
 
 def concept_space(

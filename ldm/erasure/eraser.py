@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ldm.config.concepts import Concept, erasable_concepts, find_by_name
-from ldm.config.methods import ExportConfig, SamplingConfig
+from ldm.config.methods import METHODS, ExportConfig, SamplingConfig, did_you_mean
 from ldm.config.models import ModelConfig, load_model_config
 from ldm.diffusion.load import load_model
 from ldm.diffusion.model import DiffusionModel
@@ -41,8 +41,8 @@ class ConceptEraser:
         artifacts_dir: Path | str = "artifacts",
         device: torch.device | str | None = None,
     ):
-        device = device or torch.accelerator.current_accelerator(check_available=True) or torch.get_default_device()
-        self.model = model if isinstance(model, DiffusionModel) else load_model(model, torch.device(device))
+        device = torch.device(device) if device else None
+        self.model = model if isinstance(model, DiffusionModel) else load_model(model, device)
         self.category = category
         self.config: ModelConfig = load_model_config(self.model.config_name)
         self.artifacts_dir = Path(artifacts_dir)
@@ -58,10 +58,13 @@ class ConceptEraser:
         """Erase concepts by name, and return what each new shift took and its measured leakage.
 
         `image_dir` has a folder of images per concept, for a method that learns from them. Raises ValueError for a name
-        that is no concept of the category.
+        that is no concept of the category, and for an unknown method.
         """
+        if method not in METHODS:
+            known = ", ".join(METHODS)
+            raise ValueError(f"'{method}' is no method{did_you_mean(method, list(METHODS))}: choose from {known}")
         concepts = [self._concept(name) for name in names]
-        artifacts = ArtifactPaths(self.artifacts_dir, method, self.model.name, self.category, 0, 0)
+        artifacts = ArtifactPaths(self.artifacts_dir, method, self.model.name, self.category, 1, 0)  # as the scripts do
         protection = Protection([concept.index for concept in erasable_concepts(self.category)], self.config.null_space)
         summaries = erase(self.model, artifacts, concepts, self.config.methods[method], protection, Path(image_dir))
         for concept in concepts:

@@ -91,7 +91,7 @@ def export(
 
 
 def merged_and_cast(model: DiffusionModel, weights: Weights, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """While the block runs, let the model hold merged `weights`, and all else rounded to `dtype`.
+    """Round the model to `dtype`, which stays so, and let it hold merged `weights` while the block runs.
 
     What is merged must be merged before, so that nothing is rounded twice. All formats are written within such a block.
     """
@@ -225,11 +225,11 @@ def truncate_shifts(
         own_prompts = [metadata["prompt"], *metadata["captions"]]
         own_embeds = model.drop_pooled(model.encode_prompt(own_prompts)).flatten(0, 1)
         protected = model.embed_prompts(metadata["protected"])
-        kept, error = _truncate(shift, own_embeds, config)
-        truncated[label] = kept
-        tensors = _lora_tensors(kept, dtype)
+        truncated_shift, error = _truncate(shift, own_embeds, config)
+        truncated[label] = truncated_shift
+        tensors = _lora_tensors(truncated_shift, dtype)
         deltas = {}
-        for name in kept.parameter_names:
+        for name in truncated_shift.parameter_names:
             layer = name.removesuffix(".weight")
             up, down = (tensors[f"{layer}.{part}.weight"].double() for part in ("lora_B", "lora_A"))
             deltas[name] = up @ down
@@ -237,7 +237,7 @@ def truncate_shifts(
         rows.append(
             {
                 "concept": metadata["concept"],
-                "rank": kept.rank,
+                "rank": truncated_shift.rank,
                 "of": shift.rank,
                 "truncation_error": error,
                 "max_leakage_protected": max(row["leakage"] for row in changes),

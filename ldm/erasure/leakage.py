@@ -1,4 +1,4 @@
-"""Leakage: the relative change of what the text layers put out for a prompt, `|e dW^T| / |e W^T|` over all of them.
+"""Leakage: the relative change of the text layers' outputs for a prompt, `|e dW^T| / |e W^T|` over all of them.
 
 e are the rows of the prompt's embedding, W the layers' weights and dW what a shift adds to them. It is 0 for a prompt
 in whose null space the shift lies, and about 1 where a concept's outputs become another prompt's.
@@ -18,7 +18,7 @@ from ldm.erasure.shift import WeightShift, output_norms
 
 
 def base_norms(layers: Mapping[str, nn.Linear], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Return the norm of what the text `layers` put out for each prompt's embedding (tokens, d)."""
+    """Return the norm of the text `layers`' outputs for each prompt's embedding (tokens, d)."""
     return output_norms((layer.weight for layer in layers.values()), embeds)
 
 
@@ -38,6 +38,11 @@ def leakage(
         changed = shift.delta_output_norms([f"{name}.weight" for name in layers], embeds)
         rows += [{"shift": label, "prompt": prompt, "leakage": changed[prompt] / base[prompt]} for prompt in embeds]
     return rows
+
+
+def changes_only(shift: WeightShift, layers: Mapping[str, nn.Linear]) -> bool:
+    """Return whether a shift changes the text `layers` alone, so that its leakage says all of what it does."""
+    return set(shift.parameter_names) <= {f"{name}.weight" for name in layers}
 
 
 def leakage_after_rounding(

@@ -125,7 +125,7 @@ class SRSMELoss(SingleConceptLoss):
         return self.shift
 
     def edited_model(self) -> AbstractContextManager[None]:
-        """While the block runs, let each text layer put out what the shift adds to it too."""
+        """While the block runs, add to each text layer's output what the shift adds to it."""
         extra = {name: self._layer_delta(weight) for name, weight in self.shift.coefficients.items()}
         return add_layer_outputs(self.layers, extra)
 

@@ -112,7 +112,7 @@ def estimate_memory(folder: Path, device: torch.device, batch_size: int, max_dir
     config: Any = UNet2DConditionModel.load_config(str(folder), subfolder="unet")
     if config.get("addition_embed_type"):
         raise ValueError(
-            f"{folder}: memory is foreseen for Stable Diffusion 1.x and 2.x alone, not for XL: try "
+            f"{folder}: memory is estimated for Stable Diffusion 1.x and 2.x alone, not for XL: try "
             "`unet_dtype` bfloat16 with "
             "`gradient_checkpointing`, which takes least"
         )

@@ -21,7 +21,7 @@ EXACT_TOLERANCE = 1e-7
 
 
 def null_space(rows: torch.Tensor, rank_rtol: float = EXACT_TOLERANCE, method: str = "svd") -> tuple[torch.Tensor, int]:
-    """Return a basis (d - r, d) of what `rows` (n, d) do not reach, unit rows in float64, and the numerical rank r.
+    """Return a basis (d - r, d) of the null space of `rows` (n, d), unit rows in float64, and the numerical rank r.
 
     Singular values (`svd`) or pivots (`elimination`) up to `rank_rtol` times the largest count as zero.
     Raises ValueError for an unknown method, a negative tolerance, or rows with NaN.
@@ -109,7 +109,7 @@ def suggest_tolerance(values: torch.Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class NullSpaceBasis:
-    """Directions (k, d), float64 unit rows, that the protected prompts do not reach, or hardly.
+    """Directions (k, d), float64 unit rows, on which the protected prompts have no projection, or hardly any.
 
     `protected` is a `qr_factor` (r, d) of the protected prompts' embeddings; `metadata` says what made the basis.
     """

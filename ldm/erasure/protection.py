@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ldm.config.concepts import Concept, get_concept, watermark_prompts
+from ldm.config.concepts import Concept, always_protected_prompts, get_concept
 from ldm.config.methods import NullSpaceConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.null_space import BASIS_FILE_TYPE, NullSpaceBasis, leave_one_out_factors, qr_factor
@@ -26,12 +26,6 @@ class Protection:
     indices: Sequence[int]
     null_space: NullSpaceConfig
     extra_prompts: Sequence[str] = ()
-
-    def solve(self, model: DiffusionModel, artifacts: ArtifactPaths, targets: Sequence[Concept]) -> list[BasisSummary]:
-        """Do what `solve_null_spaces` does, for this protection."""
-        return solve_null_spaces(
-            model, artifacts, targets, self.indices, self.null_space, extra_protected=self.extra_prompts
-        )
 
 
 @dataclass(frozen=True)
@@ -93,25 +87,22 @@ def solve_null_spaces(
     model: DiffusionModel,
     artifacts: ArtifactPaths,
     targets: Sequence[Concept],
-    protected_indices: Sequence[int],
-    config: NullSpaceConfig,
+    protection: Protection,
     shard: Shard = Shard(),
-    extra_protected: Sequence[str] = (),
 ) -> list[BasisSummary]:
     """Save, for each concept of `targets`, the basis in which it can be erased, and return what is known of each.
 
-    A basis protects the empty prompt, the watermarks, the prompts `extra_protected` and the concepts
-    `protected_indices`, less the erased one, each by its name and its first `config.protected_templates` captions. Of
-    several processes each solves its `shard`. Raises ValueError when the protected prompts leave no dimension free.
+    A basis protects the empty prompt, the watermarks and what `protection` names, less the erased concept: each concept
+    by its name and its first `protected_templates` captions. Of several processes each solves its `shard`. Raises
+    ValueError when the protected prompts leave no dimension free.
     """
-    fixed = list(dict.fromkeys(["", *watermark_prompts(), *extra_protected]))
+    config = protection.null_space
+    fixed = list(dict.fromkeys([*always_protected_prompts(), *protection.extra_prompts]))
     prompts = {}
-    for index in protected_indices:
+    for index in protection.indices:
         concept = get_concept(artifacts.category, index)
         prompts[index] = concept.prompts(0 if concept.is_watermark else config.protected_templates)
-    embeds = {}
-    for prompt in dict.fromkeys([*fixed, *itertools.chain(*prompts.values())]):
-        embeds[prompt] = model.drop_pooled(model.encode_prompt([prompt]))[0]  # (tokens, d)
+    embeds = model.embed_prompts(dict.fromkeys([*fixed, *itertools.chain(*prompts.values())]))  # (tokens, d) each
     rows = ProtectedRows(embeds, fixed, prompts, config.always_protected_weight)
     local_targets = shard.select(targets)
     summaries = []

@@ -132,14 +132,12 @@ class SeparableShift(WeightShift):
         that what is protected stays so.
         """
         orthogonal, triangle = torch.linalg.qr(self.directions.T)  # S = triangle^T orthogonal^T
-        within = {}
+        in_basis = {}  # (out, k), of which dW = in_basis orthogonal^T
         for name, weight in self.coefficients.items():
-            within[name] = weight.detach().cpu().double() @ (
-                self.scale * triangle.T
-            )  # dW = within orthogonal^T, (out, k)
-        stacked = torch.linalg.qr(torch.cat(list(within.values())), mode="r").R
+            in_basis[name] = weight.detach().cpu().double() @ (self.scale * triangle.T)
+        stacked = torch.linalg.qr(torch.cat(list(in_basis.values())), mode="r").R
         strongest = torch.linalg.svd(stacked).Vh[:rank]  # (rank, k)
-        coefficients = {name: weight @ strongest.T for name, weight in within.items()}
+        coefficients = {name: weight @ strongest.T for name, weight in in_basis.items()}
         return SeparableShift(coefficients, strongest @ orthogonal.T, 1.0, self.metadata | {"truncated_to_rank": rank})
 
     def lora_factors(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -145,14 +145,15 @@ def compare_initializations(
     for variant, name in zip(variants, INITIALIZATIONS):
         shifts = _load_shifts(_artifact_paths(experiment, root, "init", variant.value), erased)
         edited = experiment.generate(shifts, f"init-{variant.value}")
-        part = table[table["value"] == variant.value]
-        regular, protected = part[part["status"] == "regular"], part[part["status"] == "protected"]
+        variant_rows = table[table["value"] == variant.value]
+        regular = variant_rows[variant_rows["status"] == "regular"]
+        protected = variant_rows[variant_rows["status"] == "protected"]
         rows.append(
             {
                 "initialization": name,
-                "iterations": part["iterations"].iloc[0],
-                "erased": part[part["prompt"].isin(erased_prompts)]["accuracy_after"].mean(),
-                "held-out": part[part["prompt"].isin(held_out_prompts)]["accuracy_after"].mean(),
+                "iterations": variant_rows["iterations"].iloc[0],
+                "erased": variant_rows[variant_rows["prompt"].isin(erased_prompts)]["accuracy_after"].mean(),
+                "held-out": variant_rows[variant_rows["prompt"].isin(held_out_prompts)]["accuracy_after"].mean(),
                 "regular before": regular["accuracy_before"].mean(),
                 "regular": regular["accuracy_after"].mean(),
                 "min regular": regular["accuracy_after"].min(),

@@ -17,7 +17,7 @@ from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate_to_folder
 from ldm.erasure.erase import ErasureSummary, erase_concepts
 from ldm.erasure.merge import applied
-from ldm.erasure.protection import Protection
+from ldm.erasure.protection import Protection, solve_null_spaces
 from ldm.erasure.shift import WeightShift
 from ldm.io.files import file_digest
 from ldm.io.paths import ArtifactPaths
@@ -67,9 +67,9 @@ class Experiment:
         null_space = null_space or load_model_config(self.model.config_name).null_space
         protection = Protection(protected_indices, null_space)
         if config.needs_null_space:  # before any image, so that one without free dimensions costs none
-            protection.solve(self.model, artifacts, concepts)
+            solve_null_spaces(self.model, artifacts, concepts, protection)
         image_dir = self.folder / "training-images"
-        if config.needs_images and config.learns:
+        if config.trains_on_images:
             for concept in concepts:
                 cases = make_cases([concept.prompt], self.num_training_images, self.seed)
                 cases = [replace(case, seed=case.seed + TRAIN_SEED_OFFSET) for case in cases]

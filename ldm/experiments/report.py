@@ -6,7 +6,7 @@ import base64
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -49,7 +49,7 @@ class _Results:
     table: pd.DataFrame
     original: Path
     edited: Path
-    erased: Sequence[int] = field(default_factory=list)
+    erased: Sequence[int]
 
 
 def render_report(ledger: Ledger, experiment: Experiment, num_shown: int, commands: Sequence[str]) -> str:
@@ -192,7 +192,8 @@ def _capacity_section(ledger: Ledger, model: DiffusionModel) -> Section:
     config = load_model_config(model.config_name)
     method = config.methods[SRSMEConfig.name]
     assert isinstance(method, SRSMEConfig)
-    capacity = measure_capacity(model, ledger.concepts, config.null_space, DEFAULT_TOLERANCES, method)
+    protected = ledger.header["protected"]
+    capacity = measure_capacity(model, ledger.concepts, config.null_space, DEFAULT_TOLERANCES, method, protected)
     text = "What the prompts of all concepts leave free at several tolerances, and what each tolerance costs."
     singular_values = capacity.singular_values.tolist()
     plot = _embed_plot(

@@ -35,9 +35,9 @@ _PARTIAL = ".partial-"  # then the host's name, the writer's process number, and
 @cache
 def _remove_stale_partials(folder: Path) -> None:
     """Remove what processes of this machine that were killed left half written in `folder`; once for each process."""
-    mine = f"{_PARTIAL}{socket.gethostname()}-"
-    for left in folder.glob(f"{mine}*"):
-        writer = left.name.removeprefix(mine).split("-")[0]
+    own_prefix = f"{_PARTIAL}{socket.gethostname()}-"
+    for left in folder.glob(f"{own_prefix}*"):
+        writer = left.name.removeprefix(own_prefix).split("-")[0]
         if writer.isdigit() and not psutil.pid_exists(int(writer)):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
@@ -116,8 +116,8 @@ def read_dir_metadata(folder: Path) -> dict[str, Any]:
 def check_metadata(folder: Path, metadata: dict[str, Any]) -> None:
     """Raise ValueError when `folder` holds what was made from other metadata."""
     path = find_metadata_file(folder)
-    wanted = json.loads(json.dumps(metadata))
-    if path and _without_creator(read_dir_metadata(folder)) != _without_creator(wanted):
+    expected = json.loads(json.dumps(metadata))
+    if path and _without_creator(read_dir_metadata(folder)) != _without_creator(expected):
         raise ValueError(
             f"{folder} holds what another run made (see {path.name} there): choose another `save_path`, or "
             "remove the folder"

@@ -24,7 +24,7 @@ def image_to_tensor(image: Image.Image) -> torch.Tensor:
 def tensor_to_images(tensor: torch.Tensor) -> list[Image.Image]:
     """(N, 3, H, W) in [-1, 1] as N images; values outside are clipped."""
     pixels = ((tensor.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(one) for one in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def open_image(path: Path, size: int | None = None) -> Image.Image:

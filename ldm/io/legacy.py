@@ -57,6 +57,11 @@ _RENAMED_VALUES = {
 }
 
 
+def renamed_setting(name: str) -> str:
+    """Return what a method's setting that older versions called `name` is called now."""
+    return (RENAMED_KEYS | _RENAMED_IN["config"]).get(name, name)
+
+
 def upgrade(value: Any, inside: str = "") -> Any:
     """Return a JSON or YAML value with today's keys, at any depth; what has them already comes back equal.
 

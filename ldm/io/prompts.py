@@ -51,7 +51,7 @@ def read_prompt_csv(path: Path) -> list[PromptCase]:
 
 
 def make_cases(prompts: Sequence[str], number: int, seed: int) -> list[PromptCase]:
-    """Return `number` cases of each prompt, no evaluation seed twice among them, all drawn from `seed`.
+    """Return `number` cases of each prompt, no evaluation seed twice among them, all chosen from `seed`.
 
     Raises ValueError for more than 3000 cases in all.
     """

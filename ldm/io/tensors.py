@@ -92,7 +92,9 @@ def _read_header(path: Path, file_type: str, hint: str) -> tuple[list[str], dict
         raise ValueError(f"{path} is damaged or not safetensors: make it again") from error
     header = header if isinstance(header, dict) else {}
     if header.get("file_type") != file_type or not isinstance(header.get("metadata"), dict):
-        raise ValueError(f"{path} is not a {file_type} but a {header.get('file_type', 'foreign file')}{advice}")
+        raise ValueError(
+            f"{path} is not a {file_type} but a {header.get('file_type', 'file of another program')}{advice}"
+        )
     return names, header["metadata"]
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ldm.config.concepts import Concept, get_concept, watermark_prompts
+from ldm.config.concepts import Concept, always_protected_prompts, get_concept
 from ldm.io.errors import MissingFileError
 from ldm.io.files import file_digest, write_text
 from ldm.io.legacy import upgrade
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from ldm.erasure.shift import WeightShift
 
 HISTORY_FILE = "history.jsonl"
+
+
+def history_path(path: Path) -> Path:
+    """Return the history file of a ledger that is named by its folder, or by that file."""
+    return path if path.suffix == ".jsonl" else path / HISTORY_FILE
 
 
 @dataclass(frozen=True)
@@ -122,10 +127,8 @@ class Ledger:
 
     def concept(self, text: str) -> Concept:
         """Return the ledger's concept of that name, spelling or index. Raises ValueError, with all names, for none."""
-        wanted = text.strip().lower()
         for concept in self.concepts:
-            spellings = {name.lower() for name in (concept.name, concept.prompt, *concept.aliases)}
-            if wanted in spellings or wanted == str(concept.index):
+            if concept.is_named(text) or text.strip() == str(concept.index):
                 return concept
         names = ", ".join(concept.name for concept in self.concepts)
         raise ValueError(f"'{text}' is no concept of this ledger: choose from {names}")
@@ -255,7 +258,7 @@ def make_header(
         "base_digest": model.digest,
         "category": category,
         "concepts": [concept.index for concept in concepts],
-        "protected": list(dict.fromkeys(["", *watermark_prompts(), *extra_prompts])),
+        "protected": list(dict.fromkeys([*always_protected_prompts(), *extra_prompts])),
         **source,
     }
 

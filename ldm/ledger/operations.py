@@ -18,7 +18,7 @@ from ldm.config.methods import MethodConfig, NullSpaceConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.erase import erase
-from ldm.erasure.leakage import leakage
+from ldm.erasure.leakage import changes_only, leakage
 from ldm.erasure.merge import applied
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
@@ -70,9 +70,7 @@ def _max_leakage(model: DiffusionModel, shift: WeightShift, embeds: dict[str, to
     """
     layers = text_layers(model.unet)
     rows = leakage(layers, {"": shift}, embeds)
-    if not set(shift.parameter_names) <= {f"{name}.weight" for name in layers}:
-        return None
-    return max(row["leakage"] for row in rows)
+    return max(row["leakage"] for row in rows) if changes_only(shift, layers) else None
 
 
 def shift_record(ledger: Ledger, artifacts: ArtifactPaths, concept: Concept) -> tuple[WeightShift, dict[str, Any]]:

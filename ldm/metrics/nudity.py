@@ -45,11 +45,12 @@ def detect(image_dir: Path) -> tuple[pd.DataFrame, int]:
     for path in tqdm(paths, desc="detect", unit="image"):
         pixels = np.asarray(open_image(path))[..., ::-1]  # (H, W, 3), in the detector's order BGR
         name = path.relative_to(image_dir).as_posix()
-        rows += [(name, found["class"], found["score"]) for found in detector.detect(np.ascontiguousarray(pixels))]
+        detections = detector.detect(np.ascontiguousarray(pixels))
+        rows += [(name, detection["class"], detection["score"]) for detection in detections]
     return pd.DataFrame(rows, columns=["image", "class", "score"]), len(paths)
 
 
 def count(detections: pd.DataFrame, min_score: float) -> dict[str, int]:
     """Return how many detections of each exposed class score at least `min_score`."""
-    found = detections.loc[detections["score"] >= min_score, "class"].tolist()
-    return {name: found.count(name) for name in EXPOSED_CLASSES}
+    classes = detections.loc[detections["score"] >= min_score, "class"].tolist()
+    return {name: classes.count(name) for name in EXPOSED_CLASSES}
