@@ -1,4 +1,4 @@
-"""Compare the closed form with learning: erasure in closed form, by gradient from zero, and by gradient from that form.
+"""Compare the closed form with training: erasure in closed form, by gradient from zero, and by gradient from that form.
 
 Beside accuracies and distances on concept names it measures held-out templates, and what is generated instead of an
 erased concept: `fd_reference` is the Frechet distance of the erased prompts' images to rendered ones that show no

@@ -181,7 +181,7 @@ def test_values_out_of_range_are_refused_in_every_config(make, words):
 
 def test_what_a_method_says_of_itself():
     traits = {
-        name: (kind.needs_null_space, kind.is_joint, kind.needs_images, kind().learns) for name, kind in METHODS.items()
+        name: (kind.needs_null_space, kind.is_joint, kind.needs_images, kind().trains) for name, kind in METHODS.items()
     }
     assert traits == {
         "SRS-ME": (True, False, True, True),
@@ -195,7 +195,7 @@ def test_what_a_method_says_of_itself():
 
 def test_without_a_gradient_the_closed_forms_settings_act_alone():
     config = SRSMEConfig(mode="closed_form", init="closed_form")
-    assert not config.learns
+    assert not config.trains
     assert set(config.acting()) == {
         "mode",
         "init",
@@ -234,7 +234,7 @@ def with_default_steps(config: ModelConfig) -> ModelConfig:
     """Return a config whose closed forms have the default `max_steps`, which does not act in them."""
     methods = dict(config.methods)
     for name, method in methods.items():
-        if not method.learns:
+        if not method.trains:
             methods[name] = method.with_changes(max_steps=1000)
     return dataclasses.replace(config, methods=methods)
 
@@ -284,7 +284,7 @@ def test_a_yaml_is_merged_over_the_config_that_it_names(tmp_path):
 
 def test_a_field_says_its_limits():
     entry = next(entry for entry in dataclasses.fields(SRSMEConfig) if entry.name == "ridge_weight")
-    assert entry.metadata["above"] == 0 and not entry.metadata["learning_only"]
+    assert entry.metadata["above"] == 0 and not entry.metadata["training_only"]
     assert setting(1, "a help").metadata["choices"] == ()
 
 

@@ -163,7 +163,7 @@ def test_a_shift_of_an_older_version_is_kept_too(tiny, tmp_path):
 
 def test_what_makes_nothing_or_lacks_its_inputs_is_refused(tiny, tmp_path):
     artifacts = artifacts_in(tmp_path)
-    with pytest.raises(ValueError, match="`mode` closed_form learns nothing from `init` zero"):
+    with pytest.raises(ValueError, match="`mode` closed_form trains nothing from `init` zero"):
         erase_concepts(tiny, artifacts, STYLES, CLOSED_FORM.with_changes(init="zero"), tmp_path)
     with pytest.raises(MissingFileError, match="no null space basis") as missing:
         erase_concepts(tiny, artifacts, STYLES, CLOSED_FORM, tmp_path)
@@ -172,7 +172,7 @@ def test_what_makes_nothing_or_lacks_its_inputs_is_refused(tiny, tmp_path):
         erase_concepts(tiny, artifacts_in(tmp_path, "FMN"), STYLES[:1], ForgetMeNotConfig(), tmp_path / "none")
 
 
-def test_a_joint_method_learns_all_at_once_in_one_process(tiny, tmp_path):
+def test_a_joint_method_trains_all_at_once_in_one_process(tiny, tmp_path):
     artifacts = artifacts_in(tmp_path, "SRS-ME-dagger")
     solve_null_spaces(tiny, artifacts, STYLES[:2], Protection([0, 1], NullSpaceConfig()))
     for concept in STYLES[:2]:

@@ -1,4 +1,4 @@
-"""The latents that erasures learn from: seeded, noised to their timestep, or sampled by the model being trained."""
+"""The latents that erasures train on: seeded, noised to their timestep, or sampled by the model being trained."""
 
 import itertools
 from contextlib import nullcontext

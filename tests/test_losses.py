@@ -204,7 +204,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_gradient_checkpointing_and_a_frozen_copy_change_nothing(tiny, name):
-    """Recomputed blocks must hold what is learnt, as in the first pass, though the pass is over when they run again."""
+    """Recomputed blocks hold what is trained, as in the first pass, though the pass is over when they run again."""
     loss = MAKERS[name](tiny)
     generator = torch.Generator().manual_seed(1)
     for weight in loss.parameters():
@@ -284,7 +284,7 @@ def test_a_loss_from_its_config_trains_a_copy_of_the_weights_and_has_changed_not
     assert isinstance(shift, DenseShift) and shift.parameter_names == []
 
 
-def test_srs_me_from_its_config_learns_the_shift_on_with_the_concepts_prompts_in_turn(tiny):
+def test_srs_me_from_its_config_trains_the_shift_further_with_the_concepts_prompts_in_turn(tiny):
     shift = SeparableShift.zeros(text_layers(tiny.unet), torch.eye(4, 96), 1.0)
     config = SRSMEConfig(target_templates=2, l1_weight=0.5)
     loss = SRSMELoss.from_config(tiny, get_concept("style", 1), config, shift)

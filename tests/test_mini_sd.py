@@ -95,7 +95,7 @@ def erase_style(model, index, protected_indices, changes) -> SeparableShift:
     prompts = ["", *watermark_prompts(), *others]
     basis = NullSpaceBasis.fit(model.encode_prompt(prompts), prompts, config.null_space.rank_rtol, "svd")
     shift = initial_shift(model, concept, method, basis)
-    if not method.learns:
+    if not method.trains:
         return shift
     loss = SRSMELoss.from_config(model, concept, method, shift)
     noise = torch.cat([initial_noise(model, seed, 1) for seed in range(16)])

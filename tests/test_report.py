@@ -30,15 +30,15 @@ def model(mini_path):
 
 @pytest.fixture
 def ledger(model, mini_path, tmp_path):
-    """Erase VanGogh in closed form, Picasso in two iterations of learning; restore VanGogh and erase it again."""
+    """Erase VanGogh in closed form, Picasso in two iterations of training; restore VanGogh and erase it again."""
     styles = [get_concept("style", index) for index in range(3)]
     source = {"model": str(mini_path), "ckpt_path": None, "config_path": None}
     header = make_header(model, "style", styles, ["a <b>cat & dog"], source)
     ledger = Ledger.create(tmp_path / "ledger" / HISTORY_FILE, header)
     config = load_model_config("mini-sd")
     method = config.methods["SRS-ME"].with_changes(seed=0)
-    learning = {"mode": "learn", "max_steps": 2, "ridge_weight": 0.5, "train_batch_size": 1}
-    for index, changes in ((1, {}), (2, learning)):
+    training = {"mode": "learn", "max_steps": 2, "ridge_weight": 0.5, "train_batch_size": 1}
+    for index, changes in ((1, {}), (2, training)):
         (tmp_path / "data" / styles[index].name).mkdir(parents=True)
         Image.new("RGB", (32, 32), "blue").save(tmp_path / "data" / styles[index].name / "0_0.png")
         settings = method.with_changes(**changes)

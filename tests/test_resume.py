@@ -29,7 +29,7 @@ def stages(mini_path, tmp_path_factory):
         model, device = ["--model", mini_path], ["--device", "cpu"]
         shifts = ["--artifacts_dir", root / "shifts"]
         targets = ["--erased_index", "0-8"]
-        learning = ["--init", "closed_form", "--max_steps", "4", "--train_batch_size", "2"]
+        training = ["--init", "closed_form", "--max_steps", "4", "--train_batch_size", "2"]
         sampling = ["--sample_batch_size", "4", "--num_inference_steps"]
         images = ["--shifts", "0-8", "--prompts_path", prompts, "--save_path", root / "images"]
         scene = ["--scene", "5", "--methods", "SRS-ME,FMN", "--save_path", root / "scenes", "--classifier", classifier]
@@ -54,7 +54,7 @@ def stages(mini_path, tmp_path_factory):
                 root / "data",
                 "--devices",
                 "cpu",
-                *learning,
+                *training,
             ],
             "generation": ["eval-scripts/generate-images-merge.py", *model, *shifts, *images, *sampling, "4", *device],
             "scenes": ["eval-scripts/scenes.py", *model, *scene, *size, *sampling, "2", *settings, *device],

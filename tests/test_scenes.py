@@ -111,7 +111,7 @@ def test_an_ablation_varies_one_choice_and_keeps_its_shifts_apart(tmp_path):
 
 def test_the_initializations_are_the_closed_form_the_gradient_and_both():
     configs = {name: SRS_ME.with_changes(**changes) for name, changes in INITIALIZATIONS.items()}
-    assert {name: (config.init, config.learns) for name, config in configs.items()} == {
+    assert {name: (config.init, config.trains) for name, config in configs.items()} == {
         "closed form": ("closed_form", False),
         "gradient": ("zero", True),
         "closed form, then gradient": ("closed_form", True),

@@ -123,7 +123,7 @@ def test_two_processes_give_the_same_files_as_one(run_in_one_process, tiny_path,
             tmp_path / "data",
         ]
         run_in_one_process("eval-scripts/generate-data.py", *model, *device, *flags)
-    learning = [
+    training = [
         "--init",
         "closed_form",
         "--max_steps",
@@ -140,7 +140,7 @@ def test_two_processes_give_the_same_files_as_one(run_in_one_process, tiny_path,
         images = ["--shifts", "0-2", "--prompts_path", prompts, "--save_path", root]
         return [
             ["train-scripts/SRSME_Solution.py", *model, *targets, *shifts, "--em_indexes", "0-3", *device],
-            ["train-scripts/SRS_ME.py", *model, *targets, *shifts, *learning],
+            ["train-scripts/SRS_ME.py", *model, *targets, *shifts, *training],
             ["eval-scripts/generate-images-merge.py", *model, *shifts, *images, *sampling, *device],
         ]
 

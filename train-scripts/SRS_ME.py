@@ -1,7 +1,7 @@
 """Erase concepts by SRS-ME: make, for each, a weight shift inside the null space that SRSME_Solution.py found.
 
 Writes shift-INDEX.safetensors and its learning curve shift-INDEX.csv. The base model is never changed; merge shifts
-with generate-images-merge.py or Merge_model.py, and restore a concept by leaving its shift out. --joint learns all of
+with generate-images-merge.py or Merge_model.py, and restore a concept by leaving its shift out. --joint trains all of
 them at once, their losses balanced (SRS-ME-dagger). --estimate_memory prints how much memory each choice of
 --unet_dtype and --gradient_checkpointing will take, and ends.
 """

@@ -51,14 +51,14 @@ def _devices(args: Namespace) -> tuple[torch.device, torch.device | None]:
 
 
 def _report_unused(args: Namespace, config: MethodConfig) -> None:
-    """Say which of the settings that were typed act only while something is learnt, where nothing is."""
-    if config.learns:
+    """Say which of the settings that were typed act only while something is trained, where nothing is."""
+    if config.trains:
         return
     typed = set(typed_settings(args, type(config))) - {"max_steps"}
-    entries = [entry for entry in dataclasses.fields(config) if entry.metadata["learning_only"]]
+    entries = [entry for entry in dataclasses.fields(config) if entry.metadata["training_only"]]
     unused = [spelled.get(entry.name, f"--{entry.name}") for entry in entries if entry.name in typed]
     if unused:
-        print(f"{', '.join(unused)}: not used, since nothing is learnt: --mode is closed_form")
+        print(f"{', '.join(unused)}: not used, since nothing is trained: --mode is closed_form")
 
 
 def memory_table(args: Namespace, method: str) -> pd.DataFrame:

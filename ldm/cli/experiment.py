@@ -121,17 +121,17 @@ def method_configs(args: Namespace, experiment: Experiment) -> dict[str, MethodC
 def srsme_config(args: Namespace, experiment: Experiment) -> SRSMEConfig:
     """Return SRS-ME's settings for an ablation.
 
-    Where these stop at the closed form, what an ablation of learning takes at most are the iterations of SRS-ME-dagger,
-    which always learns.
+    Where these stop at the closed form, what an ablation of training takes at most are the iterations of SRS-ME-dagger,
+    which always trains.
     """
     methods = method_configs(args, experiment)
     config, joint = methods[SRSMEConfig.name], methods[JointSRSMEConfig.name]
     assert isinstance(config, SRSMEConfig)
-    return config if config.learns else config.with_changes(max_steps=joint.max_steps)
+    return config if config.trains else config.with_changes(max_steps=joint.max_steps)
 
 
 def run_sweep(args: Namespace, name: str, setting: str, allow_zero: bool = False) -> None:
-    """Erase by learning and evaluate with each of --sweep_values for one of SRS-ME's settings, and print the means.
+    """Erase by training and evaluate with each of --sweep_values for one of SRS-ME's settings, and print the means.
 
     The erased concepts protect each other. `allow_zero` says whether 0 is a value of the setting.
     """

@@ -48,7 +48,7 @@ def artifact_paths(args: Namespace, model_name: str, method: str) -> ArtifactPat
 def method_config(args: Namespace, config: ModelConfig, method: str) -> MethodConfig:
     """Return a method's settings in a model's config with what was typed in their place.
 
-    Whether SRS-ME learns is decided by the flags: --mode, or else --max_steps, of which 0 stops at the closed form.
+    Whether SRS-ME trains is decided by the flags: --mode, or else --max_steps, of which 0 stops at the closed form.
     """
     base = config.methods[method]
     changes = typed_settings(args, type(base))
@@ -62,7 +62,7 @@ def _with_mode(changes: dict[str, Any]) -> dict[str, Any]:
     if changes["max_steps"] > 0:
         return {"mode": "learn", **changes}
     if changes.get("mode") == "learn":
-        raise ValueError("`max_steps` 0 learns nothing: give `mode` closed_form, or `max_steps` from 1")
+        raise ValueError("`max_steps` 0 trains nothing: give `mode` closed_form, or `max_steps` from 1")
     others = {name: value for name, value in changes.items() if name != "max_steps"}
     return {**others, "mode": "closed_form"}
 

@@ -23,15 +23,15 @@ def setting(
     choices: tuple[str, ...] = (),
     minimum: float | None = None,
     above: float | None = None,
-    learning_only: bool = False,
+    training_only: bool = False,
 ) -> Any:
-    """Declare a field: its default, meaning and possible values, and whether it acts only while something is learnt."""
+    """Declare a field: its default, meaning and possible values, and whether it acts only in training."""
     metadata = {
         "help": help_text,
         "choices": choices,
         "minimum": minimum,
         "above": above,
-        "learning_only": learning_only,
+        "training_only": training_only,
     }
     return field(default=default, metadata=metadata)
 
@@ -84,41 +84,41 @@ class MethodConfig(Settings):
 
     name: ClassVar[str]
     needs_null_space: ClassVar[bool] = False  # its shifts live in a null space basis
-    is_joint: ClassVar[bool] = False  # all concepts' shifts are learnt at once
-    needs_images: ClassVar[bool] = True  # it learns from images of the concept; otherwise from what the model samples
+    is_joint: ClassVar[bool] = False  # all concepts' shifts are trained at once
+    needs_images: ClassVar[bool] = True  # it trains on images of the concept; otherwise from what the model samples
 
-    lr: float = setting(1e-5, "Adam's learning rate", learning_only=True)
-    max_steps: int = setting(1000, "max number of iterations", minimum=1, learning_only=True)
-    train_batch_size: int = setting(1, "latents in an iteration", minimum=1, learning_only=True)
-    seed: int = setting(0, "what images, timesteps and noise are chosen from", learning_only=True)
+    lr: float = setting(1e-5, "Adam's learning rate", training_only=True)
+    max_steps: int = setting(1000, "max number of iterations", minimum=1, training_only=True)
+    train_batch_size: int = setting(1, "latents in an iteration", minimum=1, training_only=True)
+    seed: int = setting(0, "what images, timesteps and noise are chosen from", training_only=True)
 
     @property
-    def learns(self) -> bool:
+    def trains(self) -> bool:
         """Whether the method iterates at all."""
         return True
 
     @property
     def trains_on_images(self) -> bool:
         """Whether images of the concept are needed."""
-        return self.needs_images and self.learns
+        return self.needs_images and self.trains
 
     def acting(self) -> dict[str, Any]:
         """Return the settings that act: without a gradient, those of the closed form alone."""
         return {
             entry.name: getattr(self, entry.name)
             for entry in fields(self)
-            if self.learns or not entry.metadata["learning_only"]
+            if self.trains or not entry.metadata["training_only"]
         }
 
 
 @dataclass(frozen=True)
 class SRSMEConfig(MethodConfig):
-    """SRS-ME (arXiv 2402.05947): a shift inside the null space, in closed form, learnt, or both."""
+    """SRS-ME (arXiv 2402.05947): a shift inside the null space, in closed form, trained, or both."""
 
     name: ClassVar[str] = "SRS-ME"
     needs_null_space: ClassVar[bool] = True
 
-    mode: str = setting("learn", "stop at the closed form, or learn by gradient", choices=("closed_form", "learn"))
+    mode: str = setting("learn", "stop at the closed form, or train by gradient", choices=("closed_form", "learn"))
     init: str = setting("zero", "what a shift starts from", choices=("closed_form", "zero"))
     ridge_weight: float = setting(0.003, "weight of |dW|^2, relative to the concept's projection", above=0)
     preserve_scale: float = setting(
@@ -137,18 +137,18 @@ class SRSMEConfig(MethodConfig):
         691, "max number of basis vectors, those with the largest projection of the concept first", minimum=1
     )
     basis_scale: float = setting(1e-4, "beta, the scale of the null space's basis")
-    lr: float = setting(0.1, "Adam's learning rate", learning_only=True)
-    l1_weight: float = setting(1e-6, "weight of |dW|_1", learning_only=True)
-    stop_threshold: float = setting(1e-4, "stop when the momentum of the correlation falls to it", learning_only=True)
+    lr: float = setting(0.1, "Adam's learning rate", training_only=True)
+    l1_weight: float = setting(1e-6, "weight of |dW|_1", training_only=True)
+    stop_threshold: float = setting(1e-4, "stop when the momentum of the correlation falls to it", training_only=True)
 
     @property
-    def learns(self) -> bool:
+    def trains(self) -> bool:
         return self.mode == "learn"
 
 
 @dataclass(frozen=True)
 class JointSRSMEConfig(SRSMEConfig):
-    """SRS-ME-dagger: all concepts' shifts learnt at once, their losses balanced."""
+    """SRS-ME-dagger: all concepts' shifts trained at once, their losses balanced."""
 
     name: ClassVar[str] = "SRS-ME-dagger"
     is_joint: ClassVar[bool] = True
@@ -167,9 +167,9 @@ class FullCorrelationConfig(FinetuneConfig):
 
     name: ClassVar[str] = "SRS-ME-double-dagger"
 
-    lr: float = setting(1e-6, "Adam's learning rate", learning_only=True)
-    l1_weight: float = setting(1e-5, "weight of |dW|_1", learning_only=True)
-    stop_threshold: float = setting(5e-5, "stop when the momentum of the correlation falls to it", learning_only=True)
+    lr: float = setting(1e-6, "Adam's learning rate", training_only=True)
+    l1_weight: float = setting(1e-5, "weight of |dW|_1", training_only=True)
+    stop_threshold: float = setting(5e-5, "stop when the momentum of the correlation falls to it", training_only=True)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class ForgetMeNotConfig(FinetuneConfig):
 
     name: ClassVar[str] = "FMN"
 
-    max_steps: int = setting(50, "max number of iterations", minimum=1, learning_only=True)
+    max_steps: int = setting(50, "max number of iterations", minimum=1, training_only=True)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class AblatingConceptsConfig(FinetuneConfig):
 
     name: ClassVar[str] = "AbConcept"
 
-    max_steps: int = setting(75, "max number of iterations", minimum=1, learning_only=True)
+    max_steps: int = setting(75, "max number of iterations", minimum=1, training_only=True)
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class EvaluationConfig(Settings):
     """How much an experiment generates."""
 
     seeds_per_prompt: int = setting(50, "images of each prompt for each set of weights", minimum=1)
-    num_training_images: int = setting(50, "images to learn each erasure from", minimum=1)
+    num_training_images: int = setting(50, "images to train each erasure on", minimum=1)
 
 
 @dataclass(frozen=True)

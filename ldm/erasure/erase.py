@@ -56,7 +56,7 @@ def erase(
     """Erase concepts by one method, solving the null spaces first where it needs them; what is there already is kept.
 
     The shifts lie at `artifacts.shift(concept.index)`. `image_dir` has a folder of images per concept, for a method
-    that learns from them. Returns what `erase_concepts` does.
+    that trains on them. Returns what `erase_concepts` does.
     """
     if config.needs_null_space:
         solve_null_spaces(model, artifacts, concepts, protection)
@@ -74,16 +74,16 @@ def erase_concepts(
 ) -> list[ErasureSummary]:
     """Make and save each concept's shift, but for those that are there from the same inputs; return what each took.
 
-    `image_dir` has a folder of images per concept, which is not asked for when nothing is learnt from images. A
+    `image_dir` has a folder of images per concept, which is not asked for when nothing is trained on images. A
     learning curve goes beside each shift as CSV. Of several processes each makes its `shard`. Raises ValueError for a
     missing basis or folder, and for settings that make nothing.
     """
-    if isinstance(config, SRSMEConfig) and not config.learns and config.init == "zero":
+    if isinstance(config, SRSMEConfig) and not config.trains and config.init == "zero":
         raise ValueError(
-            "`mode` closed_form learns nothing from `init` zero: choose `init` closed_form, or `mode` learn"
+            "`mode` closed_form trains nothing from `init` zero: choose `init` closed_form, or `mode` learn"
         )
     if config.is_joint and shard.rank:
-        return []  # one process learns them, since they are learnt at once
+        return []  # one process trains them, since they are trained at once
     concepts = list(concepts) if config.is_joint else shard.select(concepts)
     erasure = _Erasure(model, artifacts, config, image_dir, execution)
     if config.needs_null_space:
@@ -104,7 +104,7 @@ def erase_concepts(
     if config.is_joint and missing:
         rounds = [list(concepts)]
     summaries: list[ErasureSummary] = []
-    for together in tqdm(rounds, desc="shifts", unit="shift", disable=config.learns):
+    for together in tqdm(rounds, desc="shifts", unit="shift", disable=config.trains):
         summaries += erasure.run(together, metadata)
     return summaries
 
@@ -190,7 +190,7 @@ class _Erasure:
         return metadata
 
     def run(self, concepts: Sequence[Concept], metadata: Mapping[int, dict[str, Any]]) -> list[ErasureSummary]:
-        """Make and save the shifts of concepts that are learnt together, or of one."""
+        """Make and save the shifts of concepts that are trained together, or of one."""
         start = time.perf_counter()
         if self.config.needs_null_space:
             self.bases = {concept.index: self.load_basis(concept) for concept in concepts}
@@ -200,7 +200,7 @@ class _Erasure:
             initial = self._initial_shift(concept)
             if initial is not None:
                 shifts[concept.index] = initial
-            if self.config.learns:
+            if self.config.trains:
                 kind = LOSSES[self.config.name]
                 arguments = (initial,) if initial is not None else ()
                 losses[concept.index] = kind.from_config(self.model, concept, self.config, *arguments)

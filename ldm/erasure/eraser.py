@@ -57,7 +57,7 @@ class ConceptEraser:
     def erase(self, *names: str, method: str = "SRS-ME", image_dir: Path | str = "data") -> list[ErasureSummary]:
         """Erase concepts by name, and return what each new shift took and its measured leakage.
 
-        `image_dir` has a folder of images per concept, for a method that learns from them. Raises ValueError for a name
+        `image_dir` has a folder of images per concept, for a method that trains on them. Raises ValueError for a name
         that is no concept of the category, and for an unknown method.
         """
         if method not in METHODS:

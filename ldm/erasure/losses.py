@@ -1,6 +1,6 @@
 """One class per erasure method, named by its paper: called with noisy latents and timesteps it returns a `LossOutput`.
 
-Each has `parameters()`, what is learnt, `to_shift()`, what has been learnt so far, and `from_config()`, which makes it
+Each has `parameters()`, what is trained, `to_shift()`, what came of it so far, and `from_config()`, which makes it
 for a concept with a model config's settings. The joint one is made of such parts. `ldm.erasure.methods` names them all.
 """
 
@@ -44,7 +44,7 @@ class TrainableLoss(Protocol):
     """What `ldm.erasure.training` needs of a loss."""
 
     def parameters(self) -> list[torch.Tensor]:
-        """Return what is learnt."""
+        """Return what is trained."""
         ...
 
     def __call__(self, latents: Any, timestep: Any) -> LossOutput:
@@ -53,7 +53,7 @@ class TrainableLoss(Protocol):
 
 
 class SingleConceptLoss(ABC):
-    """How a method for one concept predicts: with what it has learnt, and without."""
+    """How a method for one concept predicts: with what it has trained, and without."""
 
     def __init__(self, model: DiffusionModel, target_embeds: torch.Tensor):
         self.model = model
@@ -63,11 +63,11 @@ class SingleConceptLoss(ABC):
 
     @abstractmethod
     def parameters(self) -> list[torch.Tensor]:
-        """Return what is learnt."""
+        """Return what is trained."""
 
     @abstractmethod
     def to_shift(self) -> WeightShift:
-        """Return what has been learnt so far as a shift."""
+        """Return what has been trained so far as a shift."""
 
     @abstractmethod
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor) -> LossOutput:
@@ -75,11 +75,11 @@ class SingleConceptLoss(ABC):
 
     @abstractmethod
     def edited_model(self) -> AbstractContextManager[Any]:
-        """While the block runs, let the model predict with what has been learnt so far."""
+        """While the block runs, let the model predict with what has been trained so far."""
 
     @contextmanager
     def edited_model_with_grad(self) -> Generator[Any]:
-        """While the block runs, let the model predict with what has been learnt so far, for a pass with gradient."""
+        """While the block runs, let the model predict with what has been trained so far, for a pass with gradient."""
         recompute = gradient_checkpointing(self.model.unet, self.edited_model) if self.checkpointing else nullcontext()
         with recompute, self.edited_model() as scope:
             yield scope
@@ -114,7 +114,7 @@ class SRSMELoss(SingleConceptLoss):
 
     @classmethod
     def from_config(cls, model: DiffusionModel, concept: Concept, config: SRSMEConfig, shift: SeparableShift) -> Self:
-        """Return the loss that learns `shift` on for a concept."""
+        """Return the loss that trains `shift` further for a concept."""
         target_embeds = model.encode_prompt(concept.prompts(config.target_templates))
         return cls(model, shift, target_embeds, model.encode_uncond(), config.l1_weight)
 
@@ -173,7 +173,7 @@ class JointSRSMELoss:
         self.losses, self.floor = list(losses), floor
 
     def parameters(self) -> list[torch.Tensor]:
-        """Return what is learnt, concept by concept."""
+        """Return what is trained, concept by concept."""
         parameters: list[torch.Tensor] = []
         for loss in self.losses:
             parameters += loss.parameters()

@@ -94,7 +94,7 @@ class SeparableShift(WeightShift):
 
     @classmethod
     def zeros(cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float) -> Self:
-        """Return a shift of nothing, ready to be learnt: its coefficients are leaf tensors with gradients."""
+        """Return a shift of nothing, ready to be trained: its coefficients are leaf tensors with gradients."""
         coefficients = {}
         for name, layer in layers.items():
             shape = layer.out_features, len(directions)
@@ -105,7 +105,7 @@ class SeparableShift(WeightShift):
     def from_map(
         cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float, embedding_map: torch.Tensor
     ) -> Self:
-        """Return a learnable shift: `dW = W A S`, A (d, k) the `embedding_map` of `ldm.erasure.closed_form`."""
+        """Return a trainable shift: `dW = W A S`, A (d, k) the `embedding_map` of `ldm.erasure.closed_form`."""
         scaled = embedding_map / scale
         coefficients = {}
         for name, layer in layers.items():
@@ -114,7 +114,7 @@ class SeparableShift(WeightShift):
         return cls(coefficients, directions, scale)
 
     def parameters(self) -> list[torch.Tensor]:
-        """Return what is learnt."""
+        """Return what is trained."""
         return list(self.coefficients.values())
 
     @property

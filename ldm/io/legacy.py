@@ -91,4 +91,4 @@ def _upgrade_config(config: dict[str, Any]) -> None:
     if "init" in config and "mode" not in config:
         config["mode"] = "learn" if config.get("max_steps", 1) else "closed_form"
         if not config.get("max_steps", 1):
-            del config["max_steps"]  # which said that nothing is learnt
+            del config["max_steps"]  # which said that nothing is trained

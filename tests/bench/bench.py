@@ -3,7 +3,7 @@
 null space: 24 x 96 against sympy's elimination of the float32 embeddings, as in the original repository, extrapolated
 to 231 x 768 by its number of operations, rows^2 x columns; and 231 x 768 against scipy.linalg.null_space.
 iteration: one SRS-ME iteration of one latent, and of four, with Adam's, against the original repository's way (two
-models, four passes, one latent after the other, gradients for the weights of the U-Net that learns too), in float32;
+models, four passes, one latent after the other, gradients for the weights of the U-Net that trains too), in float32;
 and without those gradients; and the peak memory of each, weights included.
 erasure: three styles from the closed form to an accuracy of at most 10 %, against the same from zero by gradient.
 eighteen: nine styles and nine objects in closed form, each protecting all others, the model loaded; then accuracies of
@@ -274,7 +274,7 @@ def eighteen(model: DiffusionModel) -> None:
 
 
 def erasures(model: DiffusionModel) -> None:
-    """Print the time of three erasures in closed form against learning them."""
+    """Print the time of three erasures in closed form against training them."""
     config, concepts = load_model_config(model.config_name), [get_concept("style", index) for index in range(3)]
     names, uncond_embeds = [concept.prompt for concept in concepts], model.encode_uncond()
     bases, latents = {}, {}
@@ -290,7 +290,7 @@ def erasures(model: DiffusionModel) -> None:
         start, shifts = time.perf_counter(), []
         for concept in concepts:
             shift = initial_shift(model, concept, method, bases[concept])
-            if method.learns:
+            if method.trains:
                 loss = SRSMELoss.from_config(model, concept, method, shift)
                 stopping = MomentumStopping(method.stop_threshold)
                 batches = noised_batches(model, latents[concept], method.train_batch_size, 0)

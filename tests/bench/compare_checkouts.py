@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 SOLVE = "train-scripts/SRSME_Solution.py --erase_cat style --erased_index 0,1,2 --timei 0 --shifts_path {out}/shifts"
 ERASE = "train-scripts/SRS_ME.py --erase_cat style --shifts_path {out}/shifts"
-LEARN = "--data_path {out}/data --shifts_path {out}/shifts"
+TRAIN = "--data_path {out}/data --shifts_path {out}/shifts"
 MERGE = "train-scripts/Merge_model.py --shifts_path {out}/shifts"
 DRAW = "eval-scripts/generate-images-merge.py --shifts_path {out}/shifts"
 STYLES = "--prompts_path data/style_classify.csv"
@@ -48,11 +48,11 @@ WALK = (
     f"{DATA} --prompt Cezanne --model_name 0 --save_path {{out}}/data",
     f"{DATA} --prompt Picasso --model_name 0 --save_path {{out}}/data",
     f"{DATA} --prompt church --erase_cat object --model_name paint --save_path {{out}}/painted",
-    f"train-scripts/FMN.py --erased_index 0 --iter_break 6 {LEARN}",
-    f"train-scripts/Abconcept.py --erased_index 0 --iter_break 6 {LEARN}",
+    f"train-scripts/FMN.py --erased_index 0 --iter_break 6 {TRAIN}",
+    f"train-scripts/Abconcept.py --erased_index 0 --iter_break 6 {TRAIN}",
     "train-scripts/Esd.py --erased_index 0 --iter_break 4 --shifts_path {out}/shifts",
-    f"train-scripts/CiE.py --erased_index 0 --iter_break 6 {LEARN}",
-    f"train-scripts/SRS_ME.py --erased_index 0,2 --joint --iter_break 6 {LEARN}",
+    f"train-scripts/CiE.py --erased_index 0 --iter_break 6 {TRAIN}",
+    f"train-scripts/SRS_ME.py --erased_index 0,2 --joint --iter_break 6 {TRAIN}",
     f"{ERASE} --erased_index 0 --scenei 2 --init zero --iter_break 12 --batch_size 2 --reg_beta 1e-5 --threshold -1 "
     "--data_path {out}/data",
     "capacity.py --erased_index 0-8 --save_path {out}/capacity",

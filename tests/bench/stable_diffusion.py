@@ -32,7 +32,7 @@ FORMATS = "compvis,diffusers,unet,lora,kohya"
 
 
 def make(work: Path) -> None:
-    """Write the diffusers folder WORK/sd, the checkpoint WORK/sd.ckpt, and two images to learn from.
+    """Write the diffusers folder WORK/sd, the checkpoint WORK/sd.ckpt, and two images to train on.
 
     The checkpoint names a callback as the original does.
     """
@@ -59,7 +59,7 @@ def make(work: Path) -> None:
 
 
 def original(work: Path) -> None:
-    """Take three iterations with two float32 models: one frozen, one that learns the coefficients, four passes."""
+    """Take three iterations with two float32 models: one frozen, one that trains the coefficients, four passes."""
     options = {"safety_checker": None, "dtype": torch.float32}
     models = [StableDiffusionPipeline.from_pretrained(work / "sd", **options) for _ in range(2)]
     frozen, student = (model.unet.requires_grad_(False) for model in models)
