@@ -17,6 +17,7 @@ from ldm.io.images import image_to_tensor
 from ldm.io.prompts import PromptCase, write_prompt_csv
 from ldm.io.tensors import save_tensors
 from ldm.metrics.classifier_config import ClassifierConfig
+from ldm.metrics.classifier_training import train_classifier
 from ldm.metrics.classify import (
     CLASSIFIER_FILE_TYPE,
     IMAGENET_CLASSES,
@@ -25,7 +26,6 @@ from ldm.metrics.classify import (
     load_classifier,
     predict,
     save_classifier,
-    train_classifier,
 )
 from ldm.metrics.compare import accuracy_table, compare, group_by_concept, match_images
 from ldm.metrics.frechet import distance_column, extract_features, frechet_distance

@@ -31,7 +31,8 @@ def main() -> None:
     from ldm.cli.devices import parse_devices
     from ldm.io.files import file_digest
     from ldm.io.tensors import CREATED_BY, library_versions
-    from ldm.metrics.classify import save_classifier, train_classifier
+    from ldm.metrics.classifier_training import train_classifier
+    from ldm.metrics.classify import save_classifier
 
     config = ClassifierConfig(**arguments.typed_settings(args, ClassifierConfig))
     classes = ["empty", *(concept.name for concept in erasable_concepts(args.category))]

@@ -9,7 +9,7 @@ from ldm.config.methods import Settings, setting
 
 @dataclass(frozen=True)
 class ClassifierConfig(Settings):
-    """How `ldm.metrics.classify.train_classifier` trains."""
+    """How `ldm.metrics.classifier_training.train_classifier` trains."""
 
     image_size: int = setting(64, "pixels on a side of what the classifier sees", minimum=1)
     train_batch_size: int = setting(64, "images in an iteration", minimum=1)

@@ -6,6 +6,7 @@ Apart from `ldm.metrics.classify`, since its imports take seconds, and whoever o
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -17,11 +18,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import ImageFolder
+from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 from ldm.io.errors import MissingFileError
 from ldm.io.images import is_image, open_image
 from ldm.metrics.classifier_config import ClassifierConfig
+from ldm.metrics.classify import Classifier, load_torchvision_weights
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (N, 3, H, W) in [-1, 1], classes (N,)
 Loaders = tuple[DataLoader[Batch], DataLoader[Batch]]  # of the images to train on, and of those to measure on
@@ -50,12 +53,6 @@ class ClassifierTraining(pl.LightningModule):
         half_cycle = max(1, int(self.trainer.estimated_stepping_batches) // 2)
         scheduler = torch.optim.lr_scheduler.CyclicLR(optimizer, 0.0, self.max_lr, step_size_up=half_cycle)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def seed_everything(seed: int) -> None:
-    """Seed all that training draws from, and keep Lightning's tips out of the output."""
-    pl.seed_everything(seed, verbose=False)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # no tips, no list of absent accelerators
 
 
 def train_transform(image_size: int) -> v2.Compose:
@@ -134,3 +131,31 @@ def fit(training: ClassifierTraining, loaders: Loaders, epochs: int, device: tor
     train_loader, eval_loader = loaders
     trainer.fit(training, train_loader, eval_loader)
     return float(trainer.callback_metrics["accuracy"])
+
+
+def train_classifier(
+    data_dir: Path,
+    classes: Sequence[str],
+    config: ClassifierConfig,
+    device: torch.device,
+    init_weights: Path | None = None,
+) -> tuple[Classifier, float]:
+    """Train a ResNet18 on `data_dir`/train/{0..}; return it, and its accuracy in [0, 1] on `data_dir`/eval/{0..}.
+
+    `classes[k]` is what class k shows. `init_weights` is a state dict of torchvision's ImageNet ResNet18 to start from;
+    without it training is from scratch.
+
+    Raises MissingFileError when a class has no images, and ValueError when there is a folder that is no class or
+    `init_weights` is of another network.
+    """
+    pl.seed_everything(config.seed, verbose=False)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # no tips, no list of absent accelerators
+    loaders = data_loaders(data_dir, len(classes), config)
+    network = resnet18()
+    if init_weights is not None:
+        load_torchvision_weights(network, init_weights)
+    network.fc = nn.Linear(network.fc.in_features, len(classes))
+    network = network.to(memory_format=torch.channels_last)
+    training = ClassifierTraining(network, len(classes), config.max_lr)
+    accuracy = fit(training, loaders, config.epochs, device)
+    return Classifier(network, config.image_size).eval(), accuracy

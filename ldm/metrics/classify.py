@@ -15,7 +15,6 @@ from ldm.io.errors import MissingFileError
 from ldm.io.images import image_to_tensor, open_image
 from ldm.io.paths import REPO_ROOT
 from ldm.io.tensors import load_tensors, save_tensors
-from ldm.metrics.classifier_config import ClassifierConfig
 
 CLASSIFIER_FILE_TYPE = "classifier"
 IMAGENET_CLASSES = (
@@ -59,7 +58,7 @@ class ImageNetObjects(Classifier):
         from torchvision.models import resnet50
 
         network = resnet50()
-        _load_torchvision(network, imagenet_weights)
+        load_torchvision_weights(network, imagenet_weights)
         super().__init__(network.eval(), 224)
         concept_classes = torch.zeros(1000, dtype=torch.long)
         concept_classes[list(IMAGENET_CLASSES)] = torch.arange(1, 10)
@@ -73,7 +72,7 @@ class ImageNetObjects(Classifier):
         return F.one_hot(self.concept_classes[predicted], 10).float()
 
 
-def _load_torchvision(network: nn.Module, path: Path) -> None:
+def load_torchvision_weights(network: nn.Module, path: Path) -> None:
     """Load torchvision's own weights. Raises ValueError when the file is not a state dict of this network."""
     try:
         network.load_state_dict(torch.load(path, weights_only=True, map_location=next(network.parameters()).device))
@@ -82,37 +81,6 @@ def _load_torchvision(network: nn.Module, path: Path) -> None:
             f"{path} is no state dict of {type(network).__name__} with ImageNet's classes: pass the file that "
             "torchvision's weights come in"
         ) from error
-
-
-def train_classifier(
-    data_dir: Path,
-    classes: Sequence[str],
-    config: ClassifierConfig,
-    device: torch.device,
-    init_weights: Path | None = None,
-) -> tuple[Classifier, float]:
-    """Train a ResNet18 on `data_dir`/train/{0..}; return it, and its accuracy in [0, 1] on `data_dir`/eval/{0..}.
-
-    `classes[k]` is what class k shows. `init_weights` is a state dict of torchvision's ImageNet ResNet18 to start from;
-    without it training is from scratch.
-
-    Raises MissingFileError when a class has no images, and ValueError when there is a folder that is no class or
-    `init_weights` is of another network.
-    """
-    from torchvision.models import resnet18
-
-    from ldm.metrics import classifier_training
-
-    classifier_training.seed_everything(config.seed)
-    loaders = classifier_training.data_loaders(data_dir, len(classes), config)
-    network = resnet18()
-    if init_weights is not None:
-        _load_torchvision(network, init_weights)
-    network.fc = nn.Linear(network.fc.in_features, len(classes))
-    network = network.to(memory_format=torch.channels_last)
-    training = classifier_training.ClassifierTraining(network, len(classes), config.max_lr)
-    accuracy = classifier_training.fit(training, loaders, config.epochs, device)
-    return Classifier(network, config.image_size).eval(), accuracy
 
 
 def save_classifier(classifier: Classifier, path: Path, metadata: dict[str, Any]) -> None:
