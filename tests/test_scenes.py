@@ -6,6 +6,7 @@ import torch
 from conftest import CPU
 from PIL import Image
 
+from ldm.cli.reproduce import reproduction_commands
 from ldm.config.concepts import get_concept, load_concepts
 from ldm.config.methods import ESDConfig, ForgetMeNotConfig, NullSpaceConfig, SamplingConfig, SRSMEConfig
 from ldm.config.scenes import SceneStep, load_scene
@@ -50,8 +51,8 @@ class FakeExperiment:
         for concept in concepts:
             self.erased.append((artifacts.time, concept.index, tuple(protected_indices)))
             shift = SeparableShift({"a": torch.zeros(2, 1)}, torch.ones(1, 3), 1.0)
-            metadata = {"concept_index": concept.index, "iterations": 3, "rank": 2}
-            shift.save(artifacts.shift(concept.index), metadata)
+            made_from = {"concept_index": concept.index, "config": config.acting()}
+            shift.save(artifacts.shift(concept.index), made_from | {"iterations": 3, "rank": 2})
 
     def evaluate(self, shifts, name):
         self.evaluated.append(name)
@@ -122,6 +123,16 @@ def test_all_of_the_category_can_be_protected(tmp_path):
     experiment = FakeExperiment(tmp_path)
     run_scene(experiment, SRS_ME, 4, load_scene(4)[:1], tmp_path / "shifts", protect_all=True)
     assert {protected for *_, protected in experiment.erased} == {tuple(range(9))}
+
+
+def test_a_scenes_ledger_names_the_command_that_runs_it(tmp_path):
+    config = FMN.with_changes(lr=0.01, seed=7)
+    run_scene(FakeExperiment(tmp_path), config, 4, load_scene(4), tmp_path / "all", protect_all=True)
+    (command,) = reproduction_commands(Ledger(tmp_path / "all" / "scene4-style-FMN.jsonl"), {"model": "models/own"})
+    assert command == (
+        "python eval-scripts/scenes.py --model models/own --category style --scene 4 --methods FMN --protect_scope all "
+        "--seed 7 --set FMN.lr=0.01 FMN.max_steps=1"
+    )
 
 
 def test_a_scene_leaves_the_ledger_of_its_erasures(tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.config.concepts import always_protected_prompts
+from ldm.config.models import load_model_config
 from ldm.ledger.ledger import Ledger, LedgerEntry
 
 MODEL_ARGUMENTS = ("model", "ckpt_path", "config_path")
@@ -35,11 +36,18 @@ def reproduction_commands(ledger: Ledger, source: Mapping[str, Any] | None = Non
 
 
 def _scene_command(ledger: Ledger, source: Mapping[str, Any], number: str, method: str) -> str:
-    """Return the command that runs a scene by one method."""
+    """Return the command that runs a scene by one method, with the settings that its shifts were made with."""
     arguments = [*_model_arguments(source), "--category", ledger.header["category"], "--scene", number]
     arguments += ["--methods", method]
     if ledger.root.name == "all":  # where scenes.py keeps shifts that protect the whole category
         arguments += ["--protect_scope", "all"]
+    record = next(iter(ledger.last_shifts().values()), None)
+    if record:
+        settings = load_model_config(ledger.header["base_model"]).methods[method].to_dict()
+        used = ledger.load(record).metadata.get("config", {})
+        arguments += ["--seed", str(used["seed"])] if used.get("seed") else []
+        changed = [name for name in used if name != "seed" and used[name] != settings.get(name)]
+        arguments += ["--set", *(f"{method}.{name}={used[name]}" for name in changed)] if changed else []
     return shlex.join(["python", "eval-scripts/scenes.py", *arguments])
 
 
