@@ -20,7 +20,7 @@ def main() -> None:
     parser.option("num_shown", type=arguments.positive_int, default=4, help=text)
     args = parser.parse_args()
     from ldm.cli import session
-    from ldm.cli.reproduce import MODEL_ARGUMENTS, reproduction_commands
+    from ldm.cli.reproduce import reproduction_commands
     from ldm.experiments.report import render_report
     from ldm.io.files import write_text
 
@@ -28,8 +28,8 @@ def main() -> None:
     args.category = ledger.header["category"]
     experiment = make_experiment(args)
     experiment.extra_prompts = ledger.header["protected"]
-    path, source = args.save_path / "report.html", {name: getattr(args, name) for name in MODEL_ARGUMENTS}
-    write_text(path, render_report(ledger, experiment, args.num_shown, reproduction_commands(ledger, source)))
+    path = args.save_path / "report.html"
+    write_text(path, render_report(ledger, experiment, args.num_shown, reproduction_commands(ledger, vars(args))))
     print(f"-> {path}")
 
 

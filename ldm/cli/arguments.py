@@ -30,6 +30,7 @@ from ldm.io.paths import REPO_ROOT
 
 Namespace = argparse.Namespace
 DEFAULT_MODEL = REPO_ROOT / "models" / "mini-sd"
+MODEL_ARGUMENTS = ("model", "ckpt_path", "config_path")  # those of `add_model`
 FROM_CONFIG = "(default: the model's config)"
 
 spelled: dict[str, str] = {}  # the flags as the user typed them, by the name of the argument

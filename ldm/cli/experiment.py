@@ -5,7 +5,6 @@ No torch here at import: `--help` answers at once.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,7 +143,7 @@ def run_sweep(args: Namespace, name: str, setting: str, allow_zero: bool = False
 
     experiment = make_experiment(args)
     config = srsme_config(args, experiment).with_changes(mode="learn")
-    if not any(re.match(r"SRS-ME\.init=", change) for change in args.set):
+    if not any(change.startswith(f"{SRSMEConfig.name}.init=") for change in args.set):
         config = config.with_changes(init="zero")  # what is compared is what training from nothing finds
     variants = [Variant(value, config.with_changes(**{setting: value}), erased) for value in values]
     table = run_ablation(experiment, artifacts_dir(args), name, erased, variants)

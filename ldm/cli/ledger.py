@@ -6,8 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ldm.cli import arguments
-from ldm.cli.arguments import Namespace
-from ldm.cli.reproduce import MODEL_ARGUMENTS
+from ldm.cli.arguments import MODEL_ARGUMENTS, Namespace
 from ldm.config.concepts import parse_erase_targets
 from ldm.config.methods import METHODS
 from ldm.ledger.ledger import Ledger, history_path, ledger_lock, make_header, status_table

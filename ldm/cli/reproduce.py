@@ -7,18 +7,18 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from ldm.cli.arguments import MODEL_ARGUMENTS
 from ldm.config.concepts import always_protected_prompts
 from ldm.config.models import load_model_config
 from ldm.ledger.ledger import Ledger, LedgerEntry
 
-MODEL_ARGUMENTS = ("model", "ckpt_path", "config_path")
 SCENE_LEDGER_RE = re.compile(r"scene(?P<number>\d+)-[a-z]+-(?P<method>.+)\.jsonl")  # as `run_scene` calls them
 
 
 def reproduction_commands(ledger: Ledger, source: Mapping[str, Any] | None = None) -> list[str]:
     """Return the commands that make a ledger of the same history, in order: of a scene's, the one that runs the scene.
 
-    `source` has the arguments of the model, `MODEL_ARGUMENTS`, which a scene's ledger does not say.
+    `source` has the arguments of the model, `MODEL_ARGUMENTS`, among others: a scene's ledger does not say them.
     Raises ValueError for a shift that is not the one that was activated.
     """
     scene = SCENE_LEDGER_RE.fullmatch(ledger.path.name)
@@ -46,7 +46,7 @@ def _scene_command(ledger: Ledger, source: Mapping[str, Any], number: str, metho
         settings = load_model_config(ledger.header["base_model"]).methods[method].to_dict()
         used = ledger.load(record).metadata.get("config", {})
         arguments += ["--seed", str(used["seed"])] if used.get("seed") else []
-        changed = [name for name in used if name != "seed" and used[name] != settings.get(name)]
+        changed = [name for name in used if name != "seed" and used[name] not in (None, settings.get(name))]
         arguments += ["--set", *(f"{method}.{name}={used[name]}" for name in changed)] if changed else []
     return shlex.join(["python", "eval-scripts/scenes.py", *arguments])
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ldm.cli.arguments import spelled, typed
+from ldm.cli.arguments import MODEL_ARGUMENTS, spelled, typed
 from ldm.config.concepts import CATEGORIES
 from ldm.io.errors import MissingFileError
 
@@ -37,11 +37,10 @@ _MAKERS = {  # what makes a missing file, by its kind
 }
 
 # Flags that the command which makes it takes over, where they were typed.
-_MODEL = ("model", "ckpt_path", "config_path")
 _TAKEN_OVER = {
-    "basis": (*_MODEL, "artifacts_dir"),
-    "shift": (*_MODEL, "artifacts_dir"),
-    "training images": _MODEL,
+    "basis": (*MODEL_ARGUMENTS, "artifacts_dir"),
+    "shift": (*MODEL_ARGUMENTS, "artifacts_dir"),
+    "training images": MODEL_ARGUMENTS,
     "classifier data": ("category",),
 }
 

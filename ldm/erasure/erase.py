@@ -282,10 +282,11 @@ class _Erasure:
 
     def _measure(self, concept: Concept, shift: WeightShift) -> dict[str, float]:
         """Return the leakage of a shift on its own and the protected prompts; NaN where text layers do not say all."""
-        layers = text_layers(self.model.unet)
-        embeds, norms = self.cache.get([concept.prompt, *self._protected(concept)])
-        changes = {row["prompt"]: row["leakage"] for row in leakage(layers, {"": shift}, embeds, norms)}
-        return changes if changes_only(shift, layers) else dict.fromkeys(changes, math.nan)
+        layers, prompts = text_layers(self.model.unet), [concept.prompt, *self._protected(concept)]
+        if not changes_only(shift, layers):
+            return dict.fromkeys(prompts, math.nan)
+        embeds, norms = self.cache.get(prompts)
+        return {row["prompt"]: row["leakage"] for row in leakage(layers, {"": shift}, embeds, norms)}
 
 
 def initial_shift(
@@ -321,7 +322,7 @@ def concept_space(
     """
     gram = torch.zeros(model.context_dim, model.context_dim, dtype=torch.float64)
     if config.vocab_preserve_scale:
-        others = model.vocab_gram_without(concept.prompt, concept.name, *concept.aliases)
+        others = model.vocab_gram_without(*concept.spellings)
         gram = config.vocab_preserve_scale * len(target_embeds) * others
     costs = Costs(config.ridge_weight, config.preserve_scale, gram)
     return erasure_space(basis, protected_rows, target_embeds, costs, config.max_directions)

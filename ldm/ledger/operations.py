@@ -69,8 +69,9 @@ def _max_leakage(model: DiffusionModel, shift: WeightShift, embeds: dict[str, to
     None for a shift of other layers too, of whose effect keys and values do not say all.
     """
     layers = text_layers(model.unet)
-    rows = leakage(layers, {"": shift}, embeds)
-    return max(row["leakage"] for row in rows) if changes_only(shift, layers) else None
+    if not changes_only(shift, layers):
+        return None
+    return max(row["leakage"] for row in leakage(layers, {"": shift}, embeds))
 
 
 def shift_record(ledger: Ledger, artifacts: ArtifactPaths, concept: Concept) -> tuple[WeightShift, dict[str, Any]]:
