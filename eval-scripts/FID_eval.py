@@ -14,9 +14,8 @@ def main() -> None:
     arguments.add_inception(parser)
     arguments.add_device(parser)
     args = parser.parse_args()
-    import pandas as pd
-
     from ldm.cli.devices import parse_devices
+    from ldm.io.errors import notify
     from ldm.io.files import atomic_write
     from ldm.metrics.compare import frechet_by_prompt, image_labels, match_images
     from ldm.metrics.frechet import distance_column
@@ -24,17 +23,20 @@ def main() -> None:
 
     device = parse_devices(args.device)[0]
     matched = match_images(args.original_dir, args.edited_dir)
+    if len(matched) < 2:
+        raise ValueError(f"{args.edited_dir} has one image, and a Frechet distance needs two or more: generate more")
     name = distance_column(args.inception_weights)
     labels = image_labels(args.edited_dir, [edited for _, edited in matched])
     distances = frechet_by_prompt(matched, labels, device, args.inception_weights, include_all=True)
-    counts = pd.Series(labels).value_counts().to_dict() | {"all": len(matched)}
     table = distances.rename_axis("prompt").reset_index(name=name)
-    table.insert(1, "images", table.prompt.map(counts))
+    table.insert(1, "images", [*map(labels.count, dict.fromkeys(labels)), len(matched)])
+    if (table.images < 2).any():
+        notify(f"a Frechet distance needs two images or more: prompts with one in {args.edited_dir} have none")
     path = args.edited_dir / f"{name}.csv"
     with atomic_write(path) as partial:
         table.to_csv(partial, index=False)
     print(to_markdown(table))
-    print(f"-> {path}")
+    print(f"{len(matched)} pairs of images -> {path}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ def main() -> None:
     arguments.add_device(parser)
     args = parser.parse_args()
     from ldm.cli.devices import parse_devices
+    from ldm.io.errors import notify
     from ldm.metrics.classify import classifier_path, load_classifier
     from ldm.metrics.compare import accuracy_table
     from ldm.metrics.tables import to_markdown
@@ -24,7 +25,10 @@ def main() -> None:
     classifier, _ = load_classifier(path, parse_devices(args.device)[0])
     table = accuracy_table(classifier, args.image_dir, args.category, args.prompts_path)
     print(to_markdown(table))
-    print(f"mean accuracy {table.accuracy.mean():.2f} %")
+    known = table.dropna()
+    print(f"mean accuracy {known.accuracy.mean():.2f} % of {len(known)} concepts, {known.images.sum()} images")
+    if len(known) < len(table):
+        notify(f"the classifier does not know {', '.join(table.concept[table.accuracy.isna()])}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def main() -> None:
     parser.set_defaults(category="object")
     args = parser.parse_args()
     from ldm.cli.devices import parse_devices
+    from ldm.io.errors import notify
     from ldm.metrics.classify import ImageNetObjects, classifier_path, load_classifier
     from ldm.metrics.compare import accuracy_table
     from ldm.metrics.tables import to_markdown
@@ -29,7 +30,10 @@ def main() -> None:
         classifier, _ = load_classifier(args.classifier or classifier_path(args.category), device)
     table = accuracy_table(classifier, args.image_dir, args.category, args.prompts_path)
     print(to_markdown(table))
-    print(f"mean accuracy {table.accuracy.mean():.2f} %")
+    known = table.dropna()
+    print(f"mean accuracy {known.accuracy.mean():.2f} % of {len(known)} concepts, {known.images.sum()} images")
+    if len(known) < len(table):
+        notify(f"the classifier does not know {', '.join(table.concept[table.accuracy.isna()])}")
 
 
 if __name__ == "__main__":

@@ -18,18 +18,17 @@ def main() -> None:
     args = parser.parse_args()
     from ldm.cli.devices import parse_devices
     from ldm.io.files import atomic_write
-    from ldm.metrics.classify import classifier_path, load_classifier
+    from ldm.metrics.classify import find_classifier
     from ldm.metrics.compare import compare
     from ldm.metrics.tables import to_markdown
 
     device = parse_devices(args.device)[0]
-    classifier, _ = load_classifier(args.classifier or classifier_path(args.category), device)
     table = compare(
         args.original_dir,
         args.edited_dir,
         args.prompts_path or args.edited_dir / "prompts.csv",
         args.category,
-        classifier,
+        find_classifier(args.category, args.classifier, device),
         device,
         args.inception_weights,
     )
@@ -37,7 +36,7 @@ def main() -> None:
     with atomic_write(path) as partial:
         table.to_csv(partial, index=False)
     print(to_markdown(table))
-    print(f"-> {path}")
+    print(f"{table.images.sum()} pairs of images -> {path}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def main() -> None:
     from ldm.config.models import load_model_config
     from ldm.diffusion.sampling import generate_to_folder
     from ldm.erasure.merge import applied, load_shifts
+    from ldm.io.images import find_images
     from ldm.io.prompts import read_prompt_csv
 
     cases = [case for case in read_prompt_csv(args.prompts_path) if case.case_number >= args.start_case]
@@ -31,15 +32,15 @@ def main() -> None:
     sampling = session.fill_settings(args, load_model_config(model.config_name).sampling)
     shifts, name = load_shifts(session.artifact_paths(args, model.name, args.method), args.shifts)
     for shift in shifts.values():
-        shift.check(model.digest, model.unet)
-    shift_metadata = {label: shift.metadata for label, shift in shifts.items()}
+        shift.check(model.digests, model.unet)
+    shift_metadata = {label: shift.provenance for label, shift in shifts.items()}
     metadata = {**model.generation_metadata, "shifts": shift_metadata}
     folder = args.save_path / f"{name}-merge"
     with applied(model.unet, list(shifts.values())):
         num_generated = generate_to_folder(
             model, cases, folder, metadata, sampling, args.images_per_seed, shard, args.compile
         )
-    print(f"{num_generated} images generated, {len(list(folder.rglob('*.png')))} in {folder}")
+    print(f"{num_generated} images generated, {len(find_images(folder))} in {folder}")
 
 
 if __name__ == "__main__":

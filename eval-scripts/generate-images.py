@@ -19,6 +19,7 @@ def main() -> None:
     arguments.add_prompt_list(parser)
     arguments.add_sampling(parser, images_per_seed=1)
     arguments.add_compile(parser)
+    arguments.add_variant(parser)
     arguments.add_unet_dtype(parser)
     arguments.add_device(parser)
     args = parser.parse_args()
@@ -28,19 +29,20 @@ def main() -> None:
     from ldm.config.models import load_model_config
     from ldm.diffusion.load import load_model
     from ldm.diffusion.sampling import generate_to_folder
+    from ldm.io.images import find_images
     from ldm.io.prompts import read_prompt_csv
 
     cases = [case for case in read_prompt_csv(args.prompts_path) if case.case_number >= args.start_case]
     merged = args.models_dir / args.model_name
     device, shard = devices.init_distributed(session.first_device(args))
     source = merged if merged.is_dir() else args.model_name
-    model = load_model(source, device, dtype=getattr(torch, args.unet_dtype))
+    model = load_model(source, device, dtype=getattr(torch, args.unet_dtype), variant=args.variant)
     sampling = session.fill_settings(args, load_model_config(model.config_name).sampling)
     folder = args.save_path / model.name
     num_generated = generate_to_folder(
         model, cases, folder, model.generation_metadata, sampling, args.images_per_seed, shard, args.compile
     )
-    print(f"{num_generated} images generated, {len(list(folder.rglob('*.png')))} in {folder}")
+    print(f"{num_generated} images generated, {len(find_images(folder))} in {folder}")
 
 
 if __name__ == "__main__":

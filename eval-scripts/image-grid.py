@@ -9,25 +9,31 @@ from pathlib import Path
 from ldm.cli import arguments
 from ldm.cli.arguments import Namespace
 from ldm.cli.run import run
-from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES, concept_status, parse_indexes
+from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES, parse_indexes
+from ldm.io.prompts import read_prompt_csv
 
 
 def measure(args: Namespace, titles: list[str]):
-    """Return the table, a row for each prompt, in order of status; its index is the prompt."""
+    """Return the table, a row for each prompt, in order of status, and how many images a folder has.
+
+    The table's index is the prompt.
+    """
     import pandas as pd
 
     from ldm.cli.devices import parse_devices
-    from ldm.metrics.classify import classifier_path, load_classifier
-    from ldm.metrics.compare import accuracy_by_prompt, compare, image_prompts, match_images
+    from ldm.metrics.classify import find_classifier
+    from ldm.metrics.compare import accuracy_by_prompt, compare, image_prompts, match_images, prompt_statuses
 
     erased, restored = parse_indexes(args.erased, args.category), parse_indexes(args.restored, args.category)
     device = parse_devices(args.device)[0]
-    classifier, _ = load_classifier(classifier_path(args.category), device)
     original_dir, *between, edited_dir = args.image_dirs
     prompts = edited_dir / "prompts.csv"
+    listed = dict.fromkeys(case.prompt for case in read_prompt_csv(prompts))
+    statuses = prompt_statuses(edited_dir, args.category, listed, erased, restored)
+    classifier = find_classifier(args.category, None, device)
     table = compare(original_dir, edited_dir, prompts, args.category, classifier, device).set_index("prompt")
     result = pd.DataFrame(index=table.index)
-    result["status"] = [concept_status(args.category, prompt, erased, restored) for prompt in result.index]
+    result["status"] = [statuses[prompt] for prompt in result.index]
     result[f"accuracy % {titles[0]}"] = table.accuracy_before
     for title, folder in zip(titles[1:-1], between, strict=True):
         images = [image for _, image in match_images(original_dir, folder)]
@@ -36,21 +42,24 @@ def measure(args: Namespace, titles: list[str]):
     result[f"accuracy % {titles[-1]}"] = table.accuracy_after
     result["LPIPS"], result["PSNR dB"] = table.lpips, table.psnr
     result["largest pixel difference"] = table.max_abs_diff.astype(int)
-    return result.sort_values("status", key=lambda column: column.map(STATUSES.index), kind="stable")
+    in_order = result.sort_values("status", key=lambda column: column.map(STATUSES.index), kind="stable")
+    return in_order, table.images.sum()
 
 
 def make_grid(args: Namespace, titles: list[str], table):
-    """Return the image: for each row of the table a few images from each folder."""
+    """Return the image: for each row of the table a few images from each folder, the first of each case."""
     from ldm.io.image_grid import image_grid
-    from ldm.io.images import image_filename, list_images, open_image
-    from ldm.io.prompts import read_prompt_csv
+    from ldm.io.images import list_images, open_image, parse_case_number
 
     cases = read_prompt_csv(args.image_dirs[-1] / "prompts.csv")
     folders = [{path.name: path for path in list_images(folder)} for folder in args.image_dirs]
+    first_names: dict[int, str] = {}
+    for name, path in folders[0].items():
+        first_names.setdefault(parse_case_number(path), name)
     rows = []
     for prompt, status in zip(table.index, table.status, strict=True):
-        names = [image_filename(case.case_number, 0) for case in cases if case.prompt == prompt]
-        names = [name for name in names if name in folders[0]][: args.images_per_cell]
+        numbers = [case.case_number for case in cases if case.prompt == prompt and case.case_number in first_names]
+        names = [first_names[number] for number in numbers[: args.images_per_cell]]
         cells = [[open_image(images[name]) for name in names] for images in folders]
         rows.append((f"{prompt or EMPTY_PROMPT_LABEL} ({status})", cells))
     return image_grid(rows, titles, args.scale)
@@ -72,18 +81,20 @@ def main() -> None:
     if len(titles) != len(args.image_dirs) or len(titles) < 2:
         counts = f"{len(args.image_dirs)} `image_dirs` and {len(titles)} `column_titles`"
         raise ValueError(f"{counts}: give two or more, as many of both")
+    if len(set(titles)) < len(titles):
+        raise ValueError("two columns have one title: give each its own by `column_titles`")
     from ldm.io.files import atomic_write, write_text
     from ldm.io.images import save_image
     from ldm.metrics.tables import to_markdown
 
-    table = measure(args, titles)
+    table, num_images = measure(args, titles)
     save_image(args.save_path, make_grid(args, titles, table))
     table = table.rename(index={"": EMPTY_PROMPT_LABEL}).reset_index()
     with atomic_write(args.save_path.with_suffix(".csv")) as partial:
         table.to_csv(partial, index=False)
     write_text(args.save_path.with_suffix(".md"), to_markdown(table) + "\n")
     print(to_markdown(table))
-    print(f"-> {args.save_path}")
+    print(f"{num_images} images in each folder -> {args.save_path}")
 
 
 if __name__ == "__main__":

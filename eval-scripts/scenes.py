@@ -33,7 +33,7 @@ def run_and_write(args: Namespace, experiment, scene: int, methods: list[str]) -
     from ldm.metrics.frechet import distance_column
     from ldm.metrics.tables import to_markdown
 
-    steps, configs = load_scene(scene), method_configs(args, experiment)
+    steps, configs = load_scene(scene, args.category), method_configs(args, experiment)
     protect_all = args.protect_scope == "all"
     shift_dir = artifacts_dir(args) / "all" if protect_all else artifacts_dir(args)
     tables, folders = [], {}

@@ -4,7 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
 import multiprocessing
+import resource
 import runpy
 import sys
 from pathlib import Path
@@ -13,10 +15,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.cli.arguments import spelled
 from ldm.diffusion.load import load_model
+from ldm.io.tensors import METADATA_KEY
 from ldm.toy.captions import build_tokenizer
 from ldm.toy.train import Denoiser, save_pipeline
 
@@ -92,6 +96,13 @@ def make_model(folder: Path, seed: int, config=TINY) -> Path:
     return folder
 
 
+def save_unchecked(path: Path, tensors, file_type: str, metadata) -> Path:
+    """Write what `save_tensors` wrote before it refused NaN and infinity and wrote digests."""
+    header = json.dumps({"file_type": file_type, "metadata": metadata}, sort_keys=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata={METADATA_KEY: header})
+    return path
+
+
 def compvis_config(model: Path, folder: Path) -> Path:
     """Write a config that says that a checkpoint in CompVis' layout is made of the parts of `model`."""
     OmegaConf.save({"component_configs": str(model)}, folder / "tiny.yaml")
@@ -159,6 +170,7 @@ PRELOADED = [
     "ldm.metrics.compare",
     "ldm.ledger.operations",
     "ldm.ledger.demo",
+    "ldm.ledger.page",
     "ldm.experiments.ablations",
     "ldm.experiments.report",
     "ldm.experiments.scenes",
@@ -168,8 +180,10 @@ FORK = multiprocessing.get_context("forkserver")  # a clean process that has imp
 FORK.set_forkserver_preload(PRELOADED)
 
 
-def _script(arguments: list[str], log: Path) -> None:
-    """Run a script in this process, its output into `log`."""
+def _script(arguments: list[str], log: Path, max_file_size: int | None) -> None:
+    """Run a script in this process, its output into `log`; no file may grow beyond `max_file_size` bytes."""
+    if max_file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
     with open(log, "w") as opened:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(opened.fileno(), stream.fileno())
@@ -177,8 +191,8 @@ def _script(arguments: list[str], log: Path) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def start_script(command: list, log: Path):
+def start_script(command: list, log: Path, max_file_size: int | None = None):
     """Start a script in a process of its own, which has imported everything; its output goes into `log`."""
-    process = FORK.Process(target=_script, args=(list(map(str, command)), log))
+    process = FORK.Process(target=_script, args=(list(map(str, command)), log, max_file_size))
     process.start()
     return process

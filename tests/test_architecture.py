@@ -125,7 +125,7 @@ def test_numerics_import_torch_and_nothing_heavy(name):
         top = module.split(".")[0]
         allowed = top in sys.stdlib_module_names or top == "torch" or module in ("ldm.io", "ldm.erasure")
         siblings = [f"ldm.erasure.{sibling}" for sibling in NUMERICS]
-        assert allowed or module.startswith(("ldm.io.tensors", *siblings)), module
+        assert allowed or module.startswith(("ldm.io.tensors", "ldm.io.checks", *siblings)), module
 
 
 def test_training_knows_no_loss_by_name():

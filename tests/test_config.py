@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from omegaconf import OmegaConf
 
+from ldm.config import models
 from ldm.config.methods import (
     METHODS,
     EvaluationConfig,
@@ -265,7 +266,7 @@ def test_an_older_yamls_dataset_is_read_by_todays_keys(tmp_path):
         ("methods: {ESD: {max_steps: 0}}", r"methods, ESD: `max_steps` '0' is not a number from 1"),
         ("null_space: {null_space_method: qr}", r"null_space: `null_space_method` 'qr' is none of"),
         ("methods: {FMN: 3}", r"model\.yaml, methods, FMN"),
-        ("[1, 2]", r"model\.yaml is no mapping of settings"),
+        ("[1, 2]", r"model\.yaml is no mapping"),
         ("a: [", r"cannot read .*model\.yaml"),
     ],
 )
@@ -280,6 +281,62 @@ def test_a_yaml_is_merged_over_the_config_that_it_names(tmp_path):
     assert config.methods["FMN"] == load_model_config("mini-sd").methods["FMN"].with_changes(lr=7.0)
     assert config.methods["ESD"] == load_model_config("mini-sd").methods["ESD"]
     assert load_yaml(tmp_path, "methods: {FMN: {lr: 7}}").methods["FMN"] == METHODS["FMN"](lr=7.0)
+
+
+DEEP = "a: " + "[" * 5000 + "]" * 5000
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(9))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sampling: {num_inference_steps: '${oc.env:HOME}'}", "asks for a value from elsewhere"),
+        ("seed: 3\nsampling: {num_inference_steps: '${seed}'}", "asks for a value from elsewhere"),
+        ("seed: 'x ${oc.decode:1}'", "asks for a value from elsewhere"),
+        ("'${oc.env:HOME}': 3", "asks for a value from elsewhere"),
+        ("base_config: ???", "asks for a value from elsewhere"),
+        ("a: &a [*a]", "lead back to themselves"),
+        ("a: &a {b: *a}", "lead back to themselves"),
+        (LAUGHS, "too large"),
+        (DEEP, "too deep"),
+        ("a: !!python/object/apply:os.system [true]", "cannot read"),
+        ("a: !!python/name:os.system", "cannot read"),
+        ("a: *gone", "cannot read"),
+        ("a: 1\na: 2", "cannot read"),
+        ("? [1, 2]\n: 3", "cannot read"),
+        ("a: 1\n---\nb: 2", "cannot read"),
+        ("a: \x00", "cannot read"),
+        ("base_config: mini-sdd", "base_config mini-sdd is no model's file .* did you mean mini-sd"),
+        ("base_config: ../harm", "base_config .* is no model's file"),
+        ("base_config: concepts", "base_config concepts is no model's file"),
+        ("base_config: [1]", "base_config .* is no model's file"),
+        ("base_config: null", "base_config None is no model's file"),
+    ],
+)
+def test_a_yaml_that_means_harm_is_refused_in_one_line(tmp_path, text, words):
+    with pytest.raises(ValueError, match=words) as error:
+        load_yaml(tmp_path, text)
+    assert "\n" not in str(error.value) and "model.yaml" in str(error.value) and len(str(error.value)) < 600
+
+
+def test_aliases_that_end_are_read(tmp_path):
+    config = load_yaml(tmp_path, "methods: {FMN: &same {lr: 7}, AbConcept: *same}")
+    assert config.methods["FMN"].lr == config.methods["AbConcept"].lr == 7
+
+
+def test_a_base_config_that_leads_back_to_itself_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "REPO_ROOT", tmp_path)
+    (tmp_path / "configs").mkdir()
+    for name, base in (("a", "b"), ("b", "a"), ("c", "c")):
+        (tmp_path / "configs" / f"{name}.yaml").write_text(f"base_config: {base}")
+    for name in "abc":
+        with pytest.raises(ValueError, match=r"base_config \w leads back to itself"):
+            load_model_config(name)
+
+
+@pytest.mark.parametrize("name", ["concepts", "logos", "scenes", "../pyproject", "a\nb", "a" * 300, "\x00", "", ".."])
+def test_a_models_name_is_no_path_and_no_other_file(name):
+    assert load_model_config(name) == ModelConfig()
 
 
 def test_a_field_says_its_limits():

@@ -3,6 +3,7 @@
 CHANGES=100 KILLS=20 is the whole trial.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,9 @@ from safetensors.torch import load_file
 from ldm.config.concepts import get_concept
 from ldm.diffusion.load import load_model
 from ldm.erasure.merge import applied
-from ldm.erasure.shift import SeparableShift
+from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift
+from ldm.io.files import file_digest
+from ldm.io.tensors import load_tensors, save_tensors
 from ldm.ledger.ledger import HISTORY_FILE, Ledger, make_header
 from ldm.ledger.operations import verify, weights_hash
 
@@ -115,6 +118,107 @@ def test_a_history_that_was_made_up_is_refused(ledger, line, wrong):
     ledger.path.write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match=f"line {line + 1}, is not what was written there"):
         Ledger(ledger.path)
+
+
+def test_a_text_with_separators_of_its_own_does_not_split_its_line(tiny, tmp_path):
+    prompts = ["a\u2028b", "c\u0085d", "e\x1cf", "g\rh", "i\nj"]
+    concepts = [get_concept("style", index) for index in range(2)]
+    ledger = Ledger.create(tmp_path / HISTORY_FILE, make_header(tiny, "style", concepts, prompts, {}))
+    SeparableShift({"a": torch.ones(2, 1)}, torch.ones(1, 3), 1.0).save(tmp_path / "1.safetensors", {})
+    ledger.append({1: record(1)})
+    again = Ledger(ledger.path)
+    assert again.header["protected"][3:] == prompts and len(again.entries) == 1
+
+
+def test_a_folder_of_shifts_may_be_a_link(ledger, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    root = tmp_path / "ledger"
+    root.mkdir()
+    (root / HISTORY_FILE).write_bytes(ledger.path.read_bytes())
+    (root / "shifts").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "1.safetensors").rename(root / "shifts" / "1.safetensors")
+    linked = Ledger(root / HISTORY_FILE)
+    linked.append({1: record(1) | {"shift": "shifts/1.safetensors"}})
+    assert list(Ledger(root / HISTORY_FILE).shifts()) == ["1"]
+
+
+def test_what_could_not_be_read_back_is_not_written(ledger):
+    before = ledger.path.read_bytes()
+    for wrong in ({"rank": "two"}, {"concept": None}, {"method": "guess"}, {"bytes": -1}, {"iterations": float("nan")}):
+        with pytest.raises(ValueError, match="line 2"):
+            ledger.append({1: record(1) | wrong})
+        assert ledger.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("torn", [b'{"index": 2, "ti', b"\0" * 40, b'{"a": "\xc3', b"[" * 100_000 + b"\n", b"x\n"])
+def test_a_torn_last_line_is_cut_off_into_a_file_beside_it(ledger, script, torn):
+    ledger.append({1: record(1)})
+    before = ledger.path.read_bytes()
+    ledger.path.write_bytes(before + torn)
+    is_error(script(LEDGER, "status", "--ledger_dir", ledger.root), "torn", "repair cuts it off")
+    code, out, err = script(LEDGER, "repair", "--ledger_dir", ledger.root)
+    (cut_off,) = ledger.root.glob("history.jsonl.torn-*")
+    assert code == 0 and str(cut_off) in out and "entry 1" in out, err
+    assert ledger.path.read_bytes() == before and cut_off.read_bytes() == torn
+    assert "nothing is torn" in script(LEDGER, "repair", "--ledger_dir", ledger.root)[1]
+
+
+def test_what_is_altered_is_not_repaired(ledger, script):
+    ledger.append({1: record(1)})
+    ledger.append({2: record(2)})
+    lines = ledger.path.read_bytes().splitlines(keepends=True)
+    last = lines[2].replace(b'"index": 2', b'"index": 3')
+    for content, words in (
+        ([*lines[:2], last], "not torn but altered"),
+        ([lines[0], b"x\n", lines[2]], "more than the last line"),
+        ([lines[0][:-9]], "more than the last line"),
+    ):
+        ledger.path.write_bytes(b"".join(content))
+        is_error(script(LEDGER, "repair", "--ledger_dir", ledger.root), words, "from a copy")
+        assert ledger.path.read_bytes() == b"".join(content)
+
+
+def test_a_file_system_without_locks_is_named(ledger, script, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    is_error(
+        script(LEDGER, "restore", "VanGogh", "--ledger_dir", ledger.root), "cannot be locked", "No locks available"
+    )
+
+
+def test_verify_compares_a_shift_with_its_entry(owner, script, mini_path):
+    """Whoever writes the history anew can make every digest fit; the shift itself says something else."""
+    assert owner("erase", "VanGogh")[0] == 0
+    history = owner.root / HISTORY_FILE
+    header, entry = (json.loads(line) for line in history.read_text().splitlines())
+    path = owner.root / entry["erase"]["1"]["shift"]
+    kept = path.read_bytes()
+    tensors, metadata = load_tensors(path, SHIFT_FILE_TYPE)
+    tensors = dict(tensors)
+
+    def verify_with(**changes) -> tuple[int, str, str]:
+        """Run verify on a history whose digests fit, with changes of the entry's record or of the shift's metadata."""
+        of_record = {name: changes.pop(name) for name in list(changes) if name in ("concept", "max_leakage_others")}
+        if changes:
+            save_tensors(path, tensors, SHIFT_FILE_TYPE, metadata | changes)
+        changed = entry["erase"]["1"] | of_record | {"digest": file_digest(path)}
+        lines = [json.dumps(header)]
+        prev_hash = hashlib.sha256(lines[0].encode()).hexdigest()
+        lines.append(json.dumps(entry | {"prev_hash": prev_hash, "erase": {"1": changed}}))
+        history.write_text("\n".join(lines) + "\n")
+        result = owner("verify")
+        path.write_bytes(kept)
+        return result
+
+    code, out, err = verify_with()
+    assert code == 0 and "its own prompt changes by" in out and "cannot prove" in out, err
+    is_error(verify_with(concept="Picasso"), "says concept VanGogh", "Picasso")
+    is_error(verify_with(max_leakage_others=0.5), "max_leakage_others is", "5.0e-01")
+    is_error(verify_with(method="FMN"), "says method FMN")
+    is_error(verify_with(protected=[""]), "does not protect")
+    is_error(verify_with(target_change=0.01), "target_change is")
 
 
 def test_another_file_in_a_shifts_place_is_refused(ledger, tmp_path):

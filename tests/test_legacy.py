@@ -75,7 +75,7 @@ def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
 
 
 def test_the_base_digest_of_a_model_is_what_it_was(model_path):
-    assert load_model(model_path, CPU).digest == BASE_DIGEST
+    assert load_model(model_path, CPU).digests[1] == BASE_DIGEST
 
 
 def test_no_old_key_is_left_in_any_header(old):
@@ -207,6 +207,8 @@ def test_rendered_images_are_resumed(script, old_concepts, old):
 
 
 def test_merged_weights_are_kept(script, common, old):
+    for folder in (old / "merged").iterdir():
+        (folder / "weights.safetensors").write_bytes(b"left out of the repository")
     before = contents(old / "merged")
     flags = ["--merge", "1", "--save_path", old / "merged", "--format", "diffusers,lora", "--device", "cpu"]
     is_error(script(MERGE, *common, *flags, "--dtype", "float16"), "another run", "recipe.json", "--save_path")

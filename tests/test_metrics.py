@@ -6,28 +6,39 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, is_error
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ldm.cli.run import explain
-from ldm.io.errors import MissingFileError
+from ldm.config.concepts import erasable_concepts, get_concept, load_concepts
+from ldm.io.errors import MissingFileError, Notice
+from ldm.io.files import write_json
 from ldm.io.images import image_to_tensor
 from ldm.io.prompts import PromptCase, write_prompt_csv
 from ldm.io.tensors import save_tensors
 from ldm.metrics.classifier_config import ClassifierConfig
-from ldm.metrics.classifier_training import train_classifier
+from ldm.metrics.classifier_training import class_folders, eval_transform, train_classifier
 from ldm.metrics.classify import (
     CLASSIFIER_FILE_TYPE,
     IMAGENET_CLASSES,
     Classifier,
     ImageNetObjects,
+    classifier_path,
+    find_classifier,
     load_classifier,
     predict,
     save_classifier,
 )
-from ldm.metrics.compare import accuracy_table, compare, group_by_concept, match_images
+from ldm.metrics.compare import (
+    accuracy_table,
+    compare,
+    frechet_by_prompt,
+    group_by_concept,
+    match_images,
+    prompt_statuses,
+)
 from ldm.metrics.frechet import distance_column, extract_features, frechet_distance
 from ldm.metrics.lpips import alexnet_features, mean_psnr, pairwise_metrics
 from ldm.metrics.nudity import EXPOSED_CLASSES, count, detect
@@ -110,6 +121,7 @@ def test_imagenet_classes_are_read_as_the_papers_objects(tmp_path):
     torch.save(network.state_dict(), tmp_path / "r50.pth")
     scores = ImageNetObjects(tmp_path / "r50.pth").eval()(torch.zeros(1, 3, 224, 224))
     assert scores.argmax(1).item() == 4  # tench, concept 3
+    assert ImageNetObjects(tmp_path / "r50.pth").knows(get_concept("object", 3))
 
 
 def test_lpips_is_the_published_network(tmp_path):
@@ -166,7 +178,7 @@ class ColorClassifier(Classifier):
     """Says which of `COLORS` an image has most of."""
 
     def __init__(self):
-        super().__init__(torch.nn.Linear(1, 1), 32)
+        super().__init__(torch.nn.Linear(1, 1), 32, ("none", "Cezanne", "van gogh"))
         colors = [image_to_tensor(Image.new("RGB", (1, 1), color)).flatten() for color in COLORS.values()]
         self.colors = torch.stack(colors)  # (classes, 3)
 
@@ -295,3 +307,194 @@ def test_a_table_is_markdown_of_four_digits_without_nan():
     lines = ["| prompt | lpips | images |", "| --- | --- | --- |", "| VanGogh | 0.1235 | 20 |", "|  |  | 3 |"]
     assert to_markdown(table).splitlines() == lines
     assert format_cell(12345.678) == "1.235e+04" and format_cell("x") == "x"
+
+
+def test_a_table_keeps_a_row_to_its_line():
+    table = pd.DataFrame({"prompt": ["a|b\r\nc"], "images": [1]})
+    assert to_markdown(table).splitlines()[2:] == ["| a\\|b c | 1 |"]
+
+
+def paired_folders(tmp_path, prompts, size=32, seed=0):
+    """Write two folders of noise, an image for each prompt, with their prompt lists; return both."""
+    folders = tmp_path / "original", tmp_path / "edited"
+    for k, folder in enumerate(folders):
+        save_noise(folder, len(prompts), size, seed + k)
+        write_prompt_csv(folder / "prompts.csv", [PromptCase(prompt, n, n) for n, prompt in enumerate(prompts)])
+    return folders
+
+
+def test_a_classifier_knows_what_its_classes_are_called(tmp_path):
+    network = torch.nn.Linear(1, 1)
+    styles = Classifier(network, 32, ["none", *(concept.name for concept in erasable_concepts("style"))])
+    assert all(map(styles.knows, erasable_concepts("style")))
+    assert not any(map(styles.knows, erasable_concepts("object")))
+    assert [styles.knows(concept) for concept in load_concepts("similar")] == [True] + [False] * 6
+    few = Classifier(network, 32, ["none", "cezanne", "Van Gogh"])
+    assert [concept.name for concept in load_concepts("style") if few.knows(concept)] == ["Cezanne", "VanGogh"]
+    mark = get_concept("style", 9)
+    assert not Classifier(network, 32, [*styles.classes, mark.name]).knows(mark)
+    assert not Classifier(network, 32).knows(get_concept("style", 0))
+    for category in ("style", "object", "logo"):
+        own = load_classifier(classifier_path(category), CPU)[0]
+        assert all(map(own.knows, erasable_concepts(category)))
+    assert find_classifier("object", None, CPU).classes[1] == "chain saw"
+    with pytest.warns(Notice, match=r"no classifier .*nudity"):
+        assert find_classifier("nudity", None, CPU) is None
+    with pytest.raises(MissingFileError):
+        find_classifier("nudity", tmp_path / "none.safetensors", CPU)
+
+
+def test_what_a_classifier_does_not_know_has_no_accuracy(tmp_path):
+    original, edited = paired_folders(tmp_path, ["Cezanne", "Picasso", "Kilian Eng"])
+    with pytest.warns(Notice, match="does not know Kilian Eng, Picasso"):
+        table = compare(original, edited, edited / "prompts.csv", "style", ColorClassifier(), CPU)
+    assert table.accuracy_before.isna().tolist() == table.accuracy_after.isna().tolist() == [False, True, True]
+    assert accuracy_table(ColorClassifier(), edited, "style").accuracy.isna().tolist() == [False, True, True]
+    (edited / "prompts.csv").unlink()
+    (edited / "2").mkdir()
+    (edited / "1_0.png").rename(edited / "2" / "1_0.png")
+    with pytest.raises(ValueError, match="knows none of Picasso: pass as `classifier` one of category style"):
+        accuracy_table(ColorClassifier(), edited, "style")
+    (edited / "2").rename(edited / "9")
+    with pytest.raises(ValueError, match="class folder of no style concept: these are 0 to 8"):
+        group_by_concept(edited, "style")
+    (edited / "9").rename(edited / "\u00b2")
+    with pytest.raises(MissingFileError, match=r"no prompt list .*prompts\.csv"):
+        group_by_concept(edited, "style")
+    (edited / "\u00b2").rename(edited / "1")
+    with pytest.raises(MissingFileError, match="no prompt list"):  # a list that is named is not passed over
+        group_by_concept(edited, "style", tmp_path / "typo.csv")
+
+
+def test_two_sizes_have_no_distance(tmp_path):
+    original, edited = paired_folders(tmp_path, ["a"] * 3)
+    matched = match_images(original, edited)
+    with Image.open(edited / "2_0.png") as image:
+        image.resize((48, 48)).save(edited / "2_0.png")
+    for measure in (
+        lambda: frechet_by_prompt(matched, ["a"] * 3, CPU),
+        lambda: extract_features([path for _, path in matched], CPU, batch_size=2),
+        lambda: pairwise_metrics(*zip(*matched, strict=True), CPU, batch_size=1),
+        lambda: style_distances(*zip(*matched, strict=True), CPU, batch_size=2),
+        lambda: compare(original, edited, edited / "prompts.csv", "style", None, CPU),
+    ):
+        with pytest.raises(ValueError, match=r"2_0\.png.* differ in size"):
+            measure()
+    for path in edited.glob("*.png"):
+        Image.new("RGB", (48, 48)).save(path)
+    with pytest.raises(ValueError, match=r"original/0_0\.png and .*edited/0_0\.png differ in size"):
+        frechet_by_prompt(matched, ["a"] * 3, CPU)
+
+
+def test_a_prompt_called_all_is_not_the_sum_of_all(tmp_path):
+    original, edited = paired_folders(tmp_path, ["all", "b", "all", "b"])
+    matched = match_images(original, edited)
+    distances = frechet_by_prompt(matched, ["all", "b", "all", "b"], CPU, include_all=True)
+    assert list(distances.index) == ["all", "b", "all"] and distances.iloc[0] != distances.iloc[2]
+    assert np.isnan(frechet_by_prompt(matched[:1], ["a"], CPU)["a"])
+
+
+def test_a_distance_of_one_image_is_refused_and_one_for_each_prompt_left_empty(script, tmp_path):
+    original, edited = paired_folders(tmp_path, ["a", "b"])
+    code, out, err = script("eval-scripts/FID_eval.py", "--original_dir", original, "--edited_dir", edited)
+    assert code == 0 and "| a | 1 |  |" in out and "| all | 2 | " in out and "2 pairs of images" in out
+    assert "notice: a Frechet distance needs two images" in err and "nan" not in (edited / "fd_alexnet.csv").read_text()
+    for folder in (original, edited):
+        (folder / "1_0.png").unlink()
+    (edited / "fd_alexnet.csv").unlink()
+    is_error(script("eval-scripts/FID_eval.py", "--original_dir", original, "--edited_dir", edited), "two or more")
+    assert not (edited / "fd_alexnet.csv").exists()
+
+
+def test_a_category_without_a_classifier_is_compared_without_accuracy(script, tmp_path):
+    original, edited = paired_folders(tmp_path, ["nudity", "a person"])
+    flags = ["--original_dir", original, "--edited_dir", edited, "--category", "nudity"]
+    code, out, err = script("eval-scripts/compare.py", *flags)
+    assert code == 0 and "| nudity | 1 |  |  | " in out and "2 pairs of images" in out and "notice: there is no" in err
+    is_error(script("eval-scripts/compare.py", *flags, "--classifier", tmp_path / "none.safetensors"), "no classifier")
+    code, out, err = script("eval-scripts/compare.py", *flags, "--classifier", classifier_path("style"))
+    assert code == 0 and "| nudity | 1 |  |  | " in out and "does not know nudity" in err
+
+
+def write_shifts(folder, shifts):
+    """Write the metadata of a folder that was generated with shifts of these prompts, which protect those."""
+    listed = {}
+    for label, (prompt, protected) in enumerate(shifts.items()):
+        listed[str(label)] = {"prompt": prompt, "protected": protected, "concept_index": 0}
+    write_json(folder / "metadata.json", {"shifts": listed})
+
+
+def test_a_prompt_is_protected_where_every_shift_protects_it(tmp_path):
+    prompts = ["VanGogh", "Picasso", "Cezanne", "Kilian Eng", "", "CCS 2024", "a house"]
+    write_shifts(
+        tmp_path, {"VanGogh": ["", "CCS 2024", "Cezanne", "Kilian Eng"], "Caravaggio": ["", "CCS 2024", "Cezanne"]}
+    )
+    statuses = prompt_statuses(tmp_path, "style", prompts, [1, 4], [2])
+    assert [*statuses.values()] == ["erased", "restored", "protected", "regular", "protected", "protected", "regular"]
+    with pytest.raises(ValueError, match="no shift of Picasso: leave it out of `erased`"):
+        prompt_statuses(tmp_path, "style", prompts, [2], [])
+    with pytest.raises(ValueError, match="a shift of VanGogh: leave it out of `restored`"):
+        prompt_statuses(tmp_path, "style", prompts, [], [1])
+    with pytest.raises(ValueError, match="VanGogh is not both"):
+        prompt_statuses(tmp_path, "style", prompts, [1], [1])
+    for content in ({"shifts": {}}, {}):
+        write_json(tmp_path / "metadata.json", content)
+        assert set(prompt_statuses(tmp_path, "style", prompts, [], []).values()) == {"regular"}
+    assert prompt_statuses(tmp_path, "style", prompts, [1], [])["VanGogh"] == "erased"  # nothing says otherwise
+    write_json(tmp_path / "metadata.json", {"shifts": {"1": {"concept_index": 1, "category": "style"}}})
+    assert prompt_statuses(tmp_path, "style", prompts, [1], [])["VanGogh"] == "erased"
+    write_json(tmp_path / "metadata.json", {"shifts": ["1"]})
+    with pytest.raises(ValueError, match="lists its shifts in no known way"):
+        prompt_statuses(tmp_path, "style", prompts, [1], [])
+
+
+def test_a_grid_says_what_the_folders_shifts_protect(script, tmp_path):
+    original, edited = paired_folders(tmp_path, ["VanGogh", "Cezanne", "", "a house"])
+    write_shifts(edited, {"VanGogh": ["", "CCS 2024"]})
+    grid = tmp_path / "grid.png"
+    flags = ["--image_dirs", original, edited, "--save_path", grid]
+    is_error(script("eval-scripts/image-grid.py", *flags, "--erased", "0"), "no shift of Cezanne", "--erased")
+    is_error(script("eval-scripts/image-grid.py", *flags, "--restored", "1"), "a shift of VanGogh", "--restored")
+    is_error(script("eval-scripts/image-grid.py", *flags, "--column_titles", "a", "a"), "--column_titles")
+    assert not list(tmp_path.glob("grid*"))
+    code, out, _ = script("eval-scripts/image-grid.py", *flags, "--erased", "1")
+    rows = [line.split(" | ")[:2] for line in out.splitlines()[2:-1]]
+    assert code == 0 and "4 images in each folder" in out
+    assert rows == [
+        ["| VanGogh", "erased"],
+        ["| Cezanne", "regular"],
+        ["| a house", "regular"],
+        ["| (empty)", "protected"],
+    ]
+    for folder in (original, edited):  # images of another suffix and number
+        for path in folder.glob("*.png"):
+            path.rename(path.with_name(path.name.replace("_0.png", "_1.PNG")))
+    assert script("eval-scripts/image-grid.py", *flags, "--erased", "1", "--category", "nudity")[0] == 2
+    assert script("eval-scripts/image-grid.py", *flags, "--erased", "1")[0] == 0
+
+
+def test_hidden_and_linked_folders_of_a_classifiers_images(tmp_path):
+    save_colors(tmp_path / "train", 2, 2)
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "0" / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "0" / ".ipynb_checkpoints" / "0_0.png")
+    (tmp_path / "train" / "1").rename(tmp_path / "elsewhere")
+    (tmp_path / "train" / "1").symlink_to(tmp_path / "elsewhere")
+    images = class_folders(tmp_path / "train", 2, eval_transform(8))
+    assert [label for _, label in images] == [0, 0, 1, 1]
+
+
+def test_sorting_loses_no_image(script, tmp_path):
+    folder = tmp_path / "images"
+    save_noise(folder, 3, 8)
+    write_prompt_csv(folder / "prompts.csv", [PromptCase("VanGogh", 0, 0), PromptCase("CCS 2024", 0, 1)])
+    flags = ["--image_dir", folder]
+    is_error(script("train-scripts/move_image.py", *flags), "has no case 2", "2_0.png")
+    write_prompt_csv(folder / "prompts.csv", [PromptCase("VanGogh", 0, n) for n in range(3)])
+    (folder / "1").mkdir()
+    (folder / "1" / "2_0.png").write_bytes(b"another")
+    is_error(script("train-scripts/move_image.py", *flags), "2_0.png would replace")
+    assert len(list(folder.glob("*.png"))) == 3 and (folder / "1" / "2_0.png").read_bytes() == b"another"
+    (folder / "prompts.csv").unlink()
+    code, out, _ = script("train-scripts/move_image.py", *flags, "--cases_per_concept", "1", "--category", "nudity")
+    assert code == 0 and "1 images sorted, 2 of no nudity concept left" in out

@@ -1,6 +1,6 @@
-"""A run killed at a random moment and started again ends with the very files of an unbroken one.
+"""A run killed at a random moment, or for which the disk is full, and started again ends with an unbroken one's files.
 
-KILLS=5 tries five for each stage.
+KILLS=20 tries twenty for each stage.
 """
 
 import os
@@ -15,6 +15,8 @@ from conftest import ROOT, start_script
 from ldm.config.concepts import erasable_concepts
 from ldm.io.files import file_digest
 
+STAGES = ("null space", "erasure", "generation", "merge", "scenes")
+MIN_FILE_SIZE = 20_000  # bytes, so that the log has room
 KILLS = int(os.environ.get("KILLS", "1"))
 
 
@@ -34,6 +36,7 @@ def stages(mini_path, tmp_path_factory):
         images = ["--shifts", "0-8", "--prompts_path", prompts, "--save_path", root / "images"]
         scene = ["--scene", "5", "--methods", "SRS-ME,FMN", "--save_path", root / "scenes", "--classifier", classifier]
         size = ["--seeds_per_prompt", "2", "--num_training_images", "4"]
+        formats = ["--format", "compvis,diffusers,lora,kohya,unet", "--save_path", root / "merged"]
         settings = ["--set", "SRS-ME.max_steps=3", "FMN.max_steps=2"]
         return {
             "null space": [
@@ -57,6 +60,7 @@ def stages(mini_path, tmp_path_factory):
                 *training,
             ],
             "generation": ["eval-scripts/generate-images-merge.py", *model, *shifts, *images, *sampling, "4", *device],
+            "merge": ["train-scripts/Merge_model.py", *model, *shifts, "--shifts", "0,3", *formats, *device],
             "scenes": ["eval-scripts/scenes.py", *model, *scene, *size, *sampling, "2", *settings, *device],
         }
 
@@ -89,7 +93,7 @@ def unbroken(stages, tmp_path_factory):
 
 @pytest.mark.kill
 @pytest.mark.parametrize("turn", range(KILLS))
-@pytest.mark.parametrize("stage", ["null space", "erasure", "generation", "scenes"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_run_ends_with_the_same_files_when_it_is_started_again(stages, unbroken, stage, turn, tmp_path):
     digest, seconds, before = unbroken[stage]
     root, log = tmp_path / "root", tmp_path / "log"
@@ -101,3 +105,23 @@ def test_a_killed_run_ends_with_the_same_files_when_it_is_started_again(stages, 
     process.join()
     finish(stages(root)[stage], log)
     assert file_digest(root) == digest, f"killed after {moment:.3f} of {seconds:.1f} s"
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("turn", range(KILLS))
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_for_which_the_disk_is_full_says_so_and_ends_with_the_same_files_later(
+    stages, unbroken, stage, turn, tmp_path
+):
+    """No file may grow beyond a random size, which stands for the disk that ends there."""
+    digest, _, before = unbroken[stage]
+    root, log = tmp_path / "root", tmp_path / "log"
+    shutil.copytree(before, root)
+    limit = random.randint(MIN_FILE_SIZE, 300_000)
+    process = start_script(stages(root)[stage], log, max_file_size=limit)
+    process.join()
+    lines = [line for line in log.read_text().replace("\r", "\n").splitlines() if "error:" in line]
+    assert process.exitcode == (2 if lines else 0) and len(lines) <= 1, f"{limit} bytes: {log.read_text()[-2000:]}"
+    assert "Traceback" not in log.read_text() and not list(root.rglob(".partial*")), f"{limit} bytes"
+    finish(stages(root)[stage], log)
+    assert file_digest(root) == digest, f"no file beyond {limit} bytes"

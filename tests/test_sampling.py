@@ -2,6 +2,7 @@
 
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 
 from ldm.config.methods import SamplingConfig
 from ldm.diffusion.sampling import generate, generate_to_folder, initial_noise
+from ldm.io.errors import Notice
 from ldm.io.files import METADATA_FILE
 from ldm.io.prompts import PromptCase, read_prompt_csv
 from ldm.io.sharding import Shard
@@ -48,6 +50,96 @@ def test_an_image_depends_on_its_seed_alone_not_on_its_batch(tiny):
     assert max(max_difference(a, b) for a, b in zip(single, together, strict=True)) <= 1
     assert max_difference(single[0], single[1]) > 1
     assert torch.equal(initial_noise(tiny, 3, 2)[:1], initial_noise(tiny, 3, 1))
+
+
+@pytest.fixture
+def with_scheduler(tiny, monkeypatch):
+    """Return what gives the tiny model another scheduler."""
+
+    def replace(name: str, **changes) -> None:
+        scheduler = getattr(diffusers, name).from_config(tiny.scheduler.config, **changes)
+        monkeypatch.setattr(tiny, "scheduler", scheduler)
+
+    return replace
+
+
+NOISY = {
+    "EulerAncestralDiscreteScheduler": {},
+    "KDPM2AncestralDiscreteScheduler": {},
+    "LCMScheduler": {},
+    "DDPMScheduler": {},
+    "TCDScheduler": {},
+    "DPMSolverMultistepScheduler": {"algorithm_type": "sde-dpmsolver++"},
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_a_scheduler_that_draws_noise_draws_it_from_the_cases_own_seed(name, tiny, with_scheduler):
+    """The same image for any batch, order and process, whatever was drawn before."""
+    with_scheduler(name, **NOISY[name])
+    requests = [(case, n) for case in CASES for n in range(2)]
+
+    def generated(requests, batch_size) -> dict:
+        sampling = THREE_STEPS.with_changes(sample_batch_size=batch_size)
+        return {(case, n): image for case, n, image in generate(tiny, requests, sampling)}
+
+    torch.manual_seed(1)
+    one_by_one = generated(requests, 1)
+    torch.manual_seed(2)
+    together = generated(requests[::-1], 4)
+    assert max(max_difference(one_by_one[request], together[request]) for request in requests) <= 1
+    assert max_difference(one_by_one[CASES[0], 0], one_by_one[CASES[0], 1]) > 1
+
+
+def test_a_scheduler_that_draws_noise_draws_what_the_pipelines_generator_draws(tiny, tiny_path, with_scheduler):
+    with_scheduler("EulerAncestralDiscreteScheduler")
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_path, safety_checker=None, dtype=torch.float32)
+    pipeline.scheduler = tiny.scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "guidance_scale": 4.0, "generator": torch.Generator().manual_seed(3)}
+    theirs = pipeline("VanGogh", **options).images[0]
+    ((_, _, ours),) = generate(tiny, [(CASES[0], 0)], THREE_STEPS)
+    assert max_difference(theirs, ours) <= 1
+
+
+def test_a_scheduler_that_draws_noise_from_no_seed_is_refused(tiny, monkeypatch):
+    class Careless(diffusers.DDIMScheduler):
+        def step(self, model_output, timestep, sample):
+            return super().step(model_output, timestep, sample + torch.randn_like(sample))
+
+    monkeypatch.setattr(tiny, "scheduler", Careless.from_config(tiny.scheduler.config))
+    with pytest.raises(ValueError, match="Careless draws noise that no seed decides"):
+        list(generate(tiny, [(CASES[0], 0)], SAMPLING))
+
+
+def test_an_image_that_is_not_finite_is_never_drawn(tiny, tmp_path):
+    with pytest.raises(ValueError, match="the image of case 0, 'VanGogh', holds NaN or infinity"):
+        generate_to_folder(tiny, CASES, tmp_path, {}, SAMPLING.with_changes(guidance_scale=3e38))
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_an_image_that_is_damaged_is_generated_again(tiny, tmp_path):
+    generate_to_folder(tiny, CASES, tmp_path, {}, SAMPLING)
+    written = (tmp_path / "2_0.png").read_bytes()
+    for damaged in (b"", written[:-20], written[:60] + bytes([written[60] ^ 1]) + written[61:]):
+        (tmp_path / "2_0.png").write_bytes(damaged)
+        assert generate_to_folder(tiny, CASES, tmp_path, {}, SAMPLING) == 1
+        assert (tmp_path / "2_0.png").read_bytes() == written
+
+
+LONG = "a painting of a church by the sea in the evening light with a boat by VanGogh"  # of more than 16 tokens
+
+
+def test_prompts_that_are_cut_are_named_with_where(tiny):
+    cases = [PromptCase(LONG, 0, 0), PromptCase(f"{LONG} again", 0, 1), PromptCase("VanGogh", 0, 2)]
+    with pytest.warns(Notice) as given:
+        images = [image for _, _, image in generate(tiny, [(case, 0) for case in cases], SAMPLING)]
+    texts = [str(notice.message) for notice in given if notice.category is Notice]
+    assert texts[0].startswith(
+        "2 of 3 prompts are longer than the model's 16 tokens, and are cut; 2 of them are the same"
+    )
+    assert len(texts) == 3 and "is cut after 43 characters, '... a church by the sea in the ev'" in texts[1], texts
+    assert max_difference(images[0], images[1]) == 0
 
 
 def test_a_folder_resumes_where_it_stopped_and_refuses_another_run(tiny, tmp_path):

@@ -79,15 +79,15 @@ def test_unfitting_shifts_are_refused(tiny, tmp_path):
     shift = random_shift(tiny, [""])
     shift.save(path, shift.metadata)
     with pytest.raises(ValueError, match="another base model"):
-        WeightShift.load(path).check("0" * 64, tiny.unet)
+        WeightShift.load(path).check(["0" * 64], tiny.unet)
     name = next(iter(shift.coefficients))
     shift.coefficients[name] = shift.coefficients[name][:3]
     shift.save(path, shift.metadata)
     with pytest.raises(ValueError, match="does not fit the model's layer"):
-        WeightShift.load(path).check(tiny.digest, tiny.unet)
+        WeightShift.load(path).check(tiny.digests, tiny.unet)
     shift.coefficients[name] = shift.coefficients[name][:, :3]
     shift.save(path, shift.metadata)
-    with pytest.raises(ValueError, match="wrong names or shapes"):
+    with pytest.raises(ValueError, match="wrong names, shapes or sizes"):
         WeightShift.load(path)
 
 
@@ -98,7 +98,7 @@ def test_a_dense_shift_is_what_leads_to_the_trained_weights(tiny, tmp_path):
     assert shift.parameter_names == [names[0], *names[2:]]  # what did not change is left out
     shift.save(tmp_path / "d.safetensors", {"base_digest": tiny.digest})
     loaded = WeightShift.load(tmp_path / "d.safetensors")
-    loaded.check(tiny.digest, tiny.unet)
+    loaded.check(tiny.digests, tiny.unet)
     base = {name: tiny.unet.get_parameter(name) for name in names}
     with applied(tiny.unet, [loaded]):
         for name, weight in student.items():
@@ -117,4 +117,4 @@ def test_dense_and_separable_shifts_add_up(tiny):
 def test_a_dense_shift_of_another_model_is_refused(tiny, tmp_path):
     DenseShift({"conv_in.weight": torch.ones(2, 2)}).save(tmp_path / "d.safetensors", {"base_digest": tiny.digest})
     with pytest.raises(ValueError, match=r"conv_in\.weight does not fit"):
-        WeightShift.load(tmp_path / "d.safetensors").check(tiny.digest, tiny.unet)
+        WeightShift.load(tmp_path / "d.safetensors").check(tiny.digests, tiny.unet)

@@ -1,5 +1,8 @@
 """The synthetic dataset: seeded images and captions, CLIP's kind of tokenizer, and a training that resumes."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +14,13 @@ from transformers import CLIPTokenizer
 
 from ldm.config.concepts import erasable_concepts, load_concepts
 from ldm.config.models import read_yaml
+from ldm.io.files import file_digest
 from ldm.io.paths import REPO_ROOT
-from ldm.toy.captions import build_tokenizer, sample_caption
+from ldm.toy.captions import build_tokenizer, kept_tokenizer, sample_caption
 from ldm.toy.logos import _CODES
 from ldm.toy.render import STYLES, render, render_concept, render_watermark
 from ldm.toy.shapes import OBJECTS, SCENES
-from ldm.toy.train import Denoiser, init_from, make_ema, train_autoencoder, train_denoiser
+from ldm.toy.train import Denoiser, Tokens, init_from, make_ema, train_autoencoder, train_denoiser
 
 LOGOS_CONFIG = REPO_ROOT / "configs" / "mini-sd-logos.yaml"
 
@@ -63,7 +67,7 @@ def test_a_training_stopped_and_resumed_is_the_same_training(stage, tmp_path):
     config = OmegaConf.merge(TINY, {"seed": 3, "train": {"save_every": 2, stage: settings}})
     tokenizer = build_tokenizer(tmp_path / "tokenizer", 16, MIXTURE_WEIGHTS)
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
-    latents, token_ids = torch.randn(6, 4, 8, 8), torch.randint(100, (6, 16))
+    latents, tokens = torch.randn(6, 4, 8, 8), Tokens(torch.randint(100, (6, 16)), "digest")
 
     def train(path, stop=None):
         torch.manual_seed(0)
@@ -74,7 +78,7 @@ def test_a_training_stopped_and_resumed_is_the_same_training(stage, tmp_path):
         else:
             denoiser = Denoiser(config, tokenizer)
             trained = make_ema(denoiser, config)  # what is kept in the end
-            iterations = train_denoiser(fabric, config, denoiser, trained, latents, token_ids, path)
+            iterations = train_denoiser(fabric, config, denoiser, trained, latents, tokens, path)
         for iteration, loss in iterations:
             losses.append(loss)
             if iteration == stop:
@@ -85,6 +89,16 @@ def test_a_training_stopped_and_resumed_is_the_same_training(stage, tmp_path):
     first, _ = train(tmp_path / "parts.ckpt", stop=1)
     rest, resumed = train(tmp_path / "parts.ckpt")
     assert first + rest == losses and all(torch.equal(weights[name], resumed[name]) for name in weights)
+    saved = torch.load(tmp_path / "parts.ckpt", weights_only=True)
+    for changes in ({"iteration": 99}, {"iteration": "x"}, {"module": {}}, {"vocabulary": "another"}, {"ema": None}):
+        path = tmp_path / "changed.ckpt"
+        torch.save({**saved, **changes}, path)
+        with pytest.raises(ValueError, match=r"changed\.ckpt .*remove it to begin anew"):
+            train(path)
+    for content in (b"", b".", b"K\0\x85R.", (tmp_path / "parts.ckpt").read_bytes()[:-99]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"changed\.ckpt .*remove it to begin anew"):
+            train(path)
 
 
 def test_the_tokenizer_is_clips_and_has_a_token_for_every_word_and_byte(tmp_path):
@@ -94,6 +108,17 @@ def test_the_tokenizer_is_clips_and_has_a_token_for_every_word_and_byte(tmp_path
     assert tokenizer.tokenize("a landscape by VanGogh") == ["a</w>", "landscape</w>", "by</w>", "vangogh</w>"]
     token_ids = tokenizer("zebra ü @", padding="max_length", max_length=16).input_ids
     assert len(token_ids) == 16 and tokenizer.unk_token_id not in token_ids[1:8]
+
+
+def test_the_tokenizer_is_the_same_in_every_process_and_is_trained_once(tmp_path):
+    arguments = f"pathlib.Path(sys.argv[1]), 16, {MIXTURE_WEIGHTS}"
+    code = f"import sys, pathlib, ldm.toy.captions as captions; captions.build_tokenizer({arguments})"
+    for name in ("a", "b"):
+        subprocess.run([sys.executable, "-c", code, tmp_path / name], check=True)
+    first, second = (file_digest(tmp_path / name) for name in ("a", "b"))
+    assert first == second
+    kept_tokenizer(tmp_path / "a", 16, [0, 0, 1, 0, 0, 0], 5)  # what is kept is not made anew
+    assert file_digest(tmp_path / "a") == first
 
 
 def test_a_hundred_logos_share_at_most_one_of_their_four_choices():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ldm.diffusion.compvis import convert_to_compvis
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.shift import SHIFT_FILE_TYPE
-from ldm.io.tensors import save_tensors
+from ldm.io.tensors import METADATA_KEY
 
 SOLVE, MERGE = "train-scripts/SRSME_Solution.py", "train-scripts/Merge_model.py"
 GENERATE = "eval-scripts/generate-images-merge.py"
@@ -35,9 +35,9 @@ def refused(script, tmp_path):
     """Run a script that must refuse, and see that all files are as they were."""
 
     def run(name, *arguments, words=()):
-        before = {path: path.stat().st_mtime_ns for path in tmp_path.parent.rglob("*")}
+        before = {path: path.lstat().st_mtime_ns for path in tmp_path.parent.rglob("*")}
         is_error(script(name, *arguments), *words)
-        after = {path: path.stat().st_mtime_ns for path in tmp_path.parent.rglob("*")}
+        after = {path: path.lstat().st_mtime_ns for path in tmp_path.parent.rglob("*")}
         assert after == before
 
     return run
@@ -172,7 +172,9 @@ def shift(tiny, tmp_path):
         }
         path = tmp_path / "shift.safetensors"
         contents = coefficients | {"directions": torch.eye(2, 96, dtype=torch.float64)} | tensors
-        save_tensors(path, contents, SHIFT_FILE_TYPE, metadata | dict(changes))
+        # as a file of an older version, which says no digest of its content; save_tensors would not write NaN
+        header = json.dumps({"file_type": SHIFT_FILE_TYPE, "metadata": metadata | dict(changes)})
+        save_file(contents, path, metadata={METADATA_KEY: header})
         return path
 
     return write
@@ -185,7 +187,7 @@ def test_a_shift_of_wrong_shapes_with_nan_for_another_base_or_with_a_header_that
     flags = ["--prompts_path", tmp_path / "list.csv", "--save_path", tmp_path / "out"]
     first = f"w.{next(iter(text_layers(tiny.unet)))}"
     for changed, words in (
-        ({"directions": torch.eye(3, 96)}, ["wrong names or shapes"]),
+        ({"directions": torch.eye(3, 96)}, ["wrong names, shapes or sizes"]),
         ({"directions": torch.eye(2, 95)}, ["does not fit"]),
         ({first: torch.zeros(5, 2)}, ["does not fit"]),
         ({"w.nothing": torch.zeros(5, 2)}, ["nothing", "does not fit"]),
@@ -204,9 +206,9 @@ def test_a_shift_of_wrong_shapes_with_nan_for_another_base_or_with_a_header_that
 def test_a_shift_whose_metadata_names_paths(script, refused, shift, tiny_path, tmp_path):
     flags = ["--model", tiny_path, "--format", "lora,kohya", "--save_path", tmp_path / "deep" / "out"]
     for changes in ({"concept_index": "../../harm"}, {"category": "../../harm"}, {"method": "../../harm"}):
-        refused(MERGE, *flags, "--shifts", shift(changes), words=["which concept it erases"])
+        refused(MERGE, *flags, "--shifts", shift(changes), words=["make it again"])
     for changes in ({"captions": [7]}, {"protected": ["", None]}, {"prompt": None}):
-        refused(MERGE, *flags, "--shifts", shift(changes), words=["what it erases and protects"])
+        refused(MERGE, *flags, "--shifts", shift(changes), words=["make it again"])
     tensors = load_file(shift())
     coefficients = {name: torch.ones_like(value) for name, value in tensors.items() if name.startswith("w.")}
     assert script(MERGE, *flags, "--shifts", shift({"concept": "../../../harm"}, **coefficients))[0] == 0

@@ -34,7 +34,7 @@ def main() -> None:
     if not shifts:
         raise ValueError("`shifts` names no shift: give indexes such as 0,1,2, or shift files")
     for shift in shifts.values():
-        shift.check(model.digest, model.unet)
+        shift.check(model.digests, model.unet)
     prompts = ["", *(concept.prompt for concept in load_concepts(args.category))]
     session.print_export(export(model, shifts, args.save_path / f"{model.name}-{name}", config, prompts))
 

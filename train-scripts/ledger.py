@@ -3,7 +3,7 @@
 init begins a ledger in --ledger_dir: it names a base model by its digest, the concepts and all that is protected. erase
 makes a concept's shift where there is none yet, and activates it; restore deactivates it. status and history say what
 is and what was, verify recomputes every digest, and export writes the present weights as Merge_model.py does. A run
-that was stopped has changed nothing.
+that was stopped has changed nothing. repair cuts off a last line that was torn, as by a copy that was broken off.
 """
 
 from pathlib import Path
@@ -23,6 +23,7 @@ def main() -> None:
         "status": ledger.status,
         "history": ledger.history,
         "verify": ledger.verify,
+        "repair": ledger.repair,
         "export": ledger.export,
     }
     commands = arguments.add_commands(parser, REPO_ROOT / "models" / "ledger", **runs)

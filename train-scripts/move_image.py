@@ -1,12 +1,15 @@
 """Sort a folder of generated images into class folders 0, 1, ..., one for each concept, for the classifier scripts.
 
 The concept is the one that the image's prompt names (prompts.csv in the folder), for any number of images; without
-prompts.csv, --cases_per_concept cases belong to each concept in turn. What is sorted already stays.
+prompts.csv, --cases_per_concept cases belong to each concept in turn. What is sorted already stays, and so do images
+of no concept.
 """
+
+from pathlib import Path
 
 from ldm.cli import arguments
 from ldm.cli.run import run
-from ldm.config.concepts import match_concept
+from ldm.config.concepts import erasable_concepts, match_concept
 
 
 def main() -> None:
@@ -21,23 +24,34 @@ def main() -> None:
 
     list_images(args.image_dir)
     prompts_path = args.image_dir / "prompts.csv"
-    concepts = {}
+    prompts = None
     if prompts_path.is_file():
-        for case in read_prompt_csv(prompts_path):
-            concepts[case.case_number] = match_concept(args.category, case.prompt)
+        prompts = {case.case_number: case.prompt for case in read_prompt_csv(prompts_path)}
+    last_index = erasable_concepts(args.category)[-1].index
+    targets: dict[Path, Path] = {}
     counts: dict[int, int] = {}
     num_left = 0
-    for path in sorted(filter(is_image, args.image_dir.iterdir())):
+    for path in sorted(path for path in args.image_dir.iterdir() if is_image(path) and path.is_file()):
         case_number = parse_case_number(path)
-        concept = concepts.get(case_number)
-        if concepts and (concept is None or concept.is_watermark):
+        label = case_number // args.cases_per_concept
+        if prompts is not None:
+            if case_number not in prompts:
+                raise ValueError(
+                    f"{prompts_path} has no case {case_number}, which {path} shows: see which list is its own"
+                )
+            concept = match_concept(args.category, prompts[case_number])
+            label = concept.index if concept else last_index + 1
+        if label > last_index:
             num_left += 1
             continue
-        label = concept.index if concept else case_number // args.cases_per_concept
-        target = args.image_dir / str(label) / path.name
+        targets[path] = args.image_dir / str(label) / path.name
+        counts[label] = counts.get(label, 0) + 1
+    for path, target in targets.items():  # before any is moved
+        if target.exists():
+            raise ValueError(f"{path} would replace {target}, which is there already: remove one of them")
+    for path, target in targets.items():
         target.parent.mkdir(exist_ok=True)
         path.replace(target)
-        counts[label] = counts.get(label, 0) + 1
     for label, count in sorted(counts.items()):
         print(f"{args.image_dir / str(label)}: {count} images")
     print(f"{sum(counts.values())} images sorted, {num_left} of no {args.category} concept left where they were")

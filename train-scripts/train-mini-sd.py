@@ -41,7 +41,7 @@ def main() -> None:
     from ldm.io.files import METADATA_FILE, atomic_write_dir, check_metadata, write_json
     from ldm.io.tensors import CREATED_BY
     from ldm.toy import train
-    from ldm.toy.captions import build_tokenizer
+    from ldm.toy.captions import kept_tokenizer
     from ldm.toy.dataset import cached_dataset, render_dataset
 
     config, work = read_yaml(args.config), args.checkpoint_dir
@@ -72,13 +72,13 @@ def main() -> None:
     if not start:
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))  # so that their variance is 1
     latents = latents * vae.config.scaling_factor
-    tokenizer = build_tokenizer(work / "tokenizer", config.tokenizer.model_max_length, weights, config.seed)
-    token_ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    tokenizer = kept_tokenizer(work / "tokenizer", config.tokenizer.model_max_length, weights, config.seed)
+    tokens = train.Tokens.of(captions, tokenizer)
     denoiser = train.Denoiser(config, tokenizer)
     if start:
         train.init_from(start, denoiser, tokenizer)
     ema = train.make_ema(denoiser, config).to(fabric.device)
-    stage = train.train_denoiser(fabric, config, denoiser, ema, latents, token_ids, work / "denoiser.ckpt")
+    stage = train.train_denoiser(fabric, config, denoiser, ema, latents, tokens, work / "denoiser.ckpt")
     show_progress(stage, config.train.denoiser.iterations, "denoiser")
     with atomic_write_dir(args.save_path) as partial:
         train.save_pipeline(config, vae, ema.module, tokenizer, partial)

@@ -30,7 +30,7 @@ from ldm.io.paths import REPO_ROOT
 
 Namespace = argparse.Namespace
 DEFAULT_MODEL = REPO_ROOT / "models" / "mini-sd"
-MODEL_ARGUMENTS = ("model", "ckpt_path", "config_path")  # those of `add_model`
+MODEL_ARGUMENTS = ("model", "ckpt_path", "config_path", "variant")  # those of `add_model`
 FROM_CONFIG = "(default: the model's config)"
 
 spelled: dict[str, str] = {}  # the flags as the user typed them, by the name of the argument
@@ -126,7 +126,7 @@ def add_commands(parser: Parser, ledger_dir: Path, **runs: Callable[[Namespace],
 
 
 def _whole_number(text: str, minimum: int) -> int:
-    if not text.isdigit() or int(text) < minimum:
+    if not text.isascii() or not text.isdigit() or int(text) < minimum:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {minimum}")
     return int(text)
 
@@ -263,6 +263,13 @@ def add_model(parser: Parser, default: str | None = str(DEFAULT_MODEL)) -> None:
     parser.option("model", default=default, help="a diffusers folder or a hub id")
     parser.option("ckpt_path", default=None, help="instead, a checkpoint in CompVis' layout: .ckpt or .safetensors")
     parser.option("config_path", default=None, help="what that is made of (default: Stable Diffusion v1)")
+    add_variant(parser)
+
+
+def add_variant(parser: Parser) -> None:
+    """Add --variant."""
+    text = "which of a diffusers folder's weights, such as fp16 for NAME.fp16.safetensors (default: NAME.safetensors)"
+    parser.option("variant", default=None, help=text)
 
 
 def add_artifacts(parser: Parser) -> None:

@@ -67,7 +67,7 @@ def memory_table(args: Namespace, method: str) -> pd.DataFrame:
 
     source = args.ckpt_path or args.model
     try:
-        folder = load.resolve_config_dir(source, args.config_path)
+        folder = load.resolve_config_dir(source, args.config_path, args.variant)
         config = method_config(args, load_model_config(load.resolve_names(source, args.config_path)[1]), method)
         assert isinstance(config, SRSMEConfig)
         return estimate_memory(folder, _devices(args)[0], config.train_batch_size, config.max_directions)

@@ -93,14 +93,13 @@ def make_experiment(args: Namespace) -> Experiment:
 
 def _load_classifier(args: Namespace, device: torch.device) -> Classifier | None:
     """Return the classifier that --imagenet_weights or --classifier names, else the category's own if it has one."""
-    from ldm.metrics.classify import ImageNetObjects, classifier_path, load_classifier
+    from ldm.metrics.classify import ImageNetObjects, find_classifier
 
     if args.imagenet_weights:
         if args.category != "object":
             raise ValueError("`imagenet_weights` goes with `category` object: ImageNet has no other of the categories")
         return ImageNetObjects(args.imagenet_weights).to(device)
-    path = args.classifier or classifier_path(args.category)
-    return load_classifier(path, device)[0] if args.classifier or path.is_file() else None
+    return find_classifier(args.category, args.classifier, device)
 
 
 def artifacts_dir(args: Namespace) -> Path:
@@ -175,7 +174,7 @@ def parse_scenes(text: str) -> list[int]:
     """Return the scenes of configs/scenes.yaml in such as '1,2'. Raises ValueError for anything that is none."""
     pieces = [piece.strip() for piece in text.split(",")]
     for piece in pieces:
-        if not piece.isdigit():
+        if not piece.isascii() or not piece.isdigit():
             raise ValueError(f"`scene` {text}: give numbers of configs/scenes.yaml, such as 4 or 1,2,3,4")
         load_scene(int(piece))  # before any work, so that a wrong number costs none
     return [int(piece) for piece in dict.fromkeys(pieces)]

@@ -10,6 +10,7 @@ from ldm.cli.arguments import MODEL_ARGUMENTS, Namespace
 from ldm.config.concepts import parse_erase_targets
 from ldm.config.methods import METHODS
 from ldm.ledger.ledger import Ledger, history_path, ledger_lock, make_header, status_table
+from ldm.ledger.ledger import repair as cut_off_torn_line
 
 
 def init(args: Namespace) -> None:
@@ -28,7 +29,8 @@ def init(args: Namespace) -> None:
         source = {}
         for name in MODEL_ARGUMENTS:
             value = getattr(args, name)
-            source[name] = str(Path(value).resolve()) if value and Path(value).exists() else value
+            is_path = value and name != "variant" and Path(value).exists()
+            source[name] = str(Path(value).resolve()) if is_path else value
         header = make_header(model, args.category, concepts, args.protect, source)
         ledger = Ledger.create(path, header)
     print(
@@ -88,12 +90,30 @@ def history(args: Namespace) -> None:
 
 
 def verify(args: Namespace) -> None:
-    """Recompute every digest, and print what was checked."""
+    """Recompute every digest and effect, and print what was checked, and what that cannot prove."""
     from ldm.cli import session
     from ldm.ledger import operations
     from ldm.metrics.tables import to_markdown
 
-    print(to_markdown(operations.verify(*session.open_ledger(args, args.ledger_dir))))
+    ledger, model = session.open_ledger(args, args.ledger_dir)
+    print(to_markdown(operations.verify(ledger, model)))
+    print(
+        "A chain of digests cannot prove that no entry was cut off at its end, that the whole history was not written "
+        f"anew, or who wrote it: keep the history's last digest where others cannot change it: {ledger.last_hash}"
+    )
+
+
+def repair(args: Namespace) -> None:
+    """Cut a torn last line off the history."""
+    path = history_path(args.ledger_dir)
+    with ledger_lock(path.parent):
+        repaired = cut_off_torn_line(path)
+        if repaired is None:
+            print(f"nothing is torn in {path}")
+            return
+        cut_off, size = repaired
+        entries = len(Ledger(path).entries)
+    print(f"{path}: its last line was torn, and its {size} bytes are in {cut_off}; the state is entry {entries}'s")
 
 
 def export(args: Namespace) -> None:

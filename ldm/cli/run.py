@@ -7,12 +7,14 @@ import re
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ldm.cli.arguments import MODEL_ARGUMENTS, spelled, typed
 from ldm.config.concepts import CATEGORIES
-from ldm.io.errors import MissingFileError
+from ldm.io.errors import MissingFileError, Notice
 
 METHOD_SCRIPTS = {
     "SRS-ME": "SRS_ME.py",
@@ -51,11 +53,24 @@ def run(main: Callable[[], None]) -> None:
     A batch system's SIGTERM ends it like Ctrl-C, so that half-written files are removed.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    show_others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, Notice):
+            print(f"{Path(sys.argv[0]).name}: notice: {as_typed(str(message))}", file=sys.stderr)
+        else:
+            show_others(message, category, *place, **options)
+
+    warnings.showwarning = show
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped; nothing is half written, and the same command resumes or starts over", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # who reads the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         if os.environ.get("SRSME_TRACEBACK") or not _is_users(error):
             raise
@@ -63,18 +78,38 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+# What reading or writing a file may raise, or a machine that is too small for it: errors that a user can mend.
+_USERS_ERRORS = (ValueError, OSError, EOFError, FloatingPointError, ImportError, MemoryError, RecursionError)
+_USERS_ERRORS_OF = {  # of libraries that may not have been imported
+    "safetensors": ("SafetensorError",),
+    "torch": ("OutOfMemoryError",),
+    "pickle": ("UnpicklingError",),
+    "zipfile": ("BadZipFile",),
+    "omegaconf.errors": ("OmegaConfBaseException",),
+    "yaml": ("YAMLError",),
+}
+_WRITING_FAILED = "PytorchStreamWriter failed"  # torch's RuntimeError where a disk is full
+
+
 def _is_users(error: Exception) -> bool:
     """Return whether an error is one that the user of a script can mend, and not a fault of the program."""
-    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+    if isinstance(error, _USERS_ERRORS) or _WRITING_FAILED in str(error):
         return True
-    torch = sys.modules.get("torch")  # which no error comes from that did not import it
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    kinds = []
+    for module, names in _USERS_ERRORS_OF.items():
+        if module in sys.modules:  # no error comes from a library that was not imported
+            kinds += [getattr(sys.modules[module], name) for name in names]
+    return isinstance(error, tuple(kinds))
+
+
+def as_typed(message: str) -> str:
+    """Return a message as one line, with the flags that its user typed in place of settings in backticks."""
+    return re.sub(r"`(\w+)`", lambda found: spelled.get(found[1], f"--{found[1]}"), " ".join(message.split()))
 
 
 def explain(error: Exception) -> str:
     """Return an error as one line, with the flags that its user typed and the command that makes what is missing."""
-    message = " ".join(str(error).split())
-    message = re.sub(r"`(\w+)`", lambda found: spelled.get(found[1], f"--{found[1]}"), message)
+    message = as_typed(str(error))
     if isinstance(error, MissingFileError):
         category = error.details.get("category")
         known = {

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ldm.cli.arguments import DEFAULT_MODEL, Namespace, nonnegative_int, setting_type, typed_settings
+from ldm.cli.arguments import DEFAULT_MODEL, MODEL_ARGUMENTS, Namespace, nonnegative_int, setting_type, typed_settings
 from ldm.cli.devices import parse_devices
 from ldm.config.methods import MethodConfig, Settings, SRSMEConfig, did_you_mean
 from ldm.config.models import ModelConfig
@@ -27,7 +27,8 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 def load_model(args: Namespace, device: torch.device, dtype: str = "float32") -> DiffusionModel:
     """Return the model that --ckpt_path (with --config_path) or --model names, its U-Net in `dtype`."""
-    return load.load_model(args.ckpt_path or args.model, device, args.config_path, getattr(torch, dtype))
+    source, torch_dtype = args.ckpt_path or args.model, getattr(torch, dtype)
+    return load.load_model(source, device, args.config_path, torch_dtype, args.variant)
 
 
 def first_device(args: Namespace) -> torch.device:
@@ -104,7 +105,8 @@ def ledger_at(args: Namespace, path: Path) -> Ledger:
     ledger = Ledger(history_path(path))
     if not args.model and not args.ckpt_path:
         args.model = ledger.header.get("model") or str(DEFAULT_MODEL)
-        args.ckpt_path, args.config_path = (ledger.header.get(name) for name in ("ckpt_path", "config_path"))
+        for name in MODEL_ARGUMENTS[1:]:
+            setattr(args, name, ledger.header.get(name))
     return ledger
 
 
@@ -112,7 +114,7 @@ def open_ledger(args: Namespace, path: Path) -> tuple[Ledger, DiffusionModel]:
     """Return the ledger in a folder, or file, and its model, or the one of the same digest that --model names."""
     ledger = ledger_at(args, path)
     model = load_model(args, first_device(args))
-    check_base_model(ledger.header, model.digest, ledger.path)
+    check_base_model(ledger.header, model.digests, ledger.path)
     return ledger, model
 
 

@@ -6,9 +6,10 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
+from string import Formatter
+from typing import Any
 
-from omegaconf import OmegaConf
-
+from ldm.config.yaml_files import check_keys, read_mapping
 from ldm.io.paths import REPO_ROOT
 
 CATEGORIES = ("style", "object", "similar", "nudity", "logo")
@@ -17,7 +18,7 @@ CATEGORIES = ("style", "object", "similar", "nudity", "logo")
 STATUSES = ("erased", "restored", "regular", "protected")
 
 
-INDEX_RANGE_RE = re.compile(r"(\d+)(?:-(\d+))?")  # an index, or a first and a last one
+INDEX_RANGE_RE = re.compile(r"([0-9]+)(?:-([0-9]+))?")  # an index, or a first and a last one
 
 
 EMPTY_PROMPT_LABEL = "(empty)"  # what tables and images call the empty prompt
@@ -64,36 +65,100 @@ class Concept:
         return list(dict.fromkeys([self.prompt, *self.captions[:num_templates]]))
 
 
+def _check_text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f'{place} is {value!r} to YAML, and not a text: write it in quotes, such as "1984"')
+    if value != value.strip() or not value.isprintable():
+        raise ValueError(f"{place} is {value!r}: remove the white space around it and what is not printable in it")
+    return value
+
+
+def _check_name(value: Any, place: str) -> str:
+    if not _check_text(value, place):
+        raise ValueError(f"{place} is empty: give it a text")
+    return value
+
+
+def _check_names(value: Any, place: str) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{place} is {value!r}, not a list: write it as [..., ...]")
+    return tuple(_check_name(item, f"{place}, entry {k}") for k, item in enumerate(value, 1))
+
+
+def _check_templates(value: Any, place: str) -> tuple[str, ...]:
+    for template in _check_names(value, place):
+        try:
+            fields = [(name, spec, how) for _, name, spec, how in Formatter().parse(template) if name is not None]
+        except ValueError:
+            fields = []
+        if fields != [("", "", None)]:
+            raise ValueError(
+                f"{place}: '{template}' should have {{}} once, where the concept goes, and no other braces"
+            )
+    return tuple(value)
+
+
+_GROUP_KEYS = ("anchor_prompt", "templates", "held_out_templates", "concepts")
+_OLD_GROUP_KEYS = {"anchor": "anchor_prompt", "held_out": "held_out_templates"}
+
+
 @cache
-def _load_config():
-    return OmegaConf.merge(*(OmegaConf.load(REPO_ROOT / "configs" / name) for name in ("concepts.yaml", "logos.yaml")))
+def _load_config() -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the categories of both files, each with the place it stands in, and the watermarks."""
+    categories: dict[str, Any] = {}
+    watermarks: dict[str, None] = {}
+    for name in ("concepts.yaml", "logos.yaml"):
+        path = REPO_ROOT / "configs" / name
+        content = check_keys(read_mapping(path), ("watermarks", "categories"), str(path))
+        for text in _check_names(content.get("watermarks", []), f"{path}, watermarks"):
+            if text in watermarks:
+                raise ValueError(f"{path}: the watermark '{text}' stands twice: remove one")
+            watermarks[text] = None
+        for category, group in check_keys(content.get("categories", {}), CATEGORIES, f"{path}, categories").items():
+            if category in categories:
+                raise ValueError(f"{path}: the category {category} is in another file too: remove one")
+            categories[category] = f"{path}, {category}", group
+    return categories, tuple(watermarks)
 
 
 @cache
 def load_concepts(category: str) -> tuple[Concept, ...]:
     """All concepts of `category` in order of index, the watermark prompts after them.
 
-    Raises ValueError for an unknown category.
+    Raises ValueError for an unknown category, and for a file whose texts are none, or that is wrong in another way.
     """
     if category not in CATEGORIES:
         raise ValueError(f"unknown category '{category}': choose one of {', '.join(CATEGORIES)}")
-    group = _load_config().categories[category]
-    concepts = [
-        Concept(
-            index,
-            entry.name,
-            entry.get("prompt", entry.name),
-            tuple(entry.get("aliases", ())),
-            tuple(group.templates),
-            tuple(group.get("held_out_templates", group.get("held_out", ()))),
-            group.get("anchor_prompt", group.get("anchor", "")),
-        )
-        for index, entry in enumerate(group.concepts)
-    ]
-    watermarks = [
-        Concept(len(concepts) + k, text, text, is_watermark=True) for k, text in enumerate(_load_config().watermarks)
-    ]
-    return tuple(concepts + watermarks)
+    categories, watermarks = _load_config()
+    if category not in categories:
+        raise ValueError(f"no category {category} in configs/concepts.yaml: add it")
+    place, group = categories[category]
+    group = {
+        _OLD_GROUP_KEYS.get(key, key): value
+        for key, value in check_keys(group, (*_GROUP_KEYS, *_OLD_GROUP_KEYS), place).items()
+    }
+    templates = _check_templates(group.get("templates", []), f"{place}, templates")
+    held_out_templates = _check_templates(group.get("held_out_templates", []), f"{place}, held_out_templates")
+    anchor_prompt = _check_text(group.get("anchor_prompt", ""), f"{place}, anchor_prompt")
+    entries = group.get("concepts")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{place}, concepts is {entries!r}, not a list of one or more")
+    concepts = []
+    for index, entry in enumerate(entries):
+        where = f"{place}, concept {index}"
+        check_keys(entry, ("name", "prompt", "aliases"), where)
+        name = _check_name(entry.get("name"), f"{where}, name")
+        prompt = _check_name(entry.get("prompt", name), f"{where} {name}, prompt")
+        aliases = _check_names(entry.get("aliases", []), f"{where} {name}, aliases")
+        concepts.append(Concept(index, name, prompt, aliases, templates, held_out_templates, anchor_prompt))
+    concepts += [Concept(len(concepts) + k, text, text, is_watermark=True) for k, text in enumerate(watermarks)]
+    owners: dict[str, Concept] = {}
+    for concept in concepts:
+        for spelling in concept.spellings:
+            if owners.setdefault(spelling.lower(), concept) != concept:
+                other = owners[spelling.lower()].name
+                raise ValueError(f"{place}: '{spelling}' names both {other} and {concept.name}: remove it from one")
+    return tuple(concepts)
 
 
 def erasable_concepts(category: str) -> tuple[Concept, ...]:
@@ -103,7 +168,7 @@ def erasable_concepts(category: str) -> tuple[Concept, ...]:
 
 def watermark_prompts() -> tuple[str, ...]:
     """The prompts whose images prove ownership; every shift leaves them untouched."""
-    return tuple(_load_config().watermarks)
+    return _load_config()[1]
 
 
 def always_protected_prompts() -> list[str]:

@@ -141,6 +141,11 @@ class SRSMEConfig(MethodConfig):
     l1_weight: float = setting(1e-6, "weight of |dW|_1", training_only=True)
     stop_threshold: float = setting(1e-4, "stop when the momentum of the correlation falls to it", training_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1e-30 <= abs(self.basis_scale) <= 1e30:
+            raise ValueError(f"`basis_scale` {self.basis_scale:g} is not a number from 1e-30 to 1e30, such as 1e-4")
+
     @property
     def trains(self) -> bool:
         return self.mode == "learn"
@@ -265,7 +270,9 @@ class ExecutionConfig(Settings):
 class ExportConfig(Settings):
     """In which formats weights are written, and how."""
 
-    formats: tuple[str, ...] = setting(("diffusers",), f"one or more of {','.join(FORMATS)}")
+    formats: tuple[str, ...] = setting(
+        ("diffusers",), f"one or more of {','.join(FORMATS)}; lora and kohya are always cut to few directions, see rank"
+    )
     save_dtype: str = setting(
         "float32",
         "what the weights are written in; a compvis checkpoint keeps its own unless this is a half",
@@ -273,13 +280,15 @@ class ExportConfig(Settings):
     )
     rank: int | str | None = setting(
         None,
-        "directions that each shift keeps, or auto for the fewest with effect_fraction of its effect "
-        "(without it auto for lora "
-        "and kohya, all for merged weights)",
+        "directions that each shift keeps, or auto for the fewest with effect_fraction of its effect; without it "
+        "lora and kohya are cut as by auto, often to a single direction, and merged weights keep all: give a rank for "
+        "the same erasure in both",
         minimum=1,
     )
     effect_fraction: float = setting(
-        0.85, "fraction of the effect on the concept's own prompts to keep, for an automatic rank"
+        0.85,
+        "fraction of the effect on the concept's own prompts to keep, for an automatic rank, which lora and kohya have "
+        "without one; the table's truncation_error is what is missing",
     )
 
     def __post_init__(self) -> None:

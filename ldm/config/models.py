@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from ldm.config.methods import (
     METHODS,
@@ -20,11 +19,13 @@ from ldm.config.methods import (
     Settings,
     did_you_mean,
 )
+from ldm.config.yaml_files import read_mapping
 from ldm.io.legacy import upgrade
 from ldm.io.paths import REPO_ROOT
 
 DEFAULT_CONFIG = REPO_ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
 _RENAMED_CONFIGS = {"mini-many": "mini-sd-logos"}
+_OTHER_CONFIGS = ("concepts", "logos", "scenes")  # files of the same folder that are no model's
 _MODEL_KEYS = ("base_config", "component_configs", "sampling", "null_space", "evaluation", "methods")
 TRAINING_KEYS = ("seed", "dataset", "tokenizer", "text_encoder", "vae", "unet", "scheduler", "train")
 
@@ -54,8 +55,18 @@ def load_model_config(name: str) -> ModelConfig:
 
 def config_path(name: str) -> Path:
     """Return the YAML file of the model called `name`, or Stable Diffusion v1's where it has none of its own."""
-    path = REPO_ROOT / "configs" / f"{_RENAMED_CONFIGS.get(name, name)}.yaml"
-    return path if path.is_file() else DEFAULT_CONFIG
+    path = _named_config(name)
+    return DEFAULT_CONFIG if path is None else path
+
+
+def _named_config(name: str) -> Path | None:
+    folder = REPO_ROOT / "configs"
+    path = folder / f"{_RENAMED_CONFIGS.get(name, name)}.yaml"
+    try:
+        is_models = path.resolve().is_relative_to(folder.resolve()) and path.is_file()
+    except (OSError, ValueError):  # no file can be called so
+        return None
+    return path if is_models and name not in _OTHER_CONFIGS else None
 
 
 def make_model_config(config: DictConfig, path: Path) -> ModelConfig:
@@ -83,18 +94,21 @@ def _merged(kind: type[AnySettings], changes: Any, path: Path, section: str) -> 
     return settings
 
 
-def read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
     """Return the config at `path`, with today's keys, over that of the model that its `base_config` names.
 
-    Raises ValueError when it cannot be read or is no mapping.
+    `seen` are the configs that led here. Raises ValueError when one cannot be read, is no mapping, or leads back to
+    itself.
     """
-    try:
-        content = upgrade(OmegaConf.to_container(OmegaConf.load(path)))
-    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no mapping of settings")
-    config = OmegaConf.create(content)
+    config = OmegaConf.create(upgrade(read_mapping(path)))
     if "base_config" not in config:
         return config
-    return DictConfig(OmegaConf.merge(read_yaml(config_path(config.base_config)), config))
+    base = _named_config(str(config.base_config))
+    if base is None:
+        names = [found.stem for found in (REPO_ROOT / "configs").glob("*.yaml") if found.stem not in _OTHER_CONFIGS]
+        near = did_you_mean(str(config.base_config), names)
+        raise ValueError(f"{path}: base_config {config.base_config} is no model's file in the folder configs{near}")
+    seen = (*seen, path.resolve())
+    if base.resolve() in seen:
+        raise ValueError(f"{path}: its base_config {config.base_config} leads back to itself")
+    return DictConfig(OmegaConf.merge(read_yaml(base, seen), config))

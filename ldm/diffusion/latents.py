@@ -80,7 +80,14 @@ def _sample_batches(
         noise = torch.randn((batch_size, *model.latent_shape), generator=generator)
         with scope():
             latents = sample_latents(
-                model, noise, batch_embeds, uncond_embeds, num_inference_steps, config.start_guidance, stop
+                model,
+                noise,
+                batch_embeds,
+                uncond_embeds,
+                num_inference_steps,
+                config.start_guidance,
+                stop,
+                [generator],
             )
         scheduler = make_scheduler(model, num_inference_steps)
         yield scheduler.scale_model_input(latents, timesteps[stop]), timesteps[stop].expand(batch_size)

@@ -3,29 +3,57 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import logging as diffusers_logging
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
-from yaml import YAMLError
 
 from ldm.config.models import DEFAULT_CONFIG
-from ldm.diffusion.compvis import CHECKPOINT_SUFFIXES, load_compvis_state_dict, stub_lightning_callbacks
+from ldm.config.yaml_files import read_mapping
+from ldm.diffusion.components import (
+    OPTIONAL_PARTS,
+    WHOLE_MODEL,
+    UnusableModelError,
+    check_configs,
+    check_index,
+    read_config,
+)
+from ldm.diffusion.compvis import (
+    CHECKPOINT_SUFFIXES,
+    LAYER_PREFIXES,
+    convert_to_compvis,
+    load_compvis_state_dict,
+    named_by_content,
+    stub_lightning_callbacks,
+)
+from ldm.diffusion.consistency import check_parts
 from ldm.diffusion.model import DiffusionModel
-from ldm.io.files import find_metadata_file, read_dir_metadata
+from ldm.diffusion.weights import read_tensors, variants_of, weight_files
+from ldm.io.files import changed_files, find_metadata_file, read_dir_metadata
 from ldm.io.legacy import upgrade
 from ldm.io.paths import REPO_ROOT
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 SUPPORTED_PIPELINES: dict[str, type[Pipeline]] = {
     pipeline_class.__name__: pipeline_class for pipeline_class in (StableDiffusionPipeline, StableDiffusionXLPipeline)
+}
+_PARTS: dict[str, Any] = {
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
 }
 
 
@@ -34,29 +62,42 @@ def load_model(
     device: torch.device | None = None,
     config: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
 ) -> DiffusionModel:
     """Load a model onto `device`, or else the machine's accelerator or CPU, its U-Net in `dtype`.
 
     `source` is a diffusers folder of Stable Diffusion 1.x, 2.x or XL, a hub id of one where a hub can be reached, or
-    a checkpoint of Stable Diffusion 1.x in CompVis' layout (.ckpt, .safetensors). For a checkpoint `config` says what
-    it is made of: a file of `configs/` (its `component_configs` is a folder of diffusers configs), or CompVis' own
-    v1-inference.yaml; by default Stable Diffusion v1. No code from `source` is ever run.
-    Raises ValueError when `source` is no such model, is damaged, or holds NaN or infinity.
+    a checkpoint of Stable Diffusion 1.x in CompVis' layout: a file, pickled or safetensors, whatever it is called. For
+    a checkpoint `config` says what it is made of: a file of `configs/` (its `component_configs` is a folder of
+    diffusers configs), or CompVis' own v1-inference.yaml; by default Stable Diffusion v1. Of a folder's weights those
+    of `variant`, such as fp16, are read where it has such. No code from `source` is ever run.
+    Raises ValueError when `source` is no such model, is damaged, holds NaN or infinity, or says in its configs what is
+    not computed here.
     """
     silence_hf_logging()
     device = device or torch.accelerator.current_accelerator(check_available=True) or torch.get_default_device()
-    is_checkpoint = Path(source).suffix in CHECKPOINT_SUFFIXES
-    if is_checkpoint:
-        load_compvis_state_dict(Path(source))  # refuses what would run code, before anything else looks at it
+    from_checkpoint = is_checkpoint(source)
+    if from_checkpoint and variant is not None:
+        raise ValueError(f"`variant` {variant} is one of a diffusers folder, and {source} is a checkpoint")
+    name, config_name = resolve_names(source, config)
+    # refuses what would run code, before anything else looks at it
+    names = set(load_compvis_state_dict(Path(source))) if from_checkpoint else set[str]()
     try:
-        pipeline = _load_checkpoint(Path(source), config) if is_checkpoint else _load_folder(source)
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
-        if is_checkpoint:
+        pipeline = _load_checkpoint(Path(source), names, config) if from_checkpoint else _load_folder(source, variant)
+        check_parts(pipeline, source)
+    except UnusableModelError:
+        raise
+    # What the libraries raise for a file that means harm has no end: their own kinds, KeyError, ZeroDivisionError,
+    # RecursionError, AssertionError, ImportError for packages that a config asks for; and Rust's tokenizers nothing
+    # but Exception.
+    except Exception as error:
+        if from_checkpoint:
             advice = "give `ckpt_path` the path of a Stable Diffusion v1 checkpoint (.ckpt or .safetensors)"
         else:
             advice = "give `model` the path of a diffusers folder (or a hub id, with a network)"
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"cannot load a model from '{source}': {advice}: {reason}") from error
+        kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
+        raise ValueError(f"cannot load a model from '{source}': {advice}: {kind}{reason}") from error
     prediction_type = pipeline.scheduler.config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(
@@ -66,8 +107,40 @@ def load_model(
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             _check_weights(component, source)
-    name, config_name = resolve_names(source, config)
-    return DiffusionModel(name, config_name, pipeline, device, dtype, Path(source) if is_checkpoint else None)
+    model = DiffusionModel(name, config_name, pipeline, device, dtype, Path(source) if from_checkpoint else None)
+    _try_parts(model, source)
+    return model
+
+
+@torch.no_grad()
+def _try_parts(model: DiffusionModel, source: str | Path) -> None:
+    """Run each part once on the smallest input. Raises ValueError where its config lets none of it be computed."""
+    side = 2 ** (len(model.unet.config.block_out_channels) - 1)
+    latents = torch.zeros(1, model.latent_shape[0], side, side, device=model.device)  # (1, C, side, side)
+    try:
+        embeds = model.encode_prompt([""])
+        model.decode(model.unet_output(latents, torch.zeros((), device=model.device), embeds))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any kind: what its config says is wrong for one of the libraries' layers
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{source} loads, and cannot be used: its configs set what does not work: {reason}") from error
+
+
+def is_checkpoint(source: str | Path) -> bool:
+    """Return whether a model is given as a single file; what is missing counts by what it is called."""
+    path = Path(source)
+    try:
+        return path.is_file() or (path.suffix.lower() in CHECKPOINT_SUFFIXES and not path.is_dir())
+    except OSError:  # no file can be called so
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # no folder can be called so
+        return False
 
 
 def silence_hf_logging() -> None:
@@ -84,9 +157,10 @@ def resolve_names(source: str | Path, config: str | Path | None = None) -> tuple
     Raises ValueError when a folder's metadata cannot be read.
     """
     path = Path(source)
-    if path.suffix in CHECKPOINT_SUFFIXES:
-        return path.stem, Path(config).stem if config else path.stem
-    if not path.is_dir():
+    if is_checkpoint(path):
+        name = path.stem if path.suffix.lower() in CHECKPOINT_SUFFIXES else path.name
+        return name, Path(config).stem if config else name
+    if not _is_folder(path):
         name = str(source).replace("/", "--")
         return name, name
     name = path.resolve().name
@@ -98,66 +172,136 @@ def resolve_names(source: str | Path, config: str | Path | None = None) -> tuple
         ) from error
 
 
-def resolve_config_dir(source: str | Path, config: str | Path | None = None) -> Path:
+def resolve_config_dir(source: str | Path, config: str | Path | None = None, variant: str | None = None) -> Path:
     """Return the folder with the configs of a model's components: of a checkpoint the one that its config names.
 
+    That is relative to the config, and may lie anywhere: the config is the user's own file, as the folder is.
     Raises ValueError for a config that cannot be read, OSError for a hub id that cannot be reached.
     """
     path = Path(source)
-    if path.suffix not in CHECKPOINT_SUFFIXES:
-        return path if path.is_dir() else Path(DiffusionPipeline.download(str(source), use_safetensors=True))
+    if not is_checkpoint(path):
+        if path.is_dir():
+            return path
+        return Path(DiffusionPipeline.download(str(source), use_safetensors=True, variant=variant))
     config_path = Path(config) if config else DEFAULT_CONFIG
     try:
-        content: Any = upgrade(OmegaConf.to_container(OmegaConf.load(config_path)))
-        component_configs = content.get("component_configs", "v1")  # CompVis' own config has no such key
-    except (OSError, OmegaConfBaseException, YAMLError, AttributeError, TypeError, UnicodeDecodeError) as error:
+        component_configs = upgrade(read_mapping(config_path)).get(
+            "component_configs", "v1"
+        )  # CompVis' has no such key
+    except ValueError as error:
         advice = f"give `config_path` {DEFAULT_CONFIG.relative_to(REPO_ROOT)}"
-        raise ValueError(f"cannot read the config {config_path}: {advice}") from error
+        raise UnusableModelError(f"cannot read the config {config_path}: {advice}: {error}") from error
     folder = DEFAULT_CONFIG.parent if component_configs == "v1" else config_path.parent
     return folder / str(component_configs)
 
 
-def _load_folder(source: str | Path) -> Pipeline:
-    folder = resolve_config_dir(source)
-    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
-    class_name = index.get("_class_name", "")
+def _check_configs(folder: Path) -> type[Pipeline]:
+    """Return the pipeline of a diffusers folder whose configs are all as they are computed with here."""
+    path = folder / "model_index.json"
+    index = read_config(path)
+    class_name = str(index.get("_class_name"))
     pipeline_class = SUPPORTED_PIPELINES.get(class_name)
     if pipeline_class is None:
-        raise ValueError(f"its pipeline is {class_name}, not one of {', '.join(SUPPORTED_PIPELINES)}")
-    for name, value in index.items():
-        if name in ("unet", "vae", "scheduler") or "text_encoder" in name or "tokenizer" in name:
-            library, _ = value
-            if library not in ("diffusers", "transformers"):
-                raise ValueError(f"its {name} asks for code from outside diffusers and transformers, which is not run")
-    components: dict[str, Any] = {}
-    for name in ("safety_checker", "feature_extractor", "image_encoder"):
-        if name in index:
-            components[name] = None
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    if weights.is_file():
-        components["unet"] = _read_unet(folder, weights)
-    return pipeline_class.from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True, **components)
+        raise UnusableModelError(
+            f"{path}: its pipeline is {class_name}, not one of {', '.join(SUPPORTED_PIPELINES)}: {WHOLE_MODEL}"
+        )
+    is_xl = pipeline_class is StableDiffusionXLPipeline
+    check_index(path, index, is_xl)
+    check_configs(folder, is_xl)
+    return pipeline_class
 
 
-def _read_unet(folder: Path, weights: Path) -> UNet2DConditionModel:
-    """Read the U-Net tensor by tensor.
+def _load_folder(source: str | Path, variant: str | None) -> Pipeline:
+    if variant is not None and not re.fullmatch(r"\w+", variant):
+        raise UnusableModelError(f"`variant` '{variant}' is no name such as fp16")
+    folder = resolve_config_dir(source, variant=variant)
+    pipeline_class = _check_configs(folder)
+    changed = changed_files(folder)  # of what this program exported
+    if changed:
+        raise UnusableModelError(f"{folder} is not as it was written ({changed[0]}): export it again")
+    names = [name for name in ("unet", *_PARTS) if (folder / name).is_dir()]
+    variants = sorted({found for name in names for found in variants_of(folder / name)})
+    if variant is not None and variant not in variants:
+        known = f"choose from {', '.join(variants)}, or leave it out" if variants else "leave it out"
+        raise UnusableModelError(f"{folder} has no weights of the `variant` {variant}: {known}")
+    components: dict[str, Any] = dict.fromkeys(OPTIONAL_PARTS)
+    components["unet"] = _read_unet(folder / "unet", variant)
+    for name, kind in _PARTS.items():
+        if name != "text_encoder_2" or pipeline_class is StableDiffusionXLPipeline:
+            components[name] = _read_part(kind, folder / name, variant)
+    return pipeline_class.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True, **components)
 
-    Mapped from the file, as diffusers reads it, it would stay in memory twice until wholly rounded or laid out anew.
-    """
-    config: Any = UNet2DConditionModel.load_config(str(folder), subfolder="unet")
+
+def _read_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:
+    config: Any = UNet2DConditionModel.load_config(str(folder))
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(config)
-    with safe_open(weights, framework="pt", backend="pread") as opened:
-        names: list[str] = opened.keys()
-        unet.load_state_dict({name: opened.get_tensor(name).float() for name in names}, assign=True)
+    try:
+        unet.load_state_dict(read_tensors(weight_files(folder, variant)[0]), assign=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise _not_fitting(folder, " ".join(str(error).split())[:300]) from error
     return unet
 
 
-def _load_checkpoint(path: Path, config: str | Path | None) -> StableDiffusionPipeline:
-    with stub_lightning_callbacks():
+def _not_fitting(folder: Path, reason: object) -> UnusableModelError:
+    return UnusableModelError(
+        f"{folder}: its weights are damaged or not those that its config.json describes: {reason}; {WHOLE_MODEL}"
+    )
+
+
+def _read_part(kind: Any, folder: Path, variant: str | None) -> nn.Module:
+    """Return a part as its library reads it.
+
+    Raises UnusableModelError for weights that are missing, which the library would fill at random, or left over.
+    """
+    _, own_variant = weight_files(folder, variant)
+    part, info = kind.from_pretrained(
+        str(folder),
+        variant=own_variant,
+        dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=kind is not AutoencoderKL,  # which names them itself
+    )
+    for key, fault in (("missing_keys", "are missing"), ("mismatched_keys", "are of another shape")):
+        names = sorted(str(name) for name in info[key])
+        if names:
+            raise _not_fitting(folder, f"{', '.join(names)[:200]} {fault}")
+    for name in sorted(info["unexpected_keys"]):
+        if re.search(r"(^|\.)(encoder|decoder|embeddings)\.", name) and not name.endswith("position_ids"):
+            raise _not_fitting(folder, f"{name} is one too many")
+    return part
+
+
+def _check_names(path: Path, names: set[str], folder: Path) -> None:
+    """Raise UnusableModelError unless a checkpoint has all tensors of the parts in `folder`, and no layers beside."""
+    unet_config: Any = UNet2DConditionModel.load_config(folder / "unet")
+    vae_config: Any = AutoencoderKL.load_config(folder / "vae")
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(unet_config)
+        vae: Any = AutoencoderKL.from_config(vae_config)
+        encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+    expected = convert_to_compvis(unet.state_dict(), vae.state_dict(), encoder.state_dict())
+    needed = {name for name in expected if not name.endswith("position_ids")}
+    for name in sorted(needed - names):
+        raise UnusableModelError(f"{path} lacks {name}, which {folder} describes: give `ckpt_path` a whole checkpoint")
+    for name in sorted(names - needed):
+        if name.startswith(LAYER_PREFIXES):
+            raise UnusableModelError(
+                f"{path} has {name}, for which {folder} has no place: give `config_path` the config of this checkpoint"
+            )
+
+
+def _load_checkpoint(path: Path, names: set[str], config: str | Path | None) -> StableDiffusionPipeline:
+    folder = resolve_config_dir(path, config)
+    if _check_configs(folder) is not StableDiffusionPipeline:
+        raise UnusableModelError(f"{folder} is not of Stable Diffusion v1, of which alone checkpoints are read")
+    _check_names(path, names, folder)
+    with stub_lightning_callbacks(), named_by_content(path) as named:
         return StableDiffusionPipeline.from_single_file(
-            str(path),
-            config=str(resolve_config_dir(path, config)),
+            str(named),
+            config=str(folder),
             local_files_only=True,
             dtype=torch.float32,
             safety_checker=None,
@@ -179,5 +323,12 @@ def _check_weights(module: nn.Module, source: str | Path) -> None:
 
 
 def save_pipeline(model: DiffusionModel, folder: Path) -> None:
-    """Write the model, as its weights stand now, as a diffusers folder in its own precision."""
+    """Write the model, as its weights stand now, as a diffusers folder in its own precision.
+
+    Where its parts came from, which diffusers writes down, is left out: paths of this machine.
+    """
     model.pipeline.save_pretrained(folder, safe_serialization=True)
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

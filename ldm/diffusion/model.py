@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from ldm.diffusion.tokenizer import describe_cuts, tokenizer_digest
+from ldm.io.errors import notify
 from ldm.io.tensors import tensor_digest
 
+_DECODER_SETTINGS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # beside its weights
 _MAX_WORDS = 512  # of the vocabulary that the second moment is taken over
 _WORDS_AT_ONCE = 64  # that the text encoder embeds in one pass
 _MAX_PIXELS = 512 * 512  # that the autoencoder takes in one pass: its memory grows with them
@@ -42,10 +46,13 @@ class DiffusionModel:
         self.text_encoder: Any = self.pipeline.text_encoder  # of XL the first of two
         self.scheduler: Any = self.pipeline.scheduler
         self._text_encoders: dict[str, Any] = {}
+        self._tokenizers: list[Any] = []
         for name in ("text_encoder", "text_encoder_2"):
             encoder = getattr(self.pipeline, name, None)
             if encoder is not None:
                 self._text_encoders[name] = encoder
+                self._tokenizers.append(getattr(self.pipeline, name.replace("text_encoder", "tokenizer")))
+        self._checked_prompts: set[str] = set()  # of which it was said whether they are cut
         for module in (*self._text_encoders.values(), self.unet, self.vae):
             module.requires_grad_(False).eval()
         _ = self.digest  # of the weights before they are rounded
@@ -80,17 +87,27 @@ class DiffusionModel:
         encoder = self._text_encoders.get("text_encoder_2")
         return encoder.config.projection_dim if encoder is not None else 0
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """Return the digest of the base model: text encoders and U-Net as loaded, before any shift is merged."""
-        tensors: dict[str, torch.Tensor] = {}
-        for encoder_name, encoder in self._text_encoders.items():
-            for name, value in encoder.state_dict().items():
+        """Return the digest of the base model: tokenizers, text encoders and U-Net as loaded, before any merge."""
+        return self.digests[0]
+
+    @cached_property
+    def digests(self) -> tuple[str, str]:
+        """Return `digest`, and what it was in version 1, which left the tokenizers out and counted buffers."""
+        parameters: dict[str, torch.Tensor] = {}
+        buffers: dict[str, torch.Tensor] = {}
+        for module_name, module in {**self._text_encoders, "unet": self.unet}.items():
+            own = {name for name, _ in module.named_buffers()}
+            for name, value in module.state_dict().items():
                 # only some versions of transformers put "text_model." before the name
-                tensors[f"{encoder_name}.{name.removeprefix('text_model.')}"] = value
-        for name, value in self.unet.state_dict().items():
-            tensors[f"unet.{name}"] = value
-        return tensor_digest({name: value for name, value in tensors.items() if value.is_floating_point()})
+                known = name if module_name == "unet" else name.removeprefix("text_model.")
+                if value.is_floating_point():
+                    (buffers if name in own else parameters)[f"{module_name}.{known}"] = value
+        weights = tensor_digest(parameters)
+        version_1 = tensor_digest(parameters | buffers) if buffers else weights
+        tokenizers = [tokenizer_digest(tokenizer) for tokenizer in self._tokenizers]
+        return f"2:{hashlib.sha256(' '.join([weights, *tokenizers]).encode()).hexdigest()}", version_1
 
     @cached_property
     def generation_metadata(self) -> dict[str, Any]:
@@ -99,6 +116,7 @@ class DiffusionModel:
         metadata = {
             "model_digest": self.digest,
             "decoder_digest": tensor_digest(self.vae.state_dict()),
+            "decoder_config": {name: self.vae.config.get(name) for name in _DECODER_SETTINGS},
             "scheduler": type(self.scheduler).__name__,
             "scheduler_config": scheduler_config,
         }
@@ -128,6 +146,7 @@ class DiffusionModel:
 
         Each of the model's tokens has a row, and XL has one more: the pooled embedding, padded to d with zeros.
         """
+        self.notify_of_cuts(prompts)
         for encoder in self._text_encoders.values():
             encoder.to(self.device)
         pipeline: Any = self.pipeline  # XL's says that it takes one prompt, and takes several
@@ -139,6 +158,13 @@ class DiffusionModel:
         token_embeds, _, pooled_embeds, _ = outputs  # (N, tokens, d), (N, pooled)
         pooled_row = F.pad(pooled_embeds, (0, self.context_dim - self._pooled_dim))[:, None]  # (N, 1, d)
         return torch.cat([token_embeds, pooled_row], dim=1).float()  # (N, tokens + 1, d)
+
+    def notify_of_cuts(self, prompts: Iterable[str]) -> None:
+        """Say once of prompts that are longer than the model's tokens how many, which, and where each is cut."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._checked_prompts]
+        self._checked_prompts.update(new)
+        for line in describe_cuts(self._tokenizers, new):
+            notify(line)
 
     def encode_uncond(self) -> torch.Tensor:
         """Embed the unconditional prompt, (1, rows, d): the empty one; for XL zeros, if its pipeline says so."""
@@ -153,6 +179,8 @@ class DiffusionModel:
 
     def embed_prompts(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return the embedding of each prompt that cross-attention takes, (tokens, d)."""
+        prompts = list(prompts)
+        self.notify_of_cuts(prompts)
         return {prompt: self.drop_pooled(self.encode_prompt([prompt]))[0] for prompt in prompts}
 
     @cached_property
@@ -195,15 +223,28 @@ class DiffusionModel:
         self.vae.to(self.device)
         batches = (batch.to(self.device, self.vae.dtype) for batch in images.split(self._vae_batch_size()))
         latents = torch.cat([self.vae.encode(batch).latent_dist.mean for batch in batches])
-        return latents * self.vae.config.scaling_factor
+        mean, std = self._latent_statistics()
+        return (latents - mean) * self.vae.config.scaling_factor / std
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode scaled latents (N, C, h, w) to images (N, 3, H, W), about in [-1, 1]."""
         self.vae.to(self.device)
         scale = self.vae.config.scaling_factor
-        batches = latents.split(self._vae_batch_size())
-        return torch.cat([self.vae.decode(batch.to(self.vae.dtype) / scale).sample for batch in batches])
+        mean, std = self._latent_statistics()
+        batches = (batch.to(self.vae.dtype) * std / scale + mean for batch in latents.split(self._vae_batch_size()))
+        return torch.cat([self.vae.decode(batch).sample for batch in batches])
+
+    def _latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean and the deviation of unscaled latents, (1, C, 1, 1): 0 and 1 where the autoencoder says none.
+
+        `force_upcast` of its config has nothing to do here: the autoencoder is always held in float32.
+        """
+        config = self.vae.config
+        channels = config.latent_channels
+        mean = torch.tensor(config.latents_mean or [0.0] * channels, device=self.device, dtype=self.vae.dtype)
+        std = torch.tensor(config.latents_std or [1.0] * channels, device=self.device, dtype=self.vae.dtype)
+        return (mean + (config.shift_factor or 0)).view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def _vae_batch_size(self) -> int:
         return max(1, _MAX_PIXELS // self.image_size**2)

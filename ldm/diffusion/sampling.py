@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -15,7 +17,7 @@ from tqdm import tqdm
 from ldm.config.methods import SamplingConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.io.files import METADATA_FILE, check_metadata, find_metadata_file, write_json
-from ldm.io.images import image_filename, save_image, tensor_to_images
+from ldm.io.images import find_images, image_filename, is_intact, save_image, tensor_to_images
 from ldm.io.prompts import PromptCase, merge_prompt_csv, write_prompt_csv
 from ldm.io.sharding import Shard
 
@@ -28,6 +30,18 @@ def initial_noise(model: DiffusionModel, seed: int, num_images: int) -> torch.Te
     It is the same on every device.
     """
     return torch.randn((num_images, *model.latent_shape), generator=torch.Generator().manual_seed(seed))
+
+
+def seeded_generator(model: DiffusionModel, seed: int, n: int) -> torch.Generator:
+    """Return what draws the noise that a sampler adds on the way to the n-th image of a seed.
+
+    For the first image it goes on where its initial noise ended, as a pipeline's generator does.
+    """
+    if n:
+        return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, n)).generate_state(1)[0]))
+    generator = torch.Generator().manual_seed(seed)
+    torch.randn((1, *model.latent_shape), generator=generator)
+    return generator
 
 
 def make_scheduler(model: DiffusionModel, num_inference_steps: int) -> Any:
@@ -45,13 +59,17 @@ def sample_trajectory(
     uncond_embeds: torch.Tensor,
     num_inference_steps: int,
     guidance_scale: float,
+    generators: Sequence[torch.Generator] = (),
 ) -> Iterator[torch.Tensor]:
     """Yield the latents (N, C, h, w) after each timestep of the model's own scheduler, from noise to clean.
 
     `noise` is (N, C, h, w), `prompt_embeds` are (N, rows, d), `uncond_embeds` are (1, rows, d). The guided noise is
-    `eps("") + guidance_scale (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598).
+    `eps("") + guidance_scale (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598). A scheduler that adds noise draws
+    each image's from its own of `generators`, or from one for all; without any from a fixed seed.
+    Raises ValueError for a scheduler that draws noise in another way.
     """
     scheduler = make_scheduler(model, num_inference_steps)
+    generators = list(generators) or [torch.Generator().manual_seed(0)]
     latents = noise.to(model.device) * scheduler.init_noise_sigma
     cfg_embeds = torch.cat([uncond_embeds.expand_as(prompt_embeds), prompt_embeds])  # (2N, rows, d)
     for timestep in scheduler.timesteps:
@@ -60,8 +78,34 @@ def sample_trajectory(
         outputs = torch.cat([model.unet_output(batch, timestep, embeds) for batch, embeds in batches])
         unconditional, conditional = outputs.chunk(2)  # (N, C, h, w) each
         guided = unconditional + guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(guided, timestep, latents).prev_sample
+        latents = _step(scheduler, guided, timestep, latents, generators)
         yield latents
+
+
+def _step(
+    scheduler: Any,
+    output: torch.Tensor,
+    timestep: torch.Tensor,
+    latents: torch.Tensor,
+    generators: list[torch.Generator],
+) -> torch.Tensor:
+    """Return the latents after one step of the scheduler, whose noise comes from `generators` alone."""
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        return scheduler.step(output, timestep, latents, generator=generators).prev_sample
+    before = _global_random_state(latents.device)
+    stepped = scheduler.step(output, timestep, latents).prev_sample
+    if not torch.equal(before, _global_random_state(latents.device)):
+        raise ValueError(
+            f"the model's scheduler {type(scheduler).__name__} draws noise that no seed decides: give the model "
+            "another one in scheduler/scheduler_config.json, such as DPMSolverMultistepScheduler"
+        )
+    return stepped
+
+
+def _global_random_state(device: torch.device) -> torch.Tensor:
+    own = torch.get_device_module(device)  # that of the CPU has no state of its own
+    states = [own.get_rng_state(device)] if hasattr(own, "get_rng_state") else []
+    return torch.cat([torch.get_rng_state(), *states])
 
 
 def sample_latents(
@@ -72,10 +116,13 @@ def sample_latents(
     num_inference_steps: int,
     guidance_scale: float,
     stop: int | None = None,
+    generators: Sequence[torch.Generator] = (),
 ) -> torch.Tensor:
     """Return the last latents of `sample_trajectory`, (N, C, h, w), or those after its first `stop` timesteps."""
     latents = noise * make_scheduler(model, num_inference_steps).init_noise_sigma
-    trajectory = sample_trajectory(model, noise, prompt_embeds, uncond_embeds, num_inference_steps, guidance_scale)
+    trajectory = sample_trajectory(
+        model, noise, prompt_embeds, uncond_embeds, num_inference_steps, guidance_scale, generators
+    )
     for next_latents in itertools.islice(trajectory, stop):
         latents = next_latents
     return latents
@@ -110,21 +157,41 @@ def compiled_unet(model: DiffusionModel, batch_size: int) -> Iterator[None]:
 def generate(
     model: DiffusionModel, requests: Sequence[tuple[PromptCase, int]], sampling: SamplingConfig
 ) -> Iterator[tuple[PromptCase, int, Image.Image]]:
-    """Generate the requested (case, n) pairs, `sample_batch_size` at a time: the n-th image of each case's seed."""
+    """Generate the requested (case, n) pairs, `sample_batch_size` at a time: the n-th image of each case's seed.
+
+    An image depends on its case and n alone. Raises ValueError, naming it, for one that holds NaN or infinity.
+    """
     uncond_embeds = model.encode_uncond()
-    prompts = dict.fromkeys(case.prompt for case, _ in requests)
+    prompts = list(dict.fromkeys(case.prompt for case, _ in requests))
+    model.notify_of_cuts(prompts)
     embeds = {prompt: model.encode_prompt([prompt])[0] for prompt in prompts}  # (rows, d) each
     with tqdm(total=len(requests), desc="images", unit="image") as bar:
         for batch in _batches(requests, sampling.sample_batch_size):
             noise = torch.stack([initial_noise(model, case.seed, n + 1)[n] for case, n in batch])  # (N, C, h, w)
             prompt_embeds = torch.stack([embeds[case.prompt] for case, _ in batch])  # (N, rows, d)
             latents = sample_latents(
-                model, noise, prompt_embeds, uncond_embeds, sampling.num_inference_steps, sampling.guidance_scale
+                model,
+                noise,
+                prompt_embeds,
+                uncond_embeds,
+                sampling.num_inference_steps,
+                sampling.guidance_scale,
+                generators=[seeded_generator(model, case.seed, n) for case, n in batch],
             )
-            images = tensor_to_images(model.decode(latents))
-            for (case, n), image in zip(batch, images, strict=True):
+            decoded = model.decode(latents)
+            for (case, _), image in zip(batch, decoded, strict=True):
+                if not image.isfinite().all():
+                    raise ValueError(f"the image of case {case.case_number}, '{case.prompt}', {_not_finite(model)}")
+            for (case, n), image in zip(batch, tensor_to_images(decoded), strict=True):
                 yield case, n, image
             bar.update(len(batch))
+
+
+def _not_finite(model: DiffusionModel) -> str:
+    """Say that an image holds NaN or infinity, and what to do about it."""
+    if model.dtype == torch.float16:
+        return "holds NaN or infinity in float16: choose `unet_dtype` bfloat16 or float32"
+    return "holds NaN or infinity: choose a smaller `guidance_scale`, or get the model again"
 
 
 def _batches(requests: Sequence[tuple[PromptCase, int]], batch_size: int) -> list[Sequence[tuple[PromptCase, int]]]:
@@ -156,9 +223,9 @@ def generate_to_folder(
     }
     if compile_unet:
         metadata["compiled"] = True
-    check_metadata(folder, metadata)
+    check_metadata(folder, metadata, model.digests)
     prompts = merge_prompt_csv(folder / "prompts.csv", cases)
-    existing = {path.name for path in folder.rglob("*.png")}  # sorted into class folders or not
+    existing = {path.name for path in find_images(folder) if is_intact(path)}  # sorted into class folders or not
     requests = list(itertools.product(cases, range(images_per_seed)))
     missing: list[tuple[PromptCase, int]] = []
     for batch in shard.select(_batches(requests, sampling.sample_batch_size)):

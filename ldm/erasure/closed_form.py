@@ -58,7 +58,7 @@ def erasure_space(
     (r, d)). The directions are those with the most projection for their cost: the right singular vectors of `X S^T
     C^(-1/2)`, down to a value of `MIN_GAIN`, led back through `C^(-1/2) S`. Beyond them a gradient on the concept's
     prompts hardly acts, yet Adam changes every coefficient alike. Raises ValueError where the concept has no
-    projection: what is protected says all of it.
+    projection: what is protected says all of it. So too for a cost beyond what numbers can hold.
     """
     null_basis = torch.linalg.qr(basis.T).Q.T  # S (m, d)
     target_rows = target_embeds.flatten(0, 1).cpu().double()  # (P * tokens, d)
@@ -76,7 +76,12 @@ def erasure_space(
         + costs.preserve_scale * leakage.T @ leakage
         + null_basis @ costs.preserve_gram @ null_basis.T
     )
-    root = torch.linalg.cholesky(cost)
+    root, failed = torch.linalg.cholesky_ex(cost)
+    if failed or not root.isfinite().all():
+        raise ValueError(
+            "the cost of a change overflows, or is nothing: choose other values of `ridge_weight`, "
+            "`preserve_scale` and `vocab_preserve_scale`"
+        )
     whitened = torch.linalg.solve_triangular(root, projection.T, upper=False).T  # X S^T L^-T with C = L L^T
     _, gain, vh = torch.linalg.svd(whitened, full_matrices=False)
     num_directions = min(max(1, int((gain > MIN_GAIN).sum())), max_directions or len(gain))

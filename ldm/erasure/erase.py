@@ -19,15 +19,16 @@ from ldm.diffusion.latents import latents_from_folder, sampled_batches
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.closed_form import Costs, ErasureSpace, closed_form_map, erasure_space
-from ldm.erasure.leakage import base_norms, changes_only, leakage
+from ldm.erasure.leakage import base_norms, leakage
 from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
 from ldm.erasure.methods import LOSSES
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.protection import Protection, solve_null_spaces
 from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift, WeightShift
 from ldm.erasure.training import CURVE_COLUMNS, fit
-from ldm.io.errors import MissingFileError
+from ldm.io.errors import MissingFileError, notify
 from ldm.io.files import atomic_write, file_digest
+from ldm.io.legacy import ADDED_KEYS, upgrade_digests
 from ldm.io.paths import ArtifactPaths
 from ldm.io.sharding import Shard
 from ldm.io.tensors import CREATED_BY, read_metadata
@@ -96,7 +97,8 @@ def erase_concepts(
     missing = []
     for concept in concepts:
         path = artifacts.shift(concept.index)
-        if _made_from(metadata[concept.index], read_metadata(path, SHIFT_FILE_TYPE)):
+        existing = upgrade_digests(read_metadata(path, SHIFT_FILE_TYPE), model.digests)
+        if _made_from(metadata[concept.index], existing):
             print(f"{concept.name}: {path} is there already, from the same inputs")
         else:
             missing.append(concept)
@@ -111,12 +113,13 @@ def erase_concepts(
 
 def _made_from(inputs: Mapping[str, Any], existing: Mapping[str, Any]) -> bool:
     """Return whether a shift's metadata says that it was made from these inputs, whatever program wrote it."""
+    left_out = {"created_by", *(key for key in ADDED_KEYS if key not in existing)}
     for key, value in inputs.items():
         if key == "config":
             config = existing.get("config", {})
             if not isinstance(config, dict) or not value.items() <= config.items():
                 return False
-        elif key != "created_by" and existing.get(key) != value:
+        elif key not in left_out and existing.get(key) != value:
             return False
     return True
 
@@ -160,7 +163,7 @@ class _Erasure:
         path = self.artifacts.find_basis(concept.index)
         basis = NullSpaceBasis.load(path)
         try:
-            basis.check(self.model.digest, self.model.context_dim, path)
+            basis.check(self.model.digests, self.model.context_dim, path)
         except ValueError as error:
             raise MissingFileError(str(error), "basis", **self.artifacts.details(concept.index)) from error
         return basis
@@ -275,6 +278,8 @@ class _Erasure:
         changes = self._measure(concept, shift)
         target_change = changes.pop(concept.prompt)
         max_leakage = max(changes.values())
+        if not target_change:
+            notify(f"{concept.name}: the shift {path} changes nothing of its own prompt, so that it erases nothing")
         measured = {"target_change": target_change, "max_leakage_protected": max_leakage}
         shift.save(path, metadata | {name: value for name, value in measured.items() if math.isfinite(value)})
         momentum = float(curve.momentum.iloc[-1]) if len(curve) else math.nan
@@ -282,11 +287,9 @@ class _Erasure:
 
     def _measure(self, concept: Concept, shift: WeightShift) -> dict[str, float]:
         """Return the leakage of a shift on its own and the protected prompts; NaN where text layers do not say all."""
-        layers, prompts = text_layers(self.model.unet), [concept.prompt, *self._protected(concept)]
-        if not changes_only(shift, layers):
-            return dict.fromkeys(prompts, math.nan)
-        embeds, norms = self.cache.get(prompts)
-        return {row["prompt"]: row["leakage"] for row in leakage(layers, {"": shift}, embeds, norms)}
+        embeds, norms = self.cache.get([concept.prompt, *self._protected(concept)])
+        rows = leakage(text_layers(self.model.unet), {"": shift}, embeds, norms)
+        return {row["prompt"]: row["leakage"] for row in rows}
 
 
 def initial_shift(

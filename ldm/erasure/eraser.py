@@ -69,7 +69,7 @@ class ConceptEraser:
         summaries = erase(self.model, artifacts, concepts, self.config.methods[method], protection, Path(image_dir))
         for concept in concepts:
             shift = WeightShift.load(artifacts.shift(concept.index))
-            shift.check(self.model.digest, self.model.unet)
+            shift.check(self.model.digests, self.model.unet)
             self.shifts[str(concept.index)] = shift
         self.shifts = dict(sorted(self.shifts.items(), key=lambda item: int(item[0])))
         return summaries

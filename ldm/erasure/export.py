@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,22 @@ import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from diffusers.utils import convert_state_dict_to_kohya
-from safetensors.torch import save_file
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_kohya
 from torch import nn
 from tqdm import tqdm
 
 from ldm.config.methods import FORMATS, LORA_FORMATS, ExportConfig
-from ldm.diffusion.compvis import EMA_PREFIX, convert_to_compvis, load_compvis_state_dict
+from ldm.diffusion.compvis import EMA_PREFIX, convert_to_compvis, is_weight, load_compvis_state_dict
 from ldm.diffusion.edits import replace_parameters
 from ldm.diffusion.load import save_pipeline
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
+from ldm.erasure.export_metadata import checkpoint_metadata, lora_metadata, save_with_metadata, unet_metadata
 from ldm.erasure.leakage import leakage, leakage_after_rounding, leakage_table, truncation_error
 from ldm.erasure.merge import merge, merged_weight
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
-from ldm.io.files import METADATA_FILE, atomic_write_dir, check_metadata, write_json
-from ldm.io.tensors import CREATED_BY
+from ldm.io.files import atomic_write_dir, is_written, write_dir_metadata
+from ldm.io.tensors import CREATED_BY, check_finite
 
 Weights = dict[str, torch.Tensor]
 
@@ -56,37 +57,45 @@ def export(
     """Write what `config.formats` names: each into the folder `output_dir`, or `output_dir`-FORMAT but for diffusers.
 
     What is there already from the same shifts stays. Of the model's weights only rounded ones are left. Each shift's
-    leakage on `prompts` is reported. LoRAs are always cut to a rank, other formats only if `config.rank` is set.
+    leakage on `prompts` is reported. LoRAs are always cut to a rank, other formats only if `config.rank` is set. What
+    is refused is refused before anything is written.
     """
     dtype = getattr(torch, config.save_dtype)
     report: list[dict[str, Any]] = []
     truncated = dict(shifts)
+    if set(config.formats) & set(LORA_FORMATS):
+        _check_file_names(shifts)
     if config.rank or set(config.formats) & set(LORA_FORMATS):
         truncated, report = truncate_shifts(model, shifts, config)
     layers, embeds = text_layers(model.unet), model.embed_prompts(prompts)
     merged_shifts = truncated if config.rank else dict(shifts)
     table = leakage_table(layers, merged_shifts, embeds)
     merged = merge(model.unet, list(merged_shifts.values()), dtype)
+    check_finite(merged, f"{output_dir}")
     table[f"all, in {config.save_dtype}"] = pd.Series(leakage_after_rounding(layers, merged, embeds))
-    targets = []
+    targets: list[Path] = []
+    pending: list[tuple[str, Path, dict[str, Any]]] = []
     ordered = [name for name in FORMATS if name in config.formats]
-    for name in tqdm(ordered, desc="write", unit="format"):
-        used = truncated if name in LORA_FORMATS else merged_shifts
+    for name in ordered:
         target = output_dir if name == "diffusers" else output_dir.with_name(f"{output_dir.name}-{name}")
+        used = truncated if name in LORA_FORMATS else merged_shifts
         metadata = {
             "created_by": CREATED_BY,
             "base_model": model.config_name,
             "base_digest": model.digest,
-            "merged": {label: shift.metadata for label, shift in used.items()},
+            "merged": {label: shift.provenance for label, shift in used.items()},
         }
         if dtype != torch.float32:
             metadata["dtype"] = str(dtype)
-        check_metadata(target, metadata)
-        if not target.exists():
-            with atomic_write_dir(target) as partial, merged_and_cast(model, merged, dtype):
-                _WRITERS[name](model, used, partial, dtype)
-                write_json(partial / METADATA_FILE, metadata)
+        if not is_written(target, metadata, model.digests):
+            pending.append((name, target, metadata))
         targets.append(target)
+    holds_weights = any(name not in LORA_FORMATS for name, _, _ in pending)
+    with merged_and_cast(model, merged, dtype) if holds_weights else nullcontext():
+        for name, target, metadata in tqdm(pending, desc="write", unit="format"):
+            with atomic_write_dir(target) as folder:
+                _WRITERS[name](model, truncated if name in LORA_FORMATS else merged_shifts, folder, dtype)
+                write_dir_metadata(folder, metadata)
     return Export(table, report, targets)
 
 
@@ -96,6 +105,9 @@ def merged_and_cast(model: DiffusionModel, weights: Weights, dtype: torch.dtype)
     What is merged must be merged before, so that nothing is rounded twice. All formats are written within such a block.
     """
     model.to(dtype)
+    for module in model.pipeline.components.values():
+        if isinstance(module, nn.Module):
+            check_finite(dict(module.named_parameters()), f"{model.name} in {dtype}")
     return replace_parameters(
         model.unet, {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()}
     )
@@ -108,34 +120,46 @@ def save_diffusers(model: DiffusionModel, shifts: Mapping[str, WeightShift], fol
 
 def save_unet(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
     """Write the U-Net alone, for `UNet2DConditionModel.from_pretrained`, or to load its one file as a state dict."""
-    model.unet.save_pretrained(folder, safe_serialization=True)
+    model.unet.save_config(folder)
+    save_with_metadata(folder / SAFETENSORS_WEIGHTS_NAME, model.unet.state_dict(), unet_metadata(model, shifts))
 
 
 def save_compvis(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
     """Write a checkpoint in CompVis' layout: the original, in its kind of file, with only the changed weights changed.
 
-    Of a diffusers folder it is a .safetensors. A checkpoint's moving averages (EMA) are changed as its weights are.
-    Raises ValueError for a folder whose text encoder CompVis' version 1 does not have.
+    Of a diffusers folder it is a .ckpt, which CompVis' own code reads, and the same as a .safetensors. A checkpoint's
+    moving averages (EMA) are changed as its weights are. Of what is no weight nothing is rounded. Raises ValueError for
+    a folder of anything but a Stable Diffusion v1.
     """
     if model.checkpoint:
         tensors = _merged_checkpoint(model, model.checkpoint, list(shifts.values()))
         if dtype != torch.float32:
-            tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-        path = folder / f"model{model.checkpoint.suffix}"
+            tensors = {name: value.to(dtype) if is_weight(name, value) else value for name, value in tensors.items()}
+        paths = [folder / f"model{model.checkpoint.suffix}"]
     else:
-        encoder = model.text_encoder
-        if type(model.pipeline) is not StableDiffusionPipeline or encoder.config.hidden_act != "quick_gelu":
-            raise ValueError(
-                f"{model.name} is not laid out as Stable Diffusion v1, whose checkpoint alone can be made "
-                "from a folder: pass its "
-                "original checkpoint, or choose another `format`"
-            )
-        tensors = convert_to_compvis(model.unet.state_dict(), model.vae.state_dict(), encoder.state_dict())
-        path = folder / "model.safetensors"
-    if path.suffix == ".safetensors":
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
-    else:
-        torch.save({"state_dict": tensors}, path)
+        tensors = _converted_folder(model)
+        paths = [folder / "model.ckpt", folder / "model.safetensors"]
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    check_finite(tensors, f"{model.name} in CompVis' layout")
+    for path in paths:
+        if path.suffix.lower() == ".safetensors":
+            save_with_metadata(path, tensors, checkpoint_metadata(model, shifts))
+        else:
+            torch.save({"state_dict": tensors}, path)
+
+
+def _converted_folder(model: DiffusionModel) -> Weights:
+    """Return the tensors of a diffusers folder's model in CompVis' layout."""
+    encoder = model.text_encoder
+    if type(model.pipeline) is not StableDiffusionPipeline or encoder.config.hidden_act != "quick_gelu":
+        raise ValueError(
+            f"{model.name} is no Stable Diffusion v1, and checkpoints in CompVis' layout are written of that alone: "
+            "choose `format` diffusers, unet, lora or kohya"
+        )
+    try:
+        return convert_to_compvis(model.unet.state_dict(), model.vae.state_dict(), encoder.state_dict())
+    except ValueError as error:
+        raise ValueError(f"{model.name} is not written as compvis: {error}") from error
 
 
 def _merged_checkpoint(model: DiffusionModel, checkpoint: Path, shifts: Sequence[WeightShift]) -> Weights:
@@ -156,19 +180,29 @@ def _merged_checkpoint(model: DiffusionModel, checkpoint: Path, shifts: Sequence
 
 def save_lora(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
     """Write one LoRA a concept, for `load_lora_weights` of a diffusers pipeline: strength 1 erases the concept."""
+    pipeline: Any = type(model.pipeline)
     for label, shift in shifts.items():
-        pipeline: Any = type(model.pipeline)
+        name = _file_stem(label, shift)
+        save = partial(_save_lora_file, metadata=lora_metadata(model, label, shift, name, is_kohya=False))
+        layers = _lora_tensors(shift, dtype)
         pipeline.save_lora_weights(
-            folder, unet_lora_layers=_lora_tensors(shift, dtype), weight_name=_file_name(label, shift)
+            folder, unet_lora_layers=layers, weight_name=f"{name}.safetensors", save_function=save
         )
+
+
+def _save_lora_file(tensors: Weights, path: str, metadata: Mapping[str, str]) -> None:
+    """Write a LoRA's file as diffusers has it written: `tensors` have its keys already."""
+    save_with_metadata(Path(path), tensors, metadata)
 
 
 def save_kohya(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
     """Write one LoRA a concept with ComfyUI's and A1111's keys; alpha is the rank, so strength 1 is the erasure."""
     for label, shift in shifts.items():
         layers = {f"unet.{name}": value for name, value in _lora_tensors(shift, dtype).items()}
-        tensors = {name: value.to(dtype).contiguous() for name, value in convert_state_dict_to_kohya(layers).items()}
-        save_file(tensors, folder / _file_name(label, shift), metadata={"format": "pt"})
+        tensors = {name: value.to(dtype) for name, value in convert_state_dict_to_kohya(layers).items()}
+        name = _file_stem(label, shift)
+        metadata = lora_metadata(model, label, shift, name, is_kohya=True)
+        save_with_metadata(folder / f"{name}.safetensors", tensors, metadata)
 
 
 _Writer = Callable[[DiffusionModel, Mapping[str, WeightShift], Path, torch.dtype], None]
@@ -192,12 +226,23 @@ def _lora_tensors(shift: WeightShift, dtype: torch.dtype) -> Weights:
         up, down = shift.lora_factors(layer)
         for part, factor in (("lora_A", down), ("lora_B", up)):
             tensors[f"{layer}.{part}.weight"] = factor.to(dtype).clone(memory_format=torch.contiguous_format)
+    check_finite(tensors, f"the LoRA of {shift.path}")
     return tensors
 
 
-def _file_name(label: str, shift: WeightShift) -> str:
-    """Return such as 3-Jackson-Pollock.safetensors; nothing in a shift's metadata leads out of the folder."""
-    return re.sub(r"\W+", "-", f"{label}-{shift.metadata.get('concept', 'shift')}") + ".safetensors"
+def _file_stem(label: str, shift: WeightShift) -> str:
+    """Return such as 3-Jackson-Pollock; nothing in a shift's metadata leads out of the folder."""
+    return re.sub(r"\W+", "-", f"{label}-{shift.metadata.get('concept', 'shift')}")
+
+
+def _check_file_names(shifts: Mapping[str, WeightShift]) -> None:
+    """Raise ValueError for two shifts whose LoRAs would be one file."""
+    labels: dict[str, str] = {}
+    for label, shift in shifts.items():
+        name = _file_stem(label, shift).lower()  # as a file system may compare
+        if name in labels:
+            raise ValueError(f"`shifts` {labels[name]} and {label} would both be {name}.safetensors: rename one")
+        labels[name] = label
 
 
 def truncate_shifts(
@@ -205,10 +250,11 @@ def truncate_shifts(
 ) -> tuple[dict[str, SeparableShift], list[dict[str, Any]]]:
     """Return the shifts at `config.rank`, or the lowest with `config.effect_fraction` of their effect, and a row each.
 
-    The effect is that on the concept's own prompts. A row has the rank, the effect that is missing
-    (`truncation_error`), the largest leakage on what the shift protects, and its size as a LoRA. Raises ValueError for
-    shifts that have no rank.
+    The effect is that on the concept's own prompts. A row has the rank, the `formats` that are cut to it (the
+    others keep all directions), the effect that is missing (`truncation_error`), the largest leakage on what the shift
+    protects, and its size as a LoRA. Raises ValueError for shifts that have no rank.
     """
+    cut = [name for name in FORMATS if name in config.formats and (config.rank or name in LORA_FORMATS)]
     dtype = getattr(torch, config.save_dtype)
     truncated: dict[str, SeparableShift] = {}
     rows = []
@@ -239,6 +285,7 @@ def truncate_shifts(
                 "concept": metadata["concept"],
                 "rank": truncated_shift.rank,
                 "of": shift.rank,
+                "formats": ", ".join(cut),
                 "truncation_error": error,
                 "max_leakage_protected": max(row["leakage"] for row in changes),
                 "KB": sum(value.numel() * value.element_size() for value in tensors.values()) / 1000,

@@ -30,11 +30,15 @@ def leakage(
 ) -> list[dict[str, Any]]:
     """Return a row for each shift and prompt: shift, prompt, leakage.
 
-    `embeds` are the prompts' embeddings (tokens, d), `base` their `base_norms`, where these are known.
+    `embeds` are the prompts' embeddings (tokens, d), `base` their `base_norms`, where these are known. The leakage of a
+    shift that changes other layers too is NaN: text layers would not say all of its effect.
     """
     base = base or base_norms(layers, embeds)
     rows = []
     for label, shift in shifts.items():
+        if not changes_only(shift, layers):
+            rows += [{"shift": label, "prompt": prompt, "leakage": math.nan} for prompt in embeds]
+            continue
         changed = shift.delta_output_norms([f"{name}.weight" for name in layers], embeds)
         rows += [{"shift": label, "prompt": prompt, "leakage": changed[prompt] / base[prompt]} for prompt in embeds]
     return rows
@@ -50,8 +54,10 @@ def leakage_after_rounding(
 ) -> dict[str, float]:
     """Return the leakage of merged weights, rounded as they are, on each prompt, against the base rounded likewise.
 
-    It is that of all shifts together, with what rounding adds.
+    It is that of all shifts together, with what rounding adds; NaN where they change other layers too.
     """
+    if not set(merged) <= {f"{name}.weight" for name in layers}:
+        return dict.fromkeys(embeds, math.nan)
     rounded = {name: merged[f"{name}.weight"].cpu() for name in layers if f"{name}.weight" in merged}
     deltas = (weight.double() - layers[name].weight.cpu().to(weight.dtype).double() for name, weight in rounded.items())
     changed, base = output_norms(deltas, embeds), base_norms(layers, embeds)
@@ -61,7 +67,7 @@ def leakage_after_rounding(
 def truncation_error(shift: WeightShift, truncated: WeightShift, embeds: torch.Tensor) -> float:
     """Return the fraction of a shift's effect on `embeds` (tokens, d) that its `truncated` form lacks.
 
-    It is `|e (dW - dW_truncated)^T| / |e dW^T|` over all layers.
+    It is `|e (dW - dW_truncated)^T| / |e dW^T|` over all layers. Raises ValueError for a shift without any effect.
     """
     embeds = embeds.cpu().double()
     effects = [shift.delta_output(name, embeds) for name in shift.parameter_names]
@@ -69,7 +75,10 @@ def truncation_error(shift: WeightShift, truncated: WeightShift, embeds: torch.T
         effect - truncated.delta_output(name, embeds)
         for name, effect in zip(shift.parameter_names, effects, strict=True)
     ]
-    return math.hypot(*(part.norm().item() for part in errors)) / math.hypot(*(part.norm().item() for part in effects))
+    effect = math.hypot(*(part.norm().item() for part in effects))
+    if not effect:
+        raise ValueError(f"{shift.path} changes nothing of its concept's own prompts: make it again")
+    return math.hypot(*(part.norm().item() for part in errors)) / effect
 
 
 def leakage_table(
@@ -95,6 +104,6 @@ def leakage_table(
         {
             "its own shift": table.where(own).max(axis=1),
             "max of the others": others.max(axis=1),
-            "which": others.idxmax(axis=1),
+            "which": others.fillna(-1).idxmax(axis=1).where(others.notna().any(axis=1), ""),
         }
     )

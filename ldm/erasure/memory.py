@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ldm.diffusion.components import check_configs
 from ldm.diffusion.load import silence_hf_logging
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.losses import SRSMELoss
@@ -116,6 +117,7 @@ def estimate_memory(folder: Path, device: torch.device, batch_size: int, max_dir
             "`unet_dtype` bfloat16 with "
             "`gradient_checkpointing`, which takes least"
         )
+    check_configs(folder, is_xl=False)
     with torch.device("meta"):
         encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(str(folder), subfolder="text_encoder"))
         vae_config: Any = AutoencoderKL.load_config(str(folder), subfolder="vae")

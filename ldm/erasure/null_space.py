@@ -14,7 +14,13 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 
-from ldm.io.tensors import check_base_model, library_versions, load_tensors, save_tensors
+from ldm.io.checks import check_header, is_count, is_number, is_texts
+from ldm.io.tensors import (
+    check_base_model,
+    library_versions,
+    load_tensors,
+    save_tensors,
+)
 
 BASIS_FILE_TYPE = "null space basis"
 EXACT_TOLERANCE = 1e-7
@@ -31,7 +37,10 @@ def null_space(rows: torch.Tensor, rank_rtol: float = EXACT_TOLERANCE, method: s
     if not 0 <= rank_rtol < 1:
         raise ValueError(f"`rank_rtol` {rank_rtol} is outside [0, 1): 1e-7 is exact, 1e-3 leaves more dimensions free")
     if not rows.isfinite().all():
-        raise ValueError("the prompts' embeddings hold NaN or infinity: the model cannot be used in this precision")
+        raise ValueError(
+            "the protected prompts' embeddings hold NaN or infinity: choose a smaller "
+            "`always_protected_weight`, or use the model in float32"
+        )
     matrix = rows.detach().cpu().double()
     return (_by_svd if method == "svd" else _by_elimination)(matrix, rank_rtol)
 
@@ -156,6 +165,7 @@ class NullSpaceBasis:
     def load(cls, path: Path) -> Self:
         """Return the basis in a file. Raises ValueError for one that is missing, damaged or not a basis."""
         tensors, metadata = load_tensors(path, BASIS_FILE_TYPE)
+        check_header(path, metadata, {"protected": is_texts, "rank": is_count, "rank_rtol": is_number})
         parts = [tensors[name].double() for name in ("basis", "protected") if name in tensors]
         if (
             len(parts) < 2
@@ -167,9 +177,9 @@ class NullSpaceBasis:
         vectors, protected = parts
         return cls(vectors, protected, metadata)
 
-    def check(self, digest: str, width: int, path: Path) -> None:
-        """Raise ValueError unless the basis is for the base model with that digest and prompt embeddings that wide."""
-        check_base_model(self.metadata, digest, path)
+    def check(self, digests: Sequence[str], width: int, path: Path) -> None:
+        """Raise ValueError unless the basis is for the base model with these digests and embeddings that wide."""
+        check_base_model(self.metadata, digests, path)
         if self.vectors.shape[1] != width:
             raise ValueError(
                 f"{path} holds directions of {self.vectors.shape[1]} dimensions, the model's prompts have {width}"

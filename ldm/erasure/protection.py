@@ -14,6 +14,7 @@ from ldm.config.concepts import Concept, always_protected_prompts, get_concept
 from ldm.config.methods import NullSpaceConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.null_space import BASIS_FILE_TYPE, NullSpaceBasis, leave_one_out_factors, qr_factor
+from ldm.io.legacy import upgrade_digests
 from ldm.io.paths import ArtifactPaths
 from ldm.io.sharding import Shard
 from ldm.io.tensors import CREATED_BY, read_metadata
@@ -124,15 +125,15 @@ def solve_null_spaces(
             "always_protected_weight": config.always_protected_weight,
         }
         basis = replace(basis, metadata=made_for | basis.metadata)
-        _save_if_changed(basis, artifacts.basis(concept.index))
+        _save_if_changed(basis, artifacts.basis(concept.index), model.digests)
         summaries.append(_summarize(concept, basis, artifacts.basis(concept.index)))
     return summaries
 
 
-def _save_if_changed(basis: NullSpaceBasis, path: Path) -> None:
+def _save_if_changed(basis: NullSpaceBasis, path: Path, digests: Sequence[str]) -> None:
     """Keep a file that was made from the same inputs, whose last digits depend on the machine."""
     anew = {name: basis.metadata[name] for name in ("max_leakage", "created_by")}
-    if read_metadata(path, BASIS_FILE_TYPE) | anew != basis.metadata:
+    if upgrade_digests(read_metadata(path, BASIS_FILE_TYPE), digests) | anew != basis.metadata:
         basis.save(path)
 
 

@@ -8,16 +8,31 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from ldm.io.tensors import LazyTensors, check_base_model, library_versions, load_tensors, save_tensors
+from ldm.io.checks import check_header, is_count, is_mapping, is_number, is_text, is_texts
+from ldm.io.tensors import (
+    LazyTensors,
+    check_base_model,
+    library_versions,
+    load_tensors,
+    save_tensors,
+)
 
 SHIFT_FILE_TYPE = "weight shift"
+_LARGEST = 1e30  # that a shift may add to a weight: float32 holds a little more
+_HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, where it says it
+    **dict.fromkeys(("concept", "category", "method", "prompt", "anchor", "base_model", "base_digest"), is_text),
+    **dict.fromkeys(("captions", "protected"), is_texts),
+    **dict.fromkeys(("concept_index", "iterations", "rank"), is_count),
+    **dict.fromkeys(("scale", "rank_rtol", "target_change", "max_leakage_protected"), is_number),
+    "config": is_mapping,
+}
 
 
 class WeightShift(ABC):
@@ -26,6 +41,12 @@ class WeightShift(ABC):
     def __init__(self, metadata: dict[str, Any] | None = None):
         self.metadata = metadata or {}
         self.path: Path | str = "this shift"
+        self.content_digest = ""  # of the file that it was read from
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Return what is said of the shift by what is made with it: its metadata, and the digest of its contents."""
+        return self.metadata | ({"content_digest": self.content_digest} if self.content_digest else {})
 
     @property
     @abstractmethod
@@ -58,19 +79,24 @@ class WeightShift(ABC):
         return output_norms((self.delta_weight(name) for name in names if name in self.parameter_names), embeds)
 
     @staticmethod
-    def load(path: Path, hint: str = "") -> WeightShift:
-        """Return the shift in a file. Raises ValueError if it is missing, damaged, of wrong shapes or not a shift."""
-        tensors, metadata = load_tensors(path, SHIFT_FILE_TYPE, hint)
+    def load(path: Path, hint: str = "", checked: bool = False) -> WeightShift:
+        """Return the shift in a file, whose bytes the caller may have `checked`.
+
+        Raises ValueError if it is missing, damaged, of wrong shapes or not a shift, or if its header says what no shift
+        can be.
+        """
+        tensors, metadata = load_tensors(path, SHIFT_FILE_TYPE, hint, checked)
+        check_header(Path(path), metadata, _HEADER)
         kind = SeparableShift if "directions" in tensors else DenseShift
         shift = kind.read(tensors, metadata)
         if shift is None:
-            raise ValueError(f"{path} has tensors of wrong names or shapes for a weight shift: make it again")
-        shift.path = path
+            raise ValueError(f"{path} has tensors of wrong names, shapes or sizes for a weight shift: make it again")
+        shift.path, shift.content_digest = path, tensors.content_digest
         return shift
 
-    def check(self, digest: str, unet: nn.Module) -> None:
-        """Raise ValueError unless the shift was made for the base model with that digest and fits its weights."""
-        check_base_model(self.metadata, digest, self.path)
+    def check(self, digests: Sequence[str], unet: nn.Module) -> None:
+        """Raise ValueError unless the shift was made for the base model with these digests and fits its weights."""
+        check_base_model(self.metadata, digests, self.path)
         weights = dict(unet.named_parameters())
         for name in self.parameter_names:
             if name not in weights or weights[name].shape != self.shape(name):
@@ -105,12 +131,20 @@ class SeparableShift(WeightShift):
     def from_map(
         cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float, embedding_map: torch.Tensor
     ) -> Self:
-        """Return a trainable shift: `dW = W A S`, A (d, k) the `embedding_map` of `ldm.erasure.closed_form`."""
+        """Return a trainable shift: `dW = W A S`, A (d, k) the `embedding_map` of `ldm.erasure.closed_form`.
+
+        Raises ValueError for a scale with which float32 cannot hold the coefficients.
+        """
         scaled = embedding_map / scale
         coefficients = {}
         for name, layer in layers.items():
             weight = layer.weight.double() @ scaled.to(layer.weight.device)  # (out, k)
-            coefficients[name] = weight.float().requires_grad_()
+            coefficients[name] = weight.float()
+            if not torch.allclose(
+                coefficients[name].double(), weight, rtol=1e-3, atol=1e-6 * weight.abs().max().item()
+            ):
+                raise ValueError(f"`basis_scale` {scale:g} makes a shift that float32 cannot hold: choose such as 1e-4")
+            coefficients[name].requires_grad_()
         return cls(coefficients, directions, scale)
 
     def parameters(self) -> list[torch.Tensor]:
@@ -138,7 +172,11 @@ class SeparableShift(WeightShift):
         stacked = torch.linalg.qr(torch.cat(list(in_basis.values())), mode="r").R
         strongest = torch.linalg.svd(stacked).Vh[:rank]  # (rank, k)
         coefficients = {name: weight @ strongest.T for name, weight in in_basis.items()}
-        return SeparableShift(coefficients, strongest @ orthogonal.T, 1.0, self.metadata | {"truncated_to_rank": rank})
+        truncated = SeparableShift(
+            coefficients, strongest @ orthogonal.T, 1.0, self.metadata | {"truncated_to_rank": rank}
+        )
+        truncated.path, truncated.content_digest = self.path, self.content_digest
+        return truncated
 
     def lora_factors(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return dW of a text layer as `up (out, k) @ down (k, d)`, float64."""
@@ -178,6 +216,9 @@ class SeparableShift(WeightShift):
         if any(weight.dim() != 2 or weight.shape[1] != len(directions) for weight in weights.values()):
             return None
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            return None
+        largest = max(float(weight.abs().max()) for weight in weights.values())
+        if abs(scale) * largest * float(directions.abs().max()) > _LARGEST:
             return None
         return cls(weights, directions, scale, metadata)
 

@@ -81,7 +81,7 @@ class Experiment:
 
         Images that are there already are kept.
         """
-        metadata: dict[str, Any] = {"shifts": {label: shift.metadata for label, shift in shifts.items()}}
+        metadata: dict[str, Any] = {"shifts": {label: shift.provenance for label, shift in shifts.items()}}
         metadata |= self.model.generation_metadata  # taken before any merge
         digests = "".join(file_digest(Path(shift.path)) for shift in shifts.values())
         digest = hashlib.sha256(digests.encode()).hexdigest()[:8]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment
 
-from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES, concept_status
+from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES, always_protected_prompts
 from ldm.config.methods import SRSMEConfig
 from ldm.config.models import load_model_config
 from ldm.diffusion.model import DiffusionModel
@@ -26,6 +26,7 @@ from ldm.io.images import image_filename, open_image, save_image
 from ldm.io.prompts import read_prompt_csv
 from ldm.ledger.ledger import Ledger, status_table
 from ldm.ledger.operations import peak_memory, verify
+from ldm.metrics.compare import prompt_statuses
 from ldm.metrics.tables import format_cell
 
 EmbeddedImage = tuple[str, str]  # a data URI, and what it shows
@@ -80,7 +81,7 @@ def render_report(ledger: Ledger, experiment: Experiment, num_shown: int, comman
             "Accuracies in per cent by the classifier, distances between the two images of a seed.",
             [table],
         ),
-        _watermark_section(table),
+        _watermark_section(results.table),
         _leakage_section(ledger, model),
         _curves_section(ledger),
         _capacity_section(ledger, model),
@@ -97,8 +98,8 @@ def _evaluate(ledger: Ledger, experiment: Experiment) -> _Results:
     restored = [index for index in ever_erased if index not in erased]
     table, edited = experiment.evaluate(ledger.shifts(), "now")
     original = experiment.generate({}, "")
-    statuses = [concept_status(experiment.category, prompt, erased, restored) for prompt in table["prompt"]]
-    table.insert(0, "status", statuses)
+    statuses = prompt_statuses(edited, experiment.category, table["prompt"], erased, restored)
+    table.insert(0, "status", [statuses[prompt] for prompt in table["prompt"]])
     table = table.sort_values("status", key=lambda column: column.map(STATUSES.index), kind="stable")
     return _Results(table, original, edited, erased)
 
@@ -146,11 +147,12 @@ def _plot_history(ledger: Ledger, path: Path) -> None:
 
 
 def _watermark_section(table: pd.DataFrame) -> Section:
-    protected = table[table["status"] == "protected"]
-    num_images, max_abs_diff = int(protected["images"].sum()), int(protected["max_abs_diff"].max())
+    rows = table[table["prompt"].isin(always_protected_prompts())]
+    num_images, max_abs_diff = int(rows["images"].sum()), int(rows["max_abs_diff"].max())
     text = f"They must not change: no pixel of {num_images} images is off by more than {max_abs_diff} of 255."
     columns = ["prompt", "images", "lpips", "psnr", "max_abs_diff"]
-    return Section("Watermarks and the empty prompt", text, [protected[columns]])
+    named = rows[columns].replace({"prompt": {"": EMPTY_PROMPT_LABEL}})
+    return Section("Watermarks and the empty prompt", text, [named])
 
 
 def _leakage_section(ledger: Ledger, model: DiffusionModel) -> Section:
@@ -160,7 +162,8 @@ def _leakage_section(ledger: Ledger, model: DiffusionModel) -> Section:
         return Section("Leakage", "No concept was ever erased.")
     text = (
         "Leakage is the relative change of the key and value layers' output for a prompt. A concept's own shift must "
-        "change its prompt's; the other concepts' prompts, and the protected ones, must keep theirs."
+        "change its prompt's; the other concepts' prompts, and the protected ones, must keep theirs. It is left empty "
+        "for a shift that changes other layers too, whose effect it would not say."
     )
     shifts = {name: ledger.load(record) for name, record in records.items()}
     rows = leakage(text_layers(model.unet), shifts, model.embed_prompts(ledger.prompts))

@@ -6,6 +6,9 @@ turns these into the flags that its user typed, and adds the command that makes 
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 
 class MissingFileError(ValueError):
     """Say that a file or folder is missing that another command makes.
@@ -18,3 +21,15 @@ class MissingFileError(ValueError):
         super().__init__(message)
         self.kind = kind
         self.details = details
+
+
+class Notice(UserWarning):
+    """Something that a user should know about and that stops nothing; the command line prints it as one line."""
+
+
+def notify(message: str) -> None:
+    """Give a `Notice`, once for each text in a process."""
+    warnings.warn_explicit(message, Notice, "ldm", 0, registry=_given)
+
+
+_given: dict[Any, int] = {}  # what Python's default filter remembers of the notices that were given

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any
 
 import psutil
 
-from ldm.io.legacy import upgrade
+from ldm.io.errors import notify
+from ldm.io.legacy import ADDED_KEYS, upgrade, upgrade_digests
 
 METADATA_FILE = "metadata.json"  # in a folder: what made it
 _OLD_METADATA_FILE = "recipe.json"
@@ -39,7 +40,7 @@ def _remove_stale_partials(folder: Path) -> None:
     for left in folder.glob(f"{own_prefix}*"):
         writer = left.name.removeprefix(own_prefix).split("-")[0]
         if writer.isdigit() and not psutil.pid_exists(int(writer)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
 
 
 def _prepare(path: Path) -> str:
@@ -85,7 +86,7 @@ def atomic_write_dir(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     with atomic_write(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -107,30 +108,118 @@ def read_dir_metadata(folder: Path) -> dict[str, Any]:
     Raises ValueError when the file is not JSON, or no mapping.
     """
     path = find_metadata_file(folder)
-    content = upgrade(json.loads(path.read_text())) if path else {}
+    if path is None:
+        return {}
+    try:
+        content = upgrade(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: remove the folder, or get it back from a copy") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a mapping")
     return content
 
 
-def check_metadata(folder: Path, metadata: dict[str, Any]) -> None:
-    """Raise ValueError when `folder` holds what was made from other metadata."""
+def check_metadata(folder: Path, metadata: dict[str, Any], digests: Sequence[str] = ()) -> None:
+    """Raise ValueError when `folder` holds what was made from other metadata.
+
+    `digests` are those of the base model, today's first: an older version's counts as today's. So does metadata of an
+    older version that has no digests of contents, with a notice.
+    """
     path = find_metadata_file(folder)
-    expected = json.loads(json.dumps(metadata))
-    if path and _without_creator(read_dir_metadata(folder)) != _without_creator(expected):
+    if not path:
+        return
+    existing, expected = read_dir_metadata(folder), json.loads(json.dumps(metadata))
+    if not is_same(upgrade_digests(expected, digests), upgrade_digests(existing, digests)):
         raise ValueError(
             f"{folder} holds what another run made (see {path.name} there): choose another `save_path`, or "
             "remove the folder"
         )
+    if not is_same(existing, expected):  # it lacks what is left out above, or has an older digest
+        notify(f"{folder} was made by an older version, which did not write down all that decides what is in it")
 
 
-def _without_creator(value: Any) -> Any:
-    """Return a JSON value without the names of the programs that made it, at any depth."""
-    if isinstance(value, list):
-        return [_without_creator(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _without_creator(item) for key, item in value.items() if key != "created_by"}
-    return value
+def is_same(expected: Any, existing: Any) -> bool:
+    """Return whether JSON values say the same, at any depth, whatever program wrote them.
+
+    What is expected may say things that `existing`, of an older version, does not: `ADDED_KEYS`.
+    """
+    if isinstance(expected, list) and isinstance(existing, list):
+        return len(expected) == len(existing) and all(map(is_same, expected, existing))
+    if not isinstance(expected, dict) or not isinstance(existing, dict):
+        return expected == existing
+    left_out = {"created_by", "files", *(key for key in ADDED_KEYS if key not in existing)}
+    keys = (set(expected) | set(existing)) - left_out
+    return all(key in expected and key in existing and is_same(expected[key], existing[key]) for key in keys)
+
+
+def write_dir_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    """Write a folder's metadata, with the digests of all files in it, by which `is_written` knows them again."""
+    files = {part.relative_to(folder).as_posix(): stream_digest(part) for part in _files(folder)}
+    write_json(folder / METADATA_FILE, metadata | {"files": files})
+
+
+def is_written(folder: Path, metadata: dict[str, Any], digests: Sequence[str] = ()) -> bool:
+    """Return whether `folder` holds what was made from `metadata`, every file as `write_dir_metadata` found it.
+
+    False says that it may be written: there is none, an empty one, or one of which only its own files are damaged.
+    Raises ValueError for a folder that holds anything else. `digests` are those of `check_metadata`.
+    """
+    present = {part.relative_to(folder).as_posix() for part in _files(folder)}
+    if present and find_metadata_file(folder) is None:
+        raise ValueError(f"{folder} holds files that no run made: choose another `save_path`, or remove the folder")
+    check_metadata(folder, metadata, digests)
+    if not present:
+        return False
+    files = read_dir_metadata(folder).get("files")
+    if files is None:
+        notify(f"{folder} was written by an older version, without digests of its files: if they are intact is unknown")
+        return True
+    damaged = changed_files(folder)
+    own = {*files, METADATA_FILE}
+    if damaged and present <= own:
+        notify(f"{folder} is not as it was written ({damaged[0]}): it is written again")
+    elif damaged:
+        raise ValueError(
+            f"{folder} is not as it was written ({damaged[0]}), and {min(present - own)} there is not this program's: "
+            "choose another `save_path`, or remove the folder"
+        )
+    return not damaged
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Return the files of a folder that are missing or not as its metadata says, by their relative paths.
+
+    Empty for a folder of an older version, which has no such digests. Raises ValueError for metadata that is none.
+    """
+    files = read_dir_metadata(folder).get("files", {})
+    if not isinstance(files, dict):
+        raise ValueError(f"{find_metadata_file(folder)} lists no files with their digests: write the folder again")
+    known = {part.relative_to(folder).as_posix(): part for part in _files(folder)}
+    return sorted(name for name, digest in files.items() if name not in known or stream_digest(known[name]) != digest)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files below a folder but its metadata's, in order."""
+    metadata_files = {folder / METADATA_FILE, folder / _OLD_METADATA_FILE}
+    return sorted(part for part in folder.rglob("*") if part.is_file() and part not in metadata_files)
+
+
+def stream_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def published_digest(path: Path) -> str | None:
+    """Return the digest of a file that `SHA256SUMS` beside it names, in sha256sum's format; None where it does not."""
+    sums = path.with_name("SHA256SUMS")
+    if not sums.is_file():
+        return None
+    for line in sums.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        if name == path.name:
+            return digest
+    return None
 
 
 def file_digest(path: Path) -> str:
@@ -139,6 +228,5 @@ def file_digest(path: Path) -> str:
     for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if part.is_file():
             digest.update(part.relative_to(path).as_posix().encode())
-            with open(part, "rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+            digest.update(bytes.fromhex(stream_digest(part)))
     return digest.hexdigest()

@@ -17,7 +17,16 @@ def image_grid(
 
     A column's title may have several lines, of which the last decides how wide the column must be: those above may
     stand over its neighbours too. `border_colors` may give the color of a border for each cell.
+
+    Raises ValueError when images differ in size.
     """
+    sizes = {image.size for _, cells in rows for images in cells for image in images}
+    if len(sizes) > 1:
+        (first, second) = sorted(sizes)[:2]
+        raise ValueError(
+            f"images of {first[0]} x {first[1]} and of {second[0]} x {second[1]} pixels do not go into one grid: "
+            "generate all by the same model"
+        )
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     width, height = (side * scale for side in rows[0][1][0][0].size)
     gap, left = 6, 20 + max(int(small.getlength(label)) for label, _ in rows)

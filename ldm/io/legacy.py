@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 RENAMED_KEYS = {
@@ -44,6 +45,8 @@ RENAMED_KEYS = {
     "extends": "base_config",
     "num_pictures": "num_training_images",
 }
+# What older versions did not write down about folders and shifts.
+ADDED_KEYS = ("content_digest", "decoder_config")
 # Keys whose new name depends on what they stand in.
 _RENAMED_IN = {
     "config": {"templates": "target_templates", "batch_size": "train_batch_size"},
@@ -86,9 +89,18 @@ def upgrade(value: Any, inside: str = "") -> Any:
 def _upgrade_config(config: dict[str, Any]) -> None:
     """Give the settings of a method today's values, in place."""
     for key, renamed in _RENAMED_VALUES.items():
-        if key in config:
+        if isinstance(config.get(key), str):
             config[key] = renamed.get(config[key], config[key])
     if "init" in config and "mode" not in config:
         config["mode"] = "learn" if config.get("max_steps", 1) else "closed_form"
         if not config.get("max_steps", 1):
             del config["max_steps"]  # which said that nothing is trained
+
+
+def upgrade_digests(value: Any, digests: Sequence[str]) -> Any:
+    """Return a JSON value with the first of a base model's digests, today's, wherever it has one of the others."""
+    if isinstance(value, list):
+        return [upgrade_digests(item, digests) for item in value]
+    if isinstance(value, dict):
+        return {key: upgrade_digests(item, digests) for key, item in value.items()}
+    return digests[0] if value in digests[1:] else value

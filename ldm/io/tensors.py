@@ -1,10 +1,13 @@
-"""Tensors in safetensors files whose header says what they are, opened without running code, and their digests."""
+"""Tensors in safetensors files whose header says what they are, opened without running code, and their digests.
+
+The header holds the digest of all that the file says, which is checked whenever it is read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ldm.io.files import atomic_write
+from ldm.io.errors import notify
+from ldm.io.files import atomic_write, published_digest, stream_digest
 from ldm.io.legacy import upgrade
 
 METADATA_KEY = "srs-me"
@@ -30,11 +34,45 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], file_type: str
     """Write safetensors whose header says what the file is (`file_type`) and what made it (`metadata`).
 
     The same content gives the same bytes: all of the header is one entry, as several would be written in random order.
+    Raises ValueError for a tensor with NaN or infinity, before anything is written.
     """
-    header = json.dumps({"file_type": file_type, "metadata": metadata}, sort_keys=True)
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    check_finite(contents, f"the {file_type} {path}")
+    metadata = json.loads(json.dumps(metadata))  # as it will be read
+    digest = _content_digest(file_type, metadata, contents)
+    header = json.dumps({"file_type": file_type, "metadata": metadata, "content_digest": digest}, sort_keys=True)
     with atomic_write(Path(path)) as partial:
-        contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contents, partial, metadata={METADATA_KEY: header})
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity; None where all are finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return name
+    return None
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    """Raise ValueError, naming the tensor, when `what` cannot be written since one of its tensors is not finite."""
+    name = not_finite(tensors)
+    if name is None:
+        return
+    if tensors[name].dtype == torch.float16:
+        advice = "it does not fit into float16, so choose `save_dtype` bfloat16 or float32"
+    else:
+        advice = "a setting or an input is too large or too small for these numbers"
+    raise ValueError(f"{what} is not written: {name} would hold NaN or infinity: {advice}")
+
+
+def _content_digest(file_type: str, metadata: Any, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of a file's type and metadata, and of its tensors' names, types, shapes and bits."""
+    digest = hashlib.sha256(json.dumps([file_type, metadata], sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -45,6 +83,7 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 
     path: Path
     names: Mapping[str, str]
+    content_digest: str = ""  # of all that the file says
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self.path, framework="pt", backend="pread") as opened:
@@ -63,57 +102,92 @@ class LazyTensors(Mapping[str, torch.Tensor]):
         )
 
 
-def load_tensors(path: Path, file_type: str, hint: str = "") -> tuple[LazyTensors, dict[str, Any]]:
+def load_tensors(
+    path: Path, file_type: str, hint: str = "", checked: bool = False
+) -> tuple[LazyTensors, dict[str, Any]]:
     """Return the tensors, each read when it is asked for, and the metadata of a file that `save_tensors` wrote.
 
-    Raises ValueError if it is missing (`hint`: what to give instead), of another type, damaged, or has NaN or infinity.
+    A file of an older version has no digest of its contents: it is accepted with a notice, but where `SHA256SUMS`
+    beside it says what its bytes are, or the caller has `checked` them. Raises ValueError if the file is missing
+    (`hint`: what to give instead), of another type, damaged, or has NaN or infinity.
     """
-    names, metadata = _read_header(path, file_type, hint)
-    tensors = LazyTensors(Path(path), {name: name for name in names})
+    path = Path(path)
+    header, names = _read_header(path, file_type, hint)
+    tensors = LazyTensors(path, {name: name for name in names})
     try:
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(f"{path}: {name} holds NaN or infinity: make the file again")
+        name = not_finite(tensors)
+        if name is not None:
+            raise ValueError(f"{path}: {name} holds NaN or infinity: make the file again")
+        digest = _content_digest(header.file_type, header.written_metadata, tensors)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or not safetensors: make it again") from error
-    return tensors, metadata
+    if header.content_digest is None:
+        if not checked:
+            _check_older_file(path, file_type)
+    elif header.content_digest != digest:
+        raise ValueError(f"{path} is not as it was written (its contents have another digest): make it again")
+    return LazyTensors(path, tensors.names, digest), header.metadata
 
 
-def _read_header(path: Path, file_type: str, hint: str) -> tuple[list[str], dict[str, Any]]:
-    path = Path(path)
+def _check_older_file(path: Path, file_type: str) -> None:
+    """Check a file without a digest of its own against `SHA256SUMS` beside it, or say that it cannot be checked."""
+    published = published_digest(path)
+    if published is None:
+        notify(
+            f"{path}, a {file_type} of an older version, has no digest of its contents: whether it is intact is unknown"
+        )
+    elif published != stream_digest(path):
+        raise ValueError(f"{path} is not the file that SHA256SUMS beside it names: get it again")
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a file's header says: its type, its metadata by today's keys and as written, and the digest of it all."""
+
+    file_type: str
+    metadata: dict[str, Any]
+    written_metadata: Any
+    content_digest: Any
+
+
+def _read_header(path: Path, file_type: str, hint: str) -> tuple[_Header, list[str]]:
     advice = f": {hint}" if hint else ""
     if not path.is_file():
         raise ValueError(f"no {file_type} {path}{advice}")
     try:
         with safe_open(path, framework="pt") as opened:
-            header = upgrade(json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}")))
+            written = json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}"))
             names = list(opened.keys())
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        header = upgrade(written)
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or not safetensors: make it again") from error
     header = header if isinstance(header, dict) else {}
     if header.get("file_type") != file_type or not isinstance(header.get("metadata"), dict):
-        raise ValueError(
-            f"{path} is not a {file_type} but a {header.get('file_type', 'file of another program')}{advice}"
-        )
-    return names, header["metadata"]
+        found = str(header.get("file_type", "file of another program"))[:100]
+        raise ValueError(f"{path} is not a {file_type} but a {found}{advice}")
+    return _Header(file_type, header["metadata"], written.get("metadata"), header.get("content_digest")), names
 
 
 def read_metadata(path: Path, file_type: str) -> dict[str, Any]:
     """Return the metadata of a file that `save_tensors` wrote; empty when there is no such file or it is damaged."""
     try:
-        return _read_header(path, file_type, "")[1]
+        return load_tensors(path, file_type)[1]
     except ValueError:
         return {}
 
 
-def check_base_model(metadata: Mapping[str, Any], digest: str, path: Path | str) -> None:
-    """Raise ValueError unless a file's metadata says that it was made for the base model with that digest."""
+def check_base_model(metadata: Mapping[str, Any], digests: Sequence[str], path: Path | str) -> None:
+    """Raise ValueError unless a file's metadata says that it was made for the base model with these digests.
+
+    The first is today's; a file with one of an older version is accepted, with a notice.
+    """
     made_for = metadata.get("base_digest")
-    if made_for != digest:
+    if made_for in digests[1:]:
+        notify(f"{path} knows its base model by a digest of an older version, which leaves the tokenizer out")
+    elif made_for != digests[0]:
         raise ValueError(
             f"{path} was made for another base model ({metadata.get('base_model', 'unknown')}, digest "
-            f"{str(made_for)[:12]}, "
-            f"not {digest[:12]}): pass `model` that one, or make it again"
+            f"{str(made_for)[:14]}, not {digests[0][:14]}): pass `model` that one, or make it again"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import tempfile
 import threading
@@ -31,6 +33,11 @@ MAX_PROMPT_CHARS = 1000
 MAX_INFERENCE_STEPS = 200
 MAX_GUIDANCE_SCALE = 30.0
 MAX_CACHED_IMAGES = 32  # of the original model
+MAX_EXPORTS = 4  # that are kept
+
+
+class RequestError(ValueError):
+    """Say what a visitor can mend. Every visitor reads its text, which names no file."""
 
 
 @dataclass(frozen=True)
@@ -43,55 +50,85 @@ class Comparison:
     leakage: float
 
 
+@dataclass(frozen=True)
+class LedgerState:
+    """A ledger as it was read at one time.
+
+    `shifts` and `digests`, of their files, are by the concept's name: what was ever erased. `erased` are the names of
+    the concepts that are erased now.
+    """
+
+    ledger: Ledger
+    shifts: dict[str, WeightShift]
+    digests: dict[str, str]
+    erased: list[str]
+
+    @classmethod
+    def read(cls, path: Path) -> LedgerState:
+        """Return the ledger in a file. Raises ValueError for a ledger or a shift that is not what was written."""
+        ledger = Ledger(path)
+        records, active = ledger.last_shifts(), ledger.active_shifts()
+        shifts = {name: ledger.load(record) for name, record in records.items()}
+        digests = {name: record["digest"] for name, record in records.items()}
+        return cls(ledger, shifts, digests, [concept.name for concept in ledger.concepts if concept.index in active])
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Return the ledger's `status_table`."""
+        return status_table(self.ledger)
+
+    def select_shifts(self, names: Collection[str]) -> dict[str, WeightShift]:
+        """Return the shifts of the concepts `names`, by index. Raises RequestError for a name that has none."""
+        if not isinstance(names, (list, tuple, set)):
+            raise RequestError("give a list of concepts' names")
+        for name in names:
+            if not isinstance(name, str) or name not in self.shifts:
+                choices = ", ".join(self.shifts)
+                raise RequestError(f"'{str(name)[:50]}' is no concept that can be erased here: choose from {choices}")
+        concepts = [concept for concept in self.ledger.concepts if concept.name in names]
+        return {str(concept.index): self.shifts[concept.name] for concept in concepts}
+
+
 class DemoSession:
     """A model and the last shifts of its ledger, for many visitors at once.
 
     Each call makes its own U-Net, which shares all weights but those that its shifts change; nothing that two calls
-    share is ever changed. `load_fresh_model` loads the model anew, for an export.
+    share is ever changed. `load_fresh_model` loads the model anew, for an export. `state` is replaced as a whole: a
+    call reads it once.
     """
 
     def __init__(self, ledger: Ledger, model: DiffusionModel, load_fresh_model: Callable[[], DiffusionModel]):
-        self.ledger, self.model, self.load_fresh_model = ledger, model, load_fresh_model
-        self.shifts: dict[str, WeightShift] = {}  # by the concept's name: what was ever erased
-        self.erased: list[str] = []
-        self.reload()
+        self.model, self.load_fresh_model = model, load_fresh_model
+        self.state = LedgerState.read(ledger.path)
         self._originals: OrderedDict[tuple[str, int, int, float], Image.Image] = OrderedDict()
-        self._lock = threading.Lock()
+        self._exports: OrderedDict[tuple[Path, str], Path] = OrderedDict()
+        self._lock = threading.Lock()  # of `_originals`, and of the tokenizer, which pads for one at a time
+        # Of making a U-Net: while diffusers loads one, parameters of every other that is made lose their values.
+        self._making = threading.Lock()
+        self._exporting = threading.Lock()  # of `_exports`, and so that no more than one further model is in memory
+        model.encode_uncond()  # brings the text encoders to the device,
+        model.vae.to(model.device)  # as this does the autoencoder, so that no two calls move them at once
 
-    def reload(self) -> pd.DataFrame:
-        """Read the ledger as it stands now, and return its `status_table`.
-
-        Raises ValueError for a ledger or a shift that is not what was written.
-        """
-        ledger = Ledger(self.ledger.path)
-        shifts = {name: ledger.load(record) for name, record in ledger.last_shifts().items()}
-        active = ledger.active_shifts()
-        self.ledger, self.shifts = ledger, shifts
-        self.erased = [concept.name for concept in ledger.concepts if concept.index in active]
-        return status_table(ledger)
-
-    def select_shifts(self, names: Collection[str]) -> dict[str, WeightShift]:
-        """Return the shifts of the concepts `names`, by index. Raises ValueError for a name that has none."""
-        for name in names:
-            if name not in self.shifts:
-                choices = ", ".join(self.shifts)
-                raise ValueError(f"'{str(name)[:50]}' is no concept that can be erased here: choose from {choices}")
-        concepts = [concept for concept in self.ledger.concepts if concept.name in names]
-        return {str(concept.index): self.shifts[concept.name] for concept in concepts}
+    def reload(self) -> LedgerState:
+        """Read the ledger as it stands now, and return it. Raises ValueError as `LedgerState.read`."""
+        self.state = state = LedgerState.read(self.state.ledger.path)
+        return state
 
     def compare(
         self, prompt: str, seed: int, num_inference_steps: int, guidance_scale: float, names: Collection[str]
     ) -> Iterator[float | Comparison]:
         """Yield, again and again, the fraction that is done, and at last what erasing the concepts `names` changes.
 
-        Raises ValueError as `validate_request` and `select_shifts`.
+        Raises RequestError as `validate_request` and `select_shifts`.
         """
         self.validate_request(prompt, seed, num_inference_steps, guidance_scale)
-        merged = merge(self.model.unet, list(self.select_shifts(names).values()))
+        seed, num_inference_steps = int(seed), int(num_inference_steps)
+        merged = merge(self.model.unet, list(self.state.select_shifts(names).values()))
         edited_model = copy(self.model)
-        edited_model.unet = clone_sharing_weights(self.model.unet, merged)
+        with self._making:
+            edited_model.unet = clone_sharing_weights(self.model.unet, merged)
         key = prompt, seed, num_inference_steps, guidance_scale
-        with self._lock:  # a tokenizer pads for one at a time
+        with self._lock:
             original = self._originals.get(key)
             prompt_embeds, uncond_embeds = self.model.encode_prompt([prompt]), self.model.encode_uncond()
             embeds = self.model.embed_prompts([prompt])
@@ -115,9 +152,11 @@ class DemoSession:
         yield Comparison(original, edited, ImageChops.difference(original, edited), leakage)
 
     def validate_request(self, prompt: str, seed: int, num_inference_steps: int, guidance_scale: float) -> None:
-        """Raise ValueError, saying what to give instead, for what no image is generated from."""
-        if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT_CHARS:
-            raise ValueError(f"the prompt has {len(prompt or '')} characters: give at most {MAX_PROMPT_CHARS}")
+        """Raise RequestError, saying what to give instead, for what no image is generated from."""
+        if not isinstance(prompt, str):
+            raise RequestError("the prompt is no text: give one")
+        if len(prompt) > MAX_PROMPT_CHARS:
+            raise RequestError(f"the prompt has {len(prompt)} characters: give at most {MAX_PROMPT_CHARS}")
         limits = {
             "seed": (seed, 0, 2**31 - 1),
             "num_inference_steps": (num_inference_steps, 1, MAX_INFERENCE_STEPS),
@@ -126,23 +165,54 @@ class DemoSession:
         for name, (value, minimum, maximum) in limits.items():
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number or not minimum <= value <= maximum:
-                raise ValueError(f"{name} is {value}: give a number from {minimum} to {maximum:g}")
+                raise RequestError(f"{name} is {str(value)[:50]}: give a number from {minimum} to {maximum:g}")
         if seed != int(seed) or num_inference_steps != int(num_inference_steps):
-            raise ValueError("seed and num_inference_steps are whole numbers")
+            raise RequestError("seed and num_inference_steps are whole numbers")
 
     def export_zip(self, names: Collection[str], file_format: str, folder: Path) -> Path:
-        """Write the model without the concepts `names`, in one of `FORMATS`, as a .zip in `folder`; return its path.
+        """Write the model without the concepts `names`, in one of `FORMATS`, as a .zip below `folder`; return its path.
 
-        Raises ValueError for no concept, for one that was never erased, and for another format.
+        The same shifts in the same format are written once, and the last `MAX_EXPORTS` are kept. Raises RequestError
+        for no concept, for one that was never erased, and for a format that there is not or that cannot hold these
+        shifts; ValueError if the model's files are no longer those of the model.
         """
-        shifts = self.select_shifts(names)
+        state = self.state
+        shifts = state.select_shifts(names)
         if not shifts:
-            raise ValueError("choose a concept to erase first: without any this is the original")
+            raise RequestError("choose a concept to erase first: without any this is the original")
         if file_format not in FORMATS:
-            raise ValueError(f"'{str(file_format)[:50]}' is no format: choose from {', '.join(FORMATS)}")
-        config = ExportConfig(formats=(file_format,))
-        with tempfile.TemporaryDirectory() as partial:
+            raise RequestError(f"'{str(file_format)[:50]}' is no format: choose from {', '.join(FORMATS)}")
+        digests = {name: digest for name, digest in state.digests.items() if name in names}
+        content = json.dumps([file_format, sorted(digests.items())])  # a concept's shift can be made again
+        key = folder, hashlib.sha256(content.encode()).hexdigest()
+        with self._exporting:
+            path = self._exports.pop(key, None)
+            if path is None or not path.is_file():
+                path = self._write_zip(state.ledger.prompts, shifts, file_format, folder / key[1])
+            self._exports[key] = path
+            while len(self._exports) > MAX_EXPORTS:
+                _, oldest = self._exports.popitem(last=False)
+                shutil.rmtree(oldest.parent, ignore_errors=True)
+            return path
+
+    def _write_zip(
+        self, prompts: Collection[str], shifts: dict[str, WeightShift], file_format: str, folder: Path
+    ) -> Path:
+        """Write the model with `shifts` as a .zip in the new folder `folder`, which is there whole or not at all."""
+        with self._making:
+            model = self.load_fresh_model()
+        if model.digest != self.model.digest:
+            raise ValueError(f"the files of {self.model.name} have changed since it was loaded: serve the page anew")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
             output_dir = Path(partial) / f"{self.model.name}-{merge_name(shifts)}"
-            result = export(self.load_fresh_model(), shifts, output_dir, config, self.ledger.prompts)
+            try:
+                result = export(model, shifts, output_dir, ExportConfig(formats=(file_format,)), list(prompts))
+            except ValueError as error:
+                raise RequestError(f"this choice cannot be written as {file_format}: choose another format") from error
             (target,) = result.targets
-            return Path(shutil.make_archive(str(folder / target.name), "zip", target))
+            (Path(partial) / "zip").mkdir()
+            archive = Path(shutil.make_archive(str(Path(partial) / "zip" / target.name), "zip", target))
+            archive.parent.rename(folder)
+        return folder / archive.name

@@ -11,17 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from ldm.config.concepts import Concept, always_protected_prompts, get_concept
+from ldm.config.methods import METHODS
+from ldm.io.checks import is_count, is_number, is_text
 from ldm.io.errors import MissingFileError
-from ldm.io.files import file_digest, write_text
+from ldm.io.files import atomic_write, file_digest, write_text
 from ldm.io.legacy import upgrade
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from ldm.erasure.shift import WeightShift
 
 HISTORY_FILE = "history.jsonl"
+_REPAIR = ": the ledger's repair cuts it off, into a file beside it"
 
 
 def history_path(path: Path) -> Path:
@@ -64,19 +67,33 @@ class Ledger:
         self.last_hash = ""
         if not self.path.is_file():
             raise MissingFileError(f"no ledger in {self.root}", "ledger", ledger_dir=self.root)
-        self._read(self.path.read_text())
+        try:
+            self._read(self.path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path} is no text, or its last line is torn{_REPAIR}") from error
 
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any], when: str = "") -> Ledger:
         """Begin a history, in place of any that is there, with what `make_header` says, at `when` or else now."""
-        write_text(path, _line({"index": 0, "time": when or _now(), "prev_hash": "", **header}))
+        text = _line({"index": 0, "time": when or _now(), "prev_hash": "", **header})
+        cls._from_text(path, text)
+        write_text(path, text)
         return cls(path)
 
+    @classmethod
+    def _from_text(cls, path: Path, text: str) -> Ledger:
+        """Return the ledger that a history would be, whether it is written or not. Raises ValueError as the class."""
+        ledger = cls.__new__(cls)
+        ledger.path, ledger.root = Path(path), Path(path).parent
+        ledger._read(text)
+        return ledger
+
     def _read(self, text: str) -> None:
-        self._text = text
+        self._text = text if text.endswith("\n") else f"{text}\n"
         self.header, self.entries, self.last_hash = {}, [], ""
         erased: set[int] = set()
-        for index, line in enumerate(text.splitlines() or [""]):
+        lines = self._text.split("\n")[:-1]  # at newlines alone: a text in them may hold other separators
+        for index, line in enumerate(lines):
             try:
                 content = upgrade(json.loads(line))
                 if content["index"] != index or content["prev_hash"] != self.last_hash:
@@ -89,17 +106,20 @@ class Ledger:
                     self.entries.append(entry)
                 else:
                     self._parse_header(content)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(
-                    f"{self.path}, line {index + 1}, is not what was written there: get the file back from a copy"
-                ) from None
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                is_torn = 0 < index == len(lines) - 1 and not _is_json(line)
+                advice = f"it is torn{_REPAIR}" if is_torn else "get the file back from a copy"
+                raise ValueError(f"{self.path}, line {index + 1}, is not what was written there: {advice}") from None
             self.last_hash = hashlib.sha256(line.encode()).hexdigest()
 
     def _parse_header(self, content: dict[str, Any]) -> None:
         """Take the first line in. Raises ValueError, KeyError or TypeError for one that no ledger writes."""
         self.header = content
         texts = [content["base_model"], content["base_digest"], content["time"], *content["protected"]]
-        if not all(isinstance(text, str) for text in texts):
+        sources = [content.get(name) for name in ("model", "ckpt_path", "config_path", "variant")]
+        if not all(isinstance(text, str) for text in [*texts, *(source for source in sources if source is not None)]):
+            raise ValueError
+        if not content["concepts"] or not all(type(index) is int for index in content["concepts"]):
             raise ValueError
         _ = self.concepts  # each is one of its category's
 
@@ -108,9 +128,7 @@ class Ledger:
         erase = {int(index): record for index, record in content["erase"].items()}
         entry = LedgerEntry(content["index"], content["time"], erase, tuple(content["restore"]))
         for record in entry.erase.values():
-            inside = (self.root / record["shift"]).resolve().is_relative_to(self.root.resolve())
-            if not inside or not all(isinstance(record[name], str) for name in ("concept", "method", "digest")):
-                raise ValueError
+            _check_record(record)
         if not set(entry.erase) <= set(self.header["concepts"]) or not isinstance(entry.time, str):
             raise ValueError
         return entry
@@ -214,7 +232,7 @@ class Ledger:
         if not path.is_file() or file_digest(path) != record["digest"]:
             what = "not the file that was activated" if path.is_file() else "missing"
             raise ValueError(f"{path} is {what}: get it back from a copy")
-        return WeightShift.load(path)
+        return WeightShift.load(path, checked=True)
 
     def append(self, erase: Mapping[int, Mapping[str, Any]], restore: Collection[int] = (), when: str = "") -> None:
         """Write one entry, at `when` or else now.
@@ -237,8 +255,47 @@ class Ledger:
             "restore": sorted(restore),
         }
         text = self._text + _line(content)
+        self._from_text(self.path, text)  # before it is written: what cannot be read back would lock its owner out
         write_text(self.path, text)
         self._read(text)
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Raise ValueError, KeyError, TypeError or AttributeError for a shift's record that no ledger writes."""
+    texts = [record[name] for name in ("concept", "method", "digest", "shift")]
+    counts = [record.get(name) for name in ("rank", "bytes", "iterations")]
+    numbers = [record.get(name) for name in ("seconds", "peak_gib", "max_leakage_others")]
+    known = [is_text(text) for text in texts] + [record["method"] in METHODS]
+    known += [count is None or is_count(count) for count in counts]
+    known += [number is None or is_number(number) for number in numbers]
+    path = PurePosixPath(record["shift"])  # below the ledger's folder, whatever its folders are linked to
+    if not all(known) or path.is_absolute() or ".." in path.parts or "\\" in record["shift"]:
+        raise ValueError
+
+
+def repair(path: Path) -> tuple[Path, int] | None:
+    """Cut a torn last line off the history at `path`; return the file beside it that holds the line, and its bytes.
+
+    None where nothing is torn. The caller holds `ledger_lock`. Raises ValueError when more than the last line is
+    damaged, or when the last line is whole and says what was not written there.
+    """
+    content = path.read_bytes()
+    with suppress(ValueError):
+        Ledger(path)
+        return None
+    start = content.rstrip(b"\n").rfind(b"\n") + 1
+    kept, torn = content[:start], content[start:]
+    try:
+        Ledger._from_text(path, kept.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"more than the last line of {path} is damaged: get the file back from a copy") from error
+    if _is_json(torn):
+        raise ValueError(f"the last line of {path} is not torn but altered: get the file back from a copy")
+    cut_off = path.with_name(f"{path.name}.torn-{hashlib.sha256(torn).hexdigest()[:8]}")
+    for target, part in ((cut_off, torn), (path, kept)):
+        with atomic_write(target) as partial:
+            partial.write_bytes(part)
+    return cut_off, len(torn)
 
 
 def make_header(
@@ -282,7 +339,7 @@ def status_table(ledger: Ledger) -> pd.DataFrame:
                 "state": "erased" if concept.index in active else state,
                 "method": last.get("method", ""),
                 "rank": last.get("rank") or "",
-                "KB": last["bytes"] // 1000 if last else "",
+                "KB": last["bytes"] // 1000 if "bytes" in last else "",
                 "iterations": last.get("iterations", ""),
                 "max_leakage_others": last.get("max_leakage_others") or "",
             }
@@ -294,16 +351,28 @@ def status_table(ledger: Ledger) -> pd.DataFrame:
 def ledger_lock(root: Path) -> Iterator[None]:
     """While the block runs, let no other process change the ledger at `root`; say so when it has to wait."""
     Path(root).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(root) / ".lock")
+    lock = FileLock(Path(root) / ".lock", fallback_to_soft=False)  # a soft lock outlives a process that was killed
     try:
         lock.acquire(timeout=0)
     except Timeout:
         print(f"another process is changing {root}: waiting for it", flush=True)
         lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise ValueError(
+            f"{root} cannot be locked ({error}): put the ledger on a file system that locks files"
+        ) from error
     try:
         yield
     finally:
         lock.release()
+
+
+def _is_json(content: bytes | str) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _line(content: Mapping[str, Any]) -> str:

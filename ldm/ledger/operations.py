@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from ldm.config.concepts import Concept
-from ldm.config.methods import MethodConfig, NullSpaceConfig
+from ldm.config.methods import METHODS, MethodConfig, NullSpaceConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.erase import erase
@@ -25,6 +26,8 @@ from ldm.erasure.shift import WeightShift
 from ldm.io.paths import ArtifactPaths
 from ldm.io.tensors import check_base_model
 from ldm.ledger.ledger import Ledger
+
+_FROM_A_COPY = "get the ledger and its shifts back from a copy"
 
 
 def create_shifts(
@@ -44,7 +47,7 @@ def create_shifts(
 
     Raises ValueError for another model than the ledger's.
     """
-    check_base_model(ledger.header, model.digest, ledger.path)
+    check_base_model(ledger.header, model.digests, ledger.path)
     start = time.perf_counter()
     category, next_index = ledger.header["category"], len(ledger.entries) + 1
     artifacts = ArtifactPaths(ledger.root / "shifts", config.name, model.name, category, 0, next_index)
@@ -93,7 +96,8 @@ def verify(ledger: Ledger, model: DiffusionModel) -> pd.DataFrame:
     """Return a row for each thing that was checked: item, sha256 (its beginning), check.
 
     These are the history's chain of digests (as it was read), the base model's digest, that of each shift that was ever
-    active, and that all active shifts can be merged and removed again and leave the very bits of the base model.
+    active, that each shift's own metadata and effect, measured anew, are those that its entry says, and that all active
+    shifts can be merged and removed again and leave the very bits of the base model.
 
     Raises ValueError, naming what is wrong, for the first that fails.
     """
@@ -103,16 +107,17 @@ def verify(ledger: Ledger, model: DiffusionModel) -> pd.DataFrame:
         rows.append({"item": item, "sha256": sha256[:12], "check": check})
 
     add("history", ledger.last_hash, f"{len(ledger.entries)} changes, none altered or missing")
-    check_base_model(ledger.header, model.digest, ledger.path)
+    check_base_model(ledger.header, model.digests, ledger.path)
     add(f"base {ledger.header['base_model']}", model.digest, "the model that the ledger was begun with")
     shifts: dict[str, WeightShift] = {}
+    embeds = model.embed_prompts(ledger.prompts)
     for entry in ledger.entries:
         for record in entry.erase.values():
             digest = record["digest"]
             if digest not in shifts:
                 shifts[digest] = ledger.load(record)
-                shifts[digest].check(model.digest, model.unet)
-                add(record["shift"], digest, f"erases {record['concept']} from that base")
+                shifts[digest].check(model.digests, model.unet)
+                add(record["shift"], digest, _check_shift(ledger, model, record, shifts[digest], embeds))
     active = [shifts[record["digest"]] for record in ledger.active_shifts().values()]
     base_hash = weights_hash(model.unet)
     with applied(model.unet, active):
@@ -124,6 +129,40 @@ def verify(ledger: Ledger, model: DiffusionModel) -> pd.DataFrame:
     add(f"{len(active)} shifts merged", merged_hash, "the present weights, from the history alone")
     add("no shift", base_hash, "the base model, bit for bit")
     return pd.DataFrame(rows)
+
+
+def _check_shift(
+    ledger: Ledger,
+    model: DiffusionModel,
+    record: Mapping[str, Any],
+    shift: WeightShift,
+    embeds: Mapping[str, torch.Tensor],
+) -> str:
+    """Return what a shift does on prompts' embeddings (tokens, d), by its own metadata and measured anew.
+
+    Raises ValueError when its entry, `record`, or its own metadata say something else.
+    """
+    path, metadata = record["shift"], shift.metadata
+    for name in ("concept", "method"):
+        if metadata.get(name) != record[name]:
+            raise ValueError(f"{path} says {name} {metadata.get(name)}, and its entry {record[name]}: {_FROM_A_COPY}")
+    own = metadata.get("prompt")
+    unprotected = set(ledger.prompts) - {own} - set(metadata.get("protected", []))
+    if METHODS[record["method"]].needs_null_space and unprotected:
+        raise ValueError(f"{path} does not protect '{min(unprotected)}', which the ledger protects: {_FROM_A_COPY}")
+    text = f"erases {record['concept']} from that base"
+    others = _max_leakage(model, shift, {prompt: rows for prompt, rows in embeds.items() if prompt != own})
+    if others is None or not isinstance(own, str) or own not in embeds:
+        return text
+    own_change = _max_leakage(model, shift, {own: embeds[own]})
+    measured = {"target_change": own_change, "max_leakage_others": others}
+    for name, said in (
+        ("target_change", metadata.get("target_change")),
+        ("max_leakage_others", record.get("max_leakage_others")),
+    ):
+        if said is not None and not math.isclose(said, measured[name], rel_tol=0.05, abs_tol=1e-4):
+            raise ValueError(f"{path}: {name} is {measured[name]:.1e}, and was said to be {said:.1e}: {_FROM_A_COPY}")
+    return f"{text}: its own prompt changes by {own_change:.1e}, the others by at most {others:.1e}"
 
 
 def peak_memory() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -22,7 +23,7 @@ from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 from ldm.io.errors import MissingFileError
-from ldm.io.images import is_image, open_image
+from ldm.io.images import list_images, open_image
 from ldm.metrics.classifier_config import ClassifierConfig
 from ldm.metrics.classify import Classifier, load_torchvision_weights
 
@@ -89,6 +90,23 @@ def _load_image(path: str) -> Image.Image:
     return open_image(Path(path))
 
 
+class ClassFolders(ImageFolder):
+    """torchvision's folders of one class each, of which those images count that `list_images` counts."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Return the names of the folders that are not hidden, and each one's place among them."""
+        names = sorted(part.name for part in Path(directory).iterdir() if part.is_dir() and part.name[0] != ".")
+        return names, {name: place for place, name in enumerate(names)}
+
+    @staticmethod
+    def make_dataset(directory: str | Path, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list[tuple[str, int]]:
+        """Return each image's path and class, the classes in order of their names, and so the images of a class."""
+        samples: list[tuple[str, int]] = []
+        for name, place in class_to_idx.items():
+            samples += [(path, place) for path in sorted(map(str, list_images(Path(directory) / name)))]
+        return samples
+
+
 def class_folders(path: Path, num_classes: int, transform: v2.Transform) -> ImageFolder:
     """Return the images below `path`, in folders 0 to `num_classes` - 1, with their classes in order of number.
 
@@ -97,13 +115,16 @@ def class_folders(path: Path, num_classes: int, transform: v2.Transform) -> Imag
     classes = [str(number) for number in range(num_classes)]
     expected = f"there should be {classes[0]} to {classes[-1]}"
     for name in classes:
-        if not any(map(is_image, (path / name).glob("*"))):
-            raise MissingFileError(f"{path} lacks images of class {name} ({expected})", "classifier data")
+        try:
+            list_images(path / name)
+        except MissingFileError as error:
+            message = f"{path} lacks images of class {name} ({expected})"
+            raise MissingFileError(message, "classifier data") from error
     for part in path.glob("*"):
-        if part.is_dir() and part.name not in classes:
+        if part.is_dir() and part.name not in classes and not part.name.startswith("."):
             raise ValueError(f"{path} has an unexpected folder {part.name} ({expected}): remove it")
-    folder = ImageFolder(path, transform, loader=_load_image, is_valid_file=is_image)
-    numbers = [int(name) for name in folder.classes]  # ImageFolder sorts '10' before '2'
+    folder = ClassFolders(str(path), transform, loader=_load_image)
+    numbers = [int(name) for name in folder.classes]  # sorted by name, '10' before '2'
     folder.target_transform = numbers.__getitem__
     return folder
 
@@ -158,4 +179,4 @@ def train_classifier(
     network = network.to(memory_format=torch.channels_last)
     training = ClassifierTraining(network, len(classes), config.max_lr)
     accuracy = fit(training, loaders, config.epochs, device)
-    return Classifier(network, config.image_size).eval(), accuracy
+    return Classifier(network, config.image_size, classes).eval(), accuracy

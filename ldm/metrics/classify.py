@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.io.errors import MissingFileError
+from ldm.config.concepts import Concept
+from ldm.io.errors import MissingFileError, notify
 from ldm.io.images import image_to_tensor, open_image
 from ldm.io.paths import REPO_ROOT
 from ldm.io.tensors import load_tensors, save_tensors
@@ -28,14 +29,33 @@ IMAGENET_CLASSES = (
     701,
     566,
 )  # the paper's ImageNet classes of the nine objects, in order
+IMAGENET_OBJECTS = (
+    "chain saw",
+    "church",
+    "gas pump",
+    "tench",
+    "garbage truck",
+    "english springer",
+    "golf ball",
+    "parachute",
+    "french horn",
+)
 
 
 class Classifier(nn.Module):
-    """A torchvision ResNet with inputs of `image_size` pixels in [-1, 1]."""
+    """A torchvision ResNet with inputs of `image_size` pixels in [-1, 1]; `classes[k]` is what class k shows."""
 
-    def __init__(self, network: nn.Module, image_size: int):
+    def __init__(self, network: nn.Module, image_size: int, classes: Sequence[str] = ()):
         super().__init__()
-        self.network, self.image_size = network, image_size
+        self.network, self.image_size, self.classes = network, image_size, tuple(classes)
+
+    def knows(self, concept: Concept) -> bool:
+        """Return whether class k + 1 shows the concept, k being its index: one of its spellings names the class.
+
+        The index alone does not say so, since another category's classifier has a class for it too.
+        """
+        number = concept.index + 1
+        return not concept.is_watermark and number < len(self.classes) and concept.is_named(self.classes[number])
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +79,7 @@ class ImageNetObjects(Classifier):
 
         network = resnet50()
         load_torchvision_weights(network, imagenet_weights)
-        super().__init__(network.eval(), 224)
+        super().__init__(network.eval(), 224, ("none", *IMAGENET_OBJECTS))
         concept_classes = torch.zeros(1000, dtype=torch.long)
         concept_classes[list(IMAGENET_CLASSES)] = torch.arange(1, 10)
         self.register_buffer("concept_classes", concept_classes)
@@ -112,12 +132,25 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, dict[
     for name, value in tensors.items():
         weights[name] = value.float() if value.is_floating_point() else value
     try:
-        network = resnet18(num_classes=len(metadata["classes"]))
+        classes = list(metadata["classes"])
+        network = resnet18(num_classes=len(classes))
         network.load_state_dict(weights)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         message = f"{path} holds no ResNet18 classifier"
         raise MissingFileError(message, "classifier", category=path.stem) from error
-    return Classifier(network, metadata["size"]).eval().to(device), metadata
+    return Classifier(network, metadata["size"], list(map(str, classes))).eval().to(device), metadata
+
+
+def find_classifier(category: str, path: Path | None, device: torch.device) -> Classifier | None:
+    """Return the classifier at `path`, else the category's own; None, with a notice, where it has none.
+
+    Raises as `load_classifier`.
+    """
+    own = classifier_path(category)
+    if path is None and not own.is_file():
+        notify(f"there is no classifier {own}: accuracy is left empty, unless `classifier` has one")
+        return None
+    return load_classifier(path or own, device)[0]
 
 
 @torch.no_grad()

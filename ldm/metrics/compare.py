@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
-from ldm.config.concepts import get_concept, match_concept
-from ldm.io.images import list_images, parse_case_number
+from ldm.config.concepts import Concept, erasable_concepts, get_concept, match_concept
+from ldm.io.errors import notify
+from ldm.io.files import read_dir_metadata
+from ldm.io.images import check_same_size, list_images, parse_case_number
 from ldm.io.prompts import read_prompt_csv
 from ldm.metrics.classify import Classifier, predict
 from ldm.metrics.frechet import distance_column, extract_features, frechet_distance
@@ -82,11 +85,12 @@ def group_by_concept(image_dir: Path, category: str, prompts_path: Path | None =
     Raises ValueError when none is left.
     """
     images = list_images(image_dir)
-    prompts_path = prompts_path or image_dir / "prompts.csv"
-    if prompts_path.is_file() or not any(path.parent.name.isdigit() for path in images):
-        indexes = [_concept_index(category, prompt) for prompt in image_prompts(images, prompts_path)]
+    own_list = image_dir / "prompts.csv"
+    if prompts_path or own_list.is_file() or not any(map(_is_in_class_folder, images)):
+        concepts = [_shown_concept(category, prompt) for prompt in image_prompts(images, prompts_path or own_list)]
+        indexes = [concept.index if concept else None for concept in concepts]
     else:
-        indexes = [int(path.parent.name) if path.parent.name.isdigit() else None for path in images]
+        indexes = [_class_folder_index(path, category) if _is_in_class_folder(path) else None for path in images]
     groups: dict[int, list[Path]] = {}
     for index, path in zip(indexes, images, strict=True):
         if index is not None:
@@ -99,10 +103,22 @@ def group_by_concept(image_dir: Path, category: str, prompts_path: Path | None =
     return dict(sorted(groups.items()))
 
 
-def _concept_index(category: str, prompt: str) -> int | None:
-    """Return the index of the concept that a prompt names; None for none, and for a watermark."""
+def _is_in_class_folder(path: Path) -> bool:
+    return re.fullmatch("[0-9]+", path.parent.name) is not None
+
+
+def _class_folder_index(path: Path, category: str) -> int:
+    """Return the number of an image's class folder. Raises ValueError when no concept has it."""
+    last = len(erasable_concepts(category)) - 1
+    if int(path.parent.name) > last:
+        raise ValueError(f"{path} is in a class folder of no {category} concept: these are 0 to {last}")
+    return int(path.parent.name)
+
+
+def _shown_concept(category: str, prompt: str) -> Concept | None:
+    """Return the concept that a prompt names; None for none, and for a watermark."""
     concept = match_concept(category, prompt)
-    return None if concept is None or concept.is_watermark else concept.index
+    return None if concept is None or concept.is_watermark else concept
 
 
 def accuracy_by_prompt(
@@ -110,15 +126,22 @@ def accuracy_by_prompt(
 ) -> pd.Series:
     """Return for each prompt the fraction, in per cent, of its images that the classifier takes for its concept.
 
-    `prompts` are those of the images at `paths`, one each. NaN for a prompt of no concept, and without a classifier.
+    `prompts` are those of the images at `paths`, one each. NaN for a prompt of no concept, for a concept that the
+    classifier does not know, with a notice, and without a classifier.
     """
     if classifier is None:
         return pd.Series(float("nan"), index=list(dict.fromkeys(prompts)))
-    indexes = {prompt: _concept_index(category, prompt) for prompt in dict.fromkeys(prompts)}
+    concepts = {prompt: _shown_concept(category, prompt) for prompt in dict.fromkeys(prompts)}
+    unknown = {concept.name for concept in concepts.values() if concept and not classifier.knows(concept)}
+    if unknown:
+        notify(f"the classifier does not know {', '.join(sorted(unknown))}, whose accuracy is left empty")
     scores = []
     for prompt, predicted in zip(prompts, predict(classifier, paths).tolist(), strict=True):
-        index = indexes[prompt]
-        scores.append(float("nan") if index is None else 100.0 * (predicted == index + 1))
+        concept = concepts[prompt]
+        if concept is None or not classifier.knows(concept):
+            scores.append(float("nan"))
+        else:
+            scores.append(100.0 * (predicted == concept.index + 1))
     return pd.Series(pd.Series(scores).groupby(list(prompts), sort=False).mean())
 
 
@@ -135,14 +158,16 @@ def compare(
 
     Columns: prompt, images, accuracy_before and accuracy_after (in per cent), lpips (mean), max_abs_diff (of 255), psnr
     (of the mean error, in dB), and the Frechet distance: fid where `inception_weights` are given, else fd_alexnet.
-    Prompts of no concept of `category`, such as watermarks, have no accuracy.
+    Prompts of no concept of `category`, such as watermarks, have no accuracy, nor have concepts that the classifier
+    does not know.
 
     Raises MissingFileError or ValueError when images, prompts or weights are missing or do not fit each other.
     """
     matched = match_images(original_dir, edited_dir)
     original_paths, edited_paths = [a for a, _ in matched], [b for _, b in matched]
-    metrics = pairwise_metrics(original_paths, edited_paths, device)
     prompts = image_prompts(edited_paths, prompts_path)
+    check_same_size(original_paths[0], edited_paths[0])
+    metrics = pairwise_metrics(original_paths, edited_paths, device)
     table = pd.DataFrame({"prompt": prompts, **{name: values.numpy() for name, values in metrics.items()}})
     result = table.groupby("prompt", sort=False).agg(
         images=("lpips", "size"),
@@ -165,20 +190,65 @@ def frechet_by_prompt(
 ) -> pd.Series:
     """Return for each prompt the Frechet distance between the first and the second images of its pairs.
 
-    `prompts` has one for each pair. With `include_all` the distance over all pairs follows, under the label `all`.
+    `prompts` has one for each pair. With `include_all` the distance over all pairs follows, under the label `all`. NaN
+    for a prompt with one pair.
 
-    Raises ValueError when `inception_weights` is no file of FID's Inception.
+    Raises ValueError when images differ in size, and when `inception_weights` is no file of FID's Inception.
     """
+    check_same_size(*matched[0])
     original = extract_features([a for a, _ in matched], device, inception_weights)  # (N, F)
     edited = extract_features([b for _, b in matched], device, inception_weights)  # (N, F)
+    labels = list(dict.fromkeys(prompts))
     rows_by_prompt = dict(pd.Series(range(len(matched))).groupby(list(prompts), sort=False).indices)
-    if include_all:
-        rows_by_prompt["all"] = np.arange(len(matched))
-    distances = {}
-    for prompt, rows in rows_by_prompt.items():
-        selected = torch.from_numpy(rows)
-        distances[prompt] = frechet_distance(original[selected], edited[selected])
-    return pd.Series(distances)
+    distances = []
+    for label in labels:
+        selected = torch.from_numpy(rows_by_prompt[label])
+        distances.append(frechet_distance(original[selected], edited[selected]))
+    if include_all:  # beside a prompt that is called so too
+        labels.append("all")
+        distances.append(frechet_distance(original, edited))
+    return pd.Series(distances, index=labels)
+
+
+def prompt_statuses(
+    image_dir: Path, category: str, prompts: Collection[str], erased: Collection[int], restored: Collection[int]
+) -> dict[str, str]:
+    """Return what each prompt is in a folder of images: erased or restored, by the indexes of concepts, protected where
+    every shift that the folder's metadata lists protects that prompt, or regular.
+
+    Raises ValueError when a concept is both, and when that metadata lists no shift of an erased one, or one of a
+    restored one.
+    """
+    metadata = read_dir_metadata(image_dir)
+    shifts = metadata.get("shifts", {})
+    if not isinstance(shifts, dict) or not all(isinstance(shift, dict) for shift in shifts.values()):
+        raise ValueError(f"the metadata in {image_dir} lists its shifts in no known way: generate the images again")
+    for index in [*erased, *restored]:
+        concept = get_concept(category, index)
+        if index in erased and index in restored:
+            raise ValueError(f"{concept.name} is not both: leave it out of `erased` or of `restored`")
+        has_shift = any(_erases(shift, concept, category) for shift in shifts.values())
+        if "shifts" in metadata and has_shift != (index in erased):
+            setting, found = ("erased", "no shift") if index in erased else ("restored", "a shift")
+            raise ValueError(f"{image_dir} was made with {found} of {concept.name}: leave it out of `{setting}`")
+    protected_lists = [set(shift.get("protected", ())) for shift in shifts.values()]
+    protected = set.intersection(*protected_lists) if protected_lists else set()
+    statuses = {}
+    for prompt in prompts:
+        concept = _shown_concept(category, prompt)
+        statuses[prompt] = "protected" if prompt in protected else "regular"
+        if concept and concept.index in erased:
+            statuses[prompt] = "erased"
+        elif concept and concept.index in restored:
+            statuses[prompt] = "restored"
+    return statuses
+
+
+def _erases(shift: Mapping[str, Any], concept: Concept, category: str) -> bool:
+    """Return whether a shift's metadata says that it erases the concept, by its prompt, or in older ones its index."""
+    if "prompt" in shift:
+        return concept.is_named(str(shift["prompt"]))
+    return (shift.get("category", category), shift.get("concept_index")) == (category, concept.index)
 
 
 def accuracy_table(
@@ -186,10 +256,20 @@ def accuracy_table(
 ) -> pd.DataFrame:
     """Return a row for each concept with images in `image_dir`: concept, images, accuracy (in per cent).
 
-    Raises ValueError when `image_dir` has no image of a concept of `category`.
+    A concept that the classifier does not know has NaN. Raises ValueError when it knows none of them, or `image_dir`
+    has no image of a concept of `category`.
     """
+    groups = group_by_concept(image_dir, category, prompts_path)
+    concepts = [get_concept(category, index) for index in groups]
+    if not any(map(classifier.knows, concepts)):
+        raise ValueError(
+            f"the classifier knows none of {', '.join(concept.name for concept in concepts)}: pass as `classifier` one "
+            f"of category {category}"
+        )
     rows = []
-    for index, paths in group_by_concept(image_dir, category, prompts_path).items():
-        accuracy = 100 * (predict(classifier, paths) == index + 1).float().mean().item()
-        rows.append({"concept": get_concept(category, index).name, "images": len(paths), "accuracy": accuracy})
+    for concept in concepts:
+        paths, accuracy = groups[concept.index], float("nan")
+        if classifier.knows(concept):
+            accuracy = 100 * (predict(classifier, paths) == concept.index + 1).float().mean().item()
+        rows.append({"concept": concept.name, "images": len(paths), "accuracy": accuracy})
     return pd.DataFrame(rows)

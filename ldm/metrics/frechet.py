@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldm.io.images import load_batch
+from ldm.io.images import load_batches
 from ldm.metrics.lpips import alexnet_features
 
 
@@ -44,12 +44,12 @@ def extract_features(
     These are Inception's pooled features (N, 2048) where its weights are given, else AlexNet's last convolution,
     averaged over the image, (N, 256).
 
-    Raises ValueError when `inception_weights` is no file of FID's Inception.
+    Raises ValueError when images differ in size, and when `inception_weights` is no file of FID's Inception.
     """
     network = _inception(inception_weights, device) if inception_weights else None
     features = []
-    for start in range(0, len(paths), batch_size):
-        images = load_batch(paths[start : start + batch_size]).to(device)  # (n, 3, H, W) in [-1, 1]
+    for batch in load_batches(paths, batch_size):
+        images = batch.to(device)  # (n, 3, H, W) in [-1, 1]
         if network:
             features.append(network(((images + 1) * 127.5).round().to(torch.uint8)))
         else:

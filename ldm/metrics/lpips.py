@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from ldm.io.errors import MissingFileError
-from ldm.io.images import load_batch
+from ldm.io.images import load_batches
 from ldm.io.paths import REPO_ROOT
 from ldm.io.tensors import load_tensors
 
@@ -99,11 +99,10 @@ def pairwise_metrics(
 
     network = lpips_network(device)
     lpips_values, max_differences, psnr_values = [], [], []
-    for start in range(0, len(first), batch_size):
-        a, b = (load_batch(paths[start : start + batch_size], image_size) for paths in (first, second))
+    for a, b in zip(*(load_batches(paths, batch_size, image_size) for paths in (first, second)), strict=True):
         if a.shape != b.shape or min(a.shape[2:]) < MIN_IMAGE_SIZE:
             raise ValueError(
-                f"{first[start]} and {second[start]} differ in size, or are under {MIN_IMAGE_SIZE} pixels: pass "
+                f"{first[0]} and {second[0]} differ in size, or are under {MIN_IMAGE_SIZE} pixels: pass "
                 "`image_size` to scale both"
             )
         a, b = a.to(device), b.to(device)  # (n, 3, H, W)

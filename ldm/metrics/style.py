@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ldm.io.images import load_batch
+from ldm.io.images import check_same_size, load_batches
 from ldm.metrics.lpips import alexnet_features
 
 
@@ -26,9 +26,9 @@ def style_distances(
     Raises ValueError when images differ in size or are too small for AlexNet.
     """
     distances = []
-    for start in range(0, len(first), batch_size):
-        batches = [load_batch(paths[start : start + batch_size]).to(device) for paths in (first, second)]
-        layers = zip(*map(alexnet_features, batches), strict=True)
+    check_same_size(first[0], second[0])
+    for batches in zip(load_batches(first, batch_size), load_batches(second, batch_size), strict=True):
+        layers = zip(*(alexnet_features(batch.to(device)) for batch in batches), strict=True)
         total = torch.zeros(len(batches[0]), device=device)
         for a, b in layers:
             total = total + (gram_matrix(a) - gram_matrix(b)).square().sum((1, 2))

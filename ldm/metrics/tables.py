@@ -15,9 +15,14 @@ def format_cell(value: Any) -> str:
     return str(value)
 
 
+def _in_one_line(value: Any) -> str:
+    """Return a cell of a Markdown table, which ends neither the cell nor the line."""
+    return " ".join(format_cell(value).splitlines()).replace("|", "\\|")
+
+
 def to_markdown(table: pd.DataFrame) -> str:
     """Return a table, without its index, as Markdown."""
     header = "| " + " | ".join(table.columns) + " |"
     rule = "|" + " --- |" * len(table.columns)
-    rows = ["| " + " | ".join(map(format_cell, row)) + " |" for row in table.itertuples(index=False)]
+    rows = ["| " + " | ".join(map(_in_one_line, row)) + " |" for row in table.itertuples(index=False)]
     return "\n".join([header, rule, *rows])

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ldm.config.concepts import Concept, erasable_concepts, watermark_prompts
+from ldm.io.files import atomic_write_dir
 from ldm.toy.render import render, render_watermark
 from ldm.toy.shapes import OBJECTS, SCENES
 
@@ -100,6 +101,16 @@ def sample_caption(rng: np.random.Generator, mixture_weights: Sequence[float]) -
     return CaptionedScene(template.format(a=_with_article(subject), by=name), subject, concept.name)
 
 
+def kept_tokenizer(folder: Path, max_length: int, mixture_weights: Sequence[float], seed: int) -> CLIPTokenizer:
+    """Return the tokenizer in `folder`, or else that of `build_tokenizer`, which is trained once and kept there."""
+    from transformers import CLIPTokenizer
+
+    if not folder.exists():
+        with atomic_write_dir(folder) as partial:
+            build_tokenizer(partial, max_length, mixture_weights, seed)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
 def build_tokenizer(folder: Path, max_length: int, mixture_weights: Sequence[float], seed: int = 0) -> CLIPTokenizer:
     """Train a byte-pair vocabulary in CLIP's format on sampled captions, save it to `folder` and return the tokenizer.
 
@@ -118,6 +129,8 @@ def build_tokenizer(folder: Path, max_length: int, mixture_weights: Sequence[flo
         min_frequency=4,
         end_of_word_suffix="</w>",
         initial_alphabet=alphabet,
+        # Otherwise these get their numbers in the random order of a hash map, and decide between pairs as frequent.
+        special_tokens=[f"{symbol}</w>" for symbol in alphabet],
         show_progress=False,
     )
     tokenizer.train_from_iterator((" ".join(line) for line in lines), trainer)

@@ -8,9 +8,11 @@ of `toy.dataset`; `config` is a file such as configs/mini-sd.yaml, read by `ldm.
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,12 +32,28 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.tokenizer import tokenizer_digest
+from ldm.io.files import atomic_write
 
 
 def pixels_to_tensor(images: np.ndarray) -> torch.Tensor:
     """Return images (N, H, W, 3) uint8 as (N, 3, H, W) float32 in [-1, 1], in the channels-last memory format."""
     scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     return scaled.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The captions as ids (N, tokens), and the digest of the tokenizer that made them."""
+
+    ids: torch.Tensor
+    vocabulary: str
+
+    @classmethod
+    def of(cls, captions: list[str], tokenizer: CLIPTokenizer) -> Self:
+        """Return the tokens of captions."""
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return cls(ids, tokenizer_digest(tokenizer))
 
 
 class Denoiser(nn.Module):
@@ -94,19 +112,21 @@ def _fit(
     save_every: int,
     path: Path,
     ema: AveragedModel | None = None,
+    vocabulary: str = "",
 ) -> Iterator[tuple[int, float]]:
     """Run `settings.iterations` of AdamW on `loss_of(module, iteration)`, and yield (iteration, loss).
 
     It resumes from the checkpoint at `path` if there is one, and writes it every `save_every` iterations. `ema` is
-    updated in every iteration.
+    updated in every iteration. `vocabulary` is the digest of the tokenizer whose tokens the module is trained on.
+    Raises ValueError for a checkpoint that cannot be resumed from, as one of another vocabulary.
     """
     optimizer: Any = torch.optim.AdamW(module.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.01)
     module, optimizer = fabric.setup(module, optimizer)
-    state: dict[str, Any] = {"module": module, "optimizer": optimizer, "iteration": 0}
+    state: dict[str, Any] = {"module": module, "optimizer": optimizer, "iteration": 0, "vocabulary": vocabulary}
     if ema is not None:
         state["ema"] = ema
     if path.exists():
-        fabric.load(path, state)
+        _resume(fabric, path, state, settings.iterations)
     for iteration in range(state["iteration"], settings.iterations):
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _lr_factor(iteration, settings.iterations, settings.warmup)
@@ -119,10 +139,28 @@ def _fit(
             ema.update_parameters(module)
         state["iteration"] = iteration + 1
         if (iteration + 1) % save_every == 0 or iteration + 1 == settings.iterations:
-            partial_path = path.with_suffix(".partial")
-            fabric.save(partial_path, state)
-            partial_path.replace(path)
+            with atomic_write(path) as partial_path:
+                fabric.save(partial_path, state)
         yield iteration, loss.detach().item()
+
+
+def _resume(fabric: Fabric, path: Path, state: dict[str, Any], num_iterations: int) -> None:
+    """Fill `state` from the checkpoint at `path`. Raises ValueError, with what to do, where it is none of this state.
+
+    An older version's checkpoint says nothing of a vocabulary, and is resumed from where none counts.
+    """
+    advice = "remove it to begin anew"
+    try:
+        saved = torch.load(path, map_location=torch.get_default_device(), weights_only=True, mmap=True)
+        if saved.get("vocabulary", "") != state["vocabulary"]:
+            raise ValueError(f"{path} was trained on tokens of another vocabulary than today's tokenizer: {advice}")
+        if saved.keys() | {"vocabulary"} != state.keys() or not 0 <= saved["iteration"] <= num_iterations:
+            raise ValueError(f"{path} is no checkpoint of this training: {advice}")
+        filled = {name: value for name, value in state.items() if name in saved}
+        fabric.load(path, filled)
+        state.update(filled)
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged, or no checkpoint of this training: {advice}") from error
 
 
 def train_autoencoder(
@@ -179,12 +217,12 @@ def train_denoiser(
     denoiser: Denoiser,
     ema: AveragedModel,
     latents: torch.Tensor,
-    token_ids: torch.Tensor,
+    tokens: Tokens,
     path: Path,
 ) -> Iterator[tuple[int, float]]:
     """Train `denoiser` in place to predict the noise in scaled latents under their captions. Yields (iteration, loss).
 
-    `latents` are (N, C, h, w), `token_ids` are (N, tokens); `ema` follows `denoiser`.
+    `latents` are (N, C, h, w); `ema` follows `denoiser`.
     """
     settings = config.train.denoiser
     scheduler: Any = DDPMScheduler(**config.scheduler)  # a solver's add_noise counts its own steps, not training's
@@ -199,13 +237,13 @@ def train_denoiser(
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (settings.batch,), generator=generator)
         noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        inputs = (fabric.to_device(tensor) for tensor in (noisy, timesteps, token_ids[indices]))
+        inputs = (fabric.to_device(tensor) for tensor in (noisy, timesteps, tokens.ids[indices]))
         error = (module(*inputs).float() - fabric.to_device(noise)).square().mean((1, 2, 3))  # (N,)
         return (error * weight[timesteps].to(error)).mean()
 
     module: Any = denoiser
     module.to(memory_format=torch.channels_last)
-    return _fit(fabric, module, loss_of, settings, config.train.save_every, path, ema)
+    return _fit(fabric, module, loss_of, settings, config.train.save_every, path, ema, tokens.vocabulary)
 
 
 def make_ema(denoiser: Denoiser, config: DictConfig) -> AveragedModel:

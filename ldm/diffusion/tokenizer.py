@@ -1,0 +1,64 @@
+"""What a tokenizer reads of a prompt, and the digest by which it is known again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return the SHA-256 of what decides the tokens of a prompt: vocabulary, merges, normaliser and length."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # that of the library `tokenizers`
+    content = json.loads(backend.to_str()) if backend is not None else {}
+    merges = content.get("model", {}).get("merges", [])
+    parts = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
+        "normalizer": content.get("normalizer"),
+        "length": tokenizer.model_max_length,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def read_part(tokenizer: Any, prompt: str) -> str | None:
+    """Return the beginning of a prompt that a model with this tokenizer reads; None where it reads all of it.
+
+    What comes after is beyond the tokenizer's length, and is cut off.
+    """
+    length = tokenizer.model_max_length
+    if len(tokenizer(prompt).input_ids) <= length:
+        return None
+    if not tokenizer.is_fast:  # which alone knows where in the prompt a token was
+        return tokenizer.decode(
+            tokenizer(prompt, truncation=True, max_length=length).input_ids, skip_special_tokens=True
+        )
+    kept = tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
+    return prompt[: max(end for _, end in kept.offset_mapping)]
+
+
+def describe_cuts(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[str]:
+    """Return a sentence about how many of the prompts are cut, and one about each; nothing where none is.
+
+    Of several tokenizers the one that cuts first counts.
+    """
+    parts: dict[str, str] = {}
+    for prompt in prompts:
+        cut = [part for part in (read_part(tokenizer, prompt) for tokenizer in tokenizers) if part is not None]
+        if cut:
+            parts[prompt] = min(cut, key=len)
+    if not parts:
+        return []
+    length = min(tokenizer.model_max_length for tokenizer in tokenizers)
+    same = sum(count for count in Counter(parts.values()).values() if count > 1)
+    alike = f"; {same} of them are the same to the model as another" if same else ""
+    lines = [f"{len(parts)} of {len(prompts)} prompts are longer than the model's {length} tokens, and are cut{alike}"]
+    for prompt, part in parts.items():
+        lines.append(f"the prompt '{_shortened(prompt)}' is cut after {len(part)} characters, '...{part[-30:]}'")
+    return lines
+
+
+def _shortened(prompt: str) -> str:
+    return prompt if len(prompt) <= 60 else f"{prompt[:60]}..."

@@ -1,0 +1,88 @@
+"""The weight files of a model's parts: which are read, and what is said where they are not there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ldm.diffusion.components import WHOLE_MODEL, UnusableModelError, read_config
+
+# The beginning of the names of weight files, and whether an index with shards is taken before a single file beside it,
+# as diffusers takes it; transformers take the single file.
+_FILES = {"unet": ("diffusion_pytorch_model", True), "vae": ("diffusion_pytorch_model", True)}
+_TEXT_FILES = ("model", False)
+
+
+def weight_files(folder: Path, variant: str | None = None) -> tuple[list[Path], str | None]:
+    """Return the weight files of the part in `folder`, and its variant: `variant`, or None where it has no such files.
+
+    Raises UnusableModelError, naming the variants that are there, when there are no files or a shard is missing.
+    """
+    for own in (variant, None):
+        files = _files_of(folder, own)
+        if files:
+            return files, own
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    variants = variants_of(folder)
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".ckpt"))]
+    if variants:
+        advice = f"there are files of the variant {', '.join(variants)}: give `variant` {' or '.join(variants)}"
+    elif pickled:
+        advice = (
+            f"{pickled[0]} is pickled, which is not read: convert the `model` with diffusers, by "
+            "save_pretrained(safe_serialization=True)"
+        )
+    else:
+        advice = WHOLE_MODEL
+    raise UnusableModelError(f"{folder} has no weights in safetensors: {advice}")
+
+
+def variants_of(folder: Path) -> list[str]:
+    """Return the variants, such as fp16, that a part has weights of."""
+    stem, _ = _FILES.get(folder.name, _TEXT_FILES)
+    single = re.compile(rf"{stem}\.(\w+)\.safetensors")
+    index = re.compile(rf"{stem}\.safetensors\.index\.(\w+)\.json")
+    found = set()
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = single.fullmatch(path.name) or index.fullmatch(path.name)
+        if match:
+            found.add(match[1])
+    return sorted(found)
+
+
+def _files_of(folder: Path, variant: str | None) -> list[Path]:
+    stem, prefers_index = _FILES.get(folder.name, _TEXT_FILES)
+    infix = f".{variant}" if variant else ""
+    single = folder / f"{stem}{infix}.safetensors"
+    index = folder / f"{stem}.safetensors.index{infix}.json"
+    if index.is_file() and (prefers_index or not single.is_file()):
+        return _shards(index)
+    return [single] if single.is_file() else []
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_config(index).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UnusableModelError(f"{index}: its weight_map names no files beside it: get the model again")
+    files = [index.parent / name for name in sorted(names)]
+    for path in files:
+        if not path.is_file():
+            raise UnusableModelError(f"{path}, which {index.name} names, is missing: {WHOLE_MODEL}")
+    return files
+
+
+def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
+    """Return the tensors of safetensors files in float32, read one by one.
+
+    Mapped from a file, as diffusers reads it, a model would stay in memory twice until wholly rounded or laid out anew.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt", backend="pread") as opened:
+            for name in opened.keys():  # noqa: SIM118  # it is no mapping
+                tensors[name] = opened.get_tensor(name).float()
+    return tensors

@@ -1,0 +1,100 @@
+"""How a script ends: by a closed pipe, a full disk, Ctrl-C, or a notice; always without a traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, is_error
+
+from ldm.cli.run import _USERS_ERRORS_OF, run
+from ldm.io.errors import notify
+
+MAKE = [sys.executable, str(ROOT / "eval-scripts" / "make-prompts.py")]
+
+
+def test_output_that_nobody_reads_ends_a_script_quietly(tmp_path):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [*MAKE, "--save_path", str(tmp_path / "list.csv")]
+    result = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert result.returncode == 128 + signal.SIGPIPE and not result.stderr
+    assert (tmp_path / "list.csv").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_has_no_room_is_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [*MAKE, "--save_path", str(tmp_path / "list.csv")]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    is_error((result.returncode, "", result.stderr), "No space left")
+
+
+def test_ctrl_c_while_a_script_imports_is_one_line():
+    command = [sys.executable, "-c", "import ldm.cli; raise KeyboardInterrupt"]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert result.returncode == -signal.SIGINT and result.stderr == "stopped before anything was done\n"
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("moment", [0.3, 0.6, 1, 1.5, 2.2, 3])
+def test_ctrl_c_at_any_moment_leaves_no_traceback(moment, tiny_path, tmp_path):
+    command = [ROOT / "train-scripts" / "SRSME_Solution.py", "--model", tiny_path, "--erased_index", "0-8"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command), "--artifacts_dir", str(tmp_path)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, err = process.communicate(timeout=moment)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err and process.returncode in (0, 130, -signal.SIGINT)
+
+
+def raise_(error: BaseException) -> None:
+    raise error
+
+
+def users_errors() -> list[Exception]:
+    import omegaconf.errors
+    import safetensors
+    import torch
+    import yaml  # imported, so that run knows them
+
+    assert {"safetensors", "torch", "yaml"} <= set(_USERS_ERRORS_OF)
+    return [
+        ValueError("x"),
+        OSError(28, "No space left on device"),
+        safetensors.SafetensorError("No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:595] . PytorchStreamWriter failed writing file"),
+        ImportError("no module torchsde"),
+        RecursionError("x"),
+        MemoryError(),
+        torch.OutOfMemoryError("x"),
+        omegaconf.errors.ConfigKeyError("x"),
+        yaml.YAMLError("x"),
+    ]
+
+
+@pytest.mark.parametrize("error", users_errors(), ids=lambda error: type(error).__name__)
+def test_what_reading_and_writing_may_raise_is_one_line(error, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: raise_(error))
+    is_error((ended.value.code, *capsys.readouterr()))
+
+
+def test_a_fault_of_the_program_is_no_users_error():
+    with pytest.raises(KeyError):
+        run(lambda: raise_(KeyError("x")))
+
+
+def test_a_notice_is_one_line_with_the_flags_that_were_typed(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as in a process of its own
+        run(lambda: notify("choose another `save_path`"))
+    out, err = capsys.readouterr()
+    assert not out and err.endswith(": notice: choose another --save_path\n") and err.count("\n") == 1
