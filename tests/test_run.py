@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def test_ctrl_c_while_a_script_imports_is_one_line():
     assert result.returncode == -signal.SIGINT and result.stderr == "stopped before anything was done\n"
 
 
+def test_ctrl_c_of_which_a_library_makes_another_error_is_one_line(capsys):
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise RuntimeError("failed to import") from None
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 130 and capsys.readouterr().err.startswith("stopped; nothing is half written")
+
+
 @pytest.mark.kill
 @pytest.mark.parametrize("moment", [0.3, 0.6, 1, 1.5, 2.2, 3])
 def test_ctrl_c_at_any_moment_leaves_no_traceback(moment, tiny_path, tmp_path):
@@ -70,7 +84,6 @@ def users_errors() -> list[Exception]:
         ValueError("x"),
         OSError(28, "No space left on device"),
         safetensors.SafetensorError("No space left on device"),
-        RuntimeError("[enforce fail at inline_container.cc:595] . PytorchStreamWriter failed writing file"),
         ImportError("no module torchsde"),
         RecursionError("x"),
         MemoryError(),

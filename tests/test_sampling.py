@@ -74,8 +74,8 @@ NOISY = {
 
 
 @pytest.mark.parametrize("name", NOISY)
-def test_a_scheduler_that_draws_noise_draws_it_from_the_cases_own_seed(name, tiny, with_scheduler):
-    """The same image for any batch, order and process, whatever was drawn before."""
+def test_a_scheduler_that_adds_noise_takes_it_from_the_cases_own_seed(name, tiny, with_scheduler):
+    """The same image for any batch, order and process, whatever was sampled before."""
     with_scheduler(name, **NOISY[name])
     requests = [(case, n) for case in CASES for n in range(2)]
 
@@ -91,7 +91,7 @@ def test_a_scheduler_that_draws_noise_draws_it_from_the_cases_own_seed(name, tin
     assert max_difference(one_by_one[CASES[0], 0], one_by_one[CASES[0], 1]) > 1
 
 
-def test_a_scheduler_that_draws_noise_draws_what_the_pipelines_generator_draws(tiny, tiny_path, with_scheduler):
+def test_a_scheduler_that_adds_noise_adds_what_the_pipelines_generator_samples(tiny, tiny_path, with_scheduler):
     with_scheduler("EulerAncestralDiscreteScheduler")
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_path, safety_checker=None, dtype=torch.float32)
     pipeline.scheduler = tiny.scheduler
@@ -102,17 +102,17 @@ def test_a_scheduler_that_draws_noise_draws_what_the_pipelines_generator_draws(t
     assert max_difference(theirs, ours) <= 1
 
 
-def test_a_scheduler_that_draws_noise_from_no_seed_is_refused(tiny, monkeypatch):
+def test_a_scheduler_that_adds_noise_of_no_seed_is_refused(tiny, monkeypatch):
     class Careless(diffusers.DDIMScheduler):
         def step(self, model_output, timestep, sample):
             return super().step(model_output, timestep, sample + torch.randn_like(sample))
 
     monkeypatch.setattr(tiny, "scheduler", Careless.from_config(tiny.scheduler.config))
-    with pytest.raises(ValueError, match="Careless draws noise that no seed decides"):
+    with pytest.raises(ValueError, match="Careless adds noise that no seed decides"):
         list(generate(tiny, [(CASES[0], 0)], SAMPLING))
 
 
-def test_an_image_that_is_not_finite_is_never_drawn(tiny, tmp_path):
+def test_an_image_that_is_not_finite_is_never_generated(tiny, tmp_path):
     with pytest.raises(ValueError, match="the image of case 0, 'VanGogh', holds NaN or infinity"):
         generate_to_folder(tiny, CASES, tmp_path, {}, SAMPLING.with_changes(guidance_scale=3e38))
     assert not list(tmp_path.rglob("*.png"))

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ldm.cli.arguments import MODEL_ARGUMENTS, spelled, typed
 from ldm.config.concepts import CATEGORIES
@@ -52,7 +52,10 @@ def run(main: Callable[[], None]) -> None:
 
     A batch system's SIGTERM ends it like Ctrl-C, so that half-written files are removed.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _received.clear()
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not one that ignores it, as under nohup
+        signal.signal(signal.SIGINT, _stop)
     show_others = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
@@ -66,16 +69,30 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("stopped; nothing is half written, and the same command resumes or starts over", file=sys.stderr)
-        sys.exit(130)
+        _exit_stopped()
     except BrokenPipeError:  # who reads the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
+        if _received:  # a library that was being imported made another error of it
+            _exit_stopped()
         if os.environ.get("SRSME_TRACEBACK") or not _is_users(error):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {explain(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+_received: list[int] = []  # signals that stop a script
+
+
+def _stop(signal_number: int, _: Any) -> NoReturn:
+    _received.append(signal_number)
+    raise KeyboardInterrupt
+
+
+def _exit_stopped() -> NoReturn:
+    print("stopped; nothing is half written, and the same command resumes or starts over", file=sys.stderr)
+    sys.exit(130)
 
 
 # What reading or writing a file may raise, or a machine that is too small for it: errors that a user can mend.
@@ -88,12 +105,11 @@ _USERS_ERRORS_OF = {  # of libraries that may not have been imported
     "omegaconf.errors": ("OmegaConfBaseException",),
     "yaml": ("YAMLError",),
 }
-_WRITING_FAILED = "PytorchStreamWriter failed"  # torch's RuntimeError where a disk is full
 
 
 def _is_users(error: Exception) -> bool:
     """Return whether an error is one that the user of a script can mend, and not a fault of the program."""
-    if isinstance(error, _USERS_ERRORS) or _WRITING_FAILED in str(error):
+    if isinstance(error, _USERS_ERRORS):
         return True
     kinds = []
     for module, names in _USERS_ERRORS_OF.items():

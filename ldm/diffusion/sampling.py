@@ -33,7 +33,7 @@ def initial_noise(model: DiffusionModel, seed: int, num_images: int) -> torch.Te
 
 
 def seeded_generator(model: DiffusionModel, seed: int, n: int) -> torch.Generator:
-    """Return what draws the noise that a sampler adds on the way to the n-th image of a seed.
+    """Return what samples the noise that a sampler adds on the way to the n-th image of a seed.
 
     For the first image it goes on where its initial noise ended, as a pipeline's generator does.
     """
@@ -64,9 +64,9 @@ def sample_trajectory(
     """Yield the latents (N, C, h, w) after each timestep of the model's own scheduler, from noise to clean.
 
     `noise` is (N, C, h, w), `prompt_embeds` are (N, rows, d), `uncond_embeds` are (1, rows, d). The guided noise is
-    `eps("") + guidance_scale (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598). A scheduler that adds noise draws
+    `eps("") + guidance_scale (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598). A scheduler that adds noise takes
     each image's from its own of `generators`, or from one for all; without any from a fixed seed.
-    Raises ValueError for a scheduler that draws noise in another way.
+    Raises ValueError for a scheduler that takes noise from elsewhere.
     """
     scheduler = make_scheduler(model, num_inference_steps)
     generators = list(generators) or [torch.Generator().manual_seed(0)]
@@ -96,7 +96,7 @@ def _step(
     stepped = scheduler.step(output, timestep, latents).prev_sample
     if not torch.equal(before, _global_random_state(latents.device)):
         raise ValueError(
-            f"the model's scheduler {type(scheduler).__name__} draws noise that no seed decides: give the model "
+            f"the model's scheduler {type(scheduler).__name__} adds noise that no seed decides: give the model "
             "another one in scheduler/scheduler_config.json, such as DPMSolverMultistepScheduler"
         )
     return stepped

@@ -19,7 +19,13 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm.config.methods import FORMATS, LORA_FORMATS, ExportConfig
-from ldm.diffusion.compvis import EMA_PREFIX, convert_to_compvis, is_weight, load_compvis_state_dict
+from ldm.diffusion.compvis import (
+    EMA_PREFIX,
+    convert_to_compvis,
+    is_safetensors,
+    is_weight,
+    load_compvis_state_dict,
+)
 from ldm.diffusion.edits import replace_parameters
 from ldm.diffusion.load import save_pipeline
 from ldm.diffusion.model import DiffusionModel
@@ -29,7 +35,7 @@ from ldm.erasure.leakage import leakage, leakage_after_rounding, leakage_table, 
 from ldm.erasure.merge import merge, merged_weight
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
 from ldm.io.files import atomic_write_dir, is_written, write_dir_metadata
-from ldm.io.tensors import CREATED_BY, check_finite
+from ldm.io.tensors import CREATED_BY, check_finite, torch_writes
 
 Weights = dict[str, torch.Tensor]
 
@@ -135,17 +141,18 @@ def save_compvis(model: DiffusionModel, shifts: Mapping[str, WeightShift], folde
         tensors = _merged_checkpoint(model, model.checkpoint, list(shifts.values()))
         if dtype != torch.float32:
             tensors = {name: value.to(dtype) if is_weight(name, value) else value for name, value in tensors.items()}
-        paths = [folder / f"model{model.checkpoint.suffix}"]
+        paths = [folder / f"model{'.safetensors' if is_safetensors(model.checkpoint) else '.ckpt'}"]
     else:
         tensors = _converted_folder(model)
         paths = [folder / "model.ckpt", folder / "model.safetensors"]
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     check_finite(tensors, f"{model.name} in CompVis' layout")
     for path in paths:
-        if path.suffix.lower() == ".safetensors":
+        if path.suffix == ".safetensors":
             save_with_metadata(path, tensors, checkpoint_metadata(model, shifts))
         else:
-            torch.save({"state_dict": tensors}, path)
+            with torch_writes(path):
+                torch.save({"state_dict": tensors}, path)
 
 
 def _converted_folder(model: DiffusionModel) -> Weights:

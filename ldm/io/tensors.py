@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +44,15 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], file_type: str
     header = json.dumps({"file_type": file_type, "metadata": metadata, "content_digest": digest}, sort_keys=True)
     with atomic_write(Path(path)) as partial:
         save_file(contents, partial, metadata={METADATA_KEY: header})
+
+
+@contextmanager
+def torch_writes(path: Path) -> Iterator[None]:
+    """Let `torch.save`, which says by a RuntimeError that a file cannot be written, raise an OSError that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path.name} cannot be written, as where a disk is full: {error}") from error
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
