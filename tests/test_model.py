@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.config.models import DEFAULT_CONFIG
 from ldm.diffusion.load import load_model, resolve_config_dir, resolve_names, save_pipeline
-from ldm.diffusion.sampling import initial_noise, sample_latents
+from ldm.diffusion.sampling import SeededNoise, initial_noise, sample_latents
 
 
 def test_it_is_the_diffusers_model(tiny, tiny_path):
@@ -96,7 +96,7 @@ def test_a_model_of_velocities_predicts_noise_and_samples_as_its_pipeline(tiny_p
     clean = (latents - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
     assert torch.allclose(alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean, velocity, atol=1e-5)
     first = initial_noise(model, 3, 1)
-    sampled = sample_latents(model, first, embeds, model.encode_uncond(), 5, 3.0)
+    sampled = sample_latents(model, SeededNoise(first, [torch.Generator()]), embeds, model.encode_uncond(), 5, 3.0)
     assert torch.allclose(sampled, sample_by_pipeline(model, first), atol=1e-4)
 
 
@@ -106,7 +106,7 @@ def test_xl_samples_as_its_pipeline_and_its_pooled_embedding_is_no_token(tmp_pat
     assert embeds.shape == (1, 17, 96) and model.drop_pooled(embeds).shape == (1, 16, 96) and model.context_dim == 96
     assert embeds[0, 16, :32].abs().min() > 0 and not embeds[0, 16, 32:].any()
     assert not model.encode_uncond().any()  # XL's pipelines lead away from zeros
-    sampled = sample_latents(model, first, embeds, model.encode_uncond(), 5, 3.0)
+    sampled = sample_latents(model, SeededNoise(first, [torch.Generator()]), embeds, model.encode_uncond(), 5, 3.0)
     assert torch.allclose(sampled, sample_by_pipeline(model, first), atol=1e-4)
 
 

@@ -98,7 +98,7 @@ def test_a_killed_run_ends_with_the_same_files_when_it_is_started_again(stages, 
     digest, seconds, before = unbroken[stage]
     root, log = tmp_path / "root", tmp_path / "log"
     shutil.copytree(before, root)
-    moment = random.uniform(0, seconds)
+    moment = random.Random(f"{stage} {turn}").uniform(0, seconds)
     process = start_script(stages(root)[stage], log)
     process.join(moment)
     process.kill()
@@ -117,7 +117,7 @@ def test_a_run_for_which_the_disk_is_full_says_so_and_ends_with_the_same_files_l
     digest, _, before = unbroken[stage]
     root, log = tmp_path / "root", tmp_path / "log"
     shutil.copytree(before, root)
-    limit = random.randint(MIN_FILE_SIZE, 300_000)
+    limit = random.Random(f"{stage} {turn}").randint(MIN_FILE_SIZE, 300_000)
     process = start_script(stages(root)[stage], log, max_file_size=limit)
     process.join()
     lines = [line for line in log.read_text().replace("\r", "\n").splitlines() if "error:" in line]

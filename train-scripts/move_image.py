@@ -49,8 +49,9 @@ def main() -> None:
     for path, target in targets.items():  # before any is moved
         if target.exists():
             raise ValueError(f"{path} would replace {target}, which is there already: remove one of them")
-    for path, target in targets.items():
+    for target in targets.values():
         target.parent.mkdir(exist_ok=True)
+    for path, target in targets.items():
         path.replace(target)
     for label, count in sorted(counts.items()):
         print(f"{args.image_dir / str(label)}: {count} images")

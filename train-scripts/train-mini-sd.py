@@ -38,7 +38,7 @@ def main() -> None:
 
     from ldm.config.models import TRAINING_KEYS, read_yaml
     from ldm.diffusion.load import load_model
-    from ldm.io.files import METADATA_FILE, atomic_write_dir, check_metadata, write_json
+    from ldm.io.files import METADATA_FILE, atomic_write_dir, check_metadata, write_dir_metadata, write_json
     from ldm.io.tensors import CREATED_BY
     from ldm.toy import train
     from ldm.toy.captions import kept_tokenizer
@@ -82,7 +82,7 @@ def main() -> None:
     show_progress(stage, config.train.denoiser.iterations, "denoiser")
     with atomic_write_dir(args.save_path) as partial:
         train.save_pipeline(config, vae, ema.module, tokenizer, partial)
-        write_json(partial / METADATA_FILE, metadata)
+        write_dir_metadata(partial, metadata)
     print(f"saved {args.save_path}")
 
 

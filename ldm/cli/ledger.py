@@ -9,6 +9,7 @@ from ldm.cli import arguments
 from ldm.cli.arguments import MODEL_ARGUMENTS, Namespace
 from ldm.config.concepts import parse_erase_targets
 from ldm.config.methods import METHODS
+from ldm.io.errors import MissingFileError
 from ldm.ledger.ledger import Ledger, history_path, ledger_lock, make_header, status_table
 from ldm.ledger.ledger import repair as cut_off_torn_line
 
@@ -106,6 +107,8 @@ def verify(args: Namespace) -> None:
 def repair(args: Namespace) -> None:
     """Cut a torn last line off the history."""
     path = history_path(args.ledger_dir)
+    if not path.is_file():
+        raise MissingFileError(f"no ledger in {path.parent}", "ledger", ledger_dir=path.parent)
     with ledger_lock(path.parent):
         repaired = cut_off_torn_line(path)
         if repaired is None:

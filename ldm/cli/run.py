@@ -56,17 +56,11 @@ def run(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not one that ignores it, as under nohup
         signal.signal(signal.SIGINT, _stop)
-    show_others = warnings.showwarning
-
-    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
-        if issubclass(category, Notice):
-            print(f"{Path(sys.argv[0]).name}: notice: {as_typed(str(message))}", file=sys.stderr)
-        else:
-            show_others(message, category, *place, **options)
-
-    warnings.showwarning = show
     try:
-        main()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", Notice)  # each text once, which `_show_notices` sees to
+            _show_notices()
+            main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         _exit_stopped()
@@ -80,6 +74,22 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {explain(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _show_notices() -> None:
+    """Show each notice as one line on stderr, once, and other warnings as they were shown before."""
+    shown: set[str] = set()
+    show_others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        text = as_typed(str(message))
+        if not issubclass(category, Notice):
+            show_others(message, category, *place, **options)
+        elif text not in shown:
+            shown.add(text)
+            print(f"{Path(sys.argv[0]).name}: notice: {text}", file=sys.stderr)
+
+    warnings.showwarning = show
 
 
 _received: list[int] = []  # signals that stop a script
@@ -97,6 +107,7 @@ def _exit_stopped() -> NoReturn:
 
 # What reading or writing a file may raise, or a machine that is too small for it: errors that a user can mend.
 _USERS_ERRORS = (ValueError, OSError, EOFError, FloatingPointError, ImportError, MemoryError, RecursionError)
+_WITHOUT_TEXT: dict[type[Exception], str] = {MemoryError: "out of memory: try a smaller model or fewer images at once"}
 _USERS_ERRORS_OF = {  # of libraries that may not have been imported
     "safetensors": ("SafetensorError",),
     "torch": ("OutOfMemoryError",),
@@ -125,7 +136,7 @@ def as_typed(message: str) -> str:
 
 def explain(error: Exception) -> str:
     """Return an error as one line, with the flags that its user typed and the command that makes what is missing."""
-    message = as_typed(str(error))
+    message = as_typed(str(error)) or _WITHOUT_TEXT.get(type(error), type(error).__name__)
     if isinstance(error, MissingFileError):
         category = error.details.get("category")
         known = {

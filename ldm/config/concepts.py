@@ -211,8 +211,10 @@ def concept_status(
     empty prompt always are), or regular.
     """
     concept = match_concept(category, prompt)
-    if concept is None or concept.is_watermark:
+    if prompt in always_protected_prompts():
         return "protected"
+    if concept is None:
+        return "regular"
     kinds = {"erased": erased, "restored": restored, "protected": protected}
     return next((kind for kind, indexes in kinds.items() if concept.index in indexes), "regular")
 

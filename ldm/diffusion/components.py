@@ -13,6 +13,8 @@ from typing import Any
 import diffusers
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
+from ldm.io.checks import is_number
+
 WHOLE_MODEL = "give `model` a whole diffusers folder of Stable Diffusion 1.x, 2.x or XL"
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # none of them acts on an image's content
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -176,7 +178,7 @@ def check_configs(folder: Path, is_xl: bool) -> None:
         _check_foreign(path, config)
         _check_counts(path, config)
     _check_unet(unet, unet_config, is_xl)
-    _check_vae(vae, vae_config)
+    _check_vae(vae, vae_config, is_xl)
     latent_channels = vae_config.get("latent_channels", 4)
     for field in ("in_channels", "out_channels"):
         channels = unet_config.get(field, 4)
@@ -233,7 +235,7 @@ def _check_counts(path: Path, config: Mapping[str, Any]) -> None:
         if config.get(field) is not None:
             _check_count(path, field, config[field], most)
     for field in _NUMBERS:
-        if field in config and not _is_number(config[field]):
+        if field in config and not is_number(config[field]):
             raise UnusableModelError(f"{path}: {field} {config[field]!r} is no number")
 
 
@@ -277,15 +279,16 @@ def _check_unet(path: Path, config: Mapping[str, Any], is_xl: bool) -> None:
         raise UnusableModelError(f"{path}: none of its blocks has cross-attention, and so no prompt acts on it")
 
 
-def _check_vae(path: Path, config: Mapping[str, Any]) -> None:
+def _check_vae(path: Path, config: Mapping[str, Any], is_xl: bool) -> None:
     for field in ("in_channels", "out_channels"):
         if config.get(field, 3) != 3:
             raise UnusableModelError(f"{path}: {field} is {config[field]}, and an image has 3 channels")
-    for field, default in (("scaling_factor", 0.18215), ("shift_factor", 0)):
-        value: Any = config.get(field, default)
-        value = 0 if value is None and field == "shift_factor" else value
-        if not _is_number(value) or (field == "scaling_factor" and value <= 0):
-            raise UnusableModelError(f"{path}: {field} {value!r} is no number, or not one that scales latents")
+    scale: Any = config.get("scaling_factor", 0.18215)
+    if not is_number(scale) or scale <= 0:
+        raise UnusableModelError(f"{path}: scaling_factor {scale!r} is no number that scales latents")
+    for field in ("shift_factor",) if is_xl else ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(field) not in (None, 0):  # which diffusers' own pipeline of such a model leaves out
+            raise UnusableModelError(f"{path}: {field} is not followed by Stable Diffusion's pipelines: {WHOLE_MODEL}")
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if (mean is None) != (std is None):
         raise UnusableModelError(f"{path}: of latents_mean and latents_std one is missing, and both or none are needed")
@@ -294,9 +297,5 @@ def _check_vae(path: Path, config: Mapping[str, Any]) -> None:
             continue
         numbers = list(_flat(values))
         channels = config.get("latent_channels", 4)
-        if len(numbers) != channels or not all(map(_is_number, numbers)) or (field == "latents_std" and 0 in numbers):
+        if len(numbers) != channels or not all(map(is_number, numbers)) or (field == "latents_std" and 0 in numbers):
             raise UnusableModelError(f"{path}: {field} {values!r} is no list of {channels} numbers")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30

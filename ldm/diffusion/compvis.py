@@ -6,11 +6,8 @@ From CompVis' layout to diffusers' leads `StableDiffusionPipeline.from_single_fi
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import tempfile
-import warnings
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from ldm.io.pickles import UnreadablePickleError, load_torch_pickle
 from ldm.io.tensors import METADATA_KEY
 
 CHECKPOINT_SUFFIXES = {".ckpt", ".pt", ".pth", ".safetensors"}  # of what is missing; a file that is there is one
@@ -84,29 +82,9 @@ def load_compvis_state_dict(path: Path) -> dict[str, torch.Tensor]:
             _check_is_foreign(path)
             content = load_file(path)
         else:
-            with stub_lightning_callbacks(), warnings.catch_warnings(), named_by_content(path) as named:
-                warnings.simplefilter("ignore")
-                content = torch.load(
-                    named, map_location=torch.get_default_device(), weights_only=True, mmap=zipfile.is_zipfile(path)
-                )
-    except _OwnFileError:
-        raise
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        AssertionError,
-        MemoryError,
-        RecursionError,
-        OverflowError,
-    ) as error:
+            with stub_lightning_callbacks(), named_by_content(path) as named:
+                content = load_torch_pickle(named)
+    except (UnreadablePickleError, SafetensorError, OSError) as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks to run {code[1]}" if code else "it is damaged or not a checkpoint"
         raise ValueError(
@@ -123,21 +101,20 @@ def load_compvis_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-class _OwnFileError(ValueError):
-    """Say that a file given as a checkpoint is one of this program's own artifacts."""
-
-
 def _check_is_foreign(path: Path) -> None:
-    """Raise _OwnFileError when the header of a safetensors file says that it is a part of ours, and no model."""
+    """Raise ValueError when the header of a safetensors file says that it is a part of ours, and no model."""
     with safe_open(path, framework="pt") as opened:
         text = (opened.metadata() or {}).get(METADATA_KEY)
     if text is None:
         return
-    header = json.loads(text)
-    kind = header.get("file_type", header.get("kind")) if isinstance(header, dict) else None
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        header = None
+    kind = header.get("file_type", header.get("kind")) if isinstance(header, dict) else "file of this program"
     if kind == "merged checkpoint":
         return
-    raise _OwnFileError(f"{path} is no checkpoint but a {kind} that was made for one: {_WHOLE_CHECKPOINT}")
+    raise ValueError(f"{path} is no checkpoint but a {kind} that was made for one: {_WHOLE_CHECKPOINT}")
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def _check_text(pipeline: Any, source: str | Path) -> None:
         if length < 2:  # its first and its last token
             raise UnusableModelError(f"{source}: its text encoder takes {length} tokens, and no prompt is that short")
         tokenizer.model_max_length = length
-        last = max(tokenizer.all_special_ids, default=0)
+        last = max(tokenizer.get_vocab().values(), default=0)
         if last >= config.vocab_size:
             raise UnusableModelError(
                 f"{source}: its tokenizer{suffix} has a token {last}, and its text encoder knows {config.vocab_size}"

@@ -11,7 +11,7 @@ import torch
 
 from ldm.config.methods import SelfSampledConfig
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.sampling import make_scheduler, sample_latents
+from ldm.diffusion.sampling import SeededNoise, make_scheduler, sample_latents
 from ldm.io.images import list_images, load_batch
 
 MAX_IMAGES = 256  # of a folder; more would only take longer to encode
@@ -77,17 +77,10 @@ def _sample_batches(
     batch_embeds = prompt_embeds.expand(batch_size, -1, -1)  # (batch_size, rows, d)
     while True:
         stop = int(torch.randint(len(timesteps), (), generator=generator))
-        noise = torch.randn((batch_size, *model.latent_shape), generator=generator)
+        noise = SeededNoise(torch.randn((batch_size, *model.latent_shape), generator=generator), [generator])
         with scope():
             latents = sample_latents(
-                model,
-                noise,
-                batch_embeds,
-                uncond_embeds,
-                num_inference_steps,
-                config.start_guidance,
-                stop,
-                [generator],
+                model, noise, batch_embeds, uncond_embeds, num_inference_steps, config.start_guidance, stop
             )
         scheduler = make_scheduler(model, num_inference_steps)
         yield scheduler.scale_model_input(latents, timesteps[stop]), timesteps[stop].expand(batch_size)

@@ -42,7 +42,7 @@ from ldm.diffusion.compvis import (
 from ldm.diffusion.consistency import check_parts
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.weights import read_tensors, variants_of, weight_files
-from ldm.io.files import changed_files, find_metadata_file, read_dir_metadata
+from ldm.io.files import changed_files, find_metadata_file, read_dir_metadata, unlisted_files
 from ldm.io.legacy import upgrade
 from ldm.io.paths import REPO_ROOT
 
@@ -85,7 +85,7 @@ def load_model(
     try:
         pipeline = _load_checkpoint(Path(source), names, config) if from_checkpoint else _load_folder(source, variant)
         check_parts(pipeline, source)
-    except UnusableModelError:
+    except (UnusableModelError, MemoryError, torch.OutOfMemoryError):
         raise
     # What the libraries raise for a file that means harm has no end: their own kinds, KeyError, ZeroDivisionError,
     # RecursionError, AssertionError, ImportError for packages that a config asks for; and Rust's tokenizers nothing
@@ -120,11 +120,12 @@ def _try_parts(model: DiffusionModel, source: str | Path) -> None:
     try:
         embeds = model.encode_prompt([""])
         model.decode(model.unet_output(latents, torch.zeros((), device=model.device), embeds))
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any kind: what its config says is wrong for one of the libraries' layers
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{source} loads, and cannot be used: its configs set what does not work: {reason}") from error
+        how = f"on {model.device} in {model.dtype}"
+        raise ValueError(f"{source} loads, and cannot be used {how} as its configs are: {reason}") from error
 
 
 def is_checkpoint(source: str | Path) -> bool:
@@ -219,6 +220,9 @@ def _load_folder(source: str | Path, variant: str | None) -> Pipeline:
     changed = changed_files(folder)  # of what this program exported
     if changed:
         raise UnusableModelError(f"{folder} is not as it was written ({changed[0]}): export it again")
+    added = unlisted_files(folder)
+    if added:
+        raise UnusableModelError(f"{folder} has a file that its export did not write ({added[0]}): remove it")
     names = [name for name in ("unet", *_PARTS) if (folder / name).is_dir()]
     variants = sorted({found for name in names for found in variants_of(folder / name)})
     if variant is not None and variant not in variants:

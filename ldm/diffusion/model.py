@@ -16,10 +16,11 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ldm.diffusion.tokenizer import describe_cuts, tokenizer_digest
 from ldm.io.errors import notify
-from ldm.io.tensors import tensor_digest
+from ldm.io.tensors import check_finite, tensor_digest
 
 _DECODER_SETTINGS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # beside its weights
 _MAX_WORDS = 512  # of the vocabulary that the second moment is taken over
+_MAX_CHECKED = 10_000  # prompts of which it is remembered that they were looked at
 _WORDS_AT_ONCE = 64  # that the text encoder embeds in one pass
 _MAX_PIXELS = 512 * 512  # that the autoencoder takes in one pass: its memory grows with them
 
@@ -52,6 +53,7 @@ class DiffusionModel:
             if encoder is not None:
                 self._text_encoders[name] = encoder
                 self._tokenizers.append(getattr(self.pipeline, name.replace("text_encoder", "tokenizer")))
+        self.is_rounded = False  # by `to`
         self._checked_prompts: set[str] = set()  # of which it was said whether they are cut
         for module in (*self._text_encoders.values(), self.unet, self.vae):
             module.requires_grad_(False).eval()
@@ -137,8 +139,12 @@ class DiffusionModel:
         return replica
 
     def to(self, dtype: torch.dtype) -> None:
-        """Round all weights to `dtype`, for a model that is only to be saved."""
+        """Round all weights to `dtype`, for a model that is only to be saved. Raises ValueError where one overflows."""
+        for module in (*self._text_encoders.values(), self.unet, self.vae):
+            for name, weight in module.named_parameters():
+                check_finite({name: weight.to(dtype)}, f"{self.name} in {dtype}")
         self.pipeline.to(dtype=dtype)
+        self.is_rounded = dtype != torch.float32
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
@@ -162,6 +168,8 @@ class DiffusionModel:
     def notify_of_cuts(self, prompts: Iterable[str]) -> None:
         """Say once of prompts that are longer than the model's tokens how many, which, and where each is cut."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._checked_prompts]
+        if len(self._checked_prompts) > _MAX_CHECKED:
+            self._checked_prompts.clear()
         self._checked_prompts.update(new)
         for line in describe_cuts(self._tokenizers, new):
             notify(line)
@@ -238,13 +246,14 @@ class DiffusionModel:
     def _latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean and the deviation of unscaled latents, (1, C, 1, 1): 0 and 1 where the autoencoder says none.
 
-        `force_upcast` of its config has nothing to do here: the autoencoder is always held in float32.
+        XL's alone may say them, as in diffusers. `force_upcast` of its config has nothing to do here: the autoencoder
+        is always held in float32.
         """
         config = self.vae.config
         channels = config.latent_channels
         mean = torch.tensor(config.latents_mean or [0.0] * channels, device=self.device, dtype=self.vae.dtype)
         std = torch.tensor(config.latents_std or [1.0] * channels, device=self.device, dtype=self.vae.dtype)
-        return (mean + (config.shift_factor or 0)).view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def _vae_batch_size(self) -> int:
         return max(1, _MAX_PIXELS // self.image_size**2)

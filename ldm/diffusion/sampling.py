@@ -6,8 +6,9 @@ import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -32,7 +33,24 @@ def initial_noise(model: DiffusionModel, seed: int, num_images: int) -> torch.Te
     return torch.randn((num_images, *model.latent_shape), generator=torch.Generator().manual_seed(seed))
 
 
-def seeded_generator(model: DiffusionModel, seed: int, n: int) -> torch.Generator:
+@dataclass(frozen=True)
+class SeededNoise:
+    """What images are generated from: their `initial` noise (N, C, h, w), and what a sampler's own noise comes from.
+
+    `generators` has one for each image, or one for all.
+    """
+
+    initial: torch.Tensor
+    generators: list[torch.Generator]
+
+    @classmethod
+    def sample(cls, model: DiffusionModel, images: Sequence[tuple[int, int]]) -> Self:
+        """Return that of images, each the n-th of a seed: (seed, n). It is the same on every device."""
+        initial = torch.stack([initial_noise(model, seed, n + 1)[n] for seed, n in images])
+        return cls(initial, [_later_generator(model, seed, n) for seed, n in images])
+
+
+def _later_generator(model: DiffusionModel, seed: int, n: int) -> torch.Generator:
     """Return what samples the noise that a sampler adds on the way to the n-th image of a seed.
 
     For the first image it goes on where its initial noise ended, as a pipeline's generator does.
@@ -42,6 +60,16 @@ def seeded_generator(model: DiffusionModel, seed: int, n: int) -> torch.Generato
     generator = torch.Generator().manual_seed(seed)
     torch.randn((1, *model.latent_shape), generator=generator)
     return generator
+
+
+def adds_noise(model: DiffusionModel) -> bool:
+    """Return whether the model's scheduler adds noise on the way from noise to an image."""
+    generator = torch.Generator().manual_seed(0)
+    before, scheduler = generator.get_state(), make_scheduler(model, 4)
+    latents = torch.zeros(1, *model.latent_shape, device=model.device)
+    for timestep in scheduler.timesteps:
+        latents = _step(scheduler, torch.zeros_like(latents), timestep, latents, [generator])
+    return not torch.equal(before, generator.get_state())
 
 
 def make_scheduler(model: DiffusionModel, num_inference_steps: int) -> Any:
@@ -54,23 +82,20 @@ def make_scheduler(model: DiffusionModel, num_inference_steps: int) -> Any:
 @torch.no_grad()
 def sample_trajectory(
     model: DiffusionModel,
-    noise: torch.Tensor,
+    noise: SeededNoise,
     prompt_embeds: torch.Tensor,
     uncond_embeds: torch.Tensor,
     num_inference_steps: int,
     guidance_scale: float,
-    generators: Sequence[torch.Generator] = (),
 ) -> Iterator[torch.Tensor]:
     """Yield the latents (N, C, h, w) after each timestep of the model's own scheduler, from noise to clean.
 
-    `noise` is (N, C, h, w), `prompt_embeds` are (N, rows, d), `uncond_embeds` are (1, rows, d). The guided noise is
-    `eps("") + guidance_scale (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598). A scheduler that adds noise takes
-    each image's from its own of `generators`, or from one for all; without any from a fixed seed.
-    Raises ValueError for a scheduler that takes noise from elsewhere.
+    `prompt_embeds` are (N, rows, d), `uncond_embeds` are (1, rows, d). The guided noise is
+    `eps("") + guidance_scale (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598).
+    Raises ValueError for a scheduler that takes noise from elsewhere than `noise`.
     """
     scheduler = make_scheduler(model, num_inference_steps)
-    generators = list(generators) or [torch.Generator().manual_seed(0)]
-    latents = noise.to(model.device) * scheduler.init_noise_sigma
+    latents = noise.initial.to(model.device) * scheduler.init_noise_sigma
     cfg_embeds = torch.cat([uncond_embeds.expand_as(prompt_embeds), prompt_embeds])  # (2N, rows, d)
     for timestep in scheduler.timesteps:
         cfg_latents = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)  # (2N, C, h, w)
@@ -78,7 +103,7 @@ def sample_trajectory(
         outputs = torch.cat([model.unet_output(batch, timestep, embeds) for batch, embeds in batches])
         unconditional, conditional = outputs.chunk(2)  # (N, C, h, w) each
         guided = unconditional + guidance_scale * (conditional - unconditional)
-        latents = _step(scheduler, guided, timestep, latents, generators)
+        latents = _step(scheduler, guided, timestep, latents, noise.generators)
         yield latents
 
 
@@ -110,19 +135,16 @@ def _global_random_state(device: torch.device) -> torch.Tensor:
 
 def sample_latents(
     model: DiffusionModel,
-    noise: torch.Tensor,
+    noise: SeededNoise,
     prompt_embeds: torch.Tensor,
     uncond_embeds: torch.Tensor,
     num_inference_steps: int,
     guidance_scale: float,
     stop: int | None = None,
-    generators: Sequence[torch.Generator] = (),
 ) -> torch.Tensor:
     """Return the last latents of `sample_trajectory`, (N, C, h, w), or those after its first `stop` timesteps."""
-    latents = noise * make_scheduler(model, num_inference_steps).init_noise_sigma
-    trajectory = sample_trajectory(
-        model, noise, prompt_embeds, uncond_embeds, num_inference_steps, guidance_scale, generators
-    )
+    latents = noise.initial * make_scheduler(model, num_inference_steps).init_noise_sigma
+    trajectory = sample_trajectory(model, noise, prompt_embeds, uncond_embeds, num_inference_steps, guidance_scale)
     for next_latents in itertools.islice(trajectory, stop):
         latents = next_latents
     return latents
@@ -141,7 +163,7 @@ def compiled_unet(model: DiffusionModel, batch_size: int) -> Iterator[None]:
     model.unet = torch.compile(unet, dynamic=False)
     print(f"compiling the U-Net for {batch_size} images at a time", flush=True)
     try:
-        noise = torch.zeros(batch_size, *model.latent_shape)
+        noise = SeededNoise(torch.zeros(batch_size, *model.latent_shape), [torch.Generator()])
         sample_latents(model, noise, uncond_embeds.expand(batch_size, -1, -1), uncond_embeds, 1, 1.0)
         with torch.compiler.set_stance("eager_on_recompile"):
             yield
@@ -167,16 +189,10 @@ def generate(
     embeds = {prompt: model.encode_prompt([prompt])[0] for prompt in prompts}  # (rows, d) each
     with tqdm(total=len(requests), desc="images", unit="image") as bar:
         for batch in _batches(requests, sampling.sample_batch_size):
-            noise = torch.stack([initial_noise(model, case.seed, n + 1)[n] for case, n in batch])  # (N, C, h, w)
+            noise = SeededNoise.sample(model, [(case.seed, n) for case, n in batch])
             prompt_embeds = torch.stack([embeds[case.prompt] for case, _ in batch])  # (N, rows, d)
             latents = sample_latents(
-                model,
-                noise,
-                prompt_embeds,
-                uncond_embeds,
-                sampling.num_inference_steps,
-                sampling.guidance_scale,
-                generators=[seeded_generator(model, case.seed, n) for case, n in batch],
+                model, noise, prompt_embeds, uncond_embeds, sampling.num_inference_steps, sampling.guidance_scale
             )
             decoded = model.decode(latents)
             for (case, _), image in zip(batch, decoded, strict=True):
@@ -223,6 +239,8 @@ def generate_to_folder(
     }
     if compile_unet:
         metadata["compiled"] = True
+    if adds_noise(model):
+        metadata["added_noise"] = "by seed"  # which older versions did not do
     check_metadata(folder, metadata, model.digests)
     prompts = merge_prompt_csv(folder / "prompts.csv", cases)
     existing = {path.name for path in find_images(folder) if is_intact(path)}  # sorted into class folders or not

@@ -8,17 +8,31 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+# Texts whose tokens tell how a tokenizer splits, pads and marks the beginning and end of a prompt.
+_PROBES = (
+    "",
+    "A painting, by  Van Gogh's 2nd pupil (1890) -- x_y!",
+    "\u00fcber caf\u00e9 \u4e2d\u6587",
+    "<|endoftext|> </s> [SEP]",
+)
+
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Return the SHA-256 of what decides the tokens of a prompt: vocabulary, merges, normaliser and length."""
+    """Return the SHA-256 of what decides the tokens of a prompt: vocabulary, merges, normaliser and length.
+
+    How it splits, pads and marks its ends counts by what it makes of a few texts, since versions of its library write
+    that down in different ways.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)  # that of the library `tokenizers`
     content = json.loads(backend.to_str()) if backend is not None else {}
     merges = content.get("model", {}).get("merges", [])
+    length = tokenizer.model_max_length
     parts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
         "normalizer": content.get("normalizer"),
-        "length": tokenizer.model_max_length,
+        "length": length,
+        "probes": tokenizer(list(_PROBES), padding="max_length", max_length=length, truncation=True).input_ids,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

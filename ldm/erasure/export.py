@@ -64,8 +64,11 @@ def export(
 
     What is there already from the same shifts stays. Of the model's weights only rounded ones are left. Each shift's
     leakage on `prompts` is reported. LoRAs are always cut to a rank, other formats only if `config.rank` is set. What
-    is refused is refused before anything is written.
+    is refused is refused before anything is written. Raises ValueError for a model of which an earlier export left
+    rounded weights.
     """
+    if model.is_rounded:
+        raise ValueError(f"an earlier export rounded the weights of {model.name}: load the model again")
     dtype = getattr(torch, config.save_dtype)
     report: list[dict[str, Any]] = []
     truncated = dict(shifts)
@@ -111,9 +114,6 @@ def merged_and_cast(model: DiffusionModel, weights: Weights, dtype: torch.dtype)
     What is merged must be merged before, so that nothing is rounded twice. All formats are written within such a block.
     """
     model.to(dtype)
-    for module in model.pipeline.components.values():
-        if isinstance(module, nn.Module):
-            check_finite(dict(module.named_parameters()), f"{model.name} in {dtype}")
     return replace_parameters(
         model.unet, {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()}
     )
@@ -272,8 +272,8 @@ def truncate_shifts(
                 "compvis, diffusers or unet"
             )
         metadata = shift.metadata
-        prompts = [metadata.get("prompt"), *metadata.get("captions", [None]), *metadata.get("protected", [None])]
-        if not all(isinstance(prompt, str) for prompt in prompts):
+        known = [metadata.get(name) for name in ("concept", "prompt", "captions", "protected")]
+        if not all(known):
             raise ValueError(f"{shift.path} does not say what it erases and protects: make it again")
         own_prompts = [metadata["prompt"], *metadata["captions"]]
         own_embeds = model.drop_pooled(model.encode_prompt(own_prompts)).flatten(0, 1)

@@ -169,7 +169,7 @@ class NullSpaceBasis:
         parts = [tensors[name].double() for name in ("basis", "protected") if name in tensors]
         if (
             len(parts) < 2
-            or any(part.dim() != 2 for part in parts)
+            or any(part.dim() != 2 or not len(part) for part in parts)
             or parts[0].shape[1] != parts[1].shape[1]
             or not metadata.keys() >= {"protected", "rank", "rank_rtol"}
         ):

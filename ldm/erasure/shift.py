@@ -211,7 +211,9 @@ class SeparableShift(WeightShift):
     def read(cls, tensors: LazyTensors, metadata: dict[str, Any]) -> Self | None:
         """Return the shift that a file's tensors are; None when they do not belong together."""
         directions, scale, weights = tensors["directions"], metadata.get("scale"), tensors.with_prefix("w.")
-        if directions.dim() != 2 or not 0 < len(weights) == len(tensors) - 1:
+        if directions.dim() != 2 or not len(directions) or not 0 < len(weights) == len(tensors) - 1:
+            return None
+        if not all(tensor.is_floating_point() for tensor in tensors.values()):
             return None
         if any(weight.dim() != 2 or weight.shape[1] != len(directions) for weight in weights.values()):
             return None
@@ -263,7 +265,9 @@ class DenseShift(WeightShift):
     def read(cls, tensors: LazyTensors, metadata: dict[str, Any]) -> Self | None:
         """Return the shift that a file's tensors are; None when they are not named as those of such a shift."""
         deltas = tensors.with_prefix("d.")
-        return cls(deltas, metadata) if len(deltas) == len(tensors) else None
+        if not 0 < len(deltas) == len(tensors) or not all(delta.is_floating_point() for delta in deltas.values()):
+            return None
+        return cls(deltas, metadata)
 
 
 def stacked_qr_factor(matrices: Iterable[torch.Tensor], width: int) -> torch.Tensor:
@@ -274,5 +278,7 @@ def stacked_qr_factor(matrices: Iterable[torch.Tensor], width: int) -> torch.Ten
 
 def output_norms(matrices: Iterable[torch.Tensor], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Return the norm of what all `matrices` (out, d) together make of each prompt's embedding (tokens, d)."""
+    if not embeds:
+        return {}
     factor = stacked_qr_factor(matrices, next(iter(embeds.values())).shape[-1])
     return {prompt: (rows.cpu().double() @ factor.T).norm().item() for prompt, rows in embeds.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ def is_texts(value: Any) -> bool:
 
 def is_count(value: Any) -> bool:
     """Return whether a value of JSON is a whole number from 0."""
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**63
 
 
 def is_number(value: Any) -> bool:
     """Return whether a value of JSON is a finite number."""
-    return type(value) in (int, float) and abs(value) < float("inf")
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
 
 
 def is_mapping(value: Any) -> bool:

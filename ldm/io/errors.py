@@ -7,7 +7,6 @@ turns these into the flags that its user typed, and adds the command that makes 
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 
 class MissingFileError(ValueError):
@@ -28,8 +27,5 @@ class Notice(UserWarning):
 
 
 def notify(message: str) -> None:
-    """Give a `Notice`, once for each text in a process."""
-    warnings.warn_explicit(message, Notice, "ldm", 0, registry=_given)
-
-
-_given: dict[Any, int] = {}  # what Python's default filter remembers of the notices that were given
+    """Give a `Notice`."""
+    warnings.warn(message, Notice, stacklevel=2)

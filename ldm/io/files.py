@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,24 +30,41 @@ def _set_default_permissions(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-_PARTIAL = ".partial-"  # then the host's name, the writer's process number, and what tells apart
+_PARTIAL = ".partial-"  # then the host's name, @, the writer's process number, and what tells apart
+_OLD = "old-"  # in a half-written folder, before its name: the one that it was about to replace
 
 
 @cache
 def _remove_stale_partials(folder: Path) -> None:
-    """Remove what processes of this machine that were killed left half written in `folder`; once for each process."""
-    own_prefix = f"{_PARTIAL}{socket.gethostname()}-"
+    """Remove what processes of this machine that were killed left half written in `folder`; once for each process.
+
+    A folder that was just being replaced comes back.
+    """
+    own_prefix = f"{_PARTIAL}{socket.gethostname()}@"  # which no host's name has
     for left in folder.glob(f"{own_prefix}*"):
         writer = left.name.removeprefix(own_prefix).split("-")[0]
-        if writer.isdigit() and not psutil.pid_exists(int(writer)):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
+        if not writer.isdigit() or psutil.pid_exists(int(writer)):
+            continue
+        if not left.is_dir() or left.is_symlink():
+            left.unlink(missing_ok=True)
+            continue
+        for old in left.glob(f"{_OLD}*"):
+            _restore(old, folder / old.name.removeprefix(_OLD))
+        shutil.rmtree(left, ignore_errors=True)  # as another process may be doing, too
+
+
+def _restore(old: Path, path: Path) -> None:
+    """Put a folder back where it was, if nothing has taken its place."""
+    if not path.exists():
+        with suppress(OSError):
+            old.rename(path)
 
 
 def _prepare(path: Path) -> str:
     """Make the folder of `path`, and return how the name of what is half written there begins."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale_partials(path.parent.resolve())
-    return f"{_PARTIAL}{socket.gethostname()}-{os.getpid()}-"
+    return f"{_PARTIAL}{socket.gethostname()}@{os.getpid()}-"
 
 
 @contextmanager
@@ -69,10 +86,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_write_dir(path: Path) -> Iterator[Path]:
-    """Like `atomic_write` for a folder, which replaces an older one at `path` only when the block has ended well."""
+    """Like `atomic_write` for a folder, which replaces an older one at `path` only when the block has ended well.
+
+    Of a process that is killed just between the two the next one that writes there puts the older one back.
+    """
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prepare(path)) as partial:
-        new, old = Path(partial) / "new", Path(partial) / "old"
+        new, old = Path(partial) / "new", Path(partial) / f"{_OLD}{path.name}"
         new.mkdir()
         yield new
         for part in new.rglob("*"):
@@ -80,7 +100,11 @@ def atomic_write_dir(path: Path) -> Iterator[Path]:
                 _set_default_permissions(part)
         if path.exists():
             path.rename(old)
-        new.rename(path)
+        try:
+            new.rename(path)
+        except OSError:
+            _restore(old, path)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -175,12 +199,12 @@ def is_written(folder: Path, metadata: dict[str, Any], digests: Sequence[str] = 
         notify(f"{folder} was written by an older version, without digests of its files: if they are intact is unknown")
         return True
     damaged = changed_files(folder)
-    own = {*files, METADATA_FILE}
-    if damaged and present <= own:
+    if damaged and present <= set(files):
         notify(f"{folder} is not as it was written ({damaged[0]}): it is written again")
     elif damaged:
+        foreign = min(present - set(files))
         raise ValueError(
-            f"{folder} is not as it was written ({damaged[0]}), and {min(present - own)} there is not this program's: "
+            f"{folder} is not as it was written ({damaged[0]}), and {foreign} there is not this program's: "
             "choose another `save_path`, or remove the folder"
         )
     return not damaged
@@ -196,6 +220,18 @@ def changed_files(folder: Path) -> list[str]:
         raise ValueError(f"{find_metadata_file(folder)} lists no files with their digests: write the folder again")
     known = {part.relative_to(folder).as_posix(): part for part in _files(folder)}
     return sorted(name for name, digest in files.items() if name not in known or stream_digest(known[name]) != digest)
+
+
+def unlisted_files(folder: Path) -> list[str]:
+    """Return the files below a folder's own folders that its metadata does not list, by their relative paths.
+
+    Empty for a folder of an older version, which has no such list.
+    """
+    files = read_dir_metadata(folder).get("files")
+    if files is None:
+        return []
+    found = (part.relative_to(folder) for part in _files(folder))
+    return [path.as_posix() for path in found if len(path.parts) > 1 and path.as_posix() not in files]
 
 
 def _files(folder: Path) -> list[Path]:

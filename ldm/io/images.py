@@ -220,7 +220,7 @@ def save_image(path: Path, image: Image.Image) -> None:
 
 
 def is_intact(path: Path) -> bool:
-    """Return whether an image file is whole, by the checksums in it."""
+    """Return whether a PNG file is whole, by the checksums in it."""
     try:
         with Image.open(path, formats=_FORMATS) as opened:
             opened.verify()

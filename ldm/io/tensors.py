@@ -175,6 +175,8 @@ def _read_header(path: Path, file_type: str, hint: str) -> tuple[_Header, list[s
     if header.get("file_type") != file_type or not isinstance(header.get("metadata"), dict):
         found = str(header.get("file_type", "file of another program"))[:100]
         raise ValueError(f"{path} is not a {file_type} but a {found}{advice}")
+    if not header.keys() <= {"file_type", "metadata", "content_digest"}:
+        raise ValueError(f"{path} is not as it was written (its header has other keys): make it again")
     return _Header(file_type, header["metadata"], written.get("metadata"), header.get("content_digest")), names
 
 

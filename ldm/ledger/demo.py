@@ -19,7 +19,7 @@ from PIL import Image, ImageChops
 from ldm.config.methods import FORMATS, ExportConfig
 from ldm.diffusion.edits import clone_sharing_weights
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.sampling import initial_noise, sample_trajectory
+from ldm.diffusion.sampling import SeededNoise, sample_trajectory
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.export import export
 from ldm.erasure.leakage import leakage_after_rounding
@@ -131,14 +131,13 @@ class DemoSession:
         with self._lock:
             original = self._originals.get(key)
             prompt_embeds, uncond_embeds = self.model.encode_prompt([prompt]), self.model.encode_uncond()
-            embeds = self.model.embed_prompts([prompt])
         models, images = [edited_model] if original else [self.model, edited_model], []
         for number, model in enumerate(models):
-            noise = initial_noise(model, seed, 1)
+            noise = SeededNoise.sample(model, [(seed, 0)])
             trajectory = sample_trajectory(
                 model, noise, prompt_embeds, uncond_embeds, num_inference_steps, guidance_scale
             )
-            latents = noise
+            latents = noise.initial
             for done, current in enumerate(trajectory, start=1):
                 latents = current
                 yield (number + done / num_inference_steps) / len(models)
@@ -148,6 +147,7 @@ class DemoSession:
             self._originals[key] = original
             while len(self._originals) > MAX_CACHED_IMAGES:
                 self._originals.popitem(last=False)
+        embeds = {prompt: self.model.drop_pooled(prompt_embeds)[0]}
         leakage = leakage_after_rounding(text_layers(self.model.unet), merged, embeds)[prompt]
         yield Comparison(original, edited, ImageChops.difference(original, edited), leakage)
 

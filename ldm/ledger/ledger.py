@@ -8,6 +8,7 @@ changed or left out unseen. It is written under a lock, whole or not at all. No 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ldm.erasure.shift import WeightShift
 
 HISTORY_FILE = "history.jsonl"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks says
 _REPAIR = ": the ledger's repair cuts it off, into a file beside it"
 
 
@@ -76,9 +78,20 @@ class Ledger:
     def create(cls, path: Path, header: Mapping[str, Any], when: str = "") -> Ledger:
         """Begin a history, in place of any that is there, with what `make_header` says, at `when` or else now."""
         text = _line({"index": 0, "time": when or _now(), "prev_hash": "", **header})
-        cls._from_text(path, text)
+        cls._check_new(path, text)
         write_text(path, text)
         return cls(path)
+
+    @classmethod
+    def _check_new(cls, path: Path, text: str) -> None:
+        """Raise ValueError for a history that could not be read back, which would lock its owner out."""
+        try:
+            cls._from_text(path, text)
+        except ValueError as error:
+            last = text.rstrip("\n").rsplit("\n", 1)[-1]
+            raise ValueError(
+                f"nothing was written, since {path} could not be read with the line {last[:200]}"
+            ) from error
 
     @classmethod
     def _from_text(cls, path: Path, text: str) -> Ledger:
@@ -255,7 +268,7 @@ class Ledger:
             "restore": sorted(restore),
         }
         text = self._text + _line(content)
-        self._from_text(self.path, text)  # before it is written: what cannot be read back would lock its owner out
+        self._check_new(self.path, text)
         write_text(self.path, text)
         self._read(text)
 
@@ -353,11 +366,14 @@ def ledger_lock(root: Path) -> Iterator[None]:
     Path(root).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(root) / ".lock", fallback_to_soft=False)  # a soft lock outlives a process that was killed
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"another process is changing {root}: waiting for it", flush=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another process is changing {root}: waiting for it", flush=True)
+            lock.acquire()
     except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
         raise ValueError(
             f"{root} cannot be locked ({error}): put the ledger on a file system that locks files"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.config.concepts import Concept
+from ldm.io.checks import check_header, is_count, is_texts
 from ldm.io.errors import MissingFileError, notify
 from ldm.io.images import image_to_tensor, open_image
 from ldm.io.paths import REPO_ROOT
+from ldm.io.pickles import UnreadablePickleError, load_torch_pickle
 from ldm.io.tensors import load_tensors, save_tensors
 
 CLASSIFIER_FILE_TYPE = "classifier"
@@ -95,8 +96,8 @@ class ImageNetObjects(Classifier):
 def load_torchvision_weights(network: nn.Module, path: Path) -> None:
     """Load torchvision's own weights. Raises ValueError when the file is not a state dict of this network."""
     try:
-        network.load_state_dict(torch.load(path, weights_only=True, map_location=next(network.parameters()).device))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+        network.load_state_dict(load_torch_pickle(path, next(network.parameters()).device))
+    except (UnreadablePickleError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no state dict of {type(network).__name__} with ImageNet's classes: pass the file that "
             "torchvision's weights come in"
@@ -128,17 +129,18 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, dict[
     if not path.is_file():
         raise MissingFileError(f"no classifier {path}", "classifier", category=path.stem)
     tensors, metadata = load_tensors(path, CLASSIFIER_FILE_TYPE)
+    check_header(path, metadata, {"classes": is_texts, "size": is_count})
     weights = {}
     for name, value in tensors.items():
         weights[name] = value.float() if value.is_floating_point() else value
     try:
-        classes = list(metadata["classes"])
+        classes, size = metadata["classes"], metadata["size"]
         network = resnet18(num_classes=len(classes))
         network.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, RuntimeError) as error:
         message = f"{path} holds no ResNet18 classifier"
         raise MissingFileError(message, "classifier", category=path.stem) from error
-    return Classifier(network, metadata["size"], list(map(str, classes))).eval().to(device), metadata
+    return Classifier(network, max(1, size), classes).eval().to(device), metadata
 
 
 def find_classifier(category: str, path: Path | None, device: torch.device) -> Classifier | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from ldm.io.images import load_batches
+from ldm.io.pickles import UnreadablePickleError, load_torch_pickle
 from ldm.metrics.lpips import alexnet_features
 
 
@@ -24,11 +24,11 @@ def _inception(weights: Path, device: torch.device) -> nn.Module:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     try:
-        torch.load(weights, weights_only=True, map_location=device)  # torch-fidelity would run code that a pickle holds
+        load_torch_pickle(weights, device)  # torch-fidelity would run code that a pickle holds
         return NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights)).to(device)
     except ModuleNotFoundError as error:
         raise ValueError("torch-fidelity is not installed: install this package with its extra 'eval'") from error
-    except (OSError, EOFError, RuntimeError, KeyError, AttributeError, TypeError, pickle.UnpicklingError) as error:
+    except (UnreadablePickleError, OSError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{weights} holds no weights of FID's Inception: pass pt_inception-2015-12-05-6726825d.pth of "
             "torch-fidelity as `inception_weights`, or leave that out for AlexNet's features"

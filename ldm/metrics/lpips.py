@@ -100,11 +100,11 @@ def pairwise_metrics(
     network = lpips_network(device)
     lpips_values, max_differences, psnr_values = [], [], []
     for a, b in zip(*(load_batches(paths, batch_size, image_size) for paths in (first, second)), strict=True):
-        if a.shape != b.shape or min(a.shape[2:]) < MIN_IMAGE_SIZE:
-            raise ValueError(
-                f"{first[0]} and {second[0]} differ in size, or are under {MIN_IMAGE_SIZE} pixels: pass "
-                "`image_size` to scale both"
-            )
+        if a.shape != b.shape:
+            raise ValueError(f"{first[0]} and {second[0]} differ in size: generate both by the same model")
+        if min(a.shape[2:]) < MIN_IMAGE_SIZE:
+            size = " x ".join(map(str, a.shape[2:]))
+            raise ValueError(f"{first[0]} has {size} pixels: LPIPS needs {MIN_IMAGE_SIZE} on a side")
         a, b = a.to(device), b.to(device)  # (n, 3, H, W)
         lpips_values.append(network(a, b).view(-1).cpu())
         max_differences.append(((a - b).abs().amax((1, 2, 3)) * 127.5).round().cpu())

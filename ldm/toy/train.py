@@ -8,7 +8,6 @@ of `toy.dataset`; `config` is a file such as configs/mini-sd.yaml, read by `ldm.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.tokenizer import tokenizer_digest
 from ldm.io.files import atomic_write
+from ldm.io.pickles import UnreadablePickleError, load_torch_pickle
 from ldm.io.tensors import torch_writes
 
 
@@ -152,7 +152,7 @@ def _resume(fabric: Fabric, path: Path, state: dict[str, Any], num_iterations: i
     """
     advice = "remove it to begin anew"
     try:
-        saved = torch.load(path, map_location=torch.get_default_device(), weights_only=True, mmap=True)
+        saved = load_torch_pickle(path)
         if saved.get("vocabulary", "") != state["vocabulary"]:
             raise ValueError(f"{path} was trained on tokens of another vocabulary than today's tokenizer: {advice}")
         if saved.keys() | {"vocabulary"} != state.keys() or not 0 <= saved["iteration"] <= num_iterations:
@@ -160,7 +160,7 @@ def _resume(fabric: Fabric, path: Path, state: dict[str, Any], num_iterations: i
         filled = {name: value for name, value in state.items() if name in saved}
         fabric.load(path, filled)
         state.update(filled)
-    except (OSError, EOFError, RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (UnreadablePickleError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged, or no checkpoint of this training: {advice}") from error
 
 

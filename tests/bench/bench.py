@@ -39,7 +39,7 @@ from ldm.config.models import load_model_config
 from ldm.diffusion.latents import noised_batches
 from ldm.diffusion.load import load_model
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.sampling import generate, initial_noise, sample_latents
+from ldm.diffusion.sampling import SeededNoise, generate, initial_noise, sample_latents
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.closed_form import Costs, closed_form_map, erasure_space
 from ldm.erasure.erase import initial_shift
@@ -283,7 +283,9 @@ def erasures(model: DiffusionModel) -> None:
         bases[concept] = fit_basis(model, protected, config.null_space.rank_rtol)
         noise = torch.cat([initial_noise(model, 10_000 + seed, 1) for seed in range(32)])
         embeds = model.encode_prompt([concept.prompt]).expand(32, -1, -1)
-        latents[concept] = sample_latents(model, noise, embeds, uncond_embeds, 20, 1.5)
+        latents[concept] = sample_latents(
+            model, SeededNoise(noise, [torch.Generator()]), embeds, uncond_embeds, 20, 1.5
+        )
 
     def erase_all(**changes: object) -> tuple[float, list[WeightShift]]:
         method = config.methods["SRS-ME"].with_changes(**changes)
