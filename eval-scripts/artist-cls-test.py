@@ -16,19 +16,15 @@ def main() -> None:
     arguments.add_device(parser)
     args = parser.parse_args()
     from ldm.cli.devices import parse_devices
-    from ldm.io.errors import notify
     from ldm.metrics.classify import classifier_path, load_classifier
-    from ldm.metrics.compare import accuracy_table
+    from ldm.metrics.compare import accuracy_table, describe_accuracy
     from ldm.metrics.tables import to_markdown
 
     path = args.classifier or classifier_path(args.category)
     classifier, _ = load_classifier(path, parse_devices(args.device)[0])
     table = accuracy_table(classifier, args.image_dir, args.category, args.prompts_path)
     print(to_markdown(table))
-    known = table.dropna()
-    print(f"mean accuracy {known.accuracy.mean():.2f} % of {len(known)} concepts, {known.images.sum()} images")
-    if len(known) < len(table):
-        notify(f"the classifier does not know {', '.join(table.concept[table.accuracy.isna()])}")
+    print(describe_accuracy(table))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ def main() -> None:
     parser.set_defaults(category="object")
     args = parser.parse_args()
     from ldm.cli.devices import parse_devices
-    from ldm.io.errors import notify
     from ldm.metrics.classify import ImageNetObjects, classifier_path, load_classifier
-    from ldm.metrics.compare import accuracy_table
+    from ldm.metrics.compare import accuracy_table, describe_accuracy
     from ldm.metrics.tables import to_markdown
 
     device = parse_devices(args.device)[0]
@@ -30,10 +29,7 @@ def main() -> None:
         classifier, _ = load_classifier(args.classifier or classifier_path(args.category), device)
     table = accuracy_table(classifier, args.image_dir, args.category, args.prompts_path)
     print(to_markdown(table))
-    known = table.dropna()
-    print(f"mean accuracy {known.accuracy.mean():.2f} % of {len(known)} concepts, {known.images.sum()} images")
-    if len(known) < len(table):
-        notify(f"the classifier does not know {', '.join(table.concept[table.accuracy.isna()])}")
+    print(describe_accuracy(table))
 
 
 if __name__ == "__main__":

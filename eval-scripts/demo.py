@@ -11,14 +11,16 @@ import secrets
 from ldm.cli import arguments
 from ldm.cli.run import run
 
-PASSWORD, MIN_PASSWORD_CHARS = "SRSME_PAGE_PASSWORD", 12
+PASSWORD_VARIABLE, MIN_PASSWORD_CHARS = "SRSME_PAGE_PASSWORD", 12
 
 
 def login(share: bool) -> tuple[str, str] | None:
     """Return the user and password that the page asks for, the latter new unless the environment has one; or None."""
-    password = os.environ.get(PASSWORD)
+    password = os.environ.get(PASSWORD_VARIABLE)
     if password is not None and len(password) < MIN_PASSWORD_CHARS:
-        raise ValueError(f"{PASSWORD} has {len(password)} characters: give at least {MIN_PASSWORD_CHARS}, or unset it")
+        raise ValueError(
+            f"{PASSWORD_VARIABLE} has {len(password)} characters: give at least {MIN_PASSWORD_CHARS}, or unset it"
+        )
     if password is None and share:
         password = secrets.token_urlsafe(16)
         print(f"the page asks for user visitor, password {password}", flush=True)

@@ -10,8 +10,9 @@ from ldm.cli.arguments import MODEL_ARGUMENTS, Namespace
 from ldm.config.concepts import parse_erase_targets
 from ldm.config.methods import METHODS
 from ldm.io.errors import MissingFileError
-from ldm.ledger.ledger import Ledger, history_path, ledger_lock, make_header, status_table
-from ldm.ledger.ledger import repair as cut_off_torn_line
+from ldm.ledger.history import ledger_lock
+from ldm.ledger.history import repair as cut_off_torn_line
+from ldm.ledger.ledger import Ledger, history_path, make_header, status_table
 
 
 def init(args: Namespace) -> None:

@@ -45,9 +45,8 @@ def load_scene(number: int, category: str | None = None) -> list[SceneStep]:
         newly_restored = _check_indexes(change.get("restore", []), f"{place}, time {time}, restore", max(sizes))
         if newly_erased & erased or not newly_restored <= erased:
             raise ValueError(
-                f"configs/scenes.yaml, scene {number}, time {time}: it erases what is erased already, or "
-                "restores what is not "
-                "erased: correct the file"
+                f"{place}, time {time}: it erases what is erased already, or restores what is not erased: correct the "
+                "file"
             )
         erased = erased - newly_restored | newly_erased
         restored = restored - newly_erased | newly_restored

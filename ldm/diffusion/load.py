@@ -197,7 +197,7 @@ def resolve_config_dir(source: str | Path, config: str | Path | None = None, var
 
 
 def _check_configs(folder: Path) -> type[Pipeline]:
-    """Return the pipeline of a diffusers folder whose configs are all as they are computed with here."""
+    """Return the pipeline class of a diffusers folder. Raises UnusableModelError for a config that is not followed."""
     path = folder / "model_index.json"
     index = read_config(path)
     class_name = str(index.get("_class_name"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,3 +40,12 @@ def is_number(value: Any) -> bool:
 def is_mapping(value: Any) -> bool:
     """Return whether a value of JSON is a mapping."""
     return isinstance(value, dict)
+
+
+def is_json(content: bytes | str) -> bool:
+    """Return whether a text is JSON."""
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -185,7 +185,7 @@ def write_dir_metadata(folder: Path, metadata: dict[str, Any]) -> None:
 def is_written(folder: Path, metadata: dict[str, Any], digests: Sequence[str] = ()) -> bool:
     """Return whether `folder` holds what was made from `metadata`, every file as `write_dir_metadata` found it.
 
-    False says that it may be written: there is none, an empty one, or one of which only its own files are damaged.
+    False says that it is to be written: the folder is missing, empty, or holds nothing but such files, some damaged.
     Raises ValueError for a folder that holds anything else. `digests` are those of `check_metadata`.
     """
     present = {part.relative_to(folder).as_posix() for part in _files(folder)}

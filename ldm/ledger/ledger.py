@@ -8,23 +8,19 @@ changed or left out unseen. It is written under a lock, whole or not at all. No 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from ldm.config.concepts import Concept, always_protected_prompts, get_concept
 from ldm.config.methods import METHODS
-from ldm.io.checks import is_count, is_number, is_text
+from ldm.io.checks import is_count, is_json, is_number, is_text
 from ldm.io.errors import MissingFileError
-from ldm.io.files import atomic_write, file_digest, write_text
+from ldm.io.files import file_digest, write_text
 from ldm.io.legacy import upgrade
 
 if TYPE_CHECKING:
@@ -34,7 +30,6 @@ if TYPE_CHECKING:
     from ldm.erasure.shift import WeightShift
 
 HISTORY_FILE = "history.jsonl"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks says
 _REPAIR = ": the ledger's repair cuts it off, into a file beside it"
 
 
@@ -86,7 +81,7 @@ class Ledger:
     def _check_new(cls, path: Path, text: str) -> None:
         """Raise ValueError for a history that could not be read back, which would lock its owner out."""
         try:
-            cls._from_text(path, text)
+            cls.from_text(path, text)
         except ValueError as error:
             last = text.rstrip("\n").rsplit("\n", 1)[-1]
             raise ValueError(
@@ -94,7 +89,7 @@ class Ledger:
             ) from error
 
     @classmethod
-    def _from_text(cls, path: Path, text: str) -> Ledger:
+    def from_text(cls, path: Path, text: str) -> Ledger:
         """Return the ledger that a history would be, whether it is written or not. Raises ValueError as the class."""
         ledger = cls.__new__(cls)
         ledger.path, ledger.root = Path(path), Path(path).parent
@@ -120,7 +115,7 @@ class Ledger:
                 else:
                     self._parse_header(content)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                is_torn = 0 < index == len(lines) - 1 and not _is_json(line)
+                is_torn = 0 < index == len(lines) - 1 and not is_json(line)
                 advice = f"it is torn{_REPAIR}" if is_torn else "get the file back from a copy"
                 raise ValueError(f"{self.path}, line {index + 1}, is not what was written there: {advice}") from None
             self.last_hash = hashlib.sha256(line.encode()).hexdigest()
@@ -286,31 +281,6 @@ def _check_record(record: Mapping[str, Any]) -> None:
         raise ValueError
 
 
-def repair(path: Path) -> tuple[Path, int] | None:
-    """Cut a torn last line off the history at `path`; return the file beside it that holds the line, and its bytes.
-
-    None where nothing is torn. The caller holds `ledger_lock`. Raises ValueError when more than the last line is
-    damaged, or when the last line is whole and says what was not written there.
-    """
-    content = path.read_bytes()
-    with suppress(ValueError):
-        Ledger(path)
-        return None
-    start = content.rstrip(b"\n").rfind(b"\n") + 1
-    kept, torn = content[:start], content[start:]
-    try:
-        Ledger._from_text(path, kept.decode("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"more than the last line of {path} is damaged: get the file back from a copy") from error
-    if _is_json(torn):
-        raise ValueError(f"the last line of {path} is not torn but altered: get the file back from a copy")
-    cut_off = path.with_name(f"{path.name}.torn-{hashlib.sha256(torn).hexdigest()[:8]}")
-    for target, part in ((cut_off, torn), (path, kept)):
-        with atomic_write(target) as partial:
-            partial.write_bytes(part)
-    return cut_off, len(torn)
-
-
 def make_header(
     model: DiffusionModel,
     category: str,
@@ -358,37 +328,6 @@ def status_table(ledger: Ledger) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-@contextmanager
-def ledger_lock(root: Path) -> Iterator[None]:
-    """While the block runs, let no other process change the ledger at `root`; say so when it has to wait."""
-    Path(root).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(root) / ".lock", fallback_to_soft=False)  # a soft lock outlives a process that was killed
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"another process is changing {root}: waiting for it", flush=True)
-            lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise
-        raise ValueError(
-            f"{root} cannot be locked ({error}): put the ledger on a file system that locks files"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _is_json(content: bytes | str) -> bool:
-    try:
-        json.loads(content)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _line(content: Mapping[str, Any]) -> str:

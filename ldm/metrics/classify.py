@@ -19,6 +19,7 @@ from ldm.io.pickles import UnreadablePickleError, load_torch_pickle
 from ldm.io.tensors import load_tensors, save_tensors
 
 CLASSIFIER_FILE_TYPE = "classifier"
+# The paper's ImageNet classes of the nine objects, in order.
 IMAGENET_CLASSES = (
     491,
     497,
@@ -29,7 +30,7 @@ IMAGENET_CLASSES = (
     574,
     701,
     566,
-)  # the paper's ImageNet classes of the nine objects, in order
+)
 IMAGENET_OBJECTS = (
     "chain saw",
     "church",

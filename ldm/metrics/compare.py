@@ -181,6 +181,14 @@ def compare(
     return result.reset_index()
 
 
+def describe_accuracy(table: pd.DataFrame) -> str:
+    """Return the mean of an `accuracy_table` as a sentence; a notice names the concepts that are not known."""
+    known = table.dropna()
+    if len(known) < len(table):
+        notify(f"the classifier does not know {', '.join(table.concept[table.accuracy.isna()])}")
+    return f"mean accuracy {known.accuracy.mean():.2f} % of {len(known)} concepts, {known.images.sum()} images"
+
+
 def frechet_by_prompt(
     matched: Sequence[ImagePair],
     prompts: Sequence[str],

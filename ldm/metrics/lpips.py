@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 MIN_IMAGE_SIZE = 32  # pixels on a side that AlexNet's convolutions need
 ALEXNET_FILE_TYPE = "AlexNet convolutions"
 ALEXNET_WEIGHTS = REPO_ROOT / "models" / "lpips" / "alexnet.safetensors"
+# LPIPS' names of AlexNet's convolutions, by torchvision's numbers.
 _LPIPS_LAYERS = {
     "0": "slice1.0",
     "3": "slice2.3",
     "6": "slice3.6",
     "8": "slice4.8",
     "10": "slice5.10",
-}  # by torchvision's
+}
 
 
 @cache

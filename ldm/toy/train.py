@@ -148,7 +148,7 @@ def _fit(
 def _resume(fabric: Fabric, path: Path, state: dict[str, Any], num_iterations: int) -> None:
     """Fill `state` from the checkpoint at `path`. Raises ValueError, with what to do, where it is none of this state.
 
-    An older version's checkpoint says nothing of a vocabulary, and is resumed from where none counts.
+    A checkpoint of an older version names no vocabulary: the autoencoder's, which needs none, is resumed from.
     """
     advice = "remove it to begin anew"
     try:
