@@ -27,7 +27,7 @@ def main() -> None:
 
     from ldm.cli import session
     from ldm.config.models import config_path, load_model_config, read_yaml
-    from ldm.diffusion.sampling import generate_to_folder
+    from ldm.diffusion.image_folder import generate_to_folder
     from ldm.io.images import image_filename, save_image
     from ldm.io.prompts import read_prompt_csv
     from ldm.metrics.classify import classifier_path, load_classifier

@@ -34,7 +34,7 @@ def make_images(args: Namespace, model, concept: Concept | None) -> list[Path]:
 
     from ldm.cli import session
     from ldm.config.models import load_model_config
-    from ldm.diffusion.sampling import generate_to_folder
+    from ldm.diffusion.image_folder import generate_to_folder
     from ldm.io.images import image_filename
     from ldm.io.prompts import PromptCase
     from ldm.io.tensors import CREATED_BY

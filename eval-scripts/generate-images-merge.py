@@ -21,7 +21,7 @@ def main() -> None:
     args = parser.parse_args()
     from ldm.cli import devices, session
     from ldm.config.models import load_model_config
-    from ldm.diffusion.sampling import generate_to_folder
+    from ldm.diffusion.image_folder import generate_to_folder
     from ldm.erasure.merge import applied, load_shifts
     from ldm.io.images import find_images
     from ldm.io.prompts import read_prompt_csv

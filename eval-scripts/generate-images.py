@@ -23,12 +23,13 @@ def main() -> None:
     arguments.add_unet_dtype(parser)
     arguments.add_device(parser)
     args = parser.parse_args()
+    arguments.spelled["model"] = "--model_name"  # what messages about a model advise
     import torch
 
     from ldm.cli import devices, session
     from ldm.config.models import load_model_config
+    from ldm.diffusion.image_folder import generate_to_folder
     from ldm.diffusion.load import load_model
-    from ldm.diffusion.sampling import generate_to_folder
     from ldm.io.images import find_images
     from ldm.io.prompts import read_prompt_csv
 

@@ -160,7 +160,7 @@ def is_error(result: tuple[int, str, str], *words: str) -> None:
 
 PRELOADED = [
     "ldm.cli.session",
-    "ldm.diffusion.sampling",
+    "ldm.diffusion.image_folder",
     "ldm.erasure.capacity",
     "ldm.erasure.erase",
     "ldm.erasure.export",

@@ -22,6 +22,8 @@ from ldm.io.images import (
     load_batches,
     open_image,
     parse_case_number,
+    read_origin,
+    save_image,
     tensor_to_images,
 )
 
@@ -57,6 +59,49 @@ def test_opening_scales_the_short_side_and_cuts_the_middle(tmp_path):
     image.paste("blue", (10, 0, 30, 20))
     image.save(tmp_path / "wide.png")
     assert open_image(tmp_path / "wide.png", 20).getcolors() == [(400, (0, 0, 255))]
+
+
+def write_png(path, size, pixels: bytes, color_type: int, palette: bytes = b"") -> None:
+    """Write a PNG of 8 bits whose rows, and palette, are what is given."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, color_type, 0, 0, 0))
+    content += chunk(b"PLTE", palette) if palette else b""
+    path.write_bytes(content + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b""))
+
+
+def test_a_png_that_ends_early_is_refused_and_is_not_whole(tmp_path):
+    rows, path = b"".join(b"\0" + bytes(range(8)) for _ in range(8)), tmp_path / "0_0.png"
+    write_png(path, (8, 8), rows, 0)
+    assert is_intact(path) and open_image(path).size == (8, 8)
+    write_png(path, (8, 8), rows[:40], 0)
+    assert not is_intact(path)
+    with pytest.raises(ValueError, match=r"cannot read the image .*0_0\.png"):
+        open_image(path)
+    write_png(path, (8, 8), rows, 3, bytes(range(3 * 8)))
+    assert is_intact(path)
+    write_png(path, (8, 8), rows, 3, bytes(range(3 * 7)))  # one color less than the pixels name
+    assert not is_intact(path)
+
+
+def test_a_whole_png_of_every_kind_is_whole(tmp_path):
+    rng = np.random.default_rng(0)
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        for size in ((1, 1), (3, 5), (17, 9)):
+            image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+            converted = image.convert("L").convert("I").point(lambda value: value * 256).convert("I;16")
+            (converted if mode == "I;16" else image.convert(mode)).save(tmp_path / "a.png")
+            assert is_intact(tmp_path / "a.png"), (mode, size)
+
+
+def test_an_image_says_where_it_comes_from(tmp_path):
+    origin = {"prompt": "a \u2028 cat", "seed": 2**63, "n": 1}
+    save_image(tmp_path / "a.png", Image.new("RGB", (4, 4), "red"), origin)
+    assert read_origin(tmp_path / "a.png") == origin and open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+    save_image(tmp_path / "b.png", Image.new("RGB", (4, 4)))
+    assert read_origin(tmp_path / "b.png") is None
 
 
 def test_an_unreadable_image_is_named(tmp_path):

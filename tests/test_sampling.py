@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ldm.config.methods import SamplingConfig
-from ldm.diffusion.sampling import generate, generate_to_folder, initial_noise
+from ldm.diffusion.image_folder import generate_to_folder
+from ldm.diffusion.sampling import generate, initial_noise
 from ldm.io.errors import Notice
 from ldm.io.files import METADATA_FILE
 from ldm.io.prompts import PromptCase, read_prompt_csv
@@ -114,7 +115,7 @@ def test_a_scheduler_that_adds_noise_of_no_seed_is_refused(tiny, monkeypatch):
 
 def test_an_image_that_is_not_finite_is_never_generated(tiny, tmp_path):
     with pytest.raises(ValueError, match="the image of case 0, 'VanGogh', holds NaN or infinity"):
-        generate_to_folder(tiny, CASES, tmp_path, {}, SAMPLING.with_changes(guidance_scale=3e38))
+        generate_to_folder(tiny, CASES, tmp_path, {}, SAMPLING.with_changes(guidance_scale=1e30))
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -125,6 +126,34 @@ def test_an_image_that_is_damaged_is_generated_again(tiny, tmp_path):
         (tmp_path / "2_0.png").write_bytes(damaged)
         assert generate_to_folder(tiny, CASES, tmp_path, {}, SAMPLING) == 1
         assert (tmp_path / "2_0.png").read_bytes() == written
+
+
+def test_an_image_in_anothers_place_is_generated_again(tiny, tmp_path):
+    generate_to_folder(tiny, CASES, tmp_path, {}, SAMPLING)
+    written = (tmp_path / "2_0.png").read_bytes()
+    (tmp_path / "2_0.png").write_bytes((tmp_path / "0_0.png").read_bytes())
+    assert generate_to_folder(tiny, CASES, tmp_path, {}, SAMPLING) == 1
+    assert (tmp_path / "2_0.png").read_bytes() == written
+    Image.open(tmp_path / "0_0.png").save(tmp_path / "0_0.png")  # one of an older version says nothing
+    assert generate_to_folder(tiny, CASES, tmp_path, {}, SAMPLING) == 0
+
+
+def test_a_run_that_made_no_image_blocks_no_other(tiny, tmp_path):
+    with pytest.raises(ValueError, match="NaN"):
+        generate_to_folder(tiny, CASES, tmp_path, {}, SAMPLING.with_changes(guidance_scale=1e30))
+    assert generate_to_folder(tiny, CASES[:1], tmp_path, {}, SAMPLING) == 1
+    assert read_prompt_csv(tmp_path / "prompts.csv") == CASES[:1]
+
+
+def test_steps_that_a_scheduler_cannot_take_are_refused_before_anything_is_written(tiny, tmp_path, with_scheduler):
+    with pytest.raises(ValueError, match="`num_inference_steps` 1001: the model has 1000 timesteps"):
+        generate_to_folder(tiny, CASES, tmp_path, {}, SAMPLING.with_changes(num_inference_steps=1001))
+    with_scheduler("PNDMScheduler")
+    with pytest.raises(ValueError, match="PNDMScheduler cannot take 2 steps: choose another number of"):
+        generate_to_folder(tiny, CASES, tmp_path, {}, SAMPLING)
+    assert not list(tmp_path.iterdir())
+    with pytest.warns(Notice, match="no case is left"):
+        generate_to_folder(tiny, [], tmp_path, {}, SAMPLING.with_changes(num_inference_steps=20))
 
 
 LONG = "a painting of a church by the sea in the evening light with a boat by VanGogh"  # of more than 16 tokens
@@ -188,7 +217,7 @@ def test_the_same_images_are_generated_together_in_every_run(tiny, tmp_path, mon
         requested.append([case.case_number for case, _ in requests])
         return ((case, n, Image.new("RGB", (2, 2))) for case, n in requests)
 
-    monkeypatch.setattr("ldm.diffusion.sampling.generate", record)
+    monkeypatch.setattr("ldm.diffusion.image_folder.generate", record)
     assert generate_to_folder(tiny, cases, tmp_path / "a", {}, sampling) == 7
     (tmp_path / "a" / "4_0.png").unlink()
     written = (tmp_path / "a" / "3_0.png").stat().st_mtime_ns

@@ -49,6 +49,8 @@ def main() -> None:
     for path, target in targets.items():  # before any is moved
         if target.exists():
             raise ValueError(f"{path} would replace {target}, which is there already: remove one of them")
+        if target.parent.exists() and not target.parent.is_dir():
+            raise ValueError(f"{target.parent} is no folder: remove it, since the images of its class go there")
     for target in targets.values():
         target.parent.mkdir(exist_ok=True)
     for path, target in targets.items():

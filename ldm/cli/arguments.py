@@ -126,7 +126,7 @@ def add_commands(parser: Parser, ledger_dir: Path, **runs: Callable[[Namespace],
 
 
 def _whole_number(text: str, minimum: int) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < minimum:
+    if not re.fullmatch("[0-9]{1,19}", text) or not minimum <= int(text) < 2**63:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {minimum}")
     return int(text)
 

@@ -18,6 +18,7 @@ from ldm.ledger.ledger import Ledger, history_path, make_header, status_table
 def init(args: Namespace) -> None:
     """Begin a ledger."""
     from ldm.cli import session
+    from ldm.erasure.protection import check_apart
 
     concepts = parse_erase_targets(args.erased_index, args.category)
     path = history_path(args.ledger_dir)
@@ -33,8 +34,10 @@ def init(args: Namespace) -> None:
             value = getattr(args, name)
             is_path = value and name != "variant" and Path(value).exists()
             source[name] = str(Path(value).resolve()) if is_path else value
+        check_apart(model, concepts, args.protect)
         header = make_header(model, args.category, concepts, args.protect, source)
         ledger = Ledger.create(path, header)
+        model.notify_of_cuts(ledger.prompts)
     print(
         f"{len(concepts)} concepts of {model.name}; always protected: the empty prompt, "
         f"{', '.join(ledger.header['protected'][1:])}"

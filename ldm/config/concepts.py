@@ -76,6 +76,10 @@ def _check_text(value: Any, place: str) -> str:
 def _check_name(value: Any, place: str) -> str:
     if not _check_text(value, place):
         raise ValueError(f"{place} is empty: give it a text")
+    if re.search(r"[/\\]|^\.", value) or len(value) > 200:  # folders are called so
+        raise ValueError(
+            f"{place} is {value!r}: a name has no slash, begins with no dot and has at most 200 characters"
+        )
     return value
 
 
@@ -91,7 +95,7 @@ def _check_templates(value: Any, place: str) -> tuple[str, ...]:
             fields = [(name, spec, how) for _, name, spec, how in Formatter().parse(template) if name is not None]
         except ValueError:
             fields = []
-        if fields != [("", "", None)]:
+        if fields != [("", "", None)] or template.count("{") != 1 or template.count("}") != 1:
             raise ValueError(
                 f"{place}: '{template}' should have {{}} once, where the concept goes, and no other braces"
             )

@@ -42,7 +42,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            check_value(entry.name, getattr(self, entry.name), entry.metadata)
+            limits = {**entry.metadata, "type": str(entry.type)}
+            check_value(entry.name, getattr(self, entry.name), limits)
 
     def with_changes(self, **changes: Any) -> Self:
         """Return a copy with other values. Raises ValueError, with the nearest name, for an unknown setting."""
@@ -57,15 +58,37 @@ class Settings:
         return asdict(self)
 
 
+_MOST_INT, _MOST_FLOAT, _MOST_SEED = 10**9, 1e30, 2**63 - 1  # what torch's own types hold, with room
+
+
+def _is_of_type(value: Any, kind: str) -> bool:
+    """Return whether a value is of a type of an annotation such as 'int | str | None'; None is of none of them."""
+    fits = {
+        "bool": isinstance(value, bool),
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "float": isinstance(value, int | float) and not isinstance(value, bool),
+        "str": isinstance(value, str),
+        "tuple[str, ...]": isinstance(value, tuple | list) and all(isinstance(item, str) for item in value),
+    }
+    names = [name.strip() for name in kind.split("|")]
+    return any(fits.get(name, False) for name in names) or not set(names) & set(fits)
+
+
 def check_value(name: str, value: Any, limits: Any) -> None:
-    """Raise ValueError for a value outside the `limits` of a field's metadata, or that is not finite."""
-    if value is None:
+    """Raise ValueError for a value outside the `limits` of a field's metadata and its type, or that is not finite."""
+    if value is None and "None" in limits.get("type", "None"):
         return
     choices, minimum, above = (limits.get(key) for key in ("choices", "minimum", "above"))
     if choices and value not in choices:
         raise ValueError(f"`{name}` '{value}' is none of {', '.join(choices)}")
+    kind = limits.get("type", "")
+    if not _is_of_type(value, kind):
+        raise ValueError(f"`{name}` {value!r} is not of the type {kind}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"`{name}` '{value}' is not a finite number")
+    most = _MOST_SEED if name == "seed" else _MOST_INT if isinstance(value, int) else _MOST_FLOAT
+    if isinstance(value, int | float) and abs(value) > most:
+        raise ValueError(f"`{name}` '{value}' is too large: {most:g} is the most")
     if minimum is not None and not isinstance(value, str) and value < minimum:
         raise ValueError(f"`{name}` '{value}' is not a number from {minimum:g}")
     if above is not None and value <= above:
@@ -87,7 +110,7 @@ class MethodConfig(Settings):
     is_joint: ClassVar[bool] = False  # all concepts' shifts are trained at once
     needs_images: ClassVar[bool] = True  # it trains on images of the concept; otherwise from what the model samples
 
-    lr: float = setting(1e-5, "Adam's learning rate", training_only=True)
+    lr: float = setting(1e-5, "Adam's learning rate", above=0, training_only=True)
     max_steps: int = setting(1000, "max number of iterations", minimum=1, training_only=True)
     train_batch_size: int = setting(1, "latents in an iteration", minimum=1, training_only=True)
     seed: int = setting(0, "what images, timesteps and noise are chosen from", training_only=True)
@@ -137,7 +160,7 @@ class SRSMEConfig(MethodConfig):
         691, "max number of basis vectors, those with the largest projection of the concept first", minimum=1
     )
     basis_scale: float = setting(1e-4, "beta, the scale of the null space's basis")
-    lr: float = setting(0.1, "Adam's learning rate", training_only=True)
+    lr: float = setting(0.1, "Adam's learning rate", above=0, training_only=True)
     l1_weight: float = setting(1e-6, "weight of |dW|_1", training_only=True)
     stop_threshold: float = setting(1e-4, "stop when the momentum of the correlation falls to it", training_only=True)
 
@@ -172,7 +195,7 @@ class FullCorrelationConfig(FinetuneConfig):
 
     name: ClassVar[str] = "SRS-ME-double-dagger"
 
-    lr: float = setting(1e-6, "Adam's learning rate", training_only=True)
+    lr: float = setting(1e-6, "Adam's learning rate", above=0, training_only=True)
     l1_weight: float = setting(1e-5, "weight of |dW|_1", training_only=True)
     stop_threshold: float = setting(5e-5, "stop when the momentum of the correlation falls to it", training_only=True)
 

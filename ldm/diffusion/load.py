@@ -42,6 +42,7 @@ from ldm.diffusion.compvis import (
 from ldm.diffusion.consistency import check_parts
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.weights import read_tensors, variants_of, weight_files
+from ldm.io.errors import notify
 from ldm.io.files import changed_files, find_metadata_file, read_dir_metadata, unlisted_files
 from ldm.io.legacy import upgrade
 from ldm.io.paths import REPO_ROOT
@@ -217,6 +218,11 @@ def _load_folder(source: str | Path, variant: str | None) -> Pipeline:
         raise UnusableModelError(f"`variant` '{variant}' is no name such as fp16")
     folder = resolve_config_dir(source, variant=variant)
     pipeline_class = _check_configs(folder)
+    metadata = read_dir_metadata(folder)
+    if "merged" in metadata and "files" not in metadata:
+        notify(
+            f"{folder} was exported by an older version, without digests of its files: if they are intact is unknown"
+        )
     changed = changed_files(folder)  # of what this program exported
     if changed:
         raise UnusableModelError(f"{folder} is not as it was written ({changed[0]}): export it again")

@@ -1,13 +1,12 @@
-"""Generate images: noise from a seed, the sampler's loop, and folders of images that a stopped run resumes."""
+"""Generate images: noise from a seed, and the sampler's loop."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -17,10 +16,8 @@ from tqdm import tqdm
 
 from ldm.config.methods import SamplingConfig
 from ldm.diffusion.model import DiffusionModel
-from ldm.io.files import METADATA_FILE, check_metadata, find_metadata_file, write_json
-from ldm.io.images import find_images, image_filename, is_intact, save_image, tensor_to_images
-from ldm.io.prompts import PromptCase, merge_prompt_csv, write_prompt_csv
-from ldm.io.sharding import Shard
+from ldm.io.images import tensor_to_images
+from ldm.io.prompts import PromptCase
 
 _MAX_LATENTS = 64  # that the U-Net takes in one pass: with more, what its layers hand on leaves a CPU's caches
 
@@ -62,21 +59,45 @@ def _later_generator(model: DiffusionModel, seed: int, n: int) -> torch.Generato
     return generator
 
 
-def adds_noise(model: DiffusionModel) -> bool:
-    """Return whether the model's scheduler adds noise on the way from noise to an image."""
-    generator = torch.Generator().manual_seed(0)
-    before, scheduler = generator.get_state(), make_scheduler(model, 4)
-    latents = torch.zeros(1, *model.latent_shape, device=model.device)
-    for timestep in scheduler.timesteps:
-        latents = _step(scheduler, torch.zeros_like(latents), timestep, latents, [generator])
-    return not torch.equal(before, generator.get_state())
-
-
 def make_scheduler(model: DiffusionModel, num_inference_steps: int) -> Any:
     """Return a new scheduler of the model's own kind, set to `num_inference_steps`."""
     scheduler = type(model.scheduler).from_config(model.scheduler.config)
     scheduler.set_timesteps(num_inference_steps, device=model.device)
     return scheduler
+
+
+def try_scheduler(model: DiffusionModel, num_inference_steps: int) -> bool:
+    """Return whether the model's scheduler adds noise on the way from noise to an image.
+
+    Raises ValueError when it cannot take that many steps.
+    """
+    most = model.num_train_timesteps
+    if num_inference_steps > most:
+        raise ValueError(
+            f"`num_inference_steps` {num_inference_steps}: the model has {most} timesteps, which is the most"
+        )
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    latents = torch.zeros(1, *model.latent_shape, device=model.device)
+    try:
+        scheduler = make_scheduler(model, num_inference_steps)
+        for timestep in scheduler.timesteps:
+            latents = _step(scheduler, torch.zeros_like(latents), timestep, latents, [generator])
+    except UnseededNoiseError:
+        raise
+    except (
+        Exception
+    ) as error:  # of any kind: what a scheduler's own arithmetic says to numbers that it was not made for
+        name = type(model.scheduler).__name__
+        raise ValueError(
+            f"the model's scheduler {name} cannot take {num_inference_steps} steps: choose another number of "
+            f"`num_inference_steps`: {error}"
+        ) from error
+    return not torch.equal(before, generator.get_state())
+
+
+class UnseededNoiseError(ValueError):
+    """Say that a scheduler adds noise that comes from no case's seed."""
 
 
 @torch.no_grad()
@@ -120,7 +141,7 @@ def _step(
     before = _global_random_state(latents.device)
     stepped = scheduler.step(output, timestep, latents).prev_sample
     if not torch.equal(before, _global_random_state(latents.device)):
-        raise ValueError(
+        raise UnseededNoiseError(
             f"the model's scheduler {type(scheduler).__name__} adds noise that no seed decides: give the model "
             "another one in scheduler/scheduler_config.json, such as DPMSolverMultistepScheduler"
         )
@@ -188,7 +209,7 @@ def generate(
     model.notify_of_cuts(prompts)
     embeds = {prompt: model.encode_prompt([prompt])[0] for prompt in prompts}  # (rows, d) each
     with tqdm(total=len(requests), desc="images", unit="image") as bar:
-        for batch in _batches(requests, sampling.sample_batch_size):
+        for batch in batches_of(requests, sampling.sample_batch_size):
             noise = SeededNoise.sample(model, [(case.seed, n) for case, n in batch])
             prompt_embeds = torch.stack([embeds[case.prompt] for case, _ in batch])  # (N, rows, d)
             latents = sample_latents(
@@ -207,56 +228,9 @@ def _not_finite(model: DiffusionModel) -> str:
     """Say that an image holds NaN or infinity, and what to do about it."""
     if model.dtype == torch.float16:
         return "holds NaN or infinity in float16: choose `unet_dtype` bfloat16 or float32"
-    return "holds NaN or infinity: choose a smaller `guidance_scale`, or get the model again"
+    return "holds NaN or infinity: choose a smaller `guidance_scale`, or leave out a shift that is too large"
 
 
-def _batches(requests: Sequence[tuple[PromptCase, int]], batch_size: int) -> list[Sequence[tuple[PromptCase, int]]]:
+def batches_of(requests: Sequence[tuple[PromptCase, int]], batch_size: int) -> list[Sequence[tuple[PromptCase, int]]]:
+    """Return the requests in groups of `batch_size`, the last with what is left."""
     return [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
-
-
-def generate_to_folder(
-    model: DiffusionModel,
-    cases: Sequence[PromptCase],
-    folder: Path,
-    metadata: Mapping[str, Any],
-    sampling: SamplingConfig,
-    images_per_seed: int = 1,
-    shard: Shard = Shard(),
-    compile_unet: bool = False,
-) -> int:
-    """Generate the images of `cases` that `folder` lacks, `images_per_seed` each, and return how many were generated.
-
-    Which images are generated together is the same in every run, and of several processes each generates its `shard`
-    of these batches: so the files are the same to the last bit, however often a run was stopped, and however many
-    processes there are. The folder gets `prompts.csv` too, and `metadata.json` with `metadata` and the sampling
-    settings. With `compile_unet` the U-Net runs by torch.compile (`compiled_unet`), whose last bits are others.
-    Raises ValueError when the folder holds images of other metadata, or of another prompt or seed under a case number.
-    """
-    metadata = {
-        **metadata,
-        "num_inference_steps": sampling.num_inference_steps,
-        "guidance_scale": sampling.guidance_scale,
-    }
-    if compile_unet:
-        metadata["compiled"] = True
-    if adds_noise(model):
-        metadata["added_noise"] = "by seed"  # which older versions did not do
-    check_metadata(folder, metadata, model.digests)
-    prompts = merge_prompt_csv(folder / "prompts.csv", cases)
-    existing = {path.name for path in find_images(folder) if is_intact(path)}  # sorted into class folders or not
-    requests = list(itertools.product(cases, range(images_per_seed)))
-    missing: list[tuple[PromptCase, int]] = []
-    for batch in shard.select(_batches(requests, sampling.sample_batch_size)):
-        if not {image_filename(case.case_number, n) for case, n in batch} <= existing:
-            missing += batch
-    write_prompt_csv(folder / "prompts.csv", prompts)
-    if find_metadata_file(folder) is None:
-        write_json(folder / METADATA_FILE, metadata)
-    num_generated = 0
-    with compiled_unet(model, sampling.sample_batch_size) if compile_unet and missing else nullcontext():
-        for case, n, image in generate(model, missing, sampling):
-            filename = image_filename(case.case_number, n)
-            if filename not in existing:
-                save_image(folder / filename, image)
-                num_generated += 1
-    return num_generated

@@ -33,6 +33,8 @@ from ldm.io.paths import ArtifactPaths
 from ldm.io.sharding import Shard
 from ldm.io.tensors import CREATED_BY, read_metadata
 
+_SMALL_CHANGE = 0.05  # of a concept's own prompt, where erasing changes it by about 1
+
 
 @dataclass(frozen=True)
 class ErasureSummary:
@@ -85,7 +87,8 @@ def erase_concepts(
         )
     if config.is_joint and shard.rank:
         return []  # one process trains them, since they are trained at once
-    concepts = list(concepts) if config.is_joint else shard.select(concepts)
+    concepts = list(dict.fromkeys(concepts))
+    concepts = concepts if config.is_joint else shard.select(concepts)
     erasure = _Erasure(model, artifacts, config, image_dir, execution)
     if config.needs_null_space:
         for concept in concepts:
@@ -164,9 +167,16 @@ class _Erasure:
         basis = NullSpaceBasis.load(path)
         try:
             basis.check(self.model.digests, self.model.context_dim, path)
+            self._check_concept(basis, concept, path)
         except ValueError as error:
             raise MissingFileError(str(error), "basis", **self.artifacts.details(concept.index)) from error
         return basis
+
+    def _check_concept(self, basis: NullSpaceBasis, concept: Concept, path: Path) -> None:
+        """Raise ValueError for the basis of another concept, which may protect this one."""
+        said = basis.metadata.get("category"), basis.metadata.get("concept_index")
+        if said != (self.artifacts.category, concept.index):
+            raise ValueError(f"{path} is the basis of {basis.metadata.get('concept')}, not of {concept.name}")
 
     def build_metadata(self, concept: Concept) -> dict[str, Any]:
         """Return what a shift's file says that it was made from, as far as it is known before it is made."""
@@ -278,8 +288,11 @@ class _Erasure:
         changes = self._measure(concept, shift)
         target_change = changes.pop(concept.prompt)
         max_leakage = max(changes.values())
-        if not target_change:
-            notify(f"{concept.name}: the shift {path} changes nothing of its own prompt, so that it erases nothing")
+        if target_change < max(_SMALL_CHANGE, max_leakage):
+            notify(
+                f"{concept.name}: the shift {path} changes its own prompt by {target_change:.1e} only, and a "
+                f"protected one by up to {max_leakage:.1e}: measure whether it erases"
+            )
         measured = {"target_change": target_change, "max_leakage_protected": max_leakage}
         shift.save(path, metadata | {name: value for name, value in measured.items() if math.isfinite(value)})
         momentum = float(curve.momentum.iloc[-1]) if len(curve) else math.nan

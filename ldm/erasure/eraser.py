@@ -63,7 +63,7 @@ class ConceptEraser:
         if method not in METHODS:
             known = ", ".join(METHODS)
             raise ValueError(f"'{method}' is no method{did_you_mean(method, list(METHODS))}: choose from {known}")
-        concepts = [self._concept(name) for name in names]
+        concepts = list(dict.fromkeys(self._concept(name) for name in names))
         artifacts = ArtifactPaths(self.artifacts_dir, method, self.model.name, self.category, 1, 0)  # as the scripts do
         protection = Protection([concept.index for concept in erasable_concepts(self.category)], self.config.null_space)
         summaries = erase(self.model, artifacts, concepts, self.config.methods[method], protection, Path(image_dir))
@@ -103,7 +103,7 @@ class ConceptEraser:
         return export(deepcopy(self.model) if rounds else self.model, self.shifts, target, config, prompts)
 
     def _concept(self, name: str) -> Concept:
-        concept = find_by_name(self.category, name)
+        concept = find_by_name(self.category, str(name))
         if concept is None or concept.is_watermark:
             names = ", ".join(known.name for known in erasable_concepts(self.category))
             raise ValueError(f"'{name}' is no {self.category} concept: choose from {names}")

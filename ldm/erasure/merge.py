@@ -50,12 +50,17 @@ def load_shifts(artifacts: ArtifactPaths, text: str) -> tuple[dict[str, WeightSh
     """
     shifts: dict[str, WeightShift] = {}
     methods: dict[str, None] = {}
-    for path in _shift_paths(artifacts, text):
+    for path, expected in _shift_paths(artifacts, text):
         shift = WeightShift.load(path, "give an index such as 0, or the path of a shift file")
         index, category = shift.metadata.get("concept_index"), shift.metadata.get("category", artifacts.category)
         method = shift.metadata.get("method", SRSMEConfig.name)
         if type(index) is not int or category not in CATEGORIES or method not in METHODS:
             raise ValueError(f"{path} does not say which concept it erases, and by which method: make it again")
+        if expected is not None and (index, category, method) != (expected, artifacts.category, artifacts.method):
+            raise ValueError(
+                f"{path} is the shift of {category} {index} by {method}, not of {artifacts.category} {expected} by "
+                f"{artifacts.method}: make it again, or name the file itself"
+            )
         label = str(index) if category == artifacts.category else f"{category}{index}"
         if label in shifts:
             raise ValueError(f"`shifts` names the shift of {label} twice: name each once")
@@ -65,13 +70,14 @@ def load_shifts(artifacts: ArtifactPaths, text: str) -> tuple[dict[str, WeightSh
     return shifts, prefix + merge_name(shifts) or "ori"
 
 
-def _shift_paths(artifacts: ArtifactPaths, text: str) -> list[Path]:
-    paths: list[Path] = []
+def _shift_paths(artifacts: ArtifactPaths, text: str) -> list[tuple[Path, int | None]]:
+    """Return the file of each shift that `text` names, with the index where it is named by that."""
+    paths: list[tuple[Path, int | None]] = []
     for piece in text.split(","):
         piece = piece.strip()
         if INDEX_RANGE_RE.fullmatch(piece):
             concepts = [get_concept(artifacts.category, index) for index in parse_indexes(piece, artifacts.category)]
-            paths += [artifacts.find_shift(concept.index, concept.name) for concept in concepts]
+            paths += [(artifacts.find_shift(concept.index, concept.name), concept.index) for concept in concepts]
         elif piece:
-            paths.append(Path(piece))
+            paths.append((Path(piece), None))
     return paths

@@ -97,6 +97,7 @@ def solve_null_spaces(
     by its name and its first `protected_templates` captions. Of several processes each solves its `shard`. Raises
     ValueError when the protected prompts leave no dimension free.
     """
+    targets = list(dict.fromkeys(targets))
     config = protection.null_space
     fixed = list(dict.fromkeys([*always_protected_prompts(), *protection.extra_prompts]))
     prompts = {}
@@ -104,6 +105,7 @@ def solve_null_spaces(
         concept = get_concept(artifacts.category, index)
         prompts[index] = concept.prompts(0 if concept.is_watermark else config.protected_templates)
     embeds = model.embed_prompts(dict.fromkeys([*fixed, *itertools.chain(*prompts.values())]))  # (tokens, d) each
+    check_apart(model, targets, fixed)
     rows = ProtectedRows(embeds, fixed, prompts, config.always_protected_weight)
     local_targets = shard.select(targets)
     summaries = []
@@ -128,6 +130,20 @@ def solve_null_spaces(
         _save_if_changed(basis, artifacts.basis(concept.index), model.digests)
         summaries.append(_summarize(concept, basis, artifacts.basis(concept.index)))
     return summaries
+
+
+def check_apart(model: DiffusionModel, concepts: Sequence[Concept], protected: Sequence[str]) -> None:
+    """Raise ValueError when a concept's name is protected too, as the model reads it: then nothing can erase it."""
+    embeds = model.embed_prompts(protected)
+    for concept, own in zip(
+        concepts, model.embed_prompts(concept.prompt for concept in concepts).values(), strict=True
+    ):
+        for prompt, rows in embeds.items():
+            if torch.equal(rows, own):
+                raise ValueError(
+                    f"'{prompt}' is {concept.name} to the model, which cannot be erased and protected at once: leave "
+                    "it out of one of both"
+                )
 
 
 def _save_if_changed(basis: NullSpaceBasis, path: Path, digests: Sequence[str]) -> None:

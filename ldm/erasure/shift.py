@@ -204,6 +204,8 @@ class SeparableShift(WeightShift):
         """Write the coefficients (float32) and the directions (float64), once."""
         tensors = {f"w.{name}": value.float() for name, value in self.coefficients.items()}
         tensors["directions"] = self.directions
+        largest = max(float(value.abs().max()) for value in self.coefficients.values())
+        _check_size(path, abs(self.scale) * largest * float(self.directions.abs().max()))
         added = {"scale": self.scale, "versions": library_versions()}
         save_tensors(path, tensors, SHIFT_FILE_TYPE, metadata | added)
 
@@ -259,6 +261,7 @@ class DenseShift(WeightShift):
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
         """Write all dW in float32."""
         tensors = {f"d.{name}": value.float() for name, value in self.deltas.items()}
+        _check_size(path, max((float(value.abs().max()) for value in tensors.values()), default=0.0))
         save_tensors(path, tensors, SHIFT_FILE_TYPE, metadata | {"versions": library_versions()})
 
     @classmethod
@@ -268,6 +271,12 @@ class DenseShift(WeightShift):
         if not 0 < len(deltas) == len(tensors) or not all(delta.is_floating_point() for delta in deltas.values()):
             return None
         return cls(deltas, metadata)
+
+
+def _check_size(path: Path, largest: float) -> None:
+    """Raise ValueError when a shift adds more to a weight than can be read back."""
+    if not largest <= _LARGEST:
+        raise ValueError(f"{path} is not written: it would add {largest:.0e} to a weight: lower `lr` or `basis_scale`")
 
 
 def stacked_qr_factor(matrices: Iterable[torch.Tensor], width: int) -> torch.Tensor:

@@ -41,7 +41,7 @@ def training_loop(loss: TrainableLoss, batches: Iterable[Any], lr: float) -> Ite
         if not torch.isfinite(output.loss + norm):
             raise FloatingPointError(
                 f"the loss is {output.loss.item()} and its gradient's norm {norm.item()} at iteration {iteration}, "
-                "so nothing was saved: lower `lr` or `basis_scale`"
+                "so nothing was saved: lower `lr`, or another setting that is large"
             )
         optimizer.step()
         yield TrainStep(iteration, output.loss.item(), output.monitor.item())

@@ -13,8 +13,8 @@ import pandas as pd
 from ldm.config.concepts import Concept, erasable_concepts, load_concepts
 from ldm.config.methods import MethodConfig, NullSpaceConfig, SamplingConfig
 from ldm.config.models import load_model_config
+from ldm.diffusion.image_folder import generate_to_folder
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.sampling import generate_to_folder
 from ldm.erasure.erase import ErasureSummary, erase_concepts
 from ldm.erasure.merge import applied
 from ldm.erasure.protection import Protection, solve_null_spaces

@@ -188,6 +188,8 @@ def is_written(folder: Path, metadata: dict[str, Any], digests: Sequence[str] = 
     False says that it is to be written: the folder is missing, empty, or holds nothing but such files, some damaged.
     Raises ValueError for a folder that holds anything else. `digests` are those of `check_metadata`.
     """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder} is a link, or a file and no folder: choose another `save_path`, or remove it")
     present = {part.relative_to(folder).as_posix() for part in _files(folder)}
     if present and find_metadata_file(folder) is None:
         raise ValueError(f"{folder} holds files that no run made: choose another `save_path`, or remove the folder")

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from ldm.io.errors import MissingFileError
 from ldm.io.files import atomic_write
+from ldm.io.png import check_png
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MAX_PIXELS = 64_000_000  # of an image that is opened: more than a camera's, and 0.2 GB in 8 bit
 MAX_BATCH_PIXELS = 2**23  # of all images that a network sees at once, 32 of 512 x 512: LPIPS takes 2.5 GB for them
+_ORIGIN_KEY = "srs-me"  # of a PNG's text that says where it comes from
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # and none that would run another program, as PostScript does
-_UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+_UNREADABLE = (
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    struct.error,
+    zlib.error,
+)
 
 
 def image_to_tensor(image: Image.Image) -> torch.Tensor:
@@ -52,6 +66,8 @@ def open_image(path: Path, size: int | None = None) -> Image.Image:
             opened = Image.open(path, formats=_FORMATS)
         with opened:
             reason = _why_refused(opened)
+            if opened.format == "PNG" and not reason:
+                check_png(path, opened)
             image = None if reason else _as_shown(opened)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"the image {path} {_too_large()}") from error
@@ -213,15 +229,32 @@ def parse_case_number(path: Path) -> int:
     return int(head)
 
 
-def save_image(path: Path, image: Image.Image) -> None:
-    """Write an image, whole or not at all."""
+def save_image(path: Path, image: Image.Image, origin: Mapping[str, Any] | None = None) -> None:
+    """Write an image, whole or not at all; a PNG says in a text of its own where it comes from, its `origin`."""
     with atomic_write(path) as partial:
-        image.save(partial)
+        if origin is None:
+            image.save(partial)
+            return
+        information = PngInfo()
+        information.add_text(_ORIGIN_KEY, json.dumps(origin, sort_keys=True))
+        image.save(partial, pnginfo=information)
+
+
+def read_origin(path: Path) -> dict[str, Any] | None:
+    """Return what `save_image` wrote into a PNG about its origin; None for an image that says nothing of it."""
+    try:
+        with Image.open(path, formats=_FORMATS) as opened:
+            origin = json.loads(opened.info.get(_ORIGIN_KEY, "null"))
+    except (*_UNREADABLE, RecursionError, TypeError):
+        return None
+    return origin if isinstance(origin, dict) else None
 
 
 def is_intact(path: Path) -> bool:
     """Return whether a PNG file is whole, by the checksums in it."""
     try:
+        with Image.open(path, formats=_FORMATS) as opened:
+            check_png(path, opened)
         with Image.open(path, formats=_FORMATS) as opened:
             opened.verify()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):

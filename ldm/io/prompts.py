@@ -33,8 +33,10 @@ class PromptCase:
     case_number: int
 
     def __post_init__(self):
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"the prompt {self.prompt!r} is no text: give one")
         for name, number in (("seed", self.seed), ("case number", self.case_number)):
-            if not 0 <= number <= MAX_NUMBER:
+            if type(number) is not int or not 0 <= number <= MAX_NUMBER:
                 raise ValueError(
                     f"the {name} {number} is not a whole number from 0 to {MAX_NUMBER}: choose one of these"
                 )

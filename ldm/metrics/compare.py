@@ -50,7 +50,37 @@ def match_images(original_dir: Path, edited_dir: Path) -> list[ImagePair]:
             f"{min(unpaired)} is in only one of {original_dir} and {edited_dir} ({len(unpaired)} such): generate both "
             "from the same prompts"
         )
+    _check_comparable(original_dir, edited_dir)
     return [(original[name], edited[name]) for name in original]
+
+
+# What two folders have in common if their images differ by the models' weights alone.
+_SAMPLING = ("num_inference_steps", "guidance_scale", "scheduler", "scheduler_config")
+
+
+def _check_comparable(original_dir: Path, edited_dir: Path) -> None:
+    """Raise ValueError when two folders say that their images are of other prompts, seeds or sampling settings."""
+    lists = [folder / "prompts.csv" for folder in (original_dir, edited_dir)]
+    if all(path.is_file() for path in lists):
+        check_same_cases(*lists)
+    original, edited = (read_dir_metadata(folder) for folder in (original_dir, edited_dir))
+    for name in _SAMPLING:
+        if name in original and name in edited and original[name] != edited[name]:
+            raise ValueError(
+                f"{original_dir} and {edited_dir} were generated with another {name}: generate both with the same"
+            )
+
+
+def check_same_cases(first: Path, second: Path) -> None:
+    """Raise ValueError when two prompt lists have another prompt or seed for one case number."""
+    known = {case.case_number: case for case in read_prompt_csv(first)}
+    for case in read_prompt_csv(second):
+        if known.setdefault(case.case_number, case) != case:
+            raise ValueError(
+                f"case {case.case_number} is '{known[case.case_number].prompt}' with seed "
+                f"{known[case.case_number].seed} in {first}, and '{case.prompt}' with seed {case.seed} in {second}: "
+                "pass what belongs together"
+            )
 
 
 def image_prompts(paths: Sequence[Path], prompts_path: Path) -> list[str]:
@@ -86,6 +116,8 @@ def group_by_concept(image_dir: Path, category: str, prompts_path: Path | None =
     """
     images = list_images(image_dir)
     own_list = image_dir / "prompts.csv"
+    if prompts_path and own_list.is_file():
+        check_same_cases(own_list, prompts_path)
     if prompts_path or own_list.is_file() or not any(map(_is_in_class_folder, images)):
         concepts = [_shown_concept(category, prompt) for prompt in image_prompts(images, prompts_path or own_list)]
         indexes = [concept.index if concept else None for concept in concepts]
@@ -165,6 +197,9 @@ def compare(
     """
     matched = match_images(original_dir, edited_dir)
     original_paths, edited_paths = [a for a, _ in matched], [b for _, b in matched]
+    own_list = edited_dir / "prompts.csv"
+    if own_list.is_file() and own_list != prompts_path:
+        check_same_cases(own_list, prompts_path)
     prompts = image_prompts(edited_paths, prompts_path)
     check_same_size(original_paths[0], edited_paths[0])
     metrics = pairwise_metrics(original_paths, edited_paths, device)
