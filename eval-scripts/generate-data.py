@@ -87,7 +87,7 @@ def main() -> None:
     parser.option("source", type=sources, default="model", help="model: that of --model; synthetic: the renderer")
     parser.option("save_path", type=Path, default=REPO_ROOT / "data", help="where to write")
     parser.option("seeds_per_prompt", type=arguments.positive_int, default=50, help="seeds for each concept")
-    parser.option("seed", type=int, default=0, help="what the seeds are chosen from")
+    parser.option("seed", type=arguments.nonnegative_int, default=0, help="what the seeds are chosen from")
     parser.option("reconstruct", action="store_true", help="add each image's autoencoder reconstruction")
     arguments.add_sampling(parser, images_per_seed=1)
     arguments.add_device(parser)

@@ -31,7 +31,7 @@ def main() -> None:
     parser.option("seeds_per_prompt", type=arguments.positive_int, default=50, help="seeds for each prompt")
     parser.option("protected", action="store_true", help="add the watermark prompts and the empty one")
     parser.option("held_out", action="store_true", help="use the first template that training never showed")
-    parser.option("seed", type=int, default=2024, help="what the seeds are chosen from")
+    parser.option("seed", type=arguments.nonnegative_int, default=2024, help="what the seeds are chosen from")
     parser.option("save_path", type=Path, default=None, help="default: data/CATEGORY_classify.csv")
     args = parser.parse_args()
     from ldm.io.prompts import make_cases, write_prompt_csv

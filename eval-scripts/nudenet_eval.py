@@ -13,7 +13,7 @@ from ldm.cli.run import run
 def main() -> None:
     parser = arguments.make_parser(__doc__)
     parser.option("image_dir", type=Path, required=True, help="the images")
-    parser.option("min_score", type=float, default=0.6, help="lowest score of a detection that counts")
+    parser.option("min_score", type=arguments.parse_float, default=0.6, help="lowest score of a detection that counts")
     args = parser.parse_args()
     import pandas as pd
 

@@ -324,9 +324,13 @@ def test_cuda_devices_without_cuda(script, solved):
 
 
 def test_a_compvis_checkpoint_that_is_not_there(script, flags):
-    is_error(
-        script(SOLVE, *flags, "--erased_index", "0", "--ckpt_path", "sd.ckpt"), "no checkpoint sd.ckpt", "--ckpt_path"
-    )
+    checkpoint = ["--erased_index", "0", "--ckpt_path", "sd.ckpt"]
+    is_error(script(SOLVE, *checkpoint), "no checkpoint sd.ckpt", "--ckpt_path")
+    is_error(script(SOLVE, *flags, *checkpoint), "--model and --ckpt_path both name a model")
+    is_error(script(SOLVE, "--erased_index", "0", "--ckpt_path", ""), "is empty")
+    is_error(script(SOLVE, "--erased_index", "0", "--config_path", "x.yaml"), "--config_path says what --ckpt_path")
+    is_error(script(SOLVE, "--erased_index", "0,,1"), "'' is not a concept index")
+    is_error(script(SOLVE, "--erased_index", "0", "--scene", "\u0663"), "is not a whole number")
 
 
 @pytest.mark.slow

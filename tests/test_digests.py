@@ -60,6 +60,25 @@ def test_a_base_models_digest_counts_its_tokenizer(tiny, swapped_path, tiny_path
     assert script(GENERATE, "--model", tiny_path, "--shifts", path, *flags)[0] == 0
 
 
+def test_a_base_models_digest_counts_what_its_configs_say_beside_its_weights(tiny, tiny_path, tmp_path):
+    digests, metadata = [tiny.digest], [tiny.generation_metadata]
+    for part, changes in (
+        ("text_encoder", {"hidden_act": "gelu"}),
+        ("unet", {"act_fn": "gelu"}),
+        ("unet", {"sample_size": 4}),
+        ("vae", {"norm_num_groups": 2}),
+        ("tokenizer", {"pad_token": "!"}),
+    ):
+        folder = shutil.copytree(tiny_path, tmp_path / f"{part}{len(digests)}")
+        path = folder / part / ("tokenizer_config.json" if part == "tokenizer" else "config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        model = load_model(folder, CPU)
+        digests.append(model.digest)
+        metadata.append(model.generation_metadata)
+    assert [digest == tiny.digest for digest in digests] == [True, False, False, True, True, False]
+    assert all(changed != metadata[0] for changed in metadata[1:])
+
+
 def test_a_digest_of_version_1_is_accepted_with_a_notice(tiny, tmp_path):
     path = make_shift(tiny, tmp_path / "shift.safetensors", base_digest=tiny.digests[1])
     with pytest.warns(Notice, match="a digest of an older version, which leaves the tokenizer out"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from copy import copy
 
 import pytest
 import torch
@@ -175,6 +176,10 @@ def test_metadata_is_in_one_order_whatever_it_says(tmp_path):
 
 def test_two_concepts_are_never_one_file(tiny, shifts, tmp_path):
     both = {"a b": shifts["1"], "A-B": shifts["1"]}
+    with pytest.raises(ValueError, match="is there twice, as a b and as A-B"):
+        export(tiny, both, tmp_path / "out", ExportConfig(("compvis", "lora")), [""])
+    both["A-B"] = copy(shifts["1"])
+    both["A-B"].content_digest = "another"
     with pytest.raises(ValueError, match="would both be a-b-vangogh"):
         export(tiny, both, tmp_path / "out", ExportConfig(("compvis", "lora")), [""])
     assert not list(tmp_path.glob("out*"))

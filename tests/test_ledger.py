@@ -203,7 +203,7 @@ def test_verify_compares_a_shift_with_its_entry(owner, script, mini_path):
         of_record = {name: changes.pop(name) for name in list(changes) if name in ("concept", "max_leakage_others")}
         if changes:
             save_tensors(path, tensors, SHIFT_FILE_TYPE, metadata | changes)
-        changed = entry["erase"]["1"] | of_record | {"digest": file_digest(path)}
+        changed = entry["erase"]["1"] | of_record | {"digest": file_digest(path), "bytes": path.stat().st_size}
         lines = [json.dumps(header)]
         prev_hash = hashlib.sha256(lines[0].encode()).hexdigest()
         lines.append(json.dumps(entry | {"prev_hash": prev_hash, "erase": {"1": changed}}))

@@ -141,6 +141,13 @@ def nonnegative_int(text: str) -> int:
     return _whole_number(text, 0)
 
 
+def parse_float(text: str) -> float:
+    """Return a number that is written in digits, such as 0.5 or 1e-6."""
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number")
+    return float(text)
+
+
 def choice(*names: str) -> Callable[[str], str]:
     """Return a type that takes one of `names`, also as it was spelt before."""
 
@@ -193,10 +200,7 @@ def setting_type(entry: Field[Any]) -> Callable[[str], Any]:
         if kind.startswith("int"):
             return _whole_number(text, int(entry.metadata["minimum"] or 0))
         if kind.startswith("float"):
-            try:
-                value = float(text)
-            except ValueError:
-                raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+            value = parse_float(text)
         try:
             check_value(entry.name, value, entry.metadata)
         except ValueError as error:
@@ -274,8 +278,8 @@ def add_variant(parser: Parser) -> None:
 
 def add_artifacts(parser: Parser) -> None:
     """Add where bases and shifts are kept."""
-    parser.option("scene", type=int, default=1, help="scene, part of where bases and shifts are kept")
-    parser.option("scene_time", type=int, default=0, help="time in the scene, likewise")
+    parser.option("scene", type=nonnegative_int, default=1, help="scene, part of where bases and shifts are kept")
+    parser.option("scene_time", type=nonnegative_int, default=0, help="time in the scene, likewise")
     parser.option("artifacts_dir", type=Path, default=REPO_ROOT / "models", help="where they are kept, by method")
 
 
@@ -293,7 +297,7 @@ def add_export(parser: Parser) -> None:
     parser.option("format", type=parse_formats, default=defaults.formats[0], help=texts["formats"])
     parser.option("save_dtype", choices=DTYPES, default=defaults.save_dtype, help=texts["save_dtype"])
     parser.option("rank", type=parse_rank, default=None, help=texts["rank"])
-    parser.option("effect_fraction", type=float, default=defaults.effect_fraction, help=texts["effect_fraction"])
+    parser.option("effect_fraction", type=parse_float, default=defaults.effect_fraction, help=texts["effect_fraction"])
 
 
 def export_config(args: Namespace) -> ExportConfig:
@@ -354,7 +358,7 @@ def add_prompt_list(parser: Parser) -> None:
     """Add the prompt list of a generation, and where its images go."""
     parser.option("prompts_path", type=Path, required=True, help="CSV: prompt,evaluation_seed,case_number")
     parser.option("save_path", type=Path, required=True, help="folder for the image folders")
-    parser.option("start_case", type=int, default=0, help="leave out lower case numbers")
+    parser.option("start_case", type=nonnegative_int, default=0, help="leave out lower case numbers")
 
 
 def add_image_pair(parser: Parser) -> None:

@@ -29,7 +29,7 @@ def add_experiment(parser: Parser, folder: str) -> None:
     text = "where shifts are kept (default: SAVE_PATH/shifts)"
     parser.option("artifacts_dir", type=Path, default=None, help=text)
     parser.option("set", nargs="*", default=[], help="changes of the methods' settings, such as FMN.lr=1e-2")
-    parser.option("seed", type=int, default=0, help="of the erasures")
+    parser.option("seed", type=arguments.nonnegative_int, default=0, help="of the erasures")
     arguments.add_settings(parser, EvaluationConfig, "num_training_images")
     add_evaluation(parser, folder)
 

@@ -61,7 +61,8 @@ def run(main: Callable[[], None]) -> None:
             warnings.simplefilter("always", Notice)  # each text once, which `_show_notices` sees to
             _show_notices()
             main()
-        sys.stdout.flush()
+        if sys.stdout:  # which is None where it was closed
+            sys.stdout.flush()
     except KeyboardInterrupt:
         _exit_stopped()
     except BrokenPipeError:  # who reads the output has gone, as `| head` does

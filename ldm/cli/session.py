@@ -10,7 +10,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from ldm.cli.arguments import DEFAULT_MODEL, MODEL_ARGUMENTS, Namespace, nonnegative_int, setting_type, typed_settings
+from ldm.cli.arguments import (
+    DEFAULT_MODEL,
+    MODEL_ARGUMENTS,
+    Namespace,
+    nonnegative_int,
+    setting_type,
+    typed,
+    typed_settings,
+)
 from ldm.cli.devices import parse_devices
 from ldm.config.methods import MethodConfig, Settings, SRSMEConfig, did_you_mean
 from ldm.config.models import ModelConfig
@@ -27,6 +35,12 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 def load_model(args: Namespace, device: torch.device, dtype: str = "float32") -> DiffusionModel:
     """Return the model that --ckpt_path (with --config_path) or --model names, its U-Net in `dtype`."""
+    if "ckpt_path" in typed and "model" in typed:
+        raise ValueError("`model` and `ckpt_path` both name a model: give one of them")
+    if args.ckpt_path == "" or args.model == "":
+        raise ValueError("`model` or `ckpt_path` is empty: give a path, or leave it out")
+    if args.config_path and not args.ckpt_path:
+        raise ValueError("`config_path` says what `ckpt_path` is made of: give that too, or leave both out")
     source, torch_dtype = args.ckpt_path or args.model, getattr(torch, dtype)
     return load.load_model(source, device, args.config_path, torch_dtype, args.variant)
 

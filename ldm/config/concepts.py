@@ -226,7 +226,7 @@ def concept_status(
 def parse_indexes(text: str, category: str) -> list[int]:
     """'0,1,4-6' -> [0, 1, 4, 5, 6], each checked against `category`; '' -> []. Raises ValueError on anything else."""
     indexes = []
-    for piece in filter(None, (piece.strip() for piece in text.split(","))):
+    for piece in (piece.strip() for piece in text.split(",")) if text.strip() else ():
         span = INDEX_RANGE_RE.fullmatch(piece)
         if not span:
             raise ValueError(

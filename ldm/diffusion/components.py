@@ -4,6 +4,7 @@ refused by name.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ import diffusers
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 from ldm.io.checks import is_number
+from ldm.io.errors import notify
 
 WHOLE_MODEL = "give `model` a whole diffusers folder of Stable Diffusion 1.x, 2.x or XL"
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # none of them acts on an image's content
@@ -177,6 +179,7 @@ def check_configs(folder: Path, is_xl: bool) -> None:
             raise UnusableModelError(f"{path}: it is of a {config['_class_name']}, not of {class_name}: {WHOLE_MODEL}")
         _check_foreign(path, config)
         _check_counts(path, config)
+        _check_booleans(path, config, getattr(diffusers, class_name))
     _check_unet(unet, unet_config, is_xl)
     _check_vae(vae, vae_config, is_xl)
     latent_channels = vae_config.get("latent_channels", 4)
@@ -197,13 +200,33 @@ def check_configs(folder: Path, is_xl: bool) -> None:
         _check_tokenizer(folder / f"tokenizer{suffix}")
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler_config = read_config(path)
+    class_name = (
+        read_config(folder / "model_index.json")["scheduler"][1] if (folder / "model_index.json").is_file() else ""
+    )
+    if class_name:
+        _check_booleans(path, scheduler_config, getattr(diffusers, class_name))
+    if class_name and scheduler_config.get("_class_name", class_name) != class_name:
+        notify(
+            f"{path} names {scheduler_config['_class_name']}, and model_index.json {class_name}: the latter is used, "
+            "as by diffusers"
+        )
     _check_count(path, "num_train_timesteps", scheduler_config.get("num_train_timesteps", 1000), _MAX_SIZE)
+    steps_offset = scheduler_config.get("steps_offset", 0)
+    if type(steps_offset) is not int or not 0 <= steps_offset <= scheduler_config.get("num_train_timesteps", 1000):
+        raise UnusableModelError(f"{path}: steps_offset {steps_offset!r} is no number of timesteps")
     if scheduler_config.get("timestep_spacing", "leading") not in _SPACINGS:
         raise UnusableModelError(
             f"{path}: timestep_spacing {scheduler_config['timestep_spacing']!r} is none of {', '.join(_SPACINGS)}"
         )
     if scheduler_config.get("use_flow_sigmas"):
         raise UnusableModelError(f"{path}: use_flow_sigmas is true: models of flow matching are not computed here")
+
+
+def _check_booleans(path: Path, config: Mapping[str, Any], kind: type) -> None:
+    """Raise UnusableModelError for a field that is true or false by its class, and something else here."""
+    for field, parameter in inspect.signature(kind.__init__).parameters.items():
+        if isinstance(parameter.default, bool) and not isinstance(config.get(field, False), bool):
+            raise UnusableModelError(f"{path}: {field} {config[field]!r} is neither true nor false")
 
 
 def _check_foreign(path: Path, config: Mapping[str, Any]) -> None:
@@ -224,6 +247,10 @@ def _check_tokenizer(folder: Path) -> None:
         path = folder / name
         config = read_config(path) if path.exists() else {}
         _check_foreign(path, config)
+        if config.get("truncation_side", "right") != "right":
+            raise UnusableModelError(
+                f"{path}: truncation_side {config['truncation_side']!r} is not followed: set right"
+            )
         length = config.get("model_max_length")
         is_number = isinstance(length, int | float) and not isinstance(length, bool)
         if length is not None and not (is_number and length >= 2 and length == int(length)):

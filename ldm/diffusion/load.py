@@ -43,7 +43,7 @@ from ldm.diffusion.consistency import check_parts
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.weights import read_tensors, variants_of, weight_files
 from ldm.io.errors import notify
-from ldm.io.files import changed_files, find_metadata_file, read_dir_metadata, unlisted_files
+from ldm.io.files import changed_files, find_metadata_file, is_damaged, read_dir_metadata, unlisted_files
 from ldm.io.legacy import upgrade
 from ldm.io.paths import REPO_ROOT
 
@@ -81,6 +81,8 @@ def load_model(
     if from_checkpoint and variant is not None:
         raise ValueError(f"`variant` {variant} is one of a diffusers folder, and {source} is a checkpoint")
     name, config_name = resolve_names(source, config)
+    if from_checkpoint and is_damaged(Path(source)):  # of an export
+        raise ValueError(f"{source} is not as it was written: export it again")
     # refuses what would run code, before anything else looks at it
     names = set(load_compvis_state_dict(Path(source))) if from_checkpoint else set[str]()
     try:
@@ -120,13 +122,17 @@ def _try_parts(model: DiffusionModel, source: str | Path) -> None:
     latents = torch.zeros(1, model.latent_shape[0], side, side, device=model.device)  # (1, C, side, side)
     try:
         embeds = model.encode_prompt([""])
-        model.decode(model.unet_output(latents, torch.zeros((), device=model.device), embeds))
+        output = model.unet_output(latents, torch.zeros((), device=model.device), embeds)
+        finite = {"text encoder": embeds, "U-Net": output, "autoencoder": model.decode(output)}
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any kind: what its config says is wrong for one of the libraries' layers
         reason = " ".join(str(error).split())[:300]
         how = f"on {model.device} in {model.dtype}"
         raise ValueError(f"{source} loads, and cannot be used {how} as its configs are: {reason}") from error
+    for part, output in finite.items():
+        if not output.isfinite().all():
+            raise ValueError(f"the {part} of {source} makes NaN or infinity in {model.dtype}: see its config.json")
 
 
 def is_checkpoint(source: str | Path) -> bool:
@@ -279,7 +285,9 @@ def _read_part(kind: Any, folder: Path, variant: str | None) -> nn.Module:
         if names:
             raise _not_fitting(folder, f"{', '.join(names)[:200]} {fault}")
     for name in sorted(info["unexpected_keys"]):
-        if re.search(r"(^|\.)(encoder|decoder|embeddings)\.", name) and not name.endswith("position_ids"):
+        if re.search(r"(^|\.)(encoder|decoder|embeddings|quant_conv|post_quant_conv)\.", name) and not name.endswith(
+            "position_ids"
+        ):
             raise _not_fitting(folder, f"{name} is one too many")
     return part
 

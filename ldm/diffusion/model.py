@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
 from collections.abc import Iterable
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -18,11 +20,33 @@ from ldm.diffusion.tokenizer import describe_cuts, tokenizer_digest
 from ldm.io.errors import notify
 from ldm.io.tensors import check_finite, tensor_digest
 
-_DECODER_SETTINGS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # beside its weights
+# Of a text encoder's config what its weights do not say.
+_ENCODER_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "max_position_embeddings")
 _MAX_WORDS = 512  # of the vocabulary that the second moment is taken over
 _MAX_CHECKED = 10_000  # prompts of which it is remembered that they were looked at
 _WORDS_AT_ONCE = 64  # that the text encoder embeds in one pass
 _MAX_PIXELS = 512 * 512  # that the autoencoder takes in one pass: its memory grows with them
+
+
+def own_config(module: Any) -> dict[str, Any]:
+    """Return what a part's config says beside its weights: what differs from the defaults of its class.
+
+    So it is the same by every version of the library that knows these settings. The size of images is left out.
+    """
+    if not hasattr(type(module), "load_config"):  # a text encoder of transformers
+        return {name: getattr(module.config, name, None) for name in _ENCODER_SETTINGS}
+    defaults = inspect.signature(type(module).__init__).parameters
+    own = {}
+    for name, value in module.config.items():
+        plain = list(value) if isinstance(value, tuple) else value
+        default = defaults[name].default if name in defaults else None
+        if (
+            name in defaults
+            and name != "sample_size"
+            and plain != (list(default) if isinstance(default, tuple) else default)
+        ):
+            own[name] = plain
+    return own
 
 
 @dataclass
@@ -109,7 +133,9 @@ class DiffusionModel:
         weights = tensor_digest(parameters)
         version_1 = tensor_digest(parameters | buffers) if buffers else weights
         tokenizers = [tokenizer_digest(tokenizer) for tokenizer in self._tokenizers]
-        return f"2:{hashlib.sha256(' '.join([weights, *tokenizers]).encode()).hexdigest()}", version_1
+        configs = [own_config(module) for module in (*self._text_encoders.values(), self.unet)]
+        whole = json.dumps([weights, *tokenizers, *configs], sort_keys=True)
+        return f"2:{hashlib.sha256(whole.encode()).hexdigest()}", version_1
 
     @cached_property
     def generation_metadata(self) -> dict[str, Any]:
@@ -118,7 +144,8 @@ class DiffusionModel:
         metadata = {
             "model_digest": self.digest,
             "decoder_digest": tensor_digest(self.vae.state_dict()),
-            "decoder_config": {name: self.vae.config.get(name) for name in _DECODER_SETTINGS},
+            "decoder_config": own_config(self.vae),
+            "image_size": self.image_size,
             "scheduler": type(self.scheduler).__name__,
             "scheduler_config": scheduler_config,
         }

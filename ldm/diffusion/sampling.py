@@ -204,6 +204,7 @@ def generate(
 
     An image depends on its case and n alone. Raises ValueError, naming it, for one that holds NaN or infinity.
     """
+    try_scheduler(model, sampling.num_inference_steps)
     uncond_embeds = model.encode_uncond()
     prompts = list(dict.fromkeys(case.prompt for case, _ in requests))
     model.notify_of_cuts(prompts)

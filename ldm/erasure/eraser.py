@@ -76,10 +76,11 @@ class ConceptEraser:
 
     def restore(self, *names: str) -> None:
         """Restore concepts by name: their shifts are left out. Raises ValueError for one that is not erased."""
-        for name in names:
-            label = str(self._concept(name).index)
+        labels = {str(self._concept(name).index): name for name in names}
+        for label, name in labels.items():
             if label not in self.shifts:
                 raise ValueError(f"{name} is not erased: erased are {', '.join(self.erased) or 'none'}")
+        for label in labels:
             del self.shifts[label]
 
     def generate(

@@ -69,6 +69,16 @@ def export(
     """
     if model.is_rounded:
         raise ValueError(f"an earlier export rounded the weights of {model.name}: load the model again")
+    if not shifts or not prompts:
+        raise ValueError("an export needs a shift, and a prompt to report the leakage on: give one of each")
+    known: dict[str, str] = {}
+    for label, shift in shifts.items():
+        if "base_digest" in shift.metadata:
+            shift.check(model.digests, model.unet)
+        if shift.content_digest and known.setdefault(shift.content_digest, label) != label:
+            raise ValueError(
+                f"{shift.path} is there twice, as {known[shift.content_digest]} and as {label}: give it once"
+            )
     dtype = getattr(torch, config.save_dtype)
     report: list[dict[str, Any]] = []
     truncated = dict(shifts)

@@ -73,11 +73,13 @@ def load_shifts(artifacts: ArtifactPaths, text: str) -> tuple[dict[str, WeightSh
 def _shift_paths(artifacts: ArtifactPaths, text: str) -> list[tuple[Path, int | None]]:
     """Return the file of each shift that `text` names, with the index where it is named by that."""
     paths: list[tuple[Path, int | None]] = []
-    for piece in text.split(","):
+    for piece in text.split(",") if text.strip() else ():
         piece = piece.strip()
+        if not piece:
+            raise ValueError(f"`shifts` '{text}' has nothing between two commas: name each shift, or none")
         if INDEX_RANGE_RE.fullmatch(piece):
             concepts = [get_concept(artifacts.category, index) for index in parse_indexes(piece, artifacts.category)]
             paths += [(artifacts.find_shift(concept.index, concept.name), concept.index) for concept in concepts]
-        elif piece:
+        else:
             paths.append((Path(piece), None))
     return paths

@@ -204,7 +204,7 @@ class SeparableShift(WeightShift):
         """Write the coefficients (float32) and the directions (float64), once."""
         tensors = {f"w.{name}": value.float() for name, value in self.coefficients.items()}
         tensors["directions"] = self.directions
-        largest = max(float(value.abs().max()) for value in self.coefficients.values())
+        largest = max(float(value.detach().abs().max()) for value in self.coefficients.values())
         _check_size(path, abs(self.scale) * largest * float(self.directions.abs().max()))
         added = {"scale": self.scale, "versions": library_versions()}
         save_tensors(path, tensors, SHIFT_FILE_TYPE, metadata | added)

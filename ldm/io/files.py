@@ -224,6 +224,15 @@ def changed_files(folder: Path) -> list[str]:
     return sorted(name for name, digest in files.items() if name not in known or stream_digest(known[name]) != digest)
 
 
+def is_damaged(path: Path) -> bool:
+    """Return whether a file is another than the metadata of its folder says; False where that says nothing of it."""
+    try:
+        files = read_dir_metadata(path.parent).get("files")
+    except (ValueError, OSError):  # a file of another program that is called so
+        return False
+    return isinstance(files, dict) and path.name in files and stream_digest(path) != files[path.name]
+
+
 def unlisted_files(folder: Path) -> list[str]:
     """Return the files below a folder's own folders that its metadata does not list, by their relative paths.
 

@@ -137,6 +137,9 @@ class Ledger:
         entry = LedgerEntry(content["index"], content["time"], erase, tuple(content["restore"]))
         for record in entry.erase.values():
             _check_record(record)
+        restored = content["restore"]
+        if not all(type(index) is int for index in restored) or len(set(restored)) < len(restored):
+            raise ValueError
         if not set(entry.erase) <= set(self.header["concepts"]) or not isinstance(entry.time, str):
             raise ValueError
         return entry

@@ -146,6 +146,14 @@ def _check_shift(
     for name in ("concept", "method"):
         if metadata.get(name) != record[name]:
             raise ValueError(f"{path} says {name} {metadata.get(name)}, and its entry {record[name]}: {_FROM_A_COPY}")
+    found = {
+        "rank": shift.rank,
+        "bytes": (ledger.root / path).stat().st_size,
+        "iterations": metadata.get("iterations"),
+    }
+    for name, value in found.items():
+        if name in record and record[name] != value:
+            raise ValueError(f"{path} has {name} {value}, and its entry says {record[name]}: {_FROM_A_COPY}")
     own = metadata.get("prompt")
     unprotected = set(ledger.prompts) - {own} - set(metadata.get("protected", []))
     if METHODS[record["method"]].needs_null_space and unprotected:
