@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ def check_header(path: Path, metadata: Mapping[str, Any], kinds: Mapping[str, Ca
 
 
 def is_text(value: Any) -> bool:
-    """Return whether a value of JSON is a text."""
-    return isinstance(value, str)
+    """Return whether a value of JSON is a text, which no half of a surrogate pair is."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def is_texts(value: Any) -> bool:

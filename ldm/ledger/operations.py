@@ -155,7 +155,7 @@ def _check_shift(
         if name in record and record[name] != value:
             raise ValueError(f"{path} has {name} {value}, and its entry says {record[name]}: {_FROM_A_COPY}")
     own = metadata.get("prompt")
-    unprotected = set(ledger.prompts) - {own} - set(metadata.get("protected", []))
+    unprotected = set(ledger.header["protected"]) - {own} - set(metadata.get("protected", []))
     if METHODS[record["method"]].needs_null_space and unprotected:
         raise ValueError(f"{path} does not protect '{min(unprotected)}', which the ledger protects: {_FROM_A_COPY}")
     text = f"erases {record['concept']} from that base"
