@@ -330,6 +330,7 @@ def test_a_compvis_checkpoint_that_is_not_there(script, flags):
     is_error(script(SOLVE, "--erased_index", "0", "--ckpt_path", ""), "is empty")
     is_error(script(SOLVE, "--erased_index", "0", "--config_path", "x.yaml"), "--config_path says what --ckpt_path")
     is_error(script(SOLVE, "--erased_index", "0,,1"), "'' is not a concept index")
+    is_error(script(SOLVE, "--erased_index", "0", "--artifacts_dir", __file__), "a file is where a folder should be")
     is_error(script(SOLVE, "--erased_index", "0", "--scene", "\u0663"), "is not a whole number")
 
 
@@ -451,7 +452,7 @@ def test_a_closed_form_needs_no_images_and_says_what_it_does_not_use(script, fla
     given += ["--mode", "closed_form"]
     is_error(script(ERASE, *given, "--init", "zero"), "--mode closed_form", "--init closed_form")
     code, out, _ = script(ERASE, *given, "--init", "closed_form", "--lr", "0.1")
-    assert code == 0 and "--lr: not used" in out and "| Cezanne | 0 |" in out
+    assert code == 0 and "--lr, --training_image_dir: not used" in out and "| Cezanne | 0 |" in out
     assert len(list(tmp_path.rglob("shift-*.safetensors"))) == 3
     is_error(script(ERASE, *given, "--ridge_weight", "0"), "'0' is not above 0")
     is_error(script(ERASE, *given, "--init", "one"), "closed_form, zero")

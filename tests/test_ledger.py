@@ -260,6 +260,7 @@ def test_erase_restore_status_history_verify_and_export(owner, mini_path):
     assert "| erased | SRS-ME |" in rows["Picasso"] and "| never_erased |" in rows["Cezanne"]
     assert "VanGogh" in owner("history")[1]
     assert owner("erase", "VanGogh")[0] == 0 and len(Ledger(owner.root / HISTORY_FILE).entries) == 3  # nothing to do
+    assert "Cezanne is not erased, and stays as it is" in owner("restore", "Cezanne")[2]
     base = load_model(mini_path, CPU)
     ledger, model = Ledger(owner.root / HISTORY_FILE), load_model(mini_path, CPU)
     checked = verify(ledger, model).set_index("item").sha256

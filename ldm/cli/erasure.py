@@ -56,7 +56,9 @@ def _report_unused(args: Namespace, config: MethodConfig) -> None:
         return
     typed = set(typed_settings(args, type(config))) - {"max_steps"}
     entries = [entry for entry in dataclasses.fields(config) if entry.metadata["training_only"]]
-    unused = [spelled.get(entry.name, f"--{entry.name}") for entry in entries if entry.name in typed]
+    names = [entry.name for entry in entries if entry.name in typed]
+    names += [name for name in ("training_image_dir", "gradient_checkpointing", "frozen_device") if name in spelled]
+    unused = [spelled.get(name, f"--{name}") for name in names]
     if unused:
         print(f"{', '.join(unused)}: not used, since nothing is trained: --mode is closed_form")
 

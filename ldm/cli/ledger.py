@@ -9,7 +9,7 @@ from ldm.cli import arguments
 from ldm.cli.arguments import MODEL_ARGUMENTS, Namespace
 from ldm.config.concepts import parse_erase_targets
 from ldm.config.methods import METHODS
-from ldm.io.errors import MissingFileError
+from ldm.io.errors import MissingFileError, notify
 from ldm.ledger.history import ledger_lock
 from ldm.ledger.history import repair as cut_off_torn_line
 from ldm.ledger.ledger import Ledger, history_path, make_header, status_table
@@ -76,7 +76,10 @@ def restore(args: Namespace) -> None:
     path = history_path(args.ledger_dir)
     with ledger_lock(path.parent):
         ledger = Ledger(path)
-        restored = {ledger.concept(name).index for name in args.concept} & set(ledger.active_shifts())
+        named = {ledger.concept(name).index: ledger.concept(name).name for name in args.concept}
+        restored = set(named) & set(ledger.active_shifts())
+        for index in sorted(set(named) - restored):
+            notify(f"{named[index]} is not erased, and stays as it is")
         if restored:
             ledger.append({}, restored)
     status(args)

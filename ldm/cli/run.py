@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -108,6 +109,16 @@ def _exit_stopped() -> NoReturn:
 
 # What reading or writing a file may raise, or a machine that is too small for it: errors that a user can mend.
 _USERS_ERRORS = (ValueError, OSError, EOFError, FloatingPointError, ImportError, MemoryError, RecursionError)
+# What the system says of a file, and what to do about it.
+_OS_ADVICE = {
+    errno.ENOTDIR: "a file is where a folder should be: choose another path, or remove it",
+    errno.EEXIST: "a file is where a folder should be: choose another path, or remove it",
+    errno.EISDIR: "a folder is where a file should be: give the path of a file",
+    errno.ENOENT: "there is no such file or folder: see how it is spelt",
+    errno.EACCES: "permission denied: see to who may read and write there",
+    errno.EROFS: "the file system is read-only: choose another path",
+    errno.ENAMETOOLONG: "the name is too long for this file system: choose a shorter one",
+}
 _WITHOUT_TEXT: dict[type[Exception], str] = {MemoryError: "out of memory: try a smaller model or fewer images at once"}
 _USERS_ERRORS_OF = {  # of libraries that may not have been imported
     "safetensors": ("SafetensorError",),
@@ -138,6 +149,8 @@ def as_typed(message: str) -> str:
 def explain(error: Exception) -> str:
     """Return an error as one line, with the flags that its user typed and the command that makes what is missing."""
     message = as_typed(str(error)) or _WITHOUT_TEXT.get(type(error), type(error).__name__)
+    if isinstance(error, OSError) and error.errno in _OS_ADVICE and error.filename:
+        message = f"{error.filename}: {_OS_ADVICE[error.errno]}"
     if isinstance(error, MissingFileError):
         category = error.details.get("category")
         known = {

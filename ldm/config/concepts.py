@@ -187,7 +187,7 @@ def _format_choices(category: str) -> str:
 def get_concept(category: str, index: int) -> Concept:
     """The concept with that index. Raises ValueError, listing all names, when there is none."""
     concepts = load_concepts(category)
-    if not 0 <= index < len(concepts):
+    if type(index) is not int or not 0 <= index < len(concepts):
         raise ValueError(f"no {category} concept has index {index}: choose from {_format_choices(category)}")
     return concepts[index]
 

@@ -35,7 +35,7 @@ from ldm.erasure.leakage import leakage, leakage_after_rounding, leakage_table, 
 from ldm.erasure.merge import merge, merged_weight
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
 from ldm.io.files import atomic_write_dir, is_written, write_dir_metadata
-from ldm.io.tensors import CREATED_BY, check_finite, torch_writes
+from ldm.io.tensors import CREATED_BY, check_finite, named_writes
 
 Weights = dict[str, torch.Tensor]
 
@@ -161,7 +161,7 @@ def save_compvis(model: DiffusionModel, shifts: Mapping[str, WeightShift], folde
         if path.suffix == ".safetensors":
             save_with_metadata(path, tensors, checkpoint_metadata(model, shifts))
         else:
-            with torch_writes(path):
+            with named_writes(path):
                 torch.save({"state_dict": tensors}, path)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.shift import WeightShift
-from ldm.io.tensors import CREATED_BY, METADATA_KEY
+from ldm.io.tensors import CREATED_BY, METADATA_KEY, named_writes
 
 _SPEC_VERSION = "1.0.0"
 _STABILITY = "https://github.com/Stability-AI/generative-models"  # what sd-scripts names for these layouts
@@ -132,7 +132,8 @@ def save_with_metadata(path: Path, tensors: Mapping[str, torch.Tensor], metadata
     safetensors writes the entries in random order, and everything else in one: here they are put in order afterwards.
     """
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contents, path, metadata={"format": "pt", **metadata})
+    with named_writes(path):
+        save_file(contents, path, metadata={"format": "pt", **metadata})
     with open(path, "r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))

@@ -42,16 +42,16 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], file_type: str
     metadata = json.loads(json.dumps(metadata))  # as it will be read
     digest = _content_digest(file_type, metadata, contents)
     header = json.dumps({"file_type": file_type, "metadata": metadata, "content_digest": digest}, sort_keys=True)
-    with atomic_write(Path(path)) as partial:
+    with atomic_write(Path(path)) as partial, named_writes(Path(path)):
         save_file(contents, partial, metadata={METADATA_KEY: header})
 
 
 @contextmanager
-def torch_writes(path: Path) -> Iterator[None]:
-    """Let `torch.save`, which says by a RuntimeError that a file cannot be written, raise an OSError that names it."""
+def named_writes(path: Path) -> Iterator[None]:
+    """Let torch and safetensors, whose errors do not name a file that cannot be written, raise one that does."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise OSError(f"{path.name} cannot be written, as where a disk is full: {error}") from error
 
 

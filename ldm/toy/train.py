@@ -34,7 +34,7 @@ from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.tokenizer import tokenizer_digest
 from ldm.io.files import atomic_write
 from ldm.io.pickles import UnreadablePickleError, load_torch_pickle
-from ldm.io.tensors import torch_writes
+from ldm.io.tensors import named_writes
 
 
 def pixels_to_tensor(images: np.ndarray) -> torch.Tensor:
@@ -140,7 +140,7 @@ def _fit(
             ema.update_parameters(module)
         state["iteration"] = iteration + 1
         if (iteration + 1) % save_every == 0 or iteration + 1 == settings.iterations:
-            with atomic_write(path) as partial_path, torch_writes(path):
+            with atomic_write(path) as partial_path, named_writes(path):
                 fabric.save(partial_path, state)
         yield iteration, loss.detach().item()
 
