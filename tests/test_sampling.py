@@ -165,7 +165,7 @@ def test_prompts_that_are_cut_are_named_with_where(tiny):
         images = [image for _, _, image in generate(tiny, [(case, 0) for case in cases], SAMPLING)]
     texts = [str(notice.message) for notice in given if notice.category is Notice]
     assert texts[0].startswith(
-        "2 of 3 prompts are longer than the model's 16 tokens, and are cut; 2 of them are the same"
+        "2 of 3 prompts are longer than the model's 16 tokens, and are cut; 2 of them are then the same"
     )
     assert len(texts) == 3 and "is cut after 43 characters, '... a church by the sea in the ev'" in texts[1], texts
     assert max_difference(images[0], images[1]) == 0

@@ -67,7 +67,7 @@ def describe_cuts(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[str
         return []
     length = min(tokenizer.model_max_length for tokenizer in tokenizers)
     same = sum(count for count in Counter(parts.values()).values() if count > 1)
-    alike = f"; {same} of them are the same to the model as another" if same else ""
+    alike = f"; {same} of them are then the same as another" if same else ""
     lines = [f"{len(parts)} of {len(prompts)} prompts are longer than the model's {length} tokens, and are cut{alike}"]
     for prompt, part in parts.items():
         lines.append(f"the prompt '{_shortened(prompt)}' is cut after {len(part)} characters, '...{part[-30:]}'")
@@ -75,4 +75,5 @@ def describe_cuts(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[str
 
 
 def _shortened(prompt: str) -> str:
-    return prompt if len(prompt) <= 60 else f"{prompt[:60]}..."
+    """Return the beginning and the end of a prompt, which may be all that tells it from another."""
+    return prompt if len(prompt) <= 80 else f"{prompt[:40]} ... {prompt[-40:]}"
