@@ -34,7 +34,7 @@ def init(args: Namespace) -> None:
             value = getattr(args, name)
             is_path = value and name != "variant" and Path(value).exists()
             source[name] = str(Path(value).resolve()) if is_path else value
-        check_apart(model, concepts, args.protect)
+        check_apart(model, concepts, model.embed_prompts(args.protect))
         header = make_header(model, args.category, concepts, args.protect, source)
         ledger = Ledger.create(path, header)
         model.notify_of_cuts(ledger.prompts)
@@ -76,7 +76,7 @@ def restore(args: Namespace) -> None:
     path = history_path(args.ledger_dir)
     with ledger_lock(path.parent):
         ledger = Ledger(path)
-        named = {ledger.concept(name).index: ledger.concept(name).name for name in args.concept}
+        named = {concept.index: concept.name for concept in map(ledger.concept, args.concept)}
         restored = set(named) & set(ledger.active_shifts())
         for index in sorted(set(named) - restored):
             notify(f"{named[index]} is not erased, and stays as it is")

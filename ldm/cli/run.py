@@ -111,8 +111,9 @@ def _exit_stopped() -> NoReturn:
 _USERS_ERRORS = (ValueError, OSError, EOFError, FloatingPointError, ImportError, MemoryError, RecursionError)
 # What the system says of a file, and what to do about it.
 _OS_ADVICE = {
-    errno.ENOTDIR: "a file is where a folder should be: choose another path, or remove it",
-    errno.EEXIST: "a file is where a folder should be: choose another path, or remove it",
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EEXIST), "a file is where a folder should be: choose another path, or remove it"
+    ),
     errno.EISDIR: "a folder is where a file should be: give the path of a file",
     errno.ENOENT: "there is no such file or folder: see how it is spelt",
     errno.EACCES: "permission denied: see to who may read and write there",

@@ -15,12 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm.io.checks import check_header, is_count, is_number, is_texts
-from ldm.io.tensors import (
-    check_base_model,
-    library_versions,
-    load_tensors,
-    save_tensors,
-)
+from ldm.io.tensors import check_base_model, library_versions, load_tensors, save_tensors
 
 BASIS_FILE_TYPE = "null space basis"
 EXACT_TOLERANCE = 1e-7

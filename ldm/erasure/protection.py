@@ -105,7 +105,7 @@ def solve_null_spaces(
         concept = get_concept(artifacts.category, index)
         prompts[index] = concept.prompts(0 if concept.is_watermark else config.protected_templates)
     embeds = model.embed_prompts(dict.fromkeys([*fixed, *itertools.chain(*prompts.values())]))  # (tokens, d) each
-    check_apart(model, targets, fixed)
+    check_apart(model, targets, {prompt: embeds[prompt] for prompt in fixed})
     rows = ProtectedRows(embeds, fixed, prompts, config.always_protected_weight)
     local_targets = shard.select(targets)
     summaries = []
@@ -132,13 +132,14 @@ def solve_null_spaces(
     return summaries
 
 
-def check_apart(model: DiffusionModel, concepts: Sequence[Concept], protected: Sequence[str]) -> None:
-    """Raise ValueError when a concept's name is protected too, as the model reads it: then nothing can erase it."""
-    embeds = model.embed_prompts(protected)
-    for concept, own in zip(
-        concepts, model.embed_prompts(concept.prompt for concept in concepts).values(), strict=True
-    ):
-        for prompt, rows in embeds.items():
+def check_apart(model: DiffusionModel, concepts: Sequence[Concept], protected: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError when a concept's name is protected too, as the model reads it: then nothing can erase it.
+
+    `protected` are the embeddings (tokens, d) of the protected prompts.
+    """
+    for concept in concepts:
+        own = model.embed_prompts([concept.prompt])[concept.prompt]  # (tokens, d)
+        for prompt, rows in protected.items():
             if torch.equal(rows, own):
                 raise ValueError(
                     f"'{prompt}' is {concept.name} to the model, which cannot be erased and protected at once: leave "

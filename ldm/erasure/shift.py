@@ -16,13 +16,7 @@ import torch
 from torch import nn
 
 from ldm.io.checks import check_header, is_count, is_mapping, is_number, is_text, is_texts
-from ldm.io.tensors import (
-    LazyTensors,
-    check_base_model,
-    library_versions,
-    load_tensors,
-    save_tensors,
-)
+from ldm.io.tensors import LazyTensors, check_base_model, library_versions, load_tensors, save_tensors
 
 SHIFT_FILE_TYPE = "weight shift"
 _LARGEST = 1e30  # that a shift may add to a weight: float32 holds a little more
@@ -215,13 +209,14 @@ class SeparableShift(WeightShift):
         directions, scale, weights = tensors["directions"], metadata.get("scale"), tensors.with_prefix("w.")
         if directions.dim() != 2 or not len(directions) or not 0 < len(weights) == len(tensors) - 1:
             return None
-        if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        if not directions.is_floating_point() or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             return None
-        if any(weight.dim() != 2 or weight.shape[1] != len(directions) for weight in weights.values()):
-            return None
-        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            return None
-        largest = max(float(weight.abs().max()) for weight in weights.values())
+        largest = 0.0
+        for weight in weights.values():  # each is read from the file here
+            fits = weight.dim() == 2 and weight.shape[1] == len(directions) and weight.numel() > 0
+            if not fits or not weight.is_floating_point():
+                return None
+            largest = max(largest, float(weight.abs().max()))
         if abs(scale) * largest * float(directions.abs().max()) > _LARGEST:
             return None
         return cls(weights, directions, scale, metadata)

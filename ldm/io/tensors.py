@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -40,7 +40,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], file_type: str
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     check_finite(contents, f"the {file_type} {path}")
     metadata = json.loads(json.dumps(metadata))  # as it will be read
-    digest = _content_digest(file_type, metadata, contents)
+    digest = _content_digest(file_type, metadata, sorted(contents.items()))
     header = json.dumps({"file_type": file_type, "metadata": metadata, "content_digest": digest}, sort_keys=True)
     with atomic_write(Path(path)) as partial, named_writes(Path(path)):
         save_file(contents, partial, metadata={METADATA_KEY: header})
@@ -75,11 +75,10 @@ def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
     raise ValueError(f"{what} is not written: {name} would hold NaN or infinity: {advice}")
 
 
-def _content_digest(file_type: str, metadata: Any, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of a file's type and metadata, and of its tensors' names, types, shapes and bits."""
+def _content_digest(file_type: str, metadata: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return the SHA-256 of a file's type and metadata, and of its tensors' names, types, shapes and bits, in order."""
     digest = hashlib.sha256(json.dumps([file_type, metadata], sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in tensors:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -125,10 +124,7 @@ def load_tensors(
     header, names = _read_header(path, file_type, hint)
     tensors = LazyTensors(path, {name: name for name in names})
     try:
-        name = not_finite(tensors)
-        if name is not None:
-            raise ValueError(f"{path}: {name} holds NaN or infinity: make the file again")
-        digest = _content_digest(header.file_type, header.written_metadata, tensors)
+        digest = _content_digest(header.file_type, header.written_metadata, _finite_items(tensors))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or not safetensors: make it again") from error
     if header.content_digest is None:
@@ -137,6 +133,15 @@ def load_tensors(
     elif header.content_digest != digest:
         raise ValueError(f"{path} is not as it was written (its contents have another digest): make it again")
     return LazyTensors(path, tensors.names, digest), header.metadata
+
+
+def _finite_items(tensors: LazyTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors in order of their names, each read once. Raises ValueError for one with NaN or infinity."""
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if not_finite({name: tensor}) is not None:
+            raise ValueError(f"{tensors.path}: {name} holds NaN or infinity: make the file again")
+        yield name, tensor
 
 
 def _check_older_file(path: Path, file_type: str) -> None:
