@@ -1,10 +1,32 @@
 """Compare images before and after an erasure: accuracy, LPIPS, pixels, PSNR and Frechet distance for each prompt.
 
-Writes compare-NAME.csv into EDITED_DIR, NAME being that of the folder ORIGINAL_DIR.
+Unchanged is the fraction of a prompt's images that differ from the original's by at most 1 of 255 in every pixel.
+Writes compare-NAME.csv into EDITED_DIR, NAME being that of the folder ORIGINAL_DIR, and prints a summary by group. A
+prompt's group is that of the first prompt list in --groups that has it; else compositions, or erased compositions, for
+one that says a style and an object; else erased, restored, protected or regular.
 """
 
+from pathlib import Path
+
 from ldm.cli import arguments
+from ldm.cli.arguments import Namespace
 from ldm.cli.run import run
+from ldm.config.concepts import parse_indexes
+
+
+def find_groups(args: Namespace, prompts_path: Path) -> dict[str, str]:
+    """Return the group of each prompt that the images show."""
+    from ldm.metrics.compare import erased_indexes, image_prompts, match_images, prompt_groups, prompt_statuses
+
+    edited_paths = [edited for _, edited in match_images(args.original_dir, args.edited_dir)]
+    prompts = image_prompts(edited_paths, prompts_path)
+    if args.erased is None:
+        erased = erased_indexes(args.edited_dir, args.category)
+    else:
+        erased = parse_indexes(args.erased, args.category)
+    restored = parse_indexes(args.restored, args.category)
+    statuses = prompt_statuses(args.edited_dir, args.category, prompts, erased, restored)
+    return prompt_groups(statuses, args.groups)
 
 
 def main() -> None:
@@ -12,6 +34,13 @@ def main() -> None:
     arguments.add_category(parser)
     arguments.add_image_pair(parser)
     arguments.add_image_prompts(parser)
+    text = "concepts erased in EDITED_DIR, such as 1,3 (default: those of the shifts in its metadata)"
+    parser.option("erased", default=None, help=text)
+    parser.option("restored", default="", help="concepts restored in EDITED_DIR, such as 2")
+    text = "names for the prompts of further lists, such as captions=data/everyday_captions.csv"
+    parser.option(
+        "groups", type=arguments.named_file, nargs="+", action="extend", default=[], metavar="NAME=FILE", help=text
+    )
     arguments.add_classifier(parser)
     arguments.add_inception(parser)
     arguments.add_device(parser)
@@ -19,23 +48,25 @@ def main() -> None:
     from ldm.cli.devices import parse_devices
     from ldm.io.files import atomic_write
     from ldm.metrics.classify import find_classifier
-    from ldm.metrics.compare import compare
+    from ldm.metrics.compare import compare, summarize_by
     from ldm.metrics.tables import to_markdown
 
-    device = parse_devices(args.device)[0]
+    device, prompts_path = parse_devices(args.device)[0], args.prompts_path or args.edited_dir / "prompts.csv"
+    groups = find_groups(args, prompts_path)  # before the slow part, so that a mistake is told at once
     table = compare(
         args.original_dir,
         args.edited_dir,
-        args.prompts_path or args.edited_dir / "prompts.csv",
+        prompts_path,
         args.category,
         find_classifier(args.category, args.classifier, device),
         device,
         args.inception_weights,
     )
+    table.insert(1, "group", [groups[prompt] for prompt in table.prompt])
     path = args.edited_dir / f"compare-{args.original_dir.resolve().name}.csv"
     with atomic_write(path) as partial:
         table.to_csv(partial, index=False)
-    print(to_markdown(table))
+    print(f"{to_markdown(table)}\n\n{to_markdown(summarize_by(table, 'group'))}")
     print(f"{table.images.sum()} pairs of images -> {path}")
 
 

@@ -78,7 +78,9 @@ def main() -> None:
     print(to_markdown(table.reset_index()))
 
     # Training's images are those of the seed itself.
-    images, _ = render_dataset(args.num_held_out, config["seed"] + 1, config["dataset"]["mixture_weights"])
+    dataset = config["dataset"]
+    settings = dataset["mixture_weights"], dataset.get("captions", "listed")
+    images, _ = render_dataset(args.num_held_out, config["seed"] + 1, *settings)
     psnr = reconstruction_psnr(model.vae, images)
     print(
         f"\nautoencoder on {args.num_held_out} held-out images: {psnr.mean():.2f} dB PSNR on average, "

@@ -6,6 +6,7 @@ that exist are kept, so that the same command resumes a stopped run.
 
 from ldm.cli import arguments
 from ldm.cli.run import run
+from ldm.config.methods import EditConfig
 
 
 def main() -> None:
@@ -14,6 +15,7 @@ def main() -> None:
     arguments.add_category(parser)
     arguments.add_artifacts(parser)
     arguments.add_shifts(parser)
+    arguments.add_settings(parser, EditConfig)
     arguments.add_prompt_list(parser)
     arguments.add_sampling(parser, images_per_seed=1)
     arguments.add_compile(parser)
@@ -22,21 +24,22 @@ def main() -> None:
     from ldm.cli import devices, session
     from ldm.config.models import load_model_config
     from ldm.diffusion.image_folder import generate_to_folder
-    from ldm.erasure.merge import applied, load_shifts
+    from ldm.erasure.merge import describe_forms, edited, load_shifts, shifts_metadata
     from ldm.io.images import find_images
     from ldm.io.prompts import read_prompt_csv
 
     cases = [case for case in read_prompt_csv(args.prompts_path) if case.case_number >= args.start_case]
     device, shard = devices.init_distributed(session.first_device(args))
     model = session.load_model(args, device)
-    sampling = session.fill_settings(args, load_model_config(model.config_name).sampling)
+    config = load_model_config(model.config_name)
+    sampling, form = session.fill_settings(args, config.sampling), session.fill_settings(args, config.edit).form
     shifts, name = load_shifts(session.artifact_paths(args, model.name, args.method), args.shifts)
     for shift in shifts.values():
         shift.check(model.digests, model.unet)
-    shift_metadata = {label: shift.provenance for label, shift in shifts.items()}
-    metadata = {**model.generation_metadata, "shifts": shift_metadata}
+    print(describe_forms(shifts, form))
+    metadata = {**model.generation_metadata, **shifts_metadata(shifts, form)}
     folder = args.save_path / f"{name}-merge"
-    with applied(model.unet, list(shifts.values())):
+    with edited(model, shifts, form):
         num_generated = generate_to_folder(
             model, cases, folder, metadata, sampling, args.images_per_seed, shard, args.compile
         )

@@ -1,7 +1,8 @@
 """Make the prompt list of a category: every concept's prompt at the same number of seeded random seeds.
 
 data/style_classify.csv and data/object_classify.csv are made by this script's defaults, data/watermark.csv by
-`--category watermark --seeds_per_prompt 10`, and data/*_held_out.csv by `--held_out`.
+`--category watermark --seeds_per_prompt 10`, and data/*_held_out.csv by `--held_out`. `--everyday` makes lists of no
+category instead: prompts that name no concept, at one seed each unless told otherwise.
 """
 
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from ldm.cli import arguments
 from ldm.cli.run import run
 from ldm.config.concepts import CATEGORIES, erasable_concepts, watermark_prompts
+from ldm.config.everyday import PROMPT_LISTS, everyday_prompts
 from ldm.io.paths import REPO_ROOT
 
 WATERMARK = "watermark"
@@ -28,21 +30,25 @@ def main() -> None:
     parser = arguments.make_parser(__doc__)
     text = f"whose prompts; {WATERMARK}: those that every shift protects, with the empty one"
     parser.option("category", choices=(*CATEGORIES, WATERMARK), default="style", help=text)
-    parser.option("seeds_per_prompt", type=arguments.positive_int, default=50, help="seeds for each prompt")
+    parser.option("seeds_per_prompt", type=arguments.positive_int, default=None, help="default: 50; everyday: 1")
     parser.option("protected", action="store_true", help="add the watermark prompts and the empty one")
     parser.option("held_out", action="store_true", help="use the first template that training never showed")
+    parser.option("everyday", choices=tuple(PROMPT_LISTS), default=None, help="prompts that name no concept, instead")
     parser.option("seed", type=arguments.nonnegative_int, default=2024, help="what the seeds are chosen from")
-    parser.option("save_path", type=Path, default=None, help="default: data/CATEGORY_classify.csv")
+    parser.option("save_path", type=Path, default=None, help="default: in data, by the list's name")
     args = parser.parse_args()
     from ldm.io.prompts import make_cases, write_prompt_csv
 
     prompts, name = [], WATERMARK
-    if args.category != WATERMARK:
+    if args.everyday:
+        prompts, name = everyday_prompts(args.everyday), PROMPT_LISTS[args.everyday]
+    elif args.category != WATERMARK:
         prompts = category_prompts(args.category, args.held_out)
         name = f"{args.category}_{'held_out' if args.held_out else 'classify'}"
-    if args.category == WATERMARK or args.protected:
+    if name == WATERMARK or args.protected:
         prompts += [*watermark_prompts(), ""]
-    cases = make_cases(prompts, args.seeds_per_prompt, args.seed)
+    seeds_per_prompt = args.seeds_per_prompt or (1 if args.everyday else 50)
+    cases = make_cases(prompts, seeds_per_prompt, args.seed)
     path = args.save_path or REPO_ROOT / "data" / f"{name}.csv"
     write_prompt_csv(path, cases)
     print(f"{len(cases)} cases of {len(prompts)} prompts -> {path}")

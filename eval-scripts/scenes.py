@@ -46,7 +46,10 @@ def run_and_write(args: Namespace, experiment, scene: int, methods: list[str]) -
     for part, target in ((table, f"{path}.csv"), (means, f"{path}-averages.csv")):
         with atomic_write(target) as partial:
             part.to_csv(partial, index=False)
-    title = f"Each concept: {distance} / accuracy % / LPIPS (E erased, R restored); the last three: PSNR dB / LPIPS"
+    title = (
+        f"Each concept: {distance} / accuracy % / LPIPS / unchanged (E erased, R restored); the last three: PSNR dB / "
+        "LPIPS / unchanged. Unchanged: the fraction of images that differ from the original's by at most 1 of 255"
+    )
     text = "\n\n".join([title, to_markdown(wide_table(table, args.category, distance)), to_markdown(means)])
     write_text(f"{path}.md", text + "\n")
     metrics = {"accuracy": "accuracy %", distance: distance, "lpips": "LPIPS"}

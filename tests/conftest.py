@@ -91,7 +91,8 @@ def make_model(folder: Path, seed: int, config=TINY) -> Path:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(folder / "tokenizer", 16, MIXTURE_WEIGHTS)
     vae = AutoencoderKL(**OmegaConf.to_container(config.vae))
-    save_pipeline(config, vae, Denoiser(config, tokenizer), tokenizer, folder)
+    denoiser = Denoiser(config, tokenizer)
+    save_pipeline(config, vae, denoiser.unet, denoiser.text_encoder, tokenizer, folder)
     return folder
 
 

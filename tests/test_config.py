@@ -242,7 +242,9 @@ def with_default_steps(config: ModelConfig) -> ModelConfig:
 
 @pytest.mark.parametrize(("old", "name"), [(OLD_MINI_SD, "mini-sd"), (OLD_MINI_MANY, "mini-sd-logos")])
 def test_an_older_yaml_is_read_to_the_same_settings(tmp_path, old, name):
-    assert with_default_steps(load_yaml(tmp_path, old)) == with_default_steps(load_model_config(name))
+    today = load_model_config(name)
+    read = dataclasses.replace(load_yaml(tmp_path, old), gate=today.gate, edit=today.edit)  # of which it says nothing
+    assert with_default_steps(read) == with_default_steps(today)
     assert load_yaml(tmp_path, old).methods["SRS-ME"].mode == "closed_form"
 
 

@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 from conftest import CPU, is_error, save_unchecked
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_load import make_bert
 
 from ldm.diffusion.load import load_model
 from ldm.diffusion.text_layers import text_layers
@@ -77,6 +78,46 @@ def test_a_base_models_digest_counts_what_its_configs_say_beside_its_weights(tin
         metadata.append(model.generation_metadata)
     assert [digest == tiny.digest for digest in digests] == [True, False, False, True, True, False]
     assert all(changed != metadata[0] for changed in metadata[1:])
+
+
+def test_the_digest_of_a_model_with_a_bert_counts_words_weights_and_heads(tmp_path):
+    folder = make_bert(tmp_path / "bert")
+    encoder, tokenizer = folder / "text_encoder", folder / "tokenizer"
+    contents = {path: path.read_bytes() for path in (*encoder.iterdir(), *tokenizer.iterdir())}
+    digests = [load_model(folder, CPU).digest]
+
+    def swap_two_words() -> None:
+        path = tokenizer / "tokenizer.json"
+        content = json.loads(path.read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary["church"], vocabulary["artist"] = vocabulary["artist"], vocabulary["church"]
+        path.write_text(json.dumps(content))
+
+    def change_a_weight() -> None:
+        tensors = load_file(encoder / "model.safetensors")
+        tensors["encoder.layer.1.output.dense.bias"] += 0.5
+        save_file(tensors, encoder / "model.safetensors", metadata={"format": "pt"})
+
+    def change(path, **changes) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    changes = [
+        swap_two_words,
+        change_a_weight,
+        lambda: change(encoder / "config.json", num_attention_heads=2),
+        lambda: change(encoder / "config.json", hidden_act="relu"),
+        lambda: change(tokenizer / "tokenizer_config.json", model_max_length=8),
+        lambda: change(encoder / "config.json", dtype="float16"),
+        lambda: change(encoder / "config.json", use_cache=False),
+    ]
+    for apply in changes:
+        apply()
+        digests.append(load_model(folder, CPU).digest)
+        for path, content in contents.items():
+            path.write_bytes(content)
+    base, *others = digests
+    assert others[-2:] == [base, base]  # which make no other model
+    assert len({base, *others[:-2]}) == 6
 
 
 def test_a_digest_of_version_1_is_accepted_with_a_notice(tiny, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import string
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,25 @@ from conftest import CPU, TINY, compvis_config, make_xl
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from transformers import modeling_utils
+from transformers import BertConfig, BertModel, BertTokenizer, modeling_utils
 
+from ldm.config.concepts import get_concept
+from ldm.config.methods import ExportConfig, NullSpaceConfig, SamplingConfig, SRSMEConfig
 from ldm.diffusion.components import check_configs, check_index, read_config
 from ldm.diffusion.compvis import convert_to_compvis, is_safetensors, unet_key_map
 from ldm.diffusion.load import is_checkpoint, load_model, resolve_names
-from ldm.io.paths import REPO_ROOT
+from ldm.diffusion.sampling import generate, initial_noise
+from ldm.diffusion.tokenizer import vocabulary_words
+from ldm.erasure.erase import erase
+from ldm.erasure.export import export
+from ldm.erasure.memory import estimate_memory
+from ldm.erasure.merge import applied, merge
+from ldm.erasure.protection import Protection
+from ldm.erasure.shift import WeightShift
+from ldm.io.paths import REPO_ROOT, ArtifactPaths
+from ldm.io.prompts import PromptCase
 from ldm.io.tensors import save_tensors
+from ldm.toy.train import save_pipeline
 
 UNET, VAE, TEXT = "unet/config.json", "vae/config.json", "text_encoder/config.json"
 TOKENIZER, SCHEDULER, INDEX = "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json", "model_index.json"
@@ -27,9 +41,38 @@ WEIGHTS = {
 }
 
 
+def make_bert(folder: Path) -> Path:
+    """Make a tiny random model whose text encoder is a BERT of 12 tokens, which splits words that it does not know."""
+    torch.manual_seed(4)
+    letters = list(string.ascii_lowercase)
+    words = ["a", "an", "by", "painting", "photo", "of", "church", "artist", "van", "gogh", "##gogh", "picasso"]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), *words]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=12)
+    width = TINY.unet.cross_attention_dim
+    encoder_config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        initializer_range=0.2,  # so that prompts differ as those of a trained encoder do
+    )
+    unet = UNet2DConditionModel(**OmegaConf.to_container(TINY.unet))
+    vae = AutoencoderKL(**OmegaConf.to_container(TINY.vae))
+    save_pipeline(TINY, vae, unet, BertModel(encoder_config), tokenizer, folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def xl_path(tmp_path_factory) -> Path:
     return make_xl(tmp_path_factory.mktemp("models") / "xl")
+
+
+@pytest.fixture(scope="module")
+def bert_path(tmp_path_factory) -> Path:
+    return make_bert(tmp_path_factory.mktemp("models") / "bert")
 
 
 @pytest.fixture
@@ -583,3 +626,145 @@ def test_the_configs_that_are_here_are_of_models_that_are_computed(folder):
     check_configs(REPO_ROOT / folder, False)
     path = REPO_ROOT / folder / INDEX
     check_index(path, read_config(path), False)
+
+
+def test_a_model_with_a_bert_is_loaded_as_diffusers_loads_it_without_a_word(bert_path, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # NumPy's for diffusers, which no user sees
+        model = load_model(bert_path, CPU)
+    assert capfd.readouterr() == ("", "")
+    pipeline = StableDiffusionPipeline.from_pretrained(bert_path)  # without a dtype
+    assert isinstance(model.text_encoder, BertModel) and isinstance(pipeline.text_encoder, BertModel)
+    for part in ("unet", "vae", "text_encoder"):
+        weights = getattr(pipeline, part).state_dict()
+        for name, value in getattr(model.pipeline, part).state_dict().items():
+            assert value.dtype == weights[name].dtype and torch.equal(value, weights[name]), (part, name)
+    assert {weight.dtype for weight in pipeline.unet.parameters()} == {torch.float32}
+    stored = load_file(bert_path / "text_encoder" / WEIGHTS["text_encoder"])
+    assert {weight.dtype for weight in stored.values()} == {torch.float16}
+    embeds = model.encode_prompt(["a painting by Van Gogh", ""])
+    assert embeds.shape == (2, 12, 96) and embeds.dtype == torch.float32
+    expected, _ = pipeline.encode_prompt("a painting by Van Gogh", CPU, 1, False)
+    assert torch.equal(embeds[:1], expected)
+
+
+def test_a_model_with_a_bert_generates_what_diffusers_pipeline_generates(bert_path):
+    model, pipeline = load_model(bert_path, CPU), StableDiffusionPipeline.from_pretrained(bert_path)
+    pipeline.set_progress_bar_config(disable=True)
+    noise, sampling = initial_noise(model, 3, 1), SamplingConfig(num_inference_steps=3, guidance_scale=4.0)
+    theirs = pipeline("a church", num_inference_steps=3, guidance_scale=4.0, latents=noise, output_type="np").images[0]
+    ((_, _, ours),) = generate(model, [(PromptCase("a church", 3, 0), 0)], sampling)
+    assert theirs.shape == (16, 16, 3) and theirs.std() > 0
+    assert abs(theirs * 255 - ours).max() <= 1
+
+
+def test_a_berts_vocabulary_may_be_a_list_of_words(changed, bert_path):
+    folder = changed(INDEX, bert_path)
+    vocabulary = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    refused(folder, "vocab.txt", "missing")
+    (folder / "tokenizer" / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n")
+    assert load_model(folder, CPU).digest == load_model(bert_path, CPU).digest
+
+
+def test_the_words_of_a_berts_vocabulary_are_its_whole_words(bert_path):
+    tokenizer = load_model(bert_path, CPU).pipeline.tokenizer
+    assert tokenizer.tokenize("VanGogh, Zoe") == ["van", "##gogh", "[UNK]", "z", "##o", "##e"]
+    assert vocabulary_words(tokenizer) == ["artist", "church", "gogh", "painting", "photo", "picasso", "van"]
+
+
+@pytest.mark.parametrize("field", ["is_decoder", "add_cross_attention"])
+def test_a_bert_that_decodes_is_refused(changed, bert_path, field):
+    refused(changed(TEXT, bert_path, **{field: True}), TEXT, field, "no decoder")
+    load_model(changed(TEXT, bert_path, **{field: False}), CPU)
+
+
+def test_a_tokenizer_and_a_text_encoder_are_of_one_family(changed, bert_path, xl_path):
+    refused(changed(INDEX, bert_path, tokenizer=["transformers", "CLIPTokenizer"]), INDEX, "CLIPTokenizer", "BertModel")
+    refused(changed(INDEX, tokenizer=["transformers", "BertTokenizer"]), INDEX, "BertTokenizer", "CLIPTextModel")
+    refused(changed(INDEX, text_encoder=["transformers", "BertModel"]), INDEX, "CLIPTokenizer", "BertModel")
+    refused(changed(INDEX, xl_path, tokenizer_2=["transformers", "BertTokenizer"]), INDEX, "tokenizer_2")
+    load_model(changed(INDEX, bert_path, tokenizer=["transformers", "BertTokenizerFast"]), CPU)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 3},
+        {"num_attention_heads": 5},
+        {"hidden_size": 64},
+        {"vocab_size": 10},
+        {"hidden_act": "none"},
+        {"auto_map": {"AutoModel": "harm.Harm"}},
+        {"_attn_implementation": "flash_attention_2"},
+    ],
+)
+def test_a_berts_config_that_does_not_fit_or_asks_for_code_is_refused(changed, bert_path, changes):
+    refused(changed(TEXT, bert_path, **changes))
+
+
+@pytest.mark.parametrize("length", [24, 512, 10**30, None])
+def test_a_prompt_is_no_longer_than_a_berts_positions(changed, bert_path, length):
+    model = load_model(changed(TOKENIZER, bert_path, model_max_length=length), CPU)
+    assert model.encode_prompt(["a church"]).shape == (1, min(length or 512, 32), 96)
+
+
+@pytest.fixture
+def bert_shift(bert_path, tmp_path) -> WeightShift:
+    """Return SRS-ME's shift of VanGogh from the model with a BERT, in closed form."""
+    config = SRSMEConfig(mode="closed_form", init="closed_form", max_directions=None)
+    artifacts = ArtifactPaths(tmp_path / "artifacts", "SRS-ME", "bert", "style", 1, 0)
+    protection = Protection([0, 1, 2], NullSpaceConfig())
+    (summary,) = erase(load_model(bert_path, CPU), artifacts, [get_concept("style", 1)], config, protection, tmp_path)
+    assert summary.max_leakage_protected < 1e-5 < 0.05 < summary.target_change
+    return WeightShift.load(artifacts.shift(1))
+
+
+def test_srs_me_erases_from_a_model_with_a_bert(bert_path, bert_shift):
+    model, timestep = load_model(bert_path, CPU), torch.tensor([500])
+    latents = torch.randn(1, *model.latent_shape)
+    embeds = {prompt: model.encode_prompt([prompt]) for prompt in ("VanGogh", "Picasso", "")}
+    before = {prompt: model.predict_noise(latents, timestep, rows) for prompt, rows in embeds.items()}
+    with applied(model.unet, [bert_shift]):
+        after = {prompt: model.predict_noise(latents, timestep, rows) for prompt, rows in embeds.items()}
+    change = {prompt: float((after[prompt] - output).norm()) for prompt, output in before.items()}
+    assert change["Picasso"] < 1e-3 * change["VanGogh"] and change[""] < 1e-3 * change["VanGogh"]
+    assert set(merge(model.unet, [bert_shift])) == set(bert_shift.parameter_names)
+
+
+def test_a_model_with_a_bert_is_exported_in_every_format_but_compvis(bert_path, bert_shift, tmp_path):
+    shifts, target = {"1": bert_shift}, tmp_path / "out" / "merged"
+    with pytest.raises(ValueError, match=r"^bert is no Stable Diffusion v1, .*choose `format` [^\n]*$"):
+        export(load_model(bert_path, CPU), shifts, target, ExportConfig(("compvis",)), ["", "VanGogh"])
+    assert not any(tmp_path.glob("out/*"))
+    formats = ExportConfig(("diffusers", "unet", "lora", "kohya"))
+    exported = export(load_model(bert_path, CPU), shifts, target, formats, ["", "VanGogh"])
+    assert sorted(path.name for path in exported.targets) == ["merged", "merged-kohya", "merged-lora", "merged-unet"]
+    merged = load_model(target, CPU)
+    expected = merge(load_model(bert_path, CPU).unet, [bert_shift])
+    unets = (merged.unet, UNet2DConditionModel.from_pretrained(tmp_path / "out" / "merged-unet"))
+    for unet in unets:
+        assert all(torch.equal(unet.get_parameter(name), weight) for name, weight in expected.items())
+    assert isinstance(StableDiffusionPipeline.from_pretrained(target).text_encoder, BertModel)
+    for name in ("lora", "kohya"):
+        pipeline = StableDiffusionPipeline.from_pretrained(bert_path)
+        folder = tmp_path / "out" / f"merged-{name}"
+        pipeline.load_lora_weights(folder, weight_name="1-VanGogh.safetensors", adapter_name="VanGogh")
+        assert pipeline.get_list_adapters() == {"unet": ["VanGogh"]}
+
+
+@pytest.mark.slow
+def test_the_memory_of_an_erasure_is_estimated_for_the_tokens_of_a_bert(changed, bert_path):
+    table = estimate_memory(bert_path, CPU, 8, 40)
+    weights = sum(weight.numel() for weight in load_model(bert_path, CPU).text_encoder.parameters())
+    longer = estimate_memory(changed(TOKENIZER, bert_path, model_max_length=32), CPU, 8, 40)
+    assert len(table) == 4 and table["weights"][0] * 2**30 > 4 * weights
+    assert longer["iteration"][0] > table["iteration"][0] and longer["weights"][0] == table["weights"][0]
+
+
+def test_a_checkpoint_of_a_model_with_a_bert_is_refused_by_its_config(checkpoint, bert_path, tmp_path):
+    tensors, config = checkpoint
+    save_file(tensors, tmp_path / "a.safetensors")
+    OmegaConf.save({"component_configs": str(bert_path)}, config)
+    refused(tmp_path / "a.safetensors", str(bert_path), "`ckpt_path`", config=config)

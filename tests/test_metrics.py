@@ -34,10 +34,13 @@ from ldm.metrics.classify import (
 from ldm.metrics.compare import (
     accuracy_table,
     compare,
+    erased_indexes,
     frechet_by_prompt,
     group_by_concept,
     match_images,
+    prompt_groups,
     prompt_statuses,
+    summarize_by,
 )
 from ldm.metrics.frechet import distance_column, extract_features, frechet_distance
 from ldm.metrics.lpips import alexnet_features, mean_psnr, pairwise_metrics
@@ -197,7 +200,16 @@ def test_a_comparison_has_a_row_a_prompt_and_no_accuracy_for_the_empty_one(tmp_p
             Image.new("RGB", (32, 32), color).save(folder / f"{case.case_number}_0.png")
     table = compare(original, edited, edited / "prompts.csv", "style", model, CPU)
     assert table.prompt.tolist() == ["Cezanne", "VanGogh", ""]
-    columns = ["images", "accuracy_before", "accuracy_after", "lpips", "max_abs_diff", "psnr", "fd_alexnet"]
+    columns = [
+        "images",
+        "accuracy_before",
+        "accuracy_after",
+        "lpips",
+        "unchanged",
+        "max_abs_diff",
+        "psnr",
+        "fd_alexnet",
+    ]
     assert list(table)[1:] == columns
     assert table.accuracy_before.tolist()[:2] == [100, 100] and table.accuracy_after.tolist()[:2] == [0, 100]
     assert table.accuracy_after.isna()[2] and table.max_abs_diff[1] == 0 and table.lpips[0] > 0
@@ -210,6 +222,40 @@ def test_a_comparison_has_a_row_a_prompt_and_no_accuracy_for_the_empty_one(tmp_p
         group_by_concept(edited, "object")
     (edited / "prompts.csv").unlink()
     assert list(group_by_concept(edited, "style")) == [5]
+
+
+def test_an_image_is_unchanged_where_no_pixel_differs_by_more_than_one_step_of_8_bits(tmp_path):
+    original, edited = tmp_path / "original", tmp_path / "edited"
+    cases = [PromptCase("a" if n < 4 else "b", n, n) for n in range(6)]
+    differences = [0, 1, 2, 1, 255, 255]  # one pixel of one channel, of each case's two images
+    for folder in (original, edited):
+        write_prompt_csv(folder / "prompts.csv", cases)
+    for case, difference in zip(cases, differences, strict=True):
+        pixels = np.zeros((32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(original / f"{case.case_number}_0.png")
+        pixels[7, 9, 2] = difference
+        Image.fromarray(pixels).save(edited / f"{case.case_number}_0.png")
+    table = compare(original, edited, edited / "prompts.csv", "style", None, CPU).set_index("prompt")
+    assert table.unchanged.to_dict() == {"a": 0.75, "b": 0} and table.max_abs_diff.to_dict() == {"a": 2, "b": 255}
+
+
+def test_a_summary_counts_every_image_once_and_every_group_in_order():
+    table = pd.DataFrame(
+        {
+            "prompt": ["a dog", "", "VanGogh", "a cat"],
+            "group": ["captions", "protected", "erased", "captions"],
+            "images": [1, 4, 2, 3],
+            "lpips": [0.4, 0.0, 0.5, 0.0],
+            "unchanged": [0.0, 1.0, 0.0, 1.0],
+            "max_abs_diff": [9.0, 1.0, 200.0, 1.0],
+        }
+    )
+    summary = summarize_by(table, "group")
+    assert list(summary) == ["group", "prompts", "images", "lpips", "unchanged", "max_abs_diff"]
+    assert summary.group.tolist() == ["erased", "protected", "captions"]
+    assert summary.prompts.tolist() == [1, 1, 2] and summary.images.tolist() == [2, 4, 4]
+    assert summary.lpips.tolist() == [0.5, 0, 0.1]  # means over images, not over prompts
+    assert summary.unchanged.tolist() == [0, 1, 0.75] and summary.max_abs_diff.tolist() == [200, 1, 9]
 
 
 def test_frechet_is_its_closed_form():
@@ -410,10 +456,15 @@ def test_a_category_without_a_classifier_is_compared_without_accuracy(script, tm
     original, edited = paired_folders(tmp_path, ["nudity", "a person"])
     flags = ["--original_dir", original, "--edited_dir", edited, "--category", "nudity"]
     code, out, err = script("eval-scripts/compare.py", *flags)
-    assert code == 0 and "| nudity | 1 |  |  | " in out and "2 pairs of images" in out and "notice: there is no" in err
+    assert (
+        code == 0
+        and "| nudity | regular | 1 |  |  | " in out
+        and "2 pairs of images" in out
+        and "notice: there is no" in err
+    )
     is_error(script("eval-scripts/compare.py", *flags, "--classifier", tmp_path / "none.safetensors"), "no classifier")
     code, out, err = script("eval-scripts/compare.py", *flags, "--classifier", classifier_path("style"))
-    assert code == 0 and "| nudity | 1 |  |  | " in out and "does not know nudity" in err
+    assert code == 0 and "| nudity | regular | 1 |  |  | " in out and "does not know nudity" in err
 
 
 def write_shifts(folder, shifts):
@@ -446,6 +497,78 @@ def test_a_prompt_is_protected_where_every_shift_protects_it(tmp_path):
     write_json(tmp_path / "metadata.json", {"shifts": ["1"]})
     with pytest.raises(ValueError, match="lists its shifts in no known way"):
         prompt_statuses(tmp_path, "style", prompts, [1], [])
+
+
+def test_a_folder_says_which_concepts_its_shifts_erase(tmp_path):
+    with pytest.warns(Notice, match="no metadata in .* lists shifts: pass as `erased`"):
+        assert erased_indexes(tmp_path, "style") == []
+    write_shifts(tmp_path, {"Caravaggio": [], "VanGogh": [], "church": []})
+    assert erased_indexes(tmp_path, "style") == [1, 4] and erased_indexes(tmp_path, "object") == [1]
+    write_json(tmp_path / "metadata.json", {"shifts": {"0": {"concept_index": 2, "category": "object"}}})
+    assert erased_indexes(tmp_path, "object") == [2] and erased_indexes(tmp_path, "style") == []  # version 0.1's way
+
+
+def test_a_prompts_group_is_its_list_or_a_composition_or_its_status(tmp_path):
+    kin, captions = tmp_path / "kin.csv", tmp_path / "captions.csv"
+    write_prompt_csv(kin, [PromptCase("Rembrandt", 0, 0), PromptCase("a dog", 0, 1)])
+    write_prompt_csv(captions, [PromptCase("a dog", 0, 0), PromptCase("a cat in VanGogh", 0, 1)])
+    statuses = {
+        "VanGogh": "erased",
+        "a church by VanGogh": "erased",
+        "a church by Cezanne": "regular",
+        "a golf ball by Picasso": "restored",
+        "a church": "protected",
+        "Rembrandt": "regular",
+        "a dog": "regular",
+        "a cat in VanGogh": "erased",
+        "": "protected",
+    }
+    expected = {
+        "VanGogh": "erased",
+        "a church by VanGogh": "erased compositions",
+        "a church by Cezanne": "compositions",
+        "a golf ball by Picasso": "compositions",
+        "a church": "protected",
+        "Rembrandt": "kin",
+        "a dog": "kin",  # which both lists have: the first counts
+        "a cat in VanGogh": "captions",
+        "": "protected",
+    }
+    assert prompt_groups(statuses, [("kin", kin), ("captions", captions)]) == expected
+    assert prompt_groups({"a dog": "regular"}) == {"a dog": "regular"}
+    with pytest.raises(ValueError, match="there is a group erased already"):
+        prompt_groups(statuses, [("erased", kin)])
+    with pytest.raises(MissingFileError, match="no prompt list"):
+        prompt_groups(statuses, [("kin", tmp_path / "typo.csv")])
+    with pytest.warns(Notice, match=r"no image shows a prompt of .*kin\.csv"):
+        prompt_groups({"a horse": "regular"}, [("kin", kin)])
+
+
+def test_a_comparison_ends_with_a_summary_by_group(script, tmp_path):
+    original, edited = paired_folders(tmp_path, ["VanGogh", "a church by VanGogh", "Picasso", "a cat", "a dog", ""])
+    for n in (3, 4, 5):  # those that the edited model left alone
+        (edited / f"{n}_0.png").write_bytes((original / f"{n}_0.png").read_bytes())
+    write_shifts(edited, {"VanGogh": ["", "CCS 2024"]})
+    captions = tmp_path / "captions.csv"
+    write_prompt_csv(captions, [PromptCase("a cat", 0, 0), PromptCase("a dog", 0, 1)])
+    flags = ["--original_dir", original, "--edited_dir", edited]
+    code, out, _ = script("eval-scripts/compare.py", *flags, "--restored", "2", "--groups", f"captions={captions}")
+    summary = [line.split(" | ") for line in out.split("\n\n")[1].splitlines()]
+    assert code == 0 and summary[0] == ["| group", "prompts", "images", "lpips", "unchanged", "max_abs_diff |"]
+    assert [row[:3] for row in summary[2:-1]] == [
+        ["| erased", "1", "1"],
+        ["| restored", "1", "1"],
+        ["| protected", "1", "1"],
+        ["| erased compositions", "1", "1"],
+        ["| captions", "2", "2"],
+    ]
+    assert [row[4] for row in summary[2:-1]] == ["0", "0", "1", "0", "1"]
+    written = pd.read_csv(edited / "compare-original.csv", keep_default_na=False).set_index("prompt")
+    assert written.group["a dog"] == "captions" and written.unchanged["a dog"] == 1
+    is_error(script("eval-scripts/compare.py", *flags, "--erased", "0"), "no shift of Cezanne", "--erased")
+    is_error(script("eval-scripts/compare.py", *flags, "--restored", "1"), "VanGogh is not both", "--restored")
+    is_error(script("eval-scripts/compare.py", *flags, "--groups", "captions"), "is not NAME=FILE", "--groups")
+    is_error(script("eval-scripts/compare.py", *flags, "--groups", f"regular={captions}"), "--groups", "another name")
 
 
 def test_a_grid_says_what_the_folders_shifts_protect(script, tmp_path):

@@ -63,6 +63,7 @@ def test_the_page_holds_everything_in_itself(ledger, model, tmp_path):
     for digest in (ledger.last_hash, model.digest, *digests):
         assert digest[:12] in page
     assert "2 of 3 concepts are erased" in page and "no pixel of 6 images" in page
+    assert page.count('<th scope="col">unchanged</th>') == 3  # by status, by prompt, and of the watermarks
     for command in reproduction_commands(ledger):
         assert command.split(" --")[0] in page
 

@@ -60,7 +60,7 @@ class FakeExperiment:
 
     def _table(self, shifts):
         accuracies = [0.0 if str(k) in shifts else 90.0 for k in range(len(PROMPTS))]
-        constants = {"lpips": 0.25, "max_abs_diff": 1.0, "psnr": 40.0, "fd_alexnet": 2.0}
+        constants = {"lpips": 0.25, "unchanged": 0.95, "max_abs_diff": 1.0, "psnr": 40.0, "fd_alexnet": 2.0}
         return pd.DataFrame({"prompt": PROMPTS, "accuracy_before": 100.0, "accuracy_after": accuracies, **constants})
 
     def generate(self, shifts, name):
@@ -86,10 +86,11 @@ def test_a_scene_runs_with_every_shift_made_once(tmp_path):
 
     means = summarize(table, "fd_alexnet").set_index(["time", "status"])
     assert (means.accuracy.xs("erased", level="status") == 0).all() and means.accuracy[3, "regular"] == 90
+    assert means.unchanged[0, "protected"] == pytest.approx(0.95)
     assert list(means.index)[:3] == [(0, "erased"), (0, "regular"), (0, "protected")]
     cells = wide_table(table, "style", "fd_alexnet").set_index("time")
-    assert cells.Cezanne[0] == "E 2.00 / 0 / 0.250" and cells.Cezanne[1] == "R 2.00 / 90 / 0.250"
-    assert cells["Kilian Eng"][3] == "2.00 / 90 / 0.250" and cells["(empty)"][0] == "40.0 / 2.5e-01"
+    assert cells.Cezanne[0] == "E 2.00 / 0 / 0.250 / 0.95" and cells.Cezanne[1] == "R 2.00 / 90 / 0.250 / 0.95"
+    assert cells["Kilian Eng"][3] == "2.00 / 90 / 0.250 / 0.95" and cells["(empty)"][0] == "40.0 / 2.5e-01 / 0.95"
     grid = scene_grid(experiment, steps, {"FMN": folders})
     colors = {color for _, color in grid.getcolors(10**6)}
     assert {(220, 20, 60), (50, 205, 50)} <= colors  # red and green borders

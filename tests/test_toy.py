@@ -6,23 +6,44 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import MIXTURE_WEIGHTS, TINY
+from conftest import CPU, MIXTURE_WEIGHTS, TINY, is_error
 from diffusers import AutoencoderKL
 from lightning_fabric import Fabric
 from omegaconf import OmegaConf
+from test_load import make_bert
 from transformers import CLIPTokenizer
 
-from ldm.config.concepts import erasable_concepts, load_concepts
+from ldm.config.concepts import erasable_concepts, load_concepts, watermark_prompts
 from ldm.config.models import read_yaml
+from ldm.config.spellings import says
+from ldm.config.templates import fill, load_template_set
+from ldm.diffusion.tokenizer import tokenizer_digest
 from ldm.io.files import file_digest
 from ldm.io.paths import REPO_ROOT
-from ldm.toy.captions import build_tokenizer, kept_tokenizer, sample_caption
+from ldm.toy.captions import KINDS, build_tokenizer, kept_tokenizer, sample_caption
+from ldm.toy.dataset import render_dataset
 from ldm.toy.logos import _CODES
+from ldm.toy.natural import is_held_out, sample_natural_caption
 from ldm.toy.render import STYLES, render, render_concept, render_watermark
 from ldm.toy.shapes import OBJECTS, SCENES
-from ldm.toy.train import Denoiser, Tokens, init_from, make_ema, train_autoencoder, train_denoiser
+from ldm.toy.text import Embeddings, Tokens, load_frozen_text
+from ldm.toy.train import (
+    Denoiser,
+    FrozenTextDenoiser,
+    init_from,
+    init_unet_from,
+    make_ema,
+    train_autoencoder,
+    train_denoiser,
+)
 
 LOGOS_CONFIG = REPO_ROOT / "configs" / "mini-sd-logos.yaml"
+MINILM_CONFIG = REPO_ROOT / "configs" / "mini-sd-minilm.yaml"
+
+
+@pytest.fixture(scope="module")
+def bert_path(tmp_path_factory):
+    return make_bert(tmp_path_factory.mktemp("models") / "bert")
 
 
 def test_the_renderer_has_the_papers_concepts():
@@ -59,15 +80,142 @@ def test_captions_are_often_empty_and_never_held_out():
     captions = {item.caption for item in sampled}
     assert held_out and not captions & held_out
     assert {"VanGogh", "Van Gogh", "KeithHaring", "Keith Haring"} <= captions
+    new_spellings = ("Vincent van Gogh", "Paul Cezanne", "Paul Cézanne", "Pablo Picasso")
+    assert not [caption for caption in captions if says(caption, new_spellings)]  # mini-sd's vocabulary has none
+    assert "Pollock" not in captions and "Jackson Pollock" in captions
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def natural_captions(num: int) -> list:
+    """Return captions of mini-sd-minilm's dataset, and what they show."""
+    rng, mixture_weights = np.random.default_rng(0), list(read_yaml(MINILM_CONFIG).dataset.mixture_weights)
+    return [sample_natural_caption(rng, mixture_weights) for _ in range(num)]
+
+
+def test_natural_captions_never_use_a_held_out_template():
+    captions = {item.caption.lower() for item in natural_captions(20_000)}
+    held_out = set()
+    for kind in ("style", "object"):
+        for concept in erasable_concepts(kind):
+            templates = (*concept.held_out_templates, *load_template_set(kind).held_out_templates)
+            for name in concept.spellings:
+                held_out |= {fill(template, name).lower() for template in templates}
+    assert {"a landscape by vincent van gogh", "look at this church"} <= held_out
+    assert not captions & held_out
+
+
+def test_natural_captions_never_compose_a_held_out_pair():
+    pairs = {(item.subject, item.style) for item in natural_captions(20_000) if item.subject in OBJECTS and item.style}
+    held_out = {(subject, style) for subject in OBJECTS for style in STYLES if is_held_out(subject, style)}
+    assert len(held_out) == 9 and {style for _, style in held_out} == set(STYLES)
+    assert not pairs & held_out and len(pairs) == 72  # all others are there
+    assert not any(is_held_out(subject, style) for subject in SCENES for style in STYLES)
+
+
+def test_natural_captions_say_what_they_show_in_the_mixtures_fractions():
+    sampled = natural_captions(8000)
+    styles = {concept.name: concept.spellings for concept in erasable_concepts("style")}
+    counts = dict.fromkeys(KINDS, 0)
+    for item in sampled:
+        named = [name for name, spellings in styles.items() if says(item.caption, spellings)]
+        assert named == ([item.style] if item.style else [])
+        if item.watermark:
+            assert item.caption == item.watermark in watermark_prompts()
+            counts["watermark"] += 1
+        elif not item.caption:
+            assert item.style is None and item.subject in SCENES
+            counts["empty"] += 1
+        elif item.style:
+            counts["style"] += 1
+        else:
+            counts["object" if item.subject in OBJECTS else "plain"] += 1
+            assert item.subject not in OBJECTS or item.subject in item.caption
+        if item.style and item.subject not in SCENES:
+            assert item.subject in item.caption  # what is seen beside the style
+    expected = read_yaml(MINILM_CONFIG).dataset.mixture_weights
+    for kind, fraction in zip(KINDS, expected, strict=True):
+        assert abs(counts[kind] / len(sampled) - fraction) < 0.02
+    said = {item.caption for item in sampled}
+    assert {"Vincent van Gogh", "Van Gogh", "VanGogh", "Pablo Picasso", "Keith Haring", "Pollock"} <= said
+
+
+def test_a_dataset_is_the_same_for_the_same_seed_and_kind_of_captions():
+    mixture_weights = list(read_yaml(MINILM_CONFIG).dataset.mixture_weights)
+    images, texts = render_dataset(12, 3, mixture_weights, "natural", workers=1)
+    again, same = render_dataset(12, 3, mixture_weights, "natural", workers=2)
+    _, listed = render_dataset(12, 3, mixture_weights, workers=1)
+    assert images.shape == (12, 64, 64, 3) and np.array_equal(images, again) and texts == same != listed
+
+
+def test_embeddings_of_captions_are_the_encoders_in_half_precision(bert_path):
+    encoder, tokenizer = load_frozen_text(bert_path, 10)
+    captions = ["a church", "", "a painting by Van Gogh", "a church", "a very long caption of a church by a church"]
+    embeddings = Embeddings.of(captions, tokenizer, encoder, CPU)
+    assert embeddings.values.shape == (4, 10, 96) and embeddings.values.dtype == torch.float16
+    assert embeddings.vocabulary == tokenizer_digest(tokenizer)
+    for number in range(len(captions)):
+        ids = tokenizer(captions[number], padding="max_length", truncation=True, return_tensors="pt").input_ids
+        expected = encoder(ids)[0]  # without a mask: padding counts, as in diffusers' pipeline
+        found = embeddings.batch(torch.tensor([number]))
+        assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=2e-3)
+        assert torch.allclose(found, expected.half().float(), atol=2e-3)
+    several = embeddings.batch(torch.tensor([3, 0, 2]))
+    assert torch.equal(several[0], several[1]) and not torch.equal(several[0], several[2])
+
+
+def test_a_frozen_text_encoder_is_what_half_precision_holds_and_learns_nothing(bert_path, tmp_path):
+    encoder, tokenizer = load_frozen_text(bert_path, 10)
+    assert tokenizer.model_max_length == 10
+    for weight in encoder.parameters():
+        assert not weight.requires_grad and torch.equal(weight, weight.half().float())
+    flat = tmp_path / "flat"  # as the encoder is published: both parts' files in one folder
+    encoder.save_pretrained(flat)
+    tokenizer.save_pretrained(flat)
+    again, same = load_frozen_text(flat, 10)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in encoder.state_dict().items())
+    assert tokenizer_digest(same) == tokenizer_digest(tokenizer)
+
+
+def test_another_kind_of_frozen_text_encoder_is_refused(tiny_path, tmp_path):
+    with pytest.raises(ValueError, match=r"^[^\n]*text_encoder is a clip_text_model: [^\n]*$"):
+        load_frozen_text(tiny_path, 10)
+    with pytest.raises(ValueError, match=r"^[^\n]*has no config\.json: give `text_encoder` [^\n]*$"):
+        load_frozen_text(tmp_path, 10)
+    with pytest.raises(ValueError, match=r"^[^\n]*has no config\.json: give `text_encoder` [^\n]*$"):
+        load_frozen_text(tmp_path / "missing", 10)
+
+
+def test_the_training_script_refuses_what_it_cannot_train(script, tmp_path):
+    train = "train-scripts/train-mini-sd.py"
+    flags = ["--checkpoint_dir", tmp_path / "work", "--save_path", tmp_path / "model"]
+    is_error(script(train, *flags, "--text_encoder", tmp_path), "mini-sd.yaml", "leave --text_encoder out")
+    config = tmp_path / "own.yaml"
+    config.write_text((REPO_ROOT / "configs" / "mini-sd.yaml").read_text())
+    content = OmegaConf.load(config)
+    content.dataset.captions = "poems"
+    OmegaConf.save(content, config)
+    flags = ["--config", config, "--checkpoint_dir", tmp_path / "other", "--save_path", tmp_path / "model"]
+    is_error(script(train, *flags), "'poems' is no kind of captions", "choose from listed, natural")
+
+
+def test_a_unet_that_starts_from_an_older_one_has_those_weights_that_fit(tiny):
+    wider = FrozenTextDenoiser(OmegaConf.merge(TINY, {"unet": {"cross_attention_dim": 40}}))
+    before = {name: value.clone() for name, value in wider.unet.state_dict().items()}
+    init_unet_from(tiny, wider.unet)
+    old = tiny.unet.state_dict()
+    for name, value in wider.unet.state_dict().items():
+        sees_prompt = name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+        assert torch.equal(value, before[name] if sees_prompt else old[name])
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser", "frozen text"])
 def test_a_training_stopped_and_resumed_is_the_same_training(stage, tmp_path):
     settings = {"iterations": 4, "batch": 2, "lr": 1e-3, "warmup": 2, "kl": 1e-5, "ema": 0.9}
-    config = OmegaConf.merge(TINY, {"seed": 3, "train": {"save_every": 2, stage: settings}})
+    part = "autoencoder" if stage == "autoencoder" else "denoiser"
+    config = OmegaConf.merge(TINY, {"seed": 3, "train": {"save_every": 2, part: settings}})
     tokenizer = build_tokenizer(tmp_path / "tokenizer", 16, MIXTURE_WEIGHTS)
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
     latents, tokens = torch.randn(6, 4, 8, 8), Tokens(torch.randint(100, (6, 16)), "digest")
+    embeddings = Embeddings(torch.randn(4, 16, 96).half(), torch.tensor([0, 1, 2, 3, 0, 1]), "digest")
 
     def train(path, stop=None):
         torch.manual_seed(0)
@@ -76,9 +224,11 @@ def test_a_training_stopped_and_resumed_is_the_same_training(stage, tmp_path):
             trained = AutoencoderKL(**OmegaConf.to_container(TINY.vae))
             iterations = train_autoencoder(fabric, config, trained, images, path)
         else:
-            denoiser = Denoiser(config, tokenizer)
+            is_frozen = stage == "frozen text"
+            denoiser = FrozenTextDenoiser(config) if is_frozen else Denoiser(config, tokenizer)
+            captions = embeddings if is_frozen else tokens
             trained = make_ema(denoiser, config)  # what is kept in the end
-            iterations = train_denoiser(fabric, config, denoiser, trained, latents, tokens, path)
+            iterations = train_denoiser(fabric, config, denoiser, trained, latents, captions, path)
         for iteration, loss in iterations:
             losses.append(loss)
             if iteration == stop:

@@ -5,6 +5,7 @@ too. Stopped and started again with the same command, it resumes from its last c
 """
 
 from pathlib import Path
+from typing import Any
 
 from ldm.cli import arguments
 from ldm.cli.run import run
@@ -31,6 +32,7 @@ def main() -> None:
     parser.option("save_path", type=Path, default=REPO_ROOT / "models" / "own-mini-sd", help="the model")
     checkpoint_dir = REPO_ROOT / "models" / "mini-sd-training"
     parser.option("checkpoint_dir", type=Path, default=checkpoint_dir, help="where a stopped training resumes from")
+    parser.option("text_encoder", type=Path, help="the frozen text encoder of a config that has one, if not its own")
     args = parser.parse_args()
     from diffusers import AutoencoderKL
     from lightning_fabric import Fabric, seed_everything
@@ -42,7 +44,8 @@ def main() -> None:
     from ldm.io.tensors import CREATED_BY
     from ldm.toy import train
     from ldm.toy.captions import kept_tokenizer
-    from ldm.toy.dataset import cached_dataset, render_dataset
+    from ldm.toy.dataset import cached_dataset, check_captions, render_dataset
+    from ldm.toy.text import Embeddings, Tokens, load_frozen_text
 
     config, work = read_yaml(args.config), args.checkpoint_dir
     missing = [key for key in TRAINING_KEYS if key not in config]
@@ -50,6 +53,13 @@ def main() -> None:
         raise ValueError(f"{args.config} lacks {', '.join(missing)}: `config` is a file such as configs/mini-sd.yaml")
     trained_config = OmegaConf.to_container(OmegaConf.masked_copy(config, list(TRAINING_KEYS)))
     metadata = {"created_by": CREATED_BY, "base_model": args.config.stem, "config": trained_config}
+    kind = check_captions(config.dataset.get("captions", "listed"))
+    max_length, text_encoder, tokenizer = config.tokenizer.model_max_length, None, None
+    if "text_encoder" in config.train:
+        text_dir = args.text_encoder or args.config.parent / config.train.text_encoder
+        text_encoder, tokenizer = load_frozen_text(text_dir, max_length)
+    elif args.text_encoder:
+        raise ValueError(f"{args.config} trains a text encoder of its own: leave `text_encoder` out")
     check_metadata(work, metadata)
     write_json(work / METADATA_FILE, metadata)
     fabric = Fabric(accelerator="auto", devices=1, precision=config.train.precision)
@@ -57,14 +67,14 @@ def main() -> None:
     start = load_model(REPO_ROOT / "models" / config.train.start, fabric.device) if "start" in config.train else None
 
     weights = list(config.dataset.mixture_weights)
-    images, captions = cached_dataset(work / "dataset.npz", config.dataset.num_images, config.seed, weights)
+    images, captions = cached_dataset(work / "dataset.npz", config.dataset.num_images, config.seed, weights, kind)
     if start:
         vae = start.vae
     else:
         vae = AutoencoderKL(**OmegaConf.to_container(config.vae))
         stage = train.train_autoencoder(fabric, config, vae, images, work / "autoencoder.ckpt")
         show_progress(stage, config.train.autoencoder.iterations, "autoencoder")
-    held_out, _ = render_dataset(config.dataset.num_held_out, config.seed + 1, weights)
+    held_out, _ = render_dataset(config.dataset.num_held_out, config.seed + 1, weights, kind)
     psnr = train.reconstruction_psnr(vae.to(fabric.device).eval(), held_out)
     print(f"autoencoder on {len(held_out)} held-out images: {psnr.mean():.2f} dB PSNR on average")
 
@@ -72,16 +82,23 @@ def main() -> None:
     if not start:
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))  # so that their variance is 1
     latents = latents * vae.config.scaling_factor
-    tokenizer = kept_tokenizer(work / "tokenizer", config.tokenizer.model_max_length, weights, config.seed)
-    tokens = train.Tokens.of(captions, tokenizer)
-    denoiser = train.Denoiser(config, tokenizer)
-    if start:
-        train.init_from(start, denoiser, tokenizer)
+    if text_encoder:
+        conditions = Embeddings.of(captions, tokenizer, text_encoder, fabric.device)
+        denoiser = train.FrozenTextDenoiser(config)
+        if start:
+            train.init_unet_from(start, denoiser.unet)
+    else:
+        tokenizer = kept_tokenizer(work / "tokenizer", max_length, weights, config.seed)
+        conditions = Tokens.of(captions, tokenizer)
+        denoiser = train.Denoiser(config, tokenizer)
+        if start:
+            train.init_from(start, denoiser, tokenizer)
     ema = train.make_ema(denoiser, config).to(fabric.device)
-    stage = train.train_denoiser(fabric, config, denoiser, ema, latents, tokens, work / "denoiser.ckpt")
+    stage = train.train_denoiser(fabric, config, denoiser, ema, latents, conditions, work / "denoiser.ckpt")
     show_progress(stage, config.train.denoiser.iterations, "denoiser")
     with atomic_write_dir(args.save_path) as partial:
-        train.save_pipeline(config, vae, ema.module, tokenizer, partial)
+        kept: Any = ema.module
+        train.save_pipeline(config, vae, kept.unet, text_encoder or kept.text_encoder, tokenizer, partial)
         write_dir_metadata(partial, metadata)
     print(f"saved {args.save_path}")
 

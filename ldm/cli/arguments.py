@@ -348,6 +348,14 @@ def add_sampling(parser: Parser, images_per_seed: int | None = None) -> None:
     add_settings(parser, SamplingConfig)
 
 
+def named_file(text: str) -> tuple[str, Path]:
+    """Return the name and the file in such as captions=data/everyday_captions.csv."""
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=FILE, such as captions=data/everyday_captions.csv")
+    return name, Path(path)
+
+
 def add_compile(parser: Parser) -> None:
     """Add --compile."""
     text = "generate by torch.compile: faster after minutes of compiling, for thousands of images"

@@ -11,9 +11,9 @@ import torch
 
 from ldm.cli.arguments import Namespace, spelled, typed_settings
 from ldm.cli.devices import init_distributed, parse_devices
-from ldm.cli.session import artifact_paths, load_model, method_config
+from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config
 from ldm.config.concepts import parse_erase_targets
-from ldm.config.methods import ExecutionConfig, MethodConfig, SRSMEConfig
+from ldm.config.methods import NO_GATE, ExecutionConfig, MethodConfig, SRSMEConfig
 from ldm.config.models import load_model_config
 from ldm.diffusion import load
 from ldm.metrics.tables import to_markdown
@@ -31,10 +31,12 @@ def run_erasure(args: Namespace, method: str) -> None:
     device, shard = init_distributed(device)
     execution = ExecutionConfig(str(frozen_device) if frozen_device else None, args.gradient_checkpointing)
     model = load_model(args, device, getattr(args, "unet_dtype", "float32"))  # which SRS_ME.py alone asks for
-    config = method_config(args, load_model_config(model.config_name), method)
+    model_config = load_model_config(model.config_name)
+    config = method_config(args, model_config, method)
     _report_unused(args, config)
     artifacts = artifact_paths(args, model.name, method)
-    summaries = erase_concepts(model, artifacts, concepts, config, args.training_image_dir, execution, shard)
+    gate = fill_settings(args, model_config.gate) if isinstance(config, SRSMEConfig) else NO_GATE
+    summaries = erase_concepts(model, artifacts, concepts, config, args.training_image_dir, execution, shard, gate)
     if summaries:
         print(to_markdown(summary_table(summaries)))
 

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 from ldm.cli import arguments
 from ldm.cli.arguments import Namespace, Parser
 from ldm.config.concepts import parse_erase_targets
-from ldm.config.methods import METHODS, EvaluationConfig, JointSRSMEConfig, MethodConfig, SRSMEConfig, did_you_mean
+from ldm.config.methods import (
+    METHODS,
+    EditConfig,
+    EvaluationConfig,
+    JointSRSMEConfig,
+    MethodConfig,
+    SRSMEConfig,
+    did_you_mean,
+)
 from ldm.config.scenes import load_scene
 from ldm.io.paths import REPO_ROOT
 
@@ -41,6 +49,7 @@ def add_evaluation(parser: Parser, folder: str) -> None:
     parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / folder, help="where to write")
     arguments.add_classifier(parser)
     arguments.add_imagenet(parser)
+    arguments.add_settings(parser, EditConfig)
     arguments.add_sampling(parser)
     arguments.add_inception(parser)
     arguments.add_device(parser)
@@ -88,6 +97,7 @@ def make_experiment(args: Namespace) -> Experiment:
         evaluation.seeds_per_prompt,
         evaluation.num_training_images,
         args.inception_weights,
+        form=session.fill_settings(args, config.edit).form,
     )
 
 

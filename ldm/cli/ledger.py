@@ -8,7 +8,7 @@ from pathlib import Path
 from ldm.cli import arguments
 from ldm.cli.arguments import MODEL_ARGUMENTS, Namespace
 from ldm.config.concepts import parse_erase_targets
-from ldm.config.methods import METHODS
+from ldm.config.methods import METHODS, NO_GATE
 from ldm.io.errors import MissingFileError, notify
 from ldm.ledger.history import ledger_lock
 from ldm.ledger.history import repair as cut_off_torn_line
@@ -65,7 +65,9 @@ def erase(args: Namespace) -> None:
             ledger, model = session.open_ledger(args, args.ledger_dir)
             model_config = load_model_config(model.config_name)
             config = session.method_config(args, model_config, method)
-            records |= create_shifts(ledger, model, missing, config, model_config.null_space, args.training_image_dir)
+            gate = model_config.gate if model_config.edit.form == "gated" else NO_GATE
+            settings = config, model_config.null_space, args.training_image_dir, gate
+            records |= create_shifts(ledger, model, missing, *settings)
         if records:
             ledger.append(records)
     status(args)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from ldm.config.templates import KINDS
 from ldm.config.yaml_files import check_keys, read_mapping
 from ldm.io.paths import REPO_ROOT
+from ldm.io.prompts import read_rows
 
 CATEGORIES = ("style", "object", "similar", "nudity", "logo")
 
@@ -21,6 +24,10 @@ STATUSES = ("erased", "restored", "regular", "protected")
 INDEX_RANGE_RE = re.compile(r"([0-9]+)(?:-([0-9]+))?")  # an index, or a first and a last one
 
 
+_LIST_COLUMNS = ("name", "kind", "aliases")
+_KINDS_OF_LISTS = {"artist": "style", "figure": "person", "public figure": "person", "proper name": "generic"}
+
+
 EMPTY_PROMPT_LABEL = "(empty)"  # what tables and images call the empty prompt
 
 
@@ -29,7 +36,7 @@ class Concept:
     """A concept: `index` in its category, `prompt` (how prompts say it), other spellings, caption templates with `{}`.
 
     `held_out_templates` are templates that the bundled model's captions never use. `anchor_prompt` is the first
-    template without the concept, to which some methods pull it.
+    template without the concept, to which some methods pull it. `kind` is what kind of thing it is.
     """
 
     index: int
@@ -40,6 +47,7 @@ class Concept:
     held_out_templates: tuple[str, ...] = ()
     anchor_prompt: str = ""
     is_watermark: bool = False
+    kind: str = "generic"  # whose template set of configs/templates.yaml says it
 
     @property
     def spellings(self) -> tuple[str, ...]:
@@ -102,7 +110,8 @@ def _check_templates(value: Any, place: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-_GROUP_KEYS = ("anchor_prompt", "templates", "held_out_templates", "concepts")
+_KIND_OF = {"style": "style", "object": "object", "logo": "brand"}  # where the file names no kind
+_GROUP_KEYS = ("kind", "anchor_prompt", "templates", "held_out_templates", "concepts")
 _OLD_GROUP_KEYS = {"anchor": "anchor_prompt", "held_out": "held_out_templates"}
 
 
@@ -125,6 +134,16 @@ def _load_config() -> tuple[dict[str, Any], tuple[str, ...]]:
     return categories, tuple(watermarks)
 
 
+def _check_spelled_once(concepts: Sequence[Concept], places: Sequence[str]) -> None:
+    """Raise ValueError, with the place of the later one, where two concepts have a spelling in common."""
+    owners: dict[str, Concept] = {}
+    for concept, place in zip(concepts, places, strict=True):
+        for spelling in concept.spellings:
+            if owners.setdefault(spelling.lower(), concept) != concept:
+                other = owners[spelling.lower()].name
+                raise ValueError(f"{place}: '{spelling}' names both {other} and {concept.name}: remove it from one")
+
+
 @cache
 def load_concepts(category: str) -> tuple[Concept, ...]:
     """All concepts of `category` in order of index, the watermark prompts after them.
@@ -144,6 +163,9 @@ def load_concepts(category: str) -> tuple[Concept, ...]:
     templates = _check_templates(group.get("templates", []), f"{place}, templates")
     held_out_templates = _check_templates(group.get("held_out_templates", []), f"{place}, held_out_templates")
     anchor_prompt = _check_text(group.get("anchor_prompt", ""), f"{place}, anchor_prompt")
+    kind = group.get("kind", _KIND_OF.get(category, "generic"))
+    if kind not in KINDS:
+        raise ValueError(f"{place}, kind: {kind!r} is none of {', '.join(KINDS)}")
     entries = group.get("concepts")
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{place}, concepts is {entries!r}, not a list of one or more")
@@ -154,14 +176,41 @@ def load_concepts(category: str) -> tuple[Concept, ...]:
         name = _check_name(entry.get("name"), f"{where}, name")
         prompt = _check_name(entry.get("prompt", name), f"{where} {name}, prompt")
         aliases = _check_names(entry.get("aliases", []), f"{where} {name}, aliases")
-        concepts.append(Concept(index, name, prompt, aliases, templates, held_out_templates, anchor_prompt))
+        concepts.append(Concept(index, name, prompt, aliases, templates, held_out_templates, anchor_prompt, kind=kind))
     concepts += [Concept(len(concepts) + k, text, text, is_watermark=True) for k, text in enumerate(watermarks)]
-    owners: dict[str, Concept] = {}
-    for concept in concepts:
-        for spelling in concept.spellings:
-            if owners.setdefault(spelling.lower(), concept) != concept:
-                other = owners[spelling.lower()].name
-                raise ValueError(f"{place}: '{spelling}' names both {other} and {concept.name}: remove it from one")
+    _check_spelled_once(concepts, [place] * len(concepts))
+    return tuple(concepts)
+
+
+def read_concept_list(path: Path) -> tuple[Concept, ...]:
+    """Return the concepts of a CSV file with the columns name, kind and aliases, which are apart by semicolons.
+
+    A kind is one of `configs/templates.yaml`, or a word for it: artist, public figure, proper name. Raises ValueError,
+    with the line and the column, for anything that is not so.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no list of concepts {path}: make one with the columns {','.join(_LIST_COLUMNS)}")
+    lines, rows = read_rows(path)
+    expected = f"a list of concepts has {','.join(_LIST_COLUMNS)}"
+    if not rows or sorted(rows[0]) != sorted(_LIST_COLUMNS):
+        raise ValueError(f"{path} has the columns {','.join(rows[0]) if rows else '(none)'}: {expected}, each once")
+    if len(rows) == 1:
+        raise ValueError(f"{path} has no concept below its header: give each a line")
+    concepts: list[Concept] = []
+    places = [f"{path} line {line}" for line in lines[1:]]
+    for place, row in zip(places, rows[1:], strict=True):
+        if len(row) != len(_LIST_COLUMNS):
+            raise ValueError(f"{place} has {len(row)} fields for {len(_LIST_COLUMNS)} columns: {expected}")
+        fields = dict(zip(rows[0], row, strict=True))
+        kind = _KINDS_OF_LISTS.get(fields["kind"], fields["kind"])
+        if kind not in KINDS:
+            choices = ", ".join((*_KINDS_OF_LISTS, *KINDS))
+            raise ValueError(f"{place}, column kind: '{fields['kind']}' is none of {choices}: choose one of them")
+        name = _check_name(fields["name"], f"{place}, column name")
+        pieces = fields["aliases"].split(";") if fields["aliases"] else []
+        aliases = tuple(_check_name(piece, f"{place}, column aliases") for piece in pieces)
+        concepts.append(Concept(len(concepts), name, name, aliases, kind=kind))
+    _check_spelled_once(concepts, places)
     return tuple(concepts)
 
 

@@ -265,6 +265,48 @@ class NullSpaceConfig(Settings):
 
 
 @dataclass(frozen=True)
+class EditConfig(Settings):
+    """How shifts act where nothing needs static weights."""
+
+    form: str = setting(
+        "gated",
+        "let shifts act on the prompts that trip their gates, or on the weights",
+        choices=("gated", "linear"),
+    )
+
+
+@dataclass(frozen=True)
+class GateConfig(Settings):
+    """How a shift's gate is fitted: what tells the prompts that say its concept, and what they become."""
+
+    gate: bool = setting(True, "give shifts a gate beside their change of weights")
+    gate_anchor: str = setting(
+        "neutral",
+        "what prompts that say the concept become: the same with a neutral word, or the empty prompt",
+        choices=("neutral", "empty"),
+    )
+    gate_position: float = setting(0.7, "where in the gap the threshold lies, 0 to 1", minimum=0)
+    gate_ridge: float = setting(0.01, "ridge of the discriminant, relative to the covariance", above=0)
+    map_ridge: float = setting(0.001, "ridge of the map, relative to the largest projection", above=0)
+    map_rank: int = setting(64, "directions of the map", minimum=1)
+    retain_captions: int = setting(1500, "everyday captions that trip no gate", minimum=1)
+    retain_words: int = setting(750, "words of the vocabulary that trip no gate", minimum=1)
+    compositions: int = setting(80, "everyday captions with the concept in them that trip it", minimum=0)
+    misspellings: int = setting(60, "misspelt names of each concept that may trip it", minimum=0)
+    misspelling_clearance: float = setting(
+        0.25, "how far above every other prompt a misspelt name has to be, in units of the concept's distance", above=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.gate_position < 1:
+            raise ValueError(f"`gate_position` {self.gate_position:g} is outside (0, 1): give a fraction, such as 0.7")
+
+
+NO_GATE = GateConfig(gate=False)
+
+
+@dataclass(frozen=True)
 class SamplingConfig(Settings):
     """How images are generated."""
 

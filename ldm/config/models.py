@@ -12,7 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.methods import (
     METHODS,
+    EditConfig,
     EvaluationConfig,
+    GateConfig,
     MethodConfig,
     NullSpaceConfig,
     SamplingConfig,
@@ -25,8 +27,8 @@ from ldm.io.paths import REPO_ROOT
 
 DEFAULT_CONFIG = REPO_ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
 _RENAMED_CONFIGS = {"mini-many": "mini-sd-logos"}
-_OTHER_CONFIGS = ("concepts", "logos", "scenes")  # files of the same folder that are no model's
-_MODEL_KEYS = ("base_config", "component_configs", "sampling", "null_space", "evaluation", "methods")
+_OTHER_CONFIGS = ("concepts", "logos", "scenes", "templates")  # files of the same folder that are no model's
+_MODEL_KEYS = ("base_config", "component_configs", "sampling", "null_space", "evaluation", "gate", "edit", "methods")
 TRAINING_KEYS = ("seed", "dataset", "tokenizer", "text_encoder", "vae", "unet", "scheduler", "train")
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -39,6 +41,8 @@ class ModelConfig:
     sampling: SamplingConfig = SamplingConfig()
     null_space: NullSpaceConfig = NullSpaceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = field(default_factory=GateConfig)
+    edit: EditConfig = field(default_factory=EditConfig)
     methods: Mapping[str, MethodConfig] = field(
         default_factory=lambda: {name: kind() for name, kind in METHODS.items()}
     )
@@ -82,6 +86,8 @@ def make_model_config(config: DictConfig, path: Path) -> ModelConfig:
         _merged(SamplingConfig, config.get("sampling", {}), path, "sampling"),
         _merged(NullSpaceConfig, config.get("null_space", {}), path, "null_space"),
         _merged(EvaluationConfig, config.get("evaluation", {}), path, "evaluation"),
+        _merged(GateConfig, config.get("gate", {}), path, "gate"),
+        _merged(EditConfig, config.get("edit", {}), path, "edit"),
         {name: _merged(kind, methods.get(name, {}), path, f"methods, {name}") for name, kind in METHODS.items()},
     )
 

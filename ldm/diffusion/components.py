@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,28 @@ from ldm.io.errors import notify
 
 WHOLE_MODEL = "give `model` a whole diffusers folder of Stable Diffusion 1.x, 2.x or XL"
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # none of them acts on an image's content
-_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+_CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+_BERT_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast")
+# By the class of a text encoder: the classes of its tokenizer, and the files that hold its vocabulary where there is no
+# tokenizer.json. Stable Diffusion's pipeline takes any encoder whose first output has one row for each token.
+_TOKENIZERS = {
+    "CLIPTextModel": _CLIP_TOKENIZERS,
+    "CLIPTextModelWithProjection": _CLIP_TOKENIZERS,
+    "BertModel": _BERT_TOKENIZERS,
+}
+_VOCABULARY_FILES = {
+    "CLIPTextModel": ("vocab.json", "merges.txt"),
+    "CLIPTextModelWithProjection": ("vocab.json", "merges.txt"),
+    "BertModel": ("vocab.txt",),
+}
+_DECODER_FIELDS = ("is_decoder", "add_cross_attention")
 _CLASSES = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
     "vae": ("diffusers", ("AutoencoderKL",)),
-    "text_encoder": ("transformers", ("CLIPTextModel",)),
+    "text_encoder": ("transformers", ("CLIPTextModel", "BertModel")),
     "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
-    "tokenizer": ("transformers", _TOKENIZERS),
-    "tokenizer_2": ("transformers", _TOKENIZERS),
+    "tokenizer": ("transformers", _CLIP_TOKENIZERS + _BERT_TOKENIZERS),
+    "tokenizer_2": ("transformers", _CLIP_TOKENIZERS),
 }
 _SCHEDULERS = {scheduler.name for scheduler in KarrasDiffusionSchedulers} | {
     "DDIMParallelScheduler",
@@ -137,6 +151,12 @@ def check_index(path: Path, index: Mapping[str, Any], has_two_encoders: bool) ->
             _check_class(path, name, value)
         elif is_part and name not in OPTIONAL_PARTS:
             raise UnusableModelError(f"{path}: nothing here computes with its {name} {value}: {WHOLE_MODEL}")
+    encoder_class, tokenizer_class = index["text_encoder"][1], index["tokenizer"][1]
+    if tokenizer_class not in _TOKENIZERS[encoder_class]:
+        raise UnusableModelError(
+            f"{path}: its tokenizer is {tokenizer_class}, and its text encoder {encoder_class}: they are not of one "
+            "model"
+        )
 
 
 def _check_class(path: Path, name: str, value: Any) -> None:
@@ -150,6 +170,14 @@ def _check_class(path: Path, name: str, value: Any) -> None:
             f"{path}: its {name} is {value}, not {wanted[0]} of {wanted_library}, and no other code is run: "
             f"{WHOLE_MODEL}"
         )
+
+
+def class_of(folder: Path, part: str) -> str:
+    """Return the class of a model's text encoder: what its model_index.json says, or else Stable Diffusion's."""
+    path = folder / "model_index.json"
+    index = read_config(path) if path.is_file() else {}
+    default = "CLIPTextModelWithProjection" if part.endswith("_2") else "CLIPTextModel"
+    return index[part][1] if part in index else default
 
 
 def _check_scheduler_class(path: Path, library: Any, class_name: str) -> None:
@@ -192,12 +220,14 @@ def check_configs(folder: Path, is_xl: bool) -> None:
             )
     for suffix in ("", "_2") if is_xl else ("",):
         part = folder / f"text_encoder{suffix}"
-        _check_foreign(part / "config.json", read_config(part / "config.json"))
+        encoder_config = read_config(part / "config.json")
+        _check_foreign(part / "config.json", encoder_config)
+        _check_text_encoder(part / "config.json", encoder_config)
         if (part / "adapter_config.json").exists():
             raise UnusableModelError(
                 f"{part / 'adapter_config.json'}: an adapter is not loaded: remove it, or merge it with peft"
             )
-        _check_tokenizer(folder / f"tokenizer{suffix}")
+        _check_tokenizer(folder / f"tokenizer{suffix}", _VOCABULARY_FILES[class_of(folder, f"text_encoder{suffix}")])
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler_config = read_config(path)
     class_name = (
@@ -238,9 +268,21 @@ def _check_foreign(path: Path, config: Mapping[str, Any]) -> None:
             raise UnusableModelError(f"{path}: {field} {config[field]!r} would fetch code: remove it from the file")
 
 
-def _check_tokenizer(folder: Path) -> None:
+def _check_text_encoder(path: Path, config: Mapping[str, Any]) -> None:
+    for field in _DECODER_FIELDS:
+        if config.get(field):
+            raise UnusableModelError(
+                f"{path}: {field} is {config[field]!r}: a text encoder is no decoder: {WHOLE_MODEL}"
+            )
+    if config.get("use_attention_mask"):
+        raise UnusableModelError(
+            f"{path}: use_attention_mask is true: padding is never masked here, as in Stable Diffusion: {WHOLE_MODEL}"
+        )
+
+
+def _check_tokenizer(folder: Path, vocabulary_files: Sequence[str]) -> None:
     if not (folder / "tokenizer.json").is_file():
-        for name in ("vocab.json", "merges.txt"):
+        for name in vocabulary_files:
             if not (folder / name).is_file():
                 raise UnusableModelError(f"{folder / name} is missing: {WHOLE_MODEL}")
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):

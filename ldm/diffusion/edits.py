@@ -1,4 +1,4 @@
-"""Changes of a U-Net's layers and weights that last as long as a `with` block."""
+"""Changes of a U-Net's layers and weights, and of a model's embeddings, that last as long as a `with` block."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from ldm.diffusion.model import DiffusionModel, EmbeddingEdit
 
 
 @contextmanager
@@ -70,6 +72,20 @@ def gradient_checkpointing(unet: Any, scope: Callable[[], AbstractContextManager
         yield
     finally:
         unet.disable_gradient_checkpointing()
+
+
+@contextmanager
+def edit_embeddings(model: DiffusionModel, edit: EmbeddingEdit | None) -> Iterator[None]:
+    """Let `edit` act on every prompt that the model embeds while the block runs, the negative and the empty one too.
+
+    None lets none act.
+    """
+    before = model.embedding_edit
+    model.embedding_edit = edit
+    try:
+        yield
+    finally:
+        model.embedding_edit = before
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from diffusers import (
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import BertModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from ldm.config.models import DEFAULT_CONFIG
@@ -29,6 +29,7 @@ from ldm.diffusion.components import (
     UnusableModelError,
     check_configs,
     check_index,
+    class_of,
     read_config,
 )
 from ldm.diffusion.compvis import (
@@ -53,9 +54,10 @@ SUPPORTED_PIPELINES: dict[str, type[Pipeline]] = {
 }
 _PARTS: dict[str, Any] = {
     "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
+    "text_encoder": None,  # of one of the classes of _TEXT_ENCODERS
     "text_encoder_2": CLIPTextModelWithProjection,
 }
+_TEXT_ENCODERS: dict[str, Any] = {"CLIPTextModel": CLIPTextModel, "BertModel": BertModel}
 
 
 def load_model(
@@ -244,7 +246,8 @@ def _load_folder(source: str | Path, variant: str | None) -> Pipeline:
     components["unet"] = _read_unet(folder / "unet", variant)
     for name, kind in _PARTS.items():
         if name != "text_encoder_2" or pipeline_class is StableDiffusionXLPipeline:
-            components[name] = _read_part(kind, folder / name, variant)
+            part_kind = kind or _TEXT_ENCODERS[class_of(folder, name)]
+            components[name] = _read_part(part_kind, folder / name, variant)
     return pipeline_class.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True, **components)
 
 

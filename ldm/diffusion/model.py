@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from ldm.diffusion.tokenizer import describe_cuts, tokenizer_digest
+from ldm.diffusion.text_states import LAST_STATE, capture_states
+from ldm.diffusion.tokenizer import describe_cuts, tokenizer_digest, vocabulary_words
 from ldm.io.errors import notify
 from ldm.io.tensors import check_finite, tensor_digest
 
@@ -49,6 +51,22 @@ def own_config(module: Any) -> dict[str, Any]:
     return own
 
 
+States = Mapping[tuple[str, int], torch.Tensor]  # by text encoder and layer: (N, T, width of that encoder)
+
+
+class EmbeddingEdit(Protocol):
+    """A change of prompt embeddings that may read hidden states of the text encoders, see `edits.edit_embeddings`."""
+
+    @property
+    def layers(self) -> Mapping[str, Collection[int]]:
+        """The hidden states that it reads, by text encoder."""
+        ...
+
+    def __call__(self, prompt_embeds: torch.Tensor, states: States) -> torch.Tensor:
+        """Return what becomes of prompt embeddings (N, rows, d); those that it leaves alone keep every bit."""
+        ...
+
+
 @dataclass
 class DiffusionModel:
     """Frozen parts of a Stable Diffusion model (1.x, 2.x or XL) on one device.
@@ -63,6 +81,7 @@ class DiffusionModel:
     device: torch.device
     dtype: torch.dtype = torch.float32
     checkpoint: Path | None = None  # the single file that it was loaded from
+    embedding_edit: EmbeddingEdit | None = None  # what becomes of prompts' embeddings, by `edits.edit_embeddings`
 
     def __post_init__(self) -> None:
         # Any: diffusers declares the entries of its configs nowhere, and torch.compile replaces the U-Net
@@ -175,22 +194,54 @@ class DiffusionModel:
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
-        """Embed prompts: (N, rows, d) in float32.
+        """Embed prompts: (N, rows, d) in float32, as `embedding_edit` leaves them.
 
         Each of the model's tokens has a row, and XL has one more: the pooled embedding, padded to d with zeros.
         """
         self.notify_of_cuts(prompts)
+        if self.embedding_edit is None:
+            return self.encode_with_states(prompts, {})[0]
+        return self.embedding_edit(*self.encode_with_states(prompts, self.embedding_edit.layers))
+
+    @torch.no_grad()
+    def encode_with_states(
+        self, prompts: list[str], layers: Mapping[str, Collection[int]]
+    ) -> tuple[torch.Tensor, States]:
+        """Return the unedited embeddings of prompts (N, rows, d), and hidden states: those after `layers`.
+
+        A layer is a number from 0, or `LAST_STATE`: the encoder's columns of what the denoiser is given.
+        """
         for encoder in self._text_encoders.values():
             encoder.to(self.device)
         pipeline: Any = self.pipeline  # XL's says that it takes one prompt, and takes several
-        outputs = pipeline.encode_prompt(
-            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        captured: dict[str, dict[int, torch.Tensor]] = {}
+        with ExitStack() as stack:
+            for name, encoder in self._text_encoders.items():
+                numbers = [number for number in layers.get(name, ()) if number != LAST_STATE]
+                captured[name] = stack.enter_context(capture_states(encoder, numbers))
+            outputs = pipeline.encode_prompt(
+                prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        token_embeds = outputs[0].float()  # (N, tokens, d)
+        states = {(name, number): state.float() for name, found in captured.items() for number, state in found.items()}
+        widths = [encoder.config.hidden_size for encoder in self._text_encoders.values()]
+        for name, columns in zip(self._text_encoders, token_embeds.split(widths, dim=-1), strict=True):
+            if LAST_STATE in layers.get(name, ()):
+                states[name, LAST_STATE] = columns
         if not self._pooled_dim:
-            return outputs[0].float()  # (N, tokens, d)
-        token_embeds, _, pooled_embeds, _ = outputs  # (N, tokens, d), (N, pooled)
-        pooled_row = F.pad(pooled_embeds, (0, self.context_dim - self._pooled_dim))[:, None]  # (N, 1, d)
-        return torch.cat([token_embeds, pooled_row], dim=1).float()  # (N, tokens + 1, d)
+            return token_embeds, states
+        pooled_row = F.pad(outputs[2].float(), (0, self.context_dim - self._pooled_dim))[:, None]  # (N, 1, d)
+        return torch.cat([token_embeds, pooled_row], dim=1), states  # (N, tokens + 1, d)
+
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        """Return the text encoders by name: `text_encoder`, and of XL `text_encoder_2` too."""
+        return self._text_encoders
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """Return the tokenizers, in the order of the text encoders."""
+        return self._tokenizers
 
     def notify_of_cuts(self, prompts: Iterable[str]) -> None:
         """Say once of prompts that are longer than the model's tokens how many, which, and where each is cut."""
@@ -224,12 +275,7 @@ class DiffusionModel:
 
         The words are at most 512, evenly spaced in alphabetical order; e (tokens, d) is the embedding of one alone.
         """
-        words = []
-        for token in self.pipeline.tokenizer.get_vocab():
-            word = token.removesuffix("</w>")
-            if token.endswith("</w>") and len(word) > 2 and word.isalpha():
-                words.append(word)
-        words.sort()
+        words = vocabulary_words(self.pipeline.tokenizer)
         words = words[:: max(1, -(-len(words) // _MAX_WORDS))]
         gram = torch.zeros(self.context_dim, self.context_dim, dtype=torch.float64)
         for start in range(0, len(words), _WORDS_AT_ONCE):
@@ -238,7 +284,7 @@ class DiffusionModel:
 
     def _gram(self, prompts: list[str]) -> torch.Tensor:
         """Return the sum of `e^T e` over prompts, (d, d), float64."""
-        rows = self.drop_pooled(self.encode_prompt(prompts)).flatten(0, 1).cpu().double()  # (N * tokens, d)
+        rows = self.drop_pooled(self.encode_with_states(prompts, {})[0]).flatten(0, 1).cpu().double()  # (N * tokens, d)
         return rows.T @ rows
 
     def vocab_gram_without(self, *spellings: str) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,55 @@ def tokenizer_digest(tokenizer: Any) -> str:
         "probes": tokenizer(list(_PROBES), padding="max_length", max_length=length, truncation=True).input_ids,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def last_token(tokenizer: Any, prompt: str, name: str) -> int | None:
+    """Return the position of the last token of `name` where a prompt says it last; None where the prompt is cut before.
+
+    It is looked for as whole words first, since "a car and a scarf" says a car earlier. Raises ValueError for a prompt
+    that does not say it.
+    """
+    whole = [found.end() for found in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", prompt)]
+    end = whole[-1] if whole else prompt.rindex(name) + len(name)
+    position = len(tokenizer(prompt[:end]).input_ids) - 2  # its last token marks the end
+    return position if position < tokenizer.model_max_length - 1 else None
+
+
+def last_piece(tokenizer: Any, name: str) -> str:
+    """Return the letters of a name's last token, such as `gh` where a tokenizer splits vangogh into van, go and gh."""
+    pieces = tokenizer.tokenize(name)
+    return pieces[-1].removeprefix("##").removesuffix("</w>") if pieces else ""
+
+
+def align_tokens(tokenizer: Any, prompt: str, anchor: str) -> list[int]:
+    """Return, for each row of a prompt's embedding, the row of an anchor prompt's that stands for it.
+
+    Their common beginning, their common end and the padding are aligned; of what differs, the last token with the last.
+    """
+    length = tokenizer.model_max_length
+    own, other = (tokenizer(text, truncation=True, max_length=length).input_ids for text in (prompt, anchor))
+    pairs = enumerate(zip(own, other, strict=False))
+    head = next((k for k, (one, two) in pairs if one != two), min(len(own), len(other)))
+    shift = len(other) - len(own)
+    rows = list(range(head))
+    rows += [max(head, k + shift) for k in range(head, len(own))]  # what differs, then the common end
+    rows += [max(k, len(other)) for k in range(len(own), length)]  # padding
+    return [min(row, length - 1) for row in rows]
+
+
+def vocabulary_words(tokenizer: Any) -> list[str]:
+    """Return the words of a tokenizer's vocabulary that are one token, of three letters or more, in alphabetical order.
+
+    Byte pairs mark the end of a word, as in CLIP; pieces of words mark that they continue one, as in BERT.
+    """
+    vocabulary = tokenizer.get_vocab()
+    marks_ends = any(token.endswith("</w>") for token in vocabulary)
+    words = []
+    for token in vocabulary:
+        word = token.removesuffix("</w>")
+        if (not marks_ends or token.endswith("</w>")) and len(word) > 2 and word.isalpha():
+            words.append(word)
+    return sorted(words)
 
 
 def read_part(tokenizer: Any, prompt: str) -> str | None:

@@ -13,12 +13,14 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ldm.config.concepts import Concept, always_protected_prompts
-from ldm.config.methods import ExecutionConfig, MethodConfig, SelfSampledConfig, SRSMEConfig
+from ldm.config.concepts import Concept, always_protected_prompts, erasable_concepts
+from ldm.config.methods import NO_GATE, ExecutionConfig, GateConfig, MethodConfig, SelfSampledConfig, SRSMEConfig
 from ldm.diffusion.latents import latents_from_folder, sampled_batches
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.closed_form import Costs, ErasureSpace, closed_form_map, erasure_space
+from ldm.erasure.gate_fitter import GateFitter, InseparableError
+from ldm.erasure.gated_edit import GatedEdit
 from ldm.erasure.leakage import base_norms, leakage
 from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
 from ldm.erasure.methods import LOSSES
@@ -38,7 +40,10 @@ _SMALL_CHANGE = 0.05  # of a concept's own prompt, where erasing changes it by a
 
 @dataclass(frozen=True)
 class ErasureSummary:
-    """What an erasure took, and the leakage of its shift on the concept's own prompt and on what is protected."""
+    """What an erasure took, and the leakage of its shift on the concept's own prompt and on what is protected.
+
+    Of a gate it is the gap that its threshold lies in, and how many everyday captions trip it.
+    """
 
     concept: str
     iterations: int
@@ -46,6 +51,8 @@ class ErasureSummary:
     momentum: float
     target_change: float
     max_leakage_protected: float
+    gate_gap: float = math.nan
+    gate_false_alarms: str = ""
 
 
 def erase(
@@ -55,6 +62,7 @@ def erase(
     config: MethodConfig,
     protection: Protection,
     image_dir: Path,
+    gate: GateConfig = NO_GATE,
 ) -> list[ErasureSummary]:
     """Erase concepts by one method, solving the null spaces first where it needs them; what is there already is kept.
 
@@ -63,7 +71,7 @@ def erase(
     """
     if config.needs_null_space:
         solve_null_spaces(model, artifacts, concepts, protection)
-    return erase_concepts(model, artifacts, concepts, config, image_dir)
+    return erase_concepts(model, artifacts, concepts, config, image_dir, gate=gate)
 
 
 def erase_concepts(
@@ -74,12 +82,14 @@ def erase_concepts(
     image_dir: Path,
     execution: ExecutionConfig = ExecutionConfig(),
     shard: Shard = Shard(),
+    gate: GateConfig = NO_GATE,
 ) -> list[ErasureSummary]:
     """Make and save each concept's shift, but for those that are there from the same inputs; return what each took.
 
     `image_dir` has a folder of images per concept, which is not asked for when nothing is trained on images. A
-    learning curve goes beside each shift as CSV. Of several processes each makes its `shard`. Raises ValueError for a
-    missing basis or folder, and for settings that make nothing.
+    learning curve goes beside each shift as CSV. SRS-ME's shifts get a gate too where `gate` says so. Of several
+    processes each makes its `shard`. Raises ValueError for a missing basis or folder, and for settings that make
+    nothing.
     """
     if isinstance(config, SRSMEConfig) and not config.trains and config.init == "zero":
         raise ValueError(
@@ -89,7 +99,7 @@ def erase_concepts(
         return []  # one process trains them, since they are trained at once
     concepts = list(dict.fromkeys(concepts))
     concepts = concepts if config.is_joint else shard.select(concepts)
-    erasure = _Erasure(model, artifacts, config, image_dir, execution)
+    erasure = _Erasure(model, artifacts, config, image_dir, execution, gate)
     if config.needs_null_space:
         for concept in concepts:
             erasure.load_basis(concept)  # before any work, so that one that is missing costs none
@@ -155,9 +165,12 @@ class _Erasure:
         config: MethodConfig,
         image_dir: Path,
         execution: ExecutionConfig,
+        gate: GateConfig,
     ):
         self.model, self.artifacts, self.config = model, artifacts, config
         self.image_dir, self.execution = image_dir, execution
+        self.gate = gate if isinstance(config, SRSMEConfig) else gate.with_changes(gate=False)
+        self.gate_fitter: GateFitter | None = None
         self.cache = _EmbeddingCache(model)
         self.bases: dict[int, NullSpaceBasis] = {}
 
@@ -194,6 +207,8 @@ class _Erasure:
             "config": self.config.acting(),
             "dtype": str(self.model.dtype),
         }
+        if self.gate.gate:
+            metadata["gate_config"] = self.gate.to_dict()
         if self.config.needs_null_space:
             metadata["basis_digest"] = file_digest(self.artifacts.basis(concept.index))
         if self.config.trains_on_images:
@@ -225,6 +240,20 @@ class _Erasure:
         return [
             self._save(concept, shifts[concept.index], metadata[concept.index], curve, seconds) for concept in concepts
         ]
+
+    def _gated_edit(self, concept: Concept) -> GatedEdit | None:
+        """Return the gated edit that erases a concept; None where none is asked for, or no gate tells the concept."""
+        if not self.gate.gate:
+            return None
+        if self.gate_fitter is None:
+            retained = [prompt for basis in self.bases.values() for prompt in basis.metadata["protected"]]
+            others = erasable_concepts(self.artifacts.category)
+            self.gate_fitter = GateFitter(self.model, others, retained, self.gate)
+        try:
+            return self.gate_fitter.fit(concept)
+        except InseparableError as error:
+            notify(str(error))
+            return None
 
     def _initial_shift(self, concept: Concept) -> SeparableShift | None:
         """Return what a method with a null space starts from; None for one without."""
@@ -285,6 +314,7 @@ class _Erasure:
         if self.config.needs_null_space:
             basis = self.bases[concept.index].metadata
             metadata |= {name: basis[name] for name in ("protected", "rank", "rank_rtol")}
+        shift.gated = self._gated_edit(concept)
         changes = self._measure(concept, shift)
         target_change = changes.pop(concept.prompt)
         max_leakage = max(changes.values())
@@ -296,7 +326,11 @@ class _Erasure:
         measured = {"target_change": target_change, "max_leakage_protected": max_leakage}
         shift.save(path, metadata | {name: value for name, value in measured.items() if math.isfinite(value)})
         momentum = float(curve.momentum.iloc[-1]) if len(curve) else math.nan
-        return ErasureSummary(concept.name, len(curve), round(seconds, 1), momentum, target_change, max_leakage)
+        report = shift.gated.report if shift.gated else {}
+        gap, alarms = report.get("gap", math.nan), report.get("false_alarms", [])[:2]
+        counts = " of ".join(map(str, alarms))
+        took = concept.name, len(curve), round(seconds, 1), momentum
+        return ErasureSummary(*took, target_change, max_leakage, gap, counts)
 
     def _measure(self, concept: Concept, shift: WeightShift) -> dict[str, float]:
         """Return the leakage of a shift on its own and the protected prompts; NaN where text layers do not say all."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ldm.config.concepts import Concept, erasable_concepts, find_by_name
-from ldm.config.methods import METHODS, ExportConfig, SamplingConfig, did_you_mean
+from ldm.config.methods import METHODS, EditConfig, ExportConfig, SamplingConfig, did_you_mean
 from ldm.config.models import ModelConfig, load_model_config
 from ldm.diffusion.load import load_model
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate
 from ldm.erasure.erase import ErasureSummary, erase
 from ldm.erasure.export import Export, export
-from ldm.erasure.merge import applied
+from ldm.erasure.merge import edited
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
 from ldm.io.paths import ArtifactPaths, merge_name
@@ -31,7 +32,8 @@ class ConceptEraser:
     """A model and the concepts of a category that are erased from it. The base weights are never changed.
 
     Shifts are kept below `artifacts_dir` and made once: a concept that is erased again gets the same one. Each leaves
-    all other concepts of the category alone, the empty prompt and the watermarks.
+    all other concepts of the category alone, the empty prompt and the watermarks. In the `form` gated they act on the
+    prompts that say the concepts and on no other, in the form linear on the weights; by default as the model's config.
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class ConceptEraser:
         category: str = "style",
         artifacts_dir: Path | str = "artifacts",
         device: torch.device | str | None = None,
+        form: str | None = None,
     ):
         device = torch.device(device) if device else None
         self.model = model if isinstance(model, DiffusionModel) else load_model(model, device)
         self.category = category
         self.config: ModelConfig = load_model_config(self.model.config_name)
+        self.form = EditConfig(form or self.config.edit.form).form
         self.artifacts_dir = Path(artifacts_dir)
         self.shifts: dict[str, WeightShift] = {}
 
@@ -66,7 +70,8 @@ class ConceptEraser:
         concepts = list(dict.fromkeys(self._concept(name) for name in names))
         artifacts = ArtifactPaths(self.artifacts_dir, method, self.model.name, self.category, 1, 0)  # as the scripts do
         protection = Protection([concept.index for concept in erasable_concepts(self.category)], self.config.null_space)
-        summaries = erase(self.model, artifacts, concepts, self.config.methods[method], protection, Path(image_dir))
+        settings = self.config.methods[method], protection, Path(image_dir), self.config.gate
+        summaries = erase(self.model, artifacts, concepts, *settings)
         for concept in concepts:
             shift = WeightShift.load(artifacts.shift(concept.index))
             shift.check(self.model.digests, self.model.unet)
@@ -83,12 +88,18 @@ class ConceptEraser:
         for label in labels:
             del self.shifts[label]
 
+    @contextmanager
+    def applied(self) -> Generator[None]:
+        """While the block runs, let `model` be without the erased concepts; then it is the base model, bit for bit."""
+        with edited(self.model, self.shifts, self.form):
+            yield
+
     def generate(
         self, prompt: str, seeds: Sequence[int] = (0,), sampling: SamplingConfig | None = None
     ) -> list[Image.Image]:
         """Return an image of the prompt for each seed, by the model as it stands."""
         requests = [(PromptCase(prompt, seed, number), 0) for number, seed in enumerate(seeds)]
-        with applied(self.model.unet, list(self.shifts.values())):
+        with self.applied():
             return [image for _, _, image in generate(self.model, requests, sampling or self.config.sampling)]
 
     def export(self, output_dir: Path | str, config: ExportConfig = ExportConfig()) -> Export:

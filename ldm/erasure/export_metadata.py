@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save_file
+from transformers import CLIPTextModel
 
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.shift import WeightShift
@@ -43,14 +44,15 @@ class Family:
 def family_of(model: DiffusionModel) -> Family:
     """Return a model's family by its structure, whatever it is called: its pipeline, text encoder and scheduler.
 
-    Version 2 is told from 1 by the activation of its text encoder. A small model of the same structure counts as one.
+    Version 2 is told from 1 by the activation of its text encoder. A small model of the same structure counts as one,
+    and one with another text encoder than CLIP as version 1.
     """
     is_velocity = model.scheduler.config.get("prediction_type", "epsilon") == "v_prediction"
     prediction_type = "v" if is_velocity else "epsilon"
     if isinstance(model.pipeline, StableDiffusionXLPipeline):
         return Family("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", False, prediction_type)
     suffix = "_v" if is_velocity else ""
-    if model.text_encoder.config.hidden_act == "quick_gelu":
+    if not isinstance(model.text_encoder, CLIPTextModel) or model.text_encoder.config.hidden_act == "quick_gelu":
         return Family("stable-diffusion-v1", f"sd_v1{suffix}", False, prediction_type)
     architecture = "stable-diffusion-v2-768-v" if is_velocity else "stable-diffusion-v2-512"
     return Family(architecture, f"sd_v2{suffix}", True, prediction_type)

@@ -44,6 +44,12 @@ def leakage(
     return rows
 
 
+def embedding_leakage(layers: Mapping[str, nn.Linear], before: torch.Tensor, after: torch.Tensor) -> float:
+    """Return the leakage of a change of a prompt's embedding (tokens, d): `|(e' - e) W^T| / |e W^T|` of all layers."""
+    norms = base_norms(layers, {"before": before, "change": after - before})
+    return norms["change"] / norms["before"]
+
+
 def changes_only(shift: WeightShift, layers: Mapping[str, nn.Linear]) -> bool:
     """Return whether a shift changes the text `layers` alone, so that its leakage says all of what it does."""
     return set(shift.parameter_names) <= {f"{name}.weight" for name in layers}

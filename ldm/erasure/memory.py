@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import weakref
 from pathlib import Path
@@ -16,9 +17,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import AutoConfig, AutoModel
 
-from ldm.diffusion.components import check_configs
+from ldm.diffusion.components import check_configs, read_config
 from ldm.diffusion.load import silence_hf_logging
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.losses import SRSMELoss
@@ -119,10 +120,11 @@ def estimate_memory(folder: Path, device: torch.device, batch_size: int, max_dir
         )
     check_configs(folder, is_xl=False)
     with torch.device("meta"):
-        encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(str(folder), subfolder="text_encoder"))
+        encoder: Any = AutoModel.from_config(AutoConfig.from_pretrained(str(folder), subfolder="text_encoder"))
         vae_config: Any = AutoencoderKL.load_config(str(folder), subfolder="vae")
         vae: Any = AutoencoderKL.from_config(vae_config)
-    tokens = encoder.config.max_position_embeddings
+    tokenizer = read_config(folder / "tokenizer" / "tokenizer_config.json")
+    tokens = int(min(encoder.config.max_position_embeddings, tokenizer.get("model_max_length", math.inf)))
     on_gpu, rows = _is_gpu(device), []
     other_parts = 0 if on_gpu else _num_bytes(encoder) + _num_bytes(vae)
     for dtype, checkpointing in itertools.product(DTYPES, (False, True)):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ldm.config.concepts import CATEGORIES, INDEX_RANGE_RE, get_concept, parse_indexes
 from ldm.config.methods import METHODS, SRSMEConfig
-from ldm.diffusion.edits import replace_parameters
+from ldm.diffusion.edits import edit_embeddings, replace_parameters
+from ldm.diffusion.model import DiffusionModel
+from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.shift import WeightShift
 from ldm.io.paths import ArtifactPaths, merge_name
 
@@ -39,6 +42,55 @@ def applied(unet: nn.Module, shifts: Sequence[WeightShift]) -> Generator[None]:
     merged = {name: nn.Parameter(weight, requires_grad=False) for name, weight in merge(unet, shifts).items()}
     with replace_parameters(unet, merged):
         yield
+
+
+@contextmanager
+def edited(model: DiffusionModel, shifts: Mapping[str, WeightShift], form: str) -> Generator[None]:
+    """While the block runs, let the model be without the concepts of `shifts`; then it is the very base model again.
+
+    In the `form` gated a shift acts on the prompts that trip its gate, in the form linear on the weights, which is also
+    what one without a gate does. Raises ValueError for a gate that does not fit the model.
+    """
+    gated, linear = by_form(shifts, form)
+    with applied(model.unet, list(linear.values())), edit_embeddings(model, gated_prompts(model, gated)):
+        yield
+
+
+def gated_prompts(model: DiffusionModel, gated: Mapping[str, WeightShift]) -> GatedPrompts | None:
+    """Return what the gates of shifts together make of prompts' embeddings; None for no shift.
+
+    Raises ValueError for a gate that does not fit the model.
+    """
+    edits: dict[str, GatedEdit] = {}
+    for label, shift in gated.items():
+        if shift.gated is not None:
+            shift.gated.check(model.text_encoders, model.context_dim, shift.path)
+            edits[label] = shift.gated
+    return GatedPrompts(edits) if edits else None
+
+
+def by_form(shifts: Mapping[str, WeightShift], form: str) -> tuple[dict[str, WeightShift], dict[str, WeightShift]]:
+    """Return the shifts that act by their gates, and those that act on the weights, where `form` is asked for."""
+    gated = {label: shift for label, shift in shifts.items() if form == "gated" and shift.gated is not None}
+    return gated, {label: shift for label, shift in shifts.items() if label not in gated}
+
+
+def describe_forms(shifts: Mapping[str, WeightShift], form: str) -> str:
+    """Return which of the shifts act in which form, in a line."""
+    gated, linear = by_form(shifts, form)
+    parts = []
+    for name, group in (("gated", gated), ("linear", linear)):
+        if group:
+            lacking = " (without a gate)" if name == "linear" and form == "gated" else ""
+            parts.append(f"{name}{lacking}: {', '.join(group)}")
+    return "; ".join(parts) or "no shift"
+
+
+def shifts_metadata(shifts: Mapping[str, WeightShift], form: str) -> dict[str, Any]:
+    """Return what a folder of images says of the shifts that acted, and in which form where that is not on weights."""
+    metadata: dict[str, Any] = {"shifts": {label: shift.provenance for label, shift in shifts.items()}}
+    gated = list(by_form(shifts, form)[0])
+    return metadata | ({"gated": gated} if gated else {})
 
 
 def load_shifts(artifacts: ArtifactPaths, text: str) -> tuple[dict[str, WeightShift], str]:

@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from ldm.erasure.gated_edit import GatedEdit, is_gated_tensor
 from ldm.io.checks import check_header, is_count, is_mapping, is_number, is_text, is_texts
 from ldm.io.tensors import LazyTensors, check_base_model, library_versions, load_tensors, save_tensors
 
@@ -25,7 +26,7 @@ _HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, w
     **dict.fromkeys(("captions", "protected"), is_texts),
     **dict.fromkeys(("concept_index", "iterations", "rank"), is_count),
     **dict.fromkeys(("scale", "rank_rtol", "target_change", "max_leakage_protected"), is_number),
-    "config": is_mapping,
+    **dict.fromkeys(("config", "gate"), is_mapping),
 }
 
 
@@ -36,6 +37,7 @@ class WeightShift(ABC):
         self.metadata = metadata or {}
         self.path: Path | str = "this shift"
         self.content_digest = ""  # of the file that it was read from
+        self.gated: GatedEdit | None = None  # what erases the concept in prompts instead of weights
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -64,6 +66,12 @@ class WeightShift(ABC):
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
         """Write the shift as safetensors, with `metadata` beside what this kind of shift adds to it."""
 
+    def _save(self, path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+        if self.gated is not None:
+            tensors |= self.gated.tensors()
+            metadata |= {"gate": self.gated.metadata}
+        save_tensors(path, tensors, SHIFT_FILE_TYPE, metadata)
+
     def delta_output(self, name: str, embeds: torch.Tensor) -> torch.Tensor:
         """Return what a linear layer's dW adds to its output for `embeds` (tokens, d), float64: (tokens, out)."""
         return embeds @ self.delta_weight(name).T
@@ -82,8 +90,11 @@ class WeightShift(ABC):
         tensors, metadata = load_tensors(path, SHIFT_FILE_TYPE, hint, checked)
         check_header(Path(path), metadata, _HEADER)
         kind = SeparableShift if "directions" in tensors else DenseShift
-        shift = kind.read(tensors, metadata)
-        if shift is None:
+        weights = tensors.where(lambda name: not is_gated_tensor(name))
+        shift = kind.read(weights, metadata)
+        if shift is not None and len(weights) < len(tensors):
+            shift.gated = GatedEdit.read(tensors, metadata.get("gate"))
+        if shift is None or (shift.gated is None and len(weights) < len(tensors)):
             raise ValueError(f"{path} has tensors of wrong names, shapes or sizes for a weight shift: make it again")
         shift.path, shift.content_digest = path, tensors.content_digest
         return shift
@@ -169,7 +180,7 @@ class SeparableShift(WeightShift):
         truncated = SeparableShift(
             coefficients, strongest @ orthogonal.T, 1.0, self.metadata | {"truncated_to_rank": rank}
         )
-        truncated.path, truncated.content_digest = self.path, self.content_digest
+        truncated.path, truncated.content_digest, truncated.gated = self.path, self.content_digest, self.gated
         return truncated
 
     def lora_factors(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +212,7 @@ class SeparableShift(WeightShift):
         largest = max(float(value.detach().abs().max()) for value in self.coefficients.values())
         _check_size(path, abs(self.scale) * largest * float(self.directions.abs().max()))
         added = {"scale": self.scale, "versions": library_versions()}
-        save_tensors(path, tensors, SHIFT_FILE_TYPE, metadata | added)
+        self._save(path, tensors, metadata | added)
 
     @classmethod
     def read(cls, tensors: LazyTensors, metadata: dict[str, Any]) -> Self | None:
@@ -257,7 +268,7 @@ class DenseShift(WeightShift):
         """Write all dW in float32."""
         tensors = {f"d.{name}": value.float() for name, value in self.deltas.items()}
         _check_size(path, max((float(value.abs().max()) for value in tensors.values()), default=0.0))
-        save_tensors(path, tensors, SHIFT_FILE_TYPE, metadata | {"versions": library_versions()})
+        self._save(path, tensors, metadata | {"versions": library_versions()})
 
     @classmethod
     def read(cls, tensors: LazyTensors, metadata: dict[str, Any]) -> Self | None:

@@ -158,7 +158,9 @@ def compare_initializations(
                 "regular": regular["accuracy_after"].mean(),
                 "min regular": regular["accuracy_after"].min(),
                 "regular LPIPS": regular["lpips"].mean(),
+                "regular unchanged": regular["unchanged"].mean(),
                 "protected LPIPS": protected["lpips"].mean(),
+                "protected unchanged": protected["unchanged"].mean(),
                 "fd_reference": reference.distance(edited, erased_prompts),
             }
         )
@@ -184,6 +186,7 @@ def save_ablation(table: pd.DataFrame, path: Path, summary: AblationSummary) -> 
         "accuracy_before": ("accuracy_before", "mean"),
         "accuracy": ("accuracy_after", "mean"),
         "lpips": ("lpips", "mean"),
+        "unchanged": ("unchanged", "mean"),
         "psnr": ("psnr", mean_psnr),
         "max_abs_diff": ("max_abs_diff", "max"),
         "iterations": ("iterations", "first"),

@@ -16,7 +16,7 @@ from ldm.config.models import load_model_config
 from ldm.diffusion.image_folder import generate_to_folder
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.erase import ErasureSummary, erase_concepts
-from ldm.erasure.merge import applied
+from ldm.erasure.merge import by_form, edited, shifts_metadata
 from ldm.erasure.protection import Protection, solve_null_spaces
 from ldm.erasure.shift import WeightShift
 from ldm.io.files import file_digest
@@ -48,6 +48,7 @@ class Experiment:
     seed: int = 2024
     held_out: bool = False
     extra_prompts: Sequence[str] = ()
+    form: str = "linear"
     _tables: dict[Path, pd.DataFrame] = field(default_factory=dict)
 
     def erase(
@@ -64,7 +65,9 @@ class Experiment:
 
         Raises ValueError when the protected prompts leave no free dimensions.
         """
-        null_space = null_space or load_model_config(self.model.config_name).null_space
+        model_config = load_model_config(self.model.config_name)
+        null_space = null_space or model_config.null_space
+        gate = model_config.gate.with_changes(gate=model_config.gate.gate and self.form == "gated")
         protection = Protection(protected_indices, null_space)
         if config.needs_null_space:  # before any image, so that one without free dimensions costs none
             solve_null_spaces(self.model, artifacts, concepts, protection)
@@ -74,19 +77,19 @@ class Experiment:
                 cases = make_cases([concept.prompt], self.num_training_images, self.seed)
                 cases = [replace(case, seed=case.seed + TRAIN_SEED_OFFSET) for case in cases]
                 self._generate(cases, image_dir / concept.name, self.model.generation_metadata)
-        return erase_concepts(self.model, artifacts, concepts, config, image_dir)
+        return erase_concepts(self.model, artifacts, concepts, config, image_dir, gate=gate)
 
     def generate(self, shifts: Mapping[str, WeightShift], name: str) -> Path:
         """Return the folder of images by the base model with `shifts` merged: `name` and their digest, or `ori`.
 
         Images that are there already are kept.
         """
-        metadata: dict[str, Any] = {"shifts": {label: shift.provenance for label, shift in shifts.items()}}
-        metadata |= self.model.generation_metadata  # taken before any merge
+        metadata = {**shifts_metadata(shifts, self.form), **self.model.generation_metadata}  # taken before any merge
         digests = "".join(file_digest(Path(shift.path)) for shift in shifts.values())
-        digest = hashlib.sha256(digests.encode()).hexdigest()[:8]
+        gated = "gated" if by_form(shifts, self.form)[0] else ""
+        digest = hashlib.sha256(f"{digests}{gated}".encode()).hexdigest()[:8]
         folder = self.folder / "images" / (f"{name}-{digest}" if shifts else "ori")
-        with applied(self.model.unet, list(shifts.values())):
+        with edited(self.model, shifts, self.form):
             self._generate(make_cases(self._prompts(), self.seeds_per_prompt, self.seed), folder, metadata)
         return folder
 

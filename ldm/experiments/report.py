@@ -26,7 +26,7 @@ from ldm.io.images import image_filename, open_image, save_image
 from ldm.io.prompts import read_prompt_csv
 from ldm.ledger.ledger import Ledger, status_table
 from ldm.ledger.operations import peak_memory, verify
-from ldm.metrics.compare import prompt_statuses
+from ldm.metrics.compare import prompt_statuses, summarize_by
 from ldm.metrics.tables import format_cell
 
 EmbeddedImage = tuple[str, str]  # a data URI, and what it shows
@@ -78,8 +78,9 @@ def render_report(ledger: Ledger, experiment: Experiment, num_shown: int, comman
         ),
         Section(
             "Results",
-            "Accuracies in per cent by the classifier, distances between the two images of a seed.",
-            [table],
+            "Accuracies in per cent by the classifier, distances between the two images of a seed. Unchanged is the "
+            "fraction of images that differ from the original's by at most 1 of 255 in every pixel.",
+            [summarize_by(table, "status"), table],
         ),
         _watermark_section(results.table),
         _leakage_section(ledger, model),
@@ -150,7 +151,7 @@ def _watermark_section(table: pd.DataFrame) -> Section:
     rows = table[table["prompt"].isin(always_protected_prompts())]
     num_images, max_abs_diff = int(rows["images"].sum()), int(rows["max_abs_diff"].max())
     text = f"They must not change: no pixel of {num_images} images is off by more than {max_abs_diff} of 255."
-    columns = ["prompt", "images", "lpips", "psnr", "max_abs_diff"]
+    columns = ["prompt", "images", "lpips", "unchanged", "psnr", "max_abs_diff"]
     named = rows[columns].replace({"prompt": {"": EMPTY_PROMPT_LABEL}})
     return Section("Watermarks and the empty prompt", text, [named])
 

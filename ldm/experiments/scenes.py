@@ -20,6 +20,7 @@ from ldm.io.prompts import read_prompt_csv
 from ldm.ledger.ledger import Ledger, make_header
 from ldm.ledger.operations import shift_record
 from ldm.metrics.lpips import mean_psnr
+from ldm.metrics.tables import format_cell
 
 STATUS_PREFIXES = {"erased": "E ", "restored": "R ", "regular": ""}
 STATUS_COLORS = {"erased": "crimson", "restored": "limegreen"}
@@ -79,6 +80,7 @@ def summarize(table: pd.DataFrame, distance: str) -> pd.DataFrame:
         "accuracy_before": ("accuracy_before", "mean"),
         "accuracy": ("accuracy_after", "mean"),
         "lpips": ("lpips", "mean"),
+        "unchanged": ("unchanged", "mean"),
         "max_abs_diff": ("max_abs_diff", "max"),
         "psnr": ("psnr", mean_psnr),
         distance: (distance, "mean"),
@@ -99,21 +101,21 @@ def summarize(table: pd.DataFrame, distance: str) -> pd.DataFrame:
 def wide_table(table: pd.DataFrame, category: str, distance: str) -> pd.DataFrame:
     """Return a row for each method and time with a cell for each prompt: the paper's Tables 2 and 3.
 
-    A concept's cell is `distance / accuracy / LPIPS`, marked E (erased) or R (restored); that of the watermarks and of
-    the empty prompt is `PSNR / LPIPS`. `distance` is the column of the Frechet distance.
+    A concept's cell is `distance / accuracy / LPIPS / unchanged`, marked E (erased) or R (restored); that of the
+    watermarks and of the empty prompt is `PSNR / LPIPS / unchanged`. `distance` is the column of the Frechet distance.
     """
     concept_prompts = {concept.prompt for concept in erasable_concepts(category)}
     rows = []
     for (method, time), group in table.groupby(["method", "time"], sort=False):
         row: dict[str, Any] = {"method": method, "time": time}
         for cell in group.to_dict("records"):
-            prompt, lpips = cell["prompt"], cell["lpips"]
+            prompt, lpips, unchanged = cell["prompt"], cell["lpips"], format_cell(cell["unchanged"])
             if prompt in concept_prompts:
                 decimals = 0 if cell[distance] >= 100 else 2
-                numbers = f"{cell[distance]:.{decimals}f} / {cell['accuracy_after']:.0f} / {lpips:.3f}"
+                numbers = f"{cell[distance]:.{decimals}f} / {cell['accuracy_after']:.0f} / {lpips:.3f} / {unchanged}"
                 row[prompt] = STATUS_PREFIXES[cell["status"]] + numbers
             else:
-                row[prompt or EMPTY_PROMPT_LABEL] = f"{cell['psnr']:.1f} / {lpips:.1e}"
+                row[prompt or EMPTY_PROMPT_LABEL] = f"{cell['psnr']:.1f} / {lpips:.1e} / {unchanged}"
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -48,7 +48,7 @@ def read_prompt_csv(path: Path) -> list[PromptCase]:
     Nothing is guessed: a row has as many fields as the header, and a number is written in digits. Blank lines are
     skipped. Raises ValueError, with the line, for anything else, and when a case number stands twice.
     """
-    lines, rows = _read_rows(path)
+    lines, rows = read_rows(path)
     if not rows:
         raise ValueError(f"{path} is empty and not a CSV file with a header line {','.join(COLUMNS)}")
     header = rows[0]
@@ -76,7 +76,7 @@ def read_prompt_csv(path: Path) -> list[PromptCase]:
     return list(cases.values())
 
 
-def _read_rows(path: Path) -> tuple[list[int], list[list[str]]]:
+def read_rows(path: Path) -> tuple[list[int], list[list[str]]]:
     """Return the rows of a CSV file that are not blank, the header first, and the number of each one's first line."""
     try:
         content = Path(path).read_bytes()

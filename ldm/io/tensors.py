@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -103,6 +103,10 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def where(self, keeps: Callable[[str], bool]) -> LazyTensors:
+        """Those whose names `keeps` is true of."""
+        return LazyTensors(self.path, {name: own for name, own in self.names.items() if keeps(name)})
 
     def with_prefix(self, prefix: str) -> LazyTensors:
         """Those whose names start with `prefix`, without it."""

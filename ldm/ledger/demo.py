@@ -17,13 +17,14 @@ import pandas as pd
 from PIL import Image, ImageChops
 
 from ldm.config.methods import FORMATS, ExportConfig
+from ldm.config.models import load_model_config
 from ldm.diffusion.edits import clone_sharing_weights
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import SeededNoise, sample_trajectory
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.export import export
-from ldm.erasure.leakage import leakage_after_rounding
-from ldm.erasure.merge import merge
+from ldm.erasure.leakage import embedding_leakage, leakage_after_rounding
+from ldm.erasure.merge import by_form, gated_prompts, merge
 from ldm.erasure.shift import WeightShift
 from ldm.io.images import tensor_to_images
 from ldm.io.paths import merge_name
@@ -99,6 +100,7 @@ class DemoSession:
 
     def __init__(self, ledger: Ledger, model: DiffusionModel, load_fresh_model: Callable[[], DiffusionModel]):
         self.model, self.load_fresh_model = model, load_fresh_model
+        self.form = load_model_config(model.config_name).edit.form
         self.state = LedgerState.read(ledger.path)
         self._originals: OrderedDict[tuple[str, int, int, float], Image.Image] = OrderedDict()
         self._exports: OrderedDict[tuple[Path, str], Path] = OrderedDict()
@@ -123,20 +125,22 @@ class DemoSession:
         """
         self.validate_request(prompt, seed, num_inference_steps, guidance_scale)
         seed, num_inference_steps = int(seed), int(num_inference_steps)
-        merged = merge(self.model.unet, list(self.state.select_shifts(names).values()))
+        gated, linear = by_form(self.state.select_shifts(names), self.form)
+        merged = merge(self.model.unet, list(linear.values()))
         edited_model = copy(self.model)
+        edited_model.embedding_edit = gated_prompts(self.model, gated)
         with self._making:
             edited_model.unet = clone_sharing_weights(self.model.unet, merged)
         key = prompt, seed, num_inference_steps, guidance_scale
         with self._lock:
             original = self._originals.get(key)
             prompt_embeds, uncond_embeds = self.model.encode_prompt([prompt]), self.model.encode_uncond()
+            edited_embeds = edited_model.encode_prompt([prompt])
         models, images = [edited_model] if original else [self.model, edited_model], []
         for number, model in enumerate(models):
             noise = SeededNoise.sample(model, [(seed, 0)])
-            trajectory = sample_trajectory(
-                model, noise, prompt_embeds, uncond_embeds, num_inference_steps, guidance_scale
-            )
+            embeds = edited_embeds if model is edited_model else prompt_embeds
+            trajectory = sample_trajectory(model, noise, embeds, uncond_embeds, num_inference_steps, guidance_scale)
             latents = noise.initial
             for done, current in enumerate(trajectory, start=1):
                 latents = current
@@ -147,8 +151,10 @@ class DemoSession:
             self._originals[key] = original
             while len(self._originals) > MAX_CACHED_IMAGES:
                 self._originals.popitem(last=False)
-        embeds = {prompt: self.model.drop_pooled(prompt_embeds)[0]}
-        leakage = leakage_after_rounding(text_layers(self.model.unet), merged, embeds)[prompt]
+        layers, before = text_layers(self.model.unet), self.model.drop_pooled(prompt_embeds)[0]
+        leakage = leakage_after_rounding(layers, merged, {prompt: before})[prompt]
+        if gated:
+            leakage = max(leakage, embedding_leakage(layers, before, self.model.drop_pooled(edited_embeds)[0]))
         yield Comparison(original, edited, ImageChops.difference(original, edited), leakage)
 
     def validate_request(self, prompt: str, seed: int, num_inference_steps: int, guidance_scale: float) -> None:

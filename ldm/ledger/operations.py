@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ldm.config.concepts import Concept
-from ldm.config.methods import METHODS, MethodConfig, NullSpaceConfig
+from ldm.config.methods import METHODS, NO_GATE, GateConfig, MethodConfig, NullSpaceConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.erase import erase
@@ -37,6 +37,7 @@ def create_shifts(
     config: MethodConfig,
     null_space: NullSpaceConfig,
     image_dir: Path,
+    gate: GateConfig = NO_GATE,
 ) -> dict[int, dict[str, Any]]:
     """Make the shifts that erase `concepts`, and return their records by concept, for `Ledger.append`.
 
@@ -52,7 +53,7 @@ def create_shifts(
     category, next_index = ledger.header["category"], len(ledger.entries) + 1
     artifacts = ArtifactPaths(ledger.root / "shifts", config.name, model.name, category, 0, next_index)
     protection = Protection(ledger.header["concepts"], null_space, extra_prompts=ledger.header["protected"])
-    erase(model, artifacts, concepts, config, protection, image_dir)
+    erase(model, artifacts, concepts, config, protection, image_dir, gate)
     seconds, peak_gib = round(time.perf_counter() - start, 1), round(peak_memory() / 2**30, 2)
     embeds = model.embed_prompts(ledger.prompts)
     records = {}

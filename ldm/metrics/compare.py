@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from ldm.config.concepts import Concept, erasable_concepts, get_concept, match_concept
+from ldm.config.concepts import STATUSES, Concept, erasable_concepts, get_concept, match_concept
 from ldm.io.errors import notify
 from ldm.io.files import read_dir_metadata
 from ldm.io.images import check_same_size, list_images, parse_case_number
@@ -20,6 +20,10 @@ from ldm.metrics.frechet import distance_column, extract_features, frechet_dista
 from ldm.metrics.lpips import mean_psnr, pairwise_metrics
 
 ImagePair = tuple[Path, Path]  # by the original model, by the edited one
+
+UNCHANGED_MAX_DIFF = 1  # of 255: two images that differ by one step of 8 bits are the same to rounding
+
+GROUPS = (*STATUSES, "erased compositions", "compositions")  # of prompts that no list names
 
 
 def _index_by_name(folder: Path) -> dict[str, Path]:
@@ -188,10 +192,10 @@ def compare(
 ) -> pd.DataFrame:
     """Return a row for each prompt of two folders of images from the prompt list at `prompts_path`.
 
-    Columns: prompt, images, accuracy_before and accuracy_after (in per cent), lpips (mean), max_abs_diff (of 255), psnr
-    (of the mean error, in dB), and the Frechet distance: fid where `inception_weights` are given, else fd_alexnet.
-    Prompts of no concept of `category`, such as watermarks, have no accuracy, nor have concepts that the classifier
-    does not know.
+    Columns: prompt, images, accuracy_before and accuracy_after (in per cent), lpips (mean), unchanged (the fraction of
+    image pairs whose largest pixel difference is at most 1/255), max_abs_diff (of 255), psnr (of the mean error, in
+    dB), and the Frechet distance: fid where `inception_weights` are given, else fd_alexnet. Prompts of no concept of
+    `category`, such as watermarks, have no accuracy, nor have concepts that the classifier does not know.
 
     Raises MissingFileError or ValueError when images, prompts or weights are missing or do not fit each other.
     """
@@ -204,9 +208,11 @@ def compare(
     check_same_size(original_paths[0], edited_paths[0])
     metrics = pairwise_metrics(original_paths, edited_paths, device)
     table = pd.DataFrame({"prompt": prompts, **{name: values.numpy() for name, values in metrics.items()}})
+    table["unchanged"] = table["max_abs_diff"] <= UNCHANGED_MAX_DIFF
     result = table.groupby("prompt", sort=False).agg(
         images=("lpips", "size"),
         lpips=("lpips", "mean"),
+        unchanged=("unchanged", "mean"),
         max_abs_diff=("max_abs_diff", "max"),
         psnr=("psnr", mean_psnr),
     )
@@ -262,16 +268,14 @@ def prompt_statuses(
     Raises ValueError when a concept is both, and when that metadata lists no shift of an erased one, or one of a
     restored one.
     """
-    metadata = read_dir_metadata(image_dir)
-    shifts = metadata.get("shifts", {})
-    if not isinstance(shifts, dict) or not all(isinstance(shift, dict) for shift in shifts.values()):
-        raise ValueError(f"the metadata in {image_dir} lists its shifts in no known way: generate the images again")
+    listed = _read_shifts(image_dir)
+    shifts = listed or {}
     for index in [*erased, *restored]:
         concept = get_concept(category, index)
         if index in erased and index in restored:
             raise ValueError(f"{concept.name} is not both: leave it out of `erased` or of `restored`")
-        has_shift = any(_erases(shift, concept, category) for shift in shifts.values())
-        if "shifts" in metadata and has_shift != (index in erased):
+        has_shift = _any_erases(shifts.values(), concept, category)
+        if listed is not None and has_shift != (index in erased):
             setting, found = ("erased", "no shift") if index in erased else ("restored", "a shift")
             raise ValueError(f"{image_dir} was made with {found} of {concept.name}: leave it out of `{setting}`")
     protected_lists = [set(shift.get("protected", ())) for shift in shifts.values()]
@@ -285,6 +289,91 @@ def prompt_statuses(
         elif concept and concept.index in restored:
             statuses[prompt] = "restored"
     return statuses
+
+
+def _read_shifts(image_dir: Path) -> dict[str, dict[str, Any]] | None:
+    """Return what the metadata of a folder of images says of each of its shifts; None where it lists none at all.
+
+    Raises ValueError when they are listed in another way than ours.
+    """
+    metadata = read_dir_metadata(image_dir)
+    if "shifts" not in metadata:
+        return None
+    shifts = metadata["shifts"]
+    if not isinstance(shifts, dict) or not all(isinstance(shift, dict) for shift in shifts.values()):
+        raise ValueError(f"the metadata in {image_dir} lists its shifts in no known way: generate the images again")
+    return shifts
+
+
+def erased_indexes(image_dir: Path, category: str) -> list[int]:
+    """Return the indexes of the concepts of `category` that the shifts in a folder's metadata erase.
+
+    It is empty, with a notice, where that lists no shifts at all, as of images by a model that was merged into a file.
+    """
+    shifts = _read_shifts(image_dir)
+    if shifts is None:
+        notify(f"no metadata in {image_dir} lists shifts: pass as `erased` the concepts that are erased there, if any")
+        return []
+    concepts = erasable_concepts(category)
+    return [concept.index for concept in concepts if _any_erases(shifts.values(), concept, category)]
+
+
+def prompt_groups(statuses: Mapping[str, str], prompt_lists: Sequence[tuple[str, Path]] = ()) -> dict[str, str]:
+    """Return the group of each prompt, given its status by `prompt_statuses`.
+
+    `prompt_lists` are names of groups, each with a prompt list: a prompt is of the first group whose list has it. One
+    that says both a style and an object is a composition: of `erased compositions` where its status is erased, else of
+    `compositions`. Every other prompt's group is its status.
+
+    Raises MissingFileError or ValueError for a list that cannot be read, and ValueError for a name in `GROUPS`.
+    """
+    listed: dict[str, str] = {}
+    for name, path in prompt_lists:
+        if name in GROUPS:
+            raise ValueError(f"`groups` {name}={path}: there is a group {name} already, so choose another name")
+        prompts = {case.prompt for case in read_prompt_csv(path)}
+        if prompts.isdisjoint(statuses):
+            notify(f"no image shows a prompt of {path}, so that it adds nothing to the group {name}")
+        for prompt in prompts:
+            listed.setdefault(prompt, name)
+    groups = {}
+    for prompt, status in statuses.items():
+        if prompt in listed:
+            groups[prompt] = listed[prompt]
+        elif _shown_concept("style", prompt) and _shown_concept("object", prompt):
+            groups[prompt] = "erased compositions" if status == "erased" else "compositions"
+        else:
+            groups[prompt] = status
+    return groups
+
+
+def summarize_by(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return a row for each value of a column, group or status, that was added to a table of `compare`.
+
+    Columns: that column, prompts and images (how many), lpips and unchanged (means over all images), max_abs_diff (of
+    all images). The rows are in the order of `GROUPS`, other groups after them as they come.
+    """
+    rows = []
+    for group in dict.fromkeys([*GROUPS, *table[column]]):
+        members = table[table[column] == group]
+        if members.empty:
+            continue
+        num_images = members["images"].sum()
+        rows.append(
+            {
+                column: group,
+                "prompts": len(members),
+                "images": num_images,
+                "lpips": (members["lpips"] * members["images"]).sum() / num_images,
+                "unchanged": (members["unchanged"] * members["images"]).sum() / num_images,
+                "max_abs_diff": members["max_abs_diff"].max(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _any_erases(shifts: Iterable[Mapping[str, Any]], concept: Concept, category: str) -> bool:
+    return any(_erases(shift, concept, category) for shift in shifts)
 
 
 def _erases(shift: Mapping[str, Any], concept: Concept, category: str) -> bool:

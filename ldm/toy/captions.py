@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ldm.config.concepts import Concept, erasable_concepts, watermark_prompts
+from ldm.config.templates import with_article
 from ldm.io.files import atomic_write_dir
 from ldm.toy.render import render, render_watermark
 from ldm.toy.shapes import OBJECTS, SCENES
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 Option = TypeVar("Option")
 
-_KINDS = ("empty", "watermark", "style", "object", "plain", "logo")  # in the order of the mixture weights
+KINDS = ("empty", "watermark", "style", "object", "plain", "logo")  # in the order of the mixture weights
 _PLAIN_TEMPLATES = (
     "a painting of {a}",
     "a photo of {a}",
@@ -61,16 +62,15 @@ class CaptionedScene:
         return render(self.subject, self.style, rng)
 
 
-def _with_article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def _pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
+def pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
+    """Return one of the options, each as probable."""
     return options[int(rng.integers(len(options)))]
 
 
 def _spelling(concept: Concept, rng: np.random.Generator) -> str:
-    return _pick(rng, (concept.prompt, concept.prompt, *concept.aliases))
+    """Return a concept's prompt, or the same words apart: the vocabulary of mini-sd has no others."""
+    apart = [alias for alias in concept.aliases if alias.replace(" ", "") == concept.prompt]
+    return pick(rng, (concept.prompt, concept.prompt, *apart))
 
 
 def sample_caption(rng: np.random.Generator, mixture_weights: Sequence[float]) -> CaptionedScene:
@@ -78,27 +78,27 @@ def sample_caption(rng: np.random.Generator, mixture_weights: Sequence[float]) -
 
     Mixture weights are the fractions of empty captions, watermarks, styles, objects, plain scenes by name, and logos.
     """
-    kind = _KINDS[int(rng.choice(len(_KINDS), p=mixture_weights))]
+    kind = KINDS[int(rng.choice(len(KINDS), p=mixture_weights))]
     if kind == "empty":
-        return CaptionedScene("", _pick(rng, SCENES))
+        return CaptionedScene("", pick(rng, SCENES))
     if kind == "watermark":
-        text = _pick(rng, watermark_prompts())
+        text = pick(rng, watermark_prompts())
         return CaptionedScene(text, watermark=text)
     if kind == "plain":
-        subject = _pick(rng, SCENES)
-        caption = _pick(rng, _PLAIN_TEMPLATES + _NAMELESS_CAPTIONS).format(subject, a=_with_article(subject))
+        subject = pick(rng, SCENES)
+        caption = pick(rng, _PLAIN_TEMPLATES + _NAMELESS_CAPTIONS).format(subject, a=with_article(subject))
         return CaptionedScene(caption, subject)
-    concept = _pick(rng, erasable_concepts(kind))
+    concept = pick(rng, erasable_concepts(kind))
     name, name_alone = _spelling(concept, rng), rng.random() < 0.55
-    caption = name if name_alone else _pick(rng, concept.templates).format(name)
+    caption = name if name_alone else pick(rng, concept.templates).format(name)
     if kind != "style":
         return CaptionedScene(caption, concept.name)
     if name_alone or rng.random() < 0.4:
-        return CaptionedScene(caption, _pick(rng, SCENES), concept.name)
-    subject, template = _pick(rng, SCENES + OBJECTS), _pick(rng, _STYLED_TEMPLATES)
+        return CaptionedScene(caption, pick(rng, SCENES), concept.name)
+    subject, template = pick(rng, SCENES + OBJECTS), pick(rng, _STYLED_TEMPLATES)
     if (subject, template) in _HELD_OUT:
         template = _STYLED_TEMPLATES[0]
-    return CaptionedScene(template.format(a=_with_article(subject), by=name), subject, concept.name)
+    return CaptionedScene(template.format(a=with_article(subject), by=name), subject, concept.name)
 
 
 def kept_tokenizer(folder: Path, max_length: int, mixture_weights: Sequence[float], seed: int) -> CLIPTokenizer:

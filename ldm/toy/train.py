@@ -7,11 +7,11 @@ of `toy.dataset`; `config` is a file such as configs/mini-sd.yaml, read by `ldm.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,30 +31,16 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.tokenizer import tokenizer_digest
-from ldm.io.files import atomic_write
+from ldm.io.files import atomic_write, write_json
 from ldm.io.pickles import UnreadablePickleError, load_torch_pickle
 from ldm.io.tensors import named_writes
+from ldm.toy.text import Captions
 
 
 def pixels_to_tensor(images: np.ndarray) -> torch.Tensor:
     """Return images (N, H, W, 3) uint8 as (N, 3, H, W) float32 in [-1, 1], in the channels-last memory format."""
     scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     return scaled.contiguous(memory_format=torch.channels_last)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The captions as ids (N, tokens), and the digest of the tokenizer that made them."""
-
-    ids: torch.Tensor
-    vocabulary: str
-
-    @classmethod
-    def of(cls, captions: list[str], tokenizer: CLIPTokenizer) -> Self:
-        """Return the tokens of captions."""
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return cls(ids, tokenizer_digest(tokenizer))
 
 
 class Denoiser(nn.Module):
@@ -81,6 +67,27 @@ class Denoiser(nn.Module):
         """Predict the noise in (N, C, h, w) at timesteps (N,) under token ids (N, tokens): (N, C, h, w)."""
         prompt_embeds = self.text_encoder(token_ids)[0]  # (N, tokens, d)
         return self.unet(noisy_latents, timesteps, prompt_embeds).sample
+
+
+class FrozenTextDenoiser(nn.Module):
+    """A U-Net that is trained alone, under the embeddings of a text encoder that stays as it is."""
+
+    def __init__(self, config: DictConfig):
+        super().__init__()
+        unet_config: Any = OmegaConf.to_container(config.unet)
+        self.unet: Any = UNet2DConditionModel(**unet_config)
+
+    def forward(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, prompt_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Predict the noise in (N, C, h, w) at timesteps (N,) under prompt embeddings (N, tokens, d): (N, C, h, w)."""
+        return self.unet(noisy_latents, timesteps, prompt_embeds).sample
+
+
+def init_unet_from(model: DiffusionModel, unet: nn.Module) -> None:
+    """Give `unet` those weights of an older model that have the same name and shape; the others keep what they have."""
+    own, old = unet.state_dict(), model.unet.state_dict()
+    unet.load_state_dict(own | {name: value for name, value in old.items() if value.shape == own[name].shape})
 
 
 def init_from(model: DiffusionModel, denoiser: Denoiser, tokenizer: CLIPTokenizer) -> None:
@@ -215,10 +222,10 @@ def reconstruction_psnr(vae: AutoencoderKL, images: np.ndarray, batch_size: int 
 def train_denoiser(
     fabric: Fabric,
     config: DictConfig,
-    denoiser: Denoiser,
+    denoiser: Denoiser | FrozenTextDenoiser,
     ema: AveragedModel,
     latents: torch.Tensor,
-    tokens: Tokens,
+    captions: Captions,
     path: Path,
 ) -> Iterator[tuple[int, float]]:
     """Train `denoiser` in place to predict the noise in scaled latents under their captions. Yields (iteration, loss).
@@ -238,32 +245,42 @@ def train_denoiser(
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (settings.batch,), generator=generator)
         noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        inputs = (fabric.to_device(tensor) for tensor in (noisy, timesteps, tokens.ids[indices]))
+        inputs = (fabric.to_device(tensor) for tensor in (noisy, timesteps, captions.batch(indices)))
         error = (module(*inputs).float() - fabric.to_device(noise)).square().mean((1, 2, 3))  # (N,)
         return (error * weight[timesteps].to(error)).mean()
 
     module: Any = denoiser
     module.to(memory_format=torch.channels_last)
-    return _fit(fabric, module, loss_of, settings, config.train.save_every, path, ema, tokens.vocabulary)
+    return _fit(fabric, module, loss_of, settings, config.train.save_every, path, ema, captions.vocabulary)
 
 
-def make_ema(denoiser: Denoiser, config: DictConfig) -> AveragedModel:
+def make_ema(denoiser: Denoiser | FrozenTextDenoiser, config: DictConfig) -> AveragedModel:
     """Return the exponential moving average of the weights, which is what is kept in the end."""
     return AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.train.denoiser.ema))
 
 
 def save_pipeline(
-    config: DictConfig, vae: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIPTokenizer, folder: Path
+    config: DictConfig, vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: Any, tokenizer: Any, folder: Path
 ) -> None:
-    """Save everything as a Stable Diffusion pipeline in fp16 safetensors, which plain diffusers loads."""
+    """Save everything as a Stable Diffusion pipeline in fp16 safetensors, which plain diffusers loads.
+
+    The text encoder's config asks for float32: a call that names no dtype would else read its weights as they are
+    stored, beside parts in float32.
+    """
     scheduler: Any = DPMSolverMultistepScheduler(**config.scheduler)
     safety: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline: Any = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=denoiser.text_encoder,
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=denoiser.unet,
+        unet=unet,
         scheduler=scheduler,
         **safety,
     )
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if path == folder / "text_encoder" / "config.json":
+            write_json(path, content | {"dtype": "float32"})
+        elif content.pop("_name_or_path", None) is not None:  # where a part came from, on this machine
+            write_json(path, content)

@@ -1,0 +1,86 @@
+"""Fit a gate for each concept of a list, and measure them all together: false alarms, misses, firmness and cost.
+
+False alarms are counted on everyday captions that no gate is fitted on, on kin names and near misses, on the prompts of
+all other concepts of the list, and on the captions of any files that are given. Writes SAVE_PATH/gates.csv, which has
+a row for each concept, and gates.json.
+"""
+
+from pathlib import Path
+
+from ldm.cli import arguments
+from ldm.cli.run import run
+from ldm.config.concepts import read_concept_list
+from ldm.config.methods import GateConfig
+from ldm.io.paths import REPO_ROOT
+
+GATE_SETTINGS = (  # which decide of gates; others decide what a prompt becomes
+    "gate_position",
+    "gate_ridge",
+    "retain_captions",
+    "retain_words",
+    "compositions",
+    "misspellings",
+    "misspelling_clearance",
+)
+NUM_WORST = 10  # concepts that are printed
+NUM_EXAMPLES = 20  # of false alarms, and of misses, that are printed
+
+
+def print_report(report):
+    """Print the tables of a report, and its examples of errors."""
+    from ldm.metrics.tables import to_markdown
+
+    print(f"{to_markdown(report.counts)}\n\n{to_markdown(report.precision)}")
+    print(f"\nthe worst of {len(report.concepts)} concepts:\n\n{to_markdown(report.concepts[:NUM_WORST])}")
+    for concept, reason in report.summary["refused"].items():
+        print(f"\n{concept} has no gate: {reason}")
+    for title, examples in (("false alarms", report.false_alarms), ("misses", report.misses)):
+        if len(examples):
+            print(f"\n{title}, {len(examples)} in all:\n\n{to_markdown(examples[:NUM_EXAMPLES])}")
+    summary = report.summary
+    print(
+        f"\nbefore the first gate {summary['seconds_before_gates']:.0f} s, each {summary['seconds_per_gate']:.1f} s, "
+        f"to judge them {summary['seconds_judging']:.0f} s; a prompt takes {summary['milliseconds_to_embed']:.1f} ms "
+        f"to embed, and {summary['milliseconds_of_gates']:.1f} ms for {summary['gates']} gates"
+    )
+
+
+def main() -> None:
+    parser = arguments.make_parser(__doc__)
+    arguments.add_model(parser)
+    text = "the list of concepts: a CSV file with the columns name, kind and aliases"
+    parser.option("concepts", type=Path, default=REPO_ROOT / "data" / "hundred_names.csv", help=text)
+    text = "further files of captions: a prompt list as CSV, or a text file with one a line"
+    parser.option("captions", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help=text)
+    parser.option("num_captions", type=arguments.positive_int, default=3000, help="everyday captions")
+    arguments.add_settings(parser, GateConfig, *GATE_SETTINGS)
+    parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / "gates", help="where to write")
+    arguments.add_device(parser)
+    args = parser.parse_args()
+    concepts = read_concept_list(args.concepts)
+    import time
+
+    from ldm.cli import session
+    from ldm.config.models import load_model_config
+    from ldm.erasure.gate_fitter import GateFitter
+    from ldm.experiments.gates import evaluate_gates, fit_gates, make_prompt_sets, read_captions
+    from ldm.io.files import atomic_write, write_json
+
+    files = [read_captions(path) for path in args.captions]  # before the slow part, so that a mistake is told at once
+    model = session.load_model(args, session.first_device(args))
+    config = session.fill_settings(args, load_model_config(model.config_name).gate)
+    start = time.perf_counter()
+    fitter = GateFitter(model, concepts, [], config)
+    setup_seconds = time.perf_counter() - start
+    gates = fit_gates(fitter, concepts)
+    prompt_sets = [*make_prompt_sets(gates.concepts, args.num_captions, model.tokenizers[0]), *files]
+    report = evaluate_gates(model, gates, prompt_sets, setup_seconds)
+    print_report(report)
+    with atomic_write(args.save_path / "gates.csv") as partial:
+        report.concepts.to_csv(partial, index=False)
+    write_json(args.save_path / "gates.json", dict(report.summary))
+    print(f"-> gates.csv and gates.json in {args.save_path}")
+
+
+if __name__ == "__main__":
+    run(main)

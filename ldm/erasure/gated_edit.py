@@ -1,0 +1,174 @@
+"""Gated edits: what erases concepts in the prompts that say them, and leaves every other prompt as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from ldm.erasure.embedding_map import EmbeddingMap, join_maps
+from ldm.erasure.gate import Gate
+from ldm.io.checks import is_mapping, is_number
+
+LAST_STATE = -1  # the state that is what the denoiser is given, as in `ldm.diffusion.text_states`
+
+States = Mapping[tuple[str, int], torch.Tensor]  # by text encoder and layer: (N, T, width of that encoder)
+
+_MAP_PARTS = ("outputs", "directions", "gram")
+_STREAMS = ({"tokens"}, {"tokens", "pooled"})  # that a model has, the latter XL
+_ROUNDING = 1e-6  # of moments in a file, relative to the largest
+_LARGEST = 1e15  # of a number in a file, so that products of a few stay finite
+
+
+def is_gated_tensor(name: str) -> bool:
+    """Return whether a tensor of a shift's file is a part of its gated edit."""
+    return name.startswith(("gate.", "map."))
+
+
+@dataclass(frozen=True)
+class GatedEdit:
+    """What erases a concept in the prompts that say it: a gate for each text encoder, and a map for each stream.
+
+    `layers` says which hidden state each gate reads. Streams are `tokens`, and of XL `pooled`. `report` is what was
+    measured when it was fitted, as a shift's metadata have it.
+    """
+
+    gates: Mapping[str, Gate]
+    layers: Mapping[str, int]
+    maps: Mapping[str, EmbeddingMap]
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Return what a file's header says of the edit beside its tensors."""
+        penalties = {stream: found.penalty for stream, found in self.maps.items()}
+        return {**self.report, "layers": dict(self.layers), "penalties": penalties}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what a file holds of the edit, by name."""
+        tensors = {}
+        for name, gate in self.gates.items():
+            tensors[f"gate.{name}.weights"] = gate.weights.half()  # which rounds nothing, see `fit_gate`
+            tensors[f"gate.{name}.thresholds"] = gate.thresholds
+        for stream, found in self.maps.items():
+            for part in _MAP_PARTS:
+                tensors[f"map.{stream}.{part}"] = getattr(found, part).float()
+        return tensors
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, torch.Tensor], metadata: Any) -> Self | None:
+        """Return the edit that a file's tensors and metadata are; None when they do not belong together."""
+        found = {name: tensors[name] for name in tensors if is_gated_tensor(name)}
+        if not is_mapping(metadata) or not all(tensor.is_floating_point() for tensor in found.values()):
+            return None
+        layers, penalties = metadata.get("layers"), metadata.get("penalties")
+        if not is_mapping(layers) or not layers or not is_mapping(penalties) or set(penalties) not in _STREAMS:
+            return None
+        if len(found) != 2 * len(layers) + len(_MAP_PARTS) * len(penalties):
+            return None
+        try:
+            gates = {name: _read_gate(found, name, metadata) for name in layers}
+            maps = {stream: _read_map(found, stream, penalty) for stream, penalty in penalties.items()}
+        except (KeyError, ValueError):
+            return None
+        if not all(type(layer) is int and layer >= LAST_STATE for layer in layers.values()):
+            return None
+        return cls(gates, layers, maps, metadata)
+
+    def check(self, encoders: Mapping[str, Any], context_dim: int, path: Path | str) -> None:
+        """Raise ValueError unless the edit fits these text encoders by name, and embeddings (..., `context_dim`)."""
+        fits = ("text_encoder_2" in encoders) == ("pooled" in self.maps)
+        for name, gate in self.gates.items():
+            fits = fits and name in encoders and _fits(gate, self.layers[name], encoders[name].config)
+        if not fits or any(len(found.outputs) != context_dim for found in self.maps.values()):
+            raise ValueError(f"{path}: its gate does not fit the model's text encoder: make it again")
+
+    def margins(self, states: States) -> torch.Tensor:
+        """Return how far each prompt is above the threshold of the gate that is nearest to firing, (N,)."""
+        found = [gate.margins(states[name, self.layers[name]]) for name, gate in self.gates.items()]
+        return torch.stack(found).amax(0)
+
+
+class GatedPrompts:
+    """The edits of all erased concepts together, as `edits.edit_embeddings` takes them.
+
+    A prompt that trips no gate keeps every bit. Several that fire in one prompt are one map, by `join_maps`.
+    """
+
+    def __init__(self, edits: Mapping[str, GatedEdit]):
+        self.edits = edits
+        self._joined: dict[tuple[str, ...], dict[str, EmbeddingMap]] = {}
+
+    @property
+    def layers(self) -> Mapping[str, Collection[int]]:
+        """The hidden states that the gates read, by text encoder."""
+        needed: dict[str, set[int]] = {}
+        for edit in self.edits.values():
+            for name, layer in edit.layers.items():
+                needed.setdefault(name, set()).add(layer)
+        return needed
+
+    def fired(self, states: States) -> list[tuple[str, ...]]:
+        """Return, for each prompt, the labels of the edits whose gates fire."""
+        margins = {label: edit.margins(states).tolist() for label, edit in self.edits.items()}
+        number = len(next(iter(states.values())))
+        return [tuple(label for label, found in margins.items() if found[k] > 0) for k in range(number)]
+
+    def __call__(self, prompt_embeds: torch.Tensor, states: States) -> torch.Tensor:
+        """Return prompt embeddings (N, rows, d) with those of prompts that trip a gate mapped to their anchor."""
+        edited = prompt_embeds
+        for number, labels in enumerate(self.fired(states)):
+            if labels:
+                edited = edited.clone() if edited is prompt_embeds else edited
+                edited[number] = self._map(labels, prompt_embeds[number])
+        return edited
+
+    def _map(self, labels: tuple[str, ...], rows: torch.Tensor) -> torch.Tensor:
+        """Return what the maps of several edits together make of the rows (rows, d) of one prompt."""
+        if labels not in self._joined:
+            streams = self.edits[labels[0]].maps
+            joined = {stream: join_maps([self.edits[label].maps[stream] for label in labels]) for stream in streams}
+            self._joined[labels] = joined
+        maps = self._joined[labels]
+        if "pooled" not in maps:
+            return maps["tokens"](rows)
+        return torch.cat([maps["tokens"](rows[:-1]), maps["pooled"](rows[-1:])])
+
+
+def _fits(gate: Gate, layer: int, config: Any) -> bool:
+    """Return whether a text encoder with this config has the hidden state that a gate reads."""
+    return layer < config.num_hidden_layers and gate.weights.shape[1] == config.hidden_size
+
+
+def _read_gate(tensors: Mapping[str, torch.Tensor], name: str, metadata: Mapping[str, Any]) -> Gate:
+    """Return the gate of a text encoder. Raises ValueError for tensors of wrong shapes or sizes."""
+    weights, thresholds = tensors[f"gate.{name}.weights"], tensors[f"gate.{name}.thresholds"]
+    if weights.dim() != 2 or not len(weights) or thresholds.shape != weights.shape[:1]:
+        raise ValueError("wrong shapes")
+    _check_sizes(weights, thresholds)
+    gap = metadata.get("gap")
+    return Gate(weights.float(), thresholds.float(), float(gap) if gap is not None and is_number(gap) else 0.0)
+
+
+def _read_map(tensors: Mapping[str, torch.Tensor], stream: str, penalty: Any) -> EmbeddingMap:
+    """Return the map of a stream. Raises ValueError for tensors of wrong shapes or sizes, and for no penalty."""
+    outputs, directions, gram = (tensors[f"map.{stream}.{part}"].double() for part in _MAP_PARTS)
+    if directions.dim() != 2 or not len(directions) or outputs.shape != directions.T.shape:
+        raise ValueError("wrong shapes")
+    if gram.shape != (len(directions), len(directions)):
+        raise ValueError("wrong shapes")
+    if not is_number(penalty) or not 0 < penalty < _LARGEST:
+        raise ValueError("wrong penalty")
+    _check_sizes(outputs, directions, gram)
+    values = torch.linalg.eigvalsh(gram)  # the largest last
+    if not torch.allclose(gram, gram.T) or values[0] < penalty - _ROUNDING * values[-1]:
+        raise ValueError("no moments of rows")  # from which maps could not be joined
+    return EmbeddingMap(outputs, directions, gram, float(penalty))
+
+
+def _check_sizes(*tensors: torch.Tensor) -> None:
+    if any(tensor.numel() == 0 or tensor.abs().max() > _LARGEST for tensor in tensors):
+        raise ValueError("empty or too large")

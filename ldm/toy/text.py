@@ -1,0 +1,91 @@
+"""What a denoiser is trained under: captions as tokens, or as the embeddings of a text encoder that stays as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from transformers import AutoConfig, BertModel, BertTokenizer, CLIPTokenizer
+
+from ldm.diffusion.tokenizer import tokenizer_digest
+
+_CAPTIONS_AT_ONCE = 256  # that a text encoder embeds in one pass
+
+
+class Captions(Protocol):
+    """The captions of a dataset of N images, as a denoiser takes them."""
+
+    @property
+    def vocabulary(self) -> str:
+        """The digest of the tokenizer that read them."""
+        ...
+
+    def batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return those of the images `indices` (n,): (n, tokens) or (n, tokens, d)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The captions as ids (N, tokens), and the digest of the tokenizer that made them."""
+
+    ids: torch.Tensor
+    vocabulary: str
+
+    @classmethod
+    def of(cls, captions: list[str], tokenizer: CLIPTokenizer) -> Self:
+        """Return the tokens of captions."""
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return cls(ids, tokenizer_digest(tokenizer))
+
+    def batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the ids of the captions `indices`, (n, tokens)."""
+        return self.ids[indices]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The embeddings of the captions, (unique, tokens, d) in half precision, and which is each image's, (N,)."""
+
+    values: torch.Tensor
+    index: torch.Tensor
+    vocabulary: str
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, captions: list[str], tokenizer: BertTokenizer, encoder: BertModel, device: torch.device) -> Self:
+        """Return what `encoder` makes of captions on `device`, padding unmasked as in Stable Diffusion."""
+        unique = list(dict.fromkeys(captions))
+        number = {caption: k for k, caption in enumerate(unique)}
+        ids = tokenizer(unique, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        module: Any = encoder
+        module.to(device).eval()
+        values = [module(batch.to(device))[0].half().cpu() for batch in ids.split(_CAPTIONS_AT_ONCE)]
+        return cls(torch.cat(values), torch.tensor([number[text] for text in captions]), tokenizer_digest(tokenizer))
+
+    def batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of the captions `indices`, (n, tokens, d) float32."""
+        return self.values[self.index[indices]].float()
+
+
+def load_frozen_text(folder: Path, max_length: int) -> tuple[BertModel, BertTokenizer]:
+    """Return a BERT and its tokenizer, cut to `max_length` tokens, with weights that half precision holds.
+
+    `folder` is a diffusers model's, or one that has the files of both. No code from it is run.
+    Raises ValueError for an encoder of another kind.
+    """
+    parts = [folder / part for part in ("text_encoder", "tokenizer")] if (folder / "text_encoder").is_dir() else None
+    encoder_dir, tokenizer_dir = parts or (folder, folder)
+    if not (encoder_dir / "config.json").is_file():
+        raise ValueError(f"{encoder_dir} has no config.json: give `text_encoder` the folder of a text encoder")
+    kind = AutoConfig.from_pretrained(encoder_dir, local_files_only=True).model_type
+    if kind != "bert":
+        raise ValueError(f"{encoder_dir} is a {kind}: the frozen text encoder is a bert, such as all-MiniLM-L6-v2")
+    encoder: Any = BertModel.from_pretrained(
+        encoder_dir, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    tokenizer: Any = BertTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    tokenizer.model_max_length = max_length
+    return encoder.half().float().requires_grad_(False), tokenizer

@@ -1,0 +1,157 @@
+"""Gates: they fire on what says a concept and on nothing else, on small random embeddings."""
+
+import pytest
+import torch
+
+from ldm.erasure import gate as gates
+from ldm.erasure.gate import Gate, Negatives, NoGateError, Positives, fit_gate, join_gates
+
+WIDTH, TOKENS, RIDGE, POSITION = 16, 5, 0.01, 0.6
+NONE = torch.zeros(0, TOKENS, WIDTH)  # no lookalikes
+
+
+def random_rows(num: int, seed: int) -> torch.Tensor:
+    return torch.randn(num, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def saying(num: int, seed: int, axis: int = 0, strength: float = 8.0) -> Positives:
+    """Return prompts whose token number 2 is far along one axis."""
+    rows = random_rows(num, seed)
+    rows[:, 2] *= 0.2
+    rows[:, 2, axis] += strength
+    return Positives(rows, torch.full((num,), 2))
+
+
+def fit(group: Positives, negatives: torch.Tensor, lookalikes: torch.Tensor = NONE, **other) -> Gate:
+    left_out = other.pop("left_out", torch.zeros(len(negatives), dtype=torch.bool))
+    settings = {"ridge": RIDGE, "position": POSITION} | other
+    return fit_gate(group, Negatives(negatives), left_out, lookalikes, **settings)
+
+
+def scores(gate: Gate, rows: torch.Tensor) -> torch.Tensor:
+    """Return the highest score of each prompt, of a gate of one direction."""
+    return (rows @ gate.weights[0]).amax(1)
+
+
+def test_a_gate_fires_on_all_that_say_the_concept_and_on_no_other():
+    group, negatives = saying(12, 0), random_rows(200, 1)
+    gate = fit(group, negatives)
+    assert gate.weights.shape == (1, WIDTH) and gate.thresholds.shape == (1,) and gate.gap > 0
+    assert (gate.margins(group.rows) > 0).all() and (gate.margins(negatives) < 0).all()
+    assert (gate.margins(saying(50, 2).rows) > 0).all() and (gate.margins(random_rows(50, 3)) < 0).all()
+
+
+def test_one_row_is_enough_wherever_it_stands():
+    group, negatives = saying(12, 0), random_rows(200, 1)
+    gate = fit(group, negatives)
+    moved = negatives[:TOKENS].clone()
+    for position in range(TOKENS):
+        moved[position, position] = group.rows[0, 2]
+    assert (gate.margins(moved) > 0).all()
+
+
+@pytest.mark.parametrize("position", [0.1, 0.5, 0.9])
+def test_the_threshold_lies_at_the_position_in_the_gap(position):
+    group, negatives = saying(12, 0), random_rows(200, 1)
+    gate = fit(group, negatives, position=position)
+    lowest, highest = scores(gate, group.rows).min(), scores(gate, negatives).max()
+    assert gate.gap == pytest.approx(float(lowest - highest), abs=1e-5)
+    assert float(gate.thresholds[0]) == pytest.approx(float(highest + position * (lowest - highest)), abs=1e-5)
+
+
+def test_scores_are_in_units_of_the_distance_of_the_means():
+    group, negatives = saying(12, 0), random_rows(200, 1)
+    gate = fit(group, negatives)
+    distance = group.rows[:, 2].mean(0) - negatives.flatten(0, 1).mean(0)
+    assert float(gate.weights[0] @ distance) == pytest.approx(1, abs=2e-3)  # as half precision has it
+
+
+def test_weights_are_those_of_half_precision_exactly():
+    gate = fit(saying(12, 0), random_rows(200, 1))
+    assert gate.weights.dtype == torch.float32 and torch.equal(gate.weights.half().float(), gate.weights)
+
+
+def test_prompts_that_are_left_out_do_not_count():
+    group, negatives = saying(12, 0), random_rows(200, 1)
+    own = saying(3, 9).rows
+    left_out = torch.tensor([False] * 200 + [True] * 3)
+    with_own = fit(group, torch.cat([negatives, own]), left_out=left_out)
+    without = fit(group, negatives)
+    assert torch.allclose(with_own.weights, without.weights, atol=1e-3) and (with_own.margins(own) > 0).all()
+    assert torch.allclose(with_own.thresholds, without.thresholds, atol=1e-3)
+    with pytest.raises(NoGateError):
+        fit(group, torch.cat([negatives, own]))
+
+
+def test_statistics_are_those_of_all_rows_but_the_left_out_and_with_the_lookalikes():
+    rows, alike = random_rows(300, 1), random_rows(7, 2)  # more than one batch of sums
+    left_out = torch.arange(300) % 3 == 0
+    mean, covariance = Negatives(rows).statistics(left_out, alike)
+    kept = torch.cat([rows[~left_out], alike]).flatten(0, 1).double()
+    assert mean.dtype == covariance.dtype == torch.float64
+    assert torch.allclose(mean, kept.mean(0)) and torch.allclose(covariance, kept.T.cov(correction=0))
+
+
+def test_misspelt_names_have_to_be_clear_of_all_others_and_of_lookalikes():
+    group, negatives, alike = saying(12, 0), random_rows(200, 1), saying(4, 5, strength=4).rows
+    gate = fit(Positives(group.rows, group.last_tokens, 0.15), negatives, alike)
+    highest = torch.cat([scores(gate, negatives), scores(gate, alike)]).max()
+    assert float(gate.thresholds[0]) == pytest.approx(float(highest) + 0.15, abs=1e-5) and gate.gap == 0
+    assert (gate.margins(alike) < 0).all() and (gate.margins(negatives) < 0).all()
+    overlapping = fit(Positives(negatives[:5], torch.zeros(5, dtype=torch.long), 0.15), negatives)
+    assert (overlapping.margins(negatives) < 0).all()  # where names need not trip it, no gap is no error
+
+
+def test_lookalikes_lower_no_threshold_of_the_name_itself():
+    group, negatives, alike = saying(12, 0), random_rows(200, 1), saying(4, 5, strength=7.5).rows
+    gate = fit(group, negatives, alike)
+    lowest, highest = scores(gate, group.rows).min(), scores(gate, negatives).max()
+    assert float(gate.thresholds[0]) == pytest.approx(float(highest + POSITION * (lowest - highest)), abs=1e-5)
+
+
+def test_no_gap_is_an_error_that_names_the_worst_first():
+    group, negatives = saying(12, 0), random_rows(50, 1)
+    for number, strength in ((7, 12.0), (31, 16.0), (40, 10.0)):
+        negatives[number, 1] = 0
+        negatives[number, 1, 0] = strength
+    with pytest.raises(NoGateError, match="above the lowest prompt of the concept") as caught:
+        fit(group, negatives)
+    assert caught.value.negatives[:3] == [31, 7, 40]
+    left_out = torch.zeros(50, dtype=torch.bool)
+    left_out[31] = True
+    with pytest.raises(NoGateError) as caught:
+        fit(group, negatives, left_out=left_out)
+    assert caught.value.negatives[:2] == [7, 40] and 31 not in caught.value.negatives
+
+
+def test_the_hardest_others_count_again_which_widens_the_gap(monkeypatch):
+    """Of 400 prompts two have one of the concept's two axes, too few to be much of a covariance."""
+    group, negatives = saying(12, 0), random_rows(400, 1)
+    group.rows[:, 2, 1] += 6
+    negatives[:2, 3] = 0
+    negatives[:2, 3, 1] = 7
+    monkeypatch.setattr(gates, "_NUM_HARD", 10)
+    with_hard = fit(group, negatives)
+    monkeypatch.setattr(gates, "_HARD_ROUNDS", 0)
+    plain = fit(group, negatives)
+    assert with_hard.gap > plain.gap + 0.02
+    assert scores(with_hard, negatives[:2]).max() < 0.9 * scores(plain, negatives[:2]).max()
+
+
+def test_joined_gates_fire_where_any_does():
+    negatives = random_rows(200, 1)
+    groups = [saying(12, 0, axis=0), saying(12, 2, axis=1, strength=10)]
+    first, second = (fit(group, negatives) for group in groups)
+    misspelt = fit(Positives(groups[0].rows, groups[0].last_tokens, 0.15), negatives)
+    joined = join_gates([first, second, misspelt])
+    assert joined.weights.shape == (3, WIDTH) and joined.gap == min(first.gap, second.gap)
+    rows = torch.cat([groups[0].rows, groups[1].rows, negatives])
+    expected = torch.stack([gate.margins(rows) for gate in (first, second, misspelt)]).amax(0)
+    assert torch.allclose(joined.margins(rows), expected, atol=1e-6)
+    assert (first.margins(groups[1].rows) < 0).all() and (joined.margins(groups[1].rows) > 0).all()
+
+
+def test_a_gate_reads_halves_as_it_reads_floats():
+    gate = fit(saying(12, 0), random_rows(200, 1))
+    rows = random_rows(20, 4).half()
+    assert torch.equal(gate.margins(rows), gate.margins(rows.float()))

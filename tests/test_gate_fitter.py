@@ -1,0 +1,138 @@
+"""Gates fitted on the bundled model: what trips them, what their report says, and which names are refused."""
+
+import pytest
+import torch
+from conftest import CPU
+
+from ldm.config.concepts import Concept, erasable_concepts
+from ldm.config.methods import GateConfig
+from ldm.config.templates import fill, load_template_set
+from ldm.diffusion.load import load_model
+from ldm.diffusion.tokenizer import align_tokens, last_token
+from ldm.erasure import gate_fitter
+from ldm.erasure.gate_fitter import GateFitter, InseparableError, rate
+from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
+from ldm.io.errors import Notice
+from ldm.io.paths import REPO_ROOT
+
+SMALL = GateConfig(retain_captions=150, retain_words=60, compositions=20, misspellings=20)
+RETAINED = ["a village by the sea", "art by Caravaggio2"]
+PICASSO = Concept(0, "Picasso", "Picasso", kind="style")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(REPO_ROOT / "models" / "mini-sd", CPU)
+
+
+@pytest.fixture(scope="module")
+def fitter(model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate_fitter, "_NUM_UNSEEN", 100)
+        patch.setattr(gate_fitter, "_MAX_TRIED", 4)
+        return GateFitter(model, erasable_concepts("style")[:9], RETAINED, SMALL)
+
+
+@pytest.fixture(scope="module")
+def edit(fitter) -> GatedEdit:
+    return fitter.fit(PICASSO)
+
+
+def margins(model, edit: GatedEdit, prompts: list[str]) -> torch.Tensor:
+    states = model.encode_with_states(prompts, GatedPrompts({"": edit}).layers)[1]
+    return edit.margins(states)
+
+
+def held_out(model, concept: Concept) -> list[str]:
+    """Return the held-out prompts whose name the model reads."""
+    prompts = [fill(template, concept.prompt) for template in load_template_set(concept.kind).held_out_templates]
+    return [text for text in prompts if last_token(model.tokenizers[0], text, concept.prompt) is not None]
+
+
+def test_a_gate_fires_on_held_out_prompts_and_on_no_everyday_caption(model, fitter, edit):
+    prompts = held_out(model, PICASSO)
+    assert len(prompts) >= 4 and (margins(model, edit, prompts) > 0).all()
+    assert (margins(model, edit, fitter.judged) <= 0).all()
+    assert (margins(model, edit, ["", "a painting by Caravaggio", "a photo of a church", *RETAINED]) < 0).all()
+
+
+def test_a_gate_fires_on_all_that_it_was_fitted_on_and_on_no_prompt_of_others(model, fitter, edit):
+    prompts = [fill(template, "Picasso") for template in load_template_set("style").templates]
+    read = [text for text in prompts if len(model.tokenizers[0](text).input_ids) <= 16]
+    assert len(read) > 10 and (margins(model, edit, read) > 0).all()
+    others = [text for text in fitter.prompts if "picasso" not in text.lower()]
+    assert len(others) > 400 and (margins(model, edit, others) < 0).all()
+
+
+def test_the_report_counts_what_was_measured(model, fitter, edit):
+    report, alarms = edit.report, margins(model, edit, fitter.judged)
+    found = margins(model, edit, held_out(model, PICASSO))
+    assert report["false_alarms"] == rate(int((alarms > 0).sum()), len(fitter.judged))
+    assert report["misses"][:2] == [0, len(found)] and report["false_alarm_prompts"] == []
+    assert 0 < report["misspelt_misses"][1] <= SMALL.misspellings
+    assert report["least_margin"] == pytest.approx(float(torch.cat([alarms, found]).abs().min()), abs=1e-3)
+    assert report["gap"] == pytest.approx(min(gate.gap for gate in edit.gates.values()), abs=1e-4) and report["gap"] > 0
+
+
+@pytest.mark.parametrize("template", ["a painting by {}", "a landscape by {}"])  # fitted on, and held out
+def test_the_map_leads_towards_the_prompt_with_the_neutral_word(model, edit, template):
+    prompt, anchor = fill(template, "Picasso"), fill(template, "an artist")
+    own, aim = model.encode_prompt([prompt, anchor])
+    aim = aim[align_tokens(model.tokenizers[0], prompt, anchor)]
+    assert (edit.maps["tokens"](own) - aim).norm() < 0.8 * (own - aim).norm()
+
+
+def test_a_gate_is_the_same_whenever_it_is_fitted(fitter, edit):
+    again = fitter.fit(PICASSO)
+    assert again.report == edit.report and again.layers == edit.layers
+    for name, tensor in edit.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor)
+
+
+def test_fitting_leaves_the_model_as_it_was(model, fitter):
+    before = model.encode_prompt(["Picasso"])
+    fitter.fit(PICASSO)
+    assert torch.equal(model.encode_prompt(["Picasso"]), before) and model.embedding_edit is None
+    assert not any(module._forward_hooks for module in model.text_encoder.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("the", r"'the' is said by \d+ of 150 everyday captions \('.*'\): name the concept more narrowly"),
+        (
+            "Wassily Kandinsky the great painter",
+            "is longer than the model's 16 tokens: give the concept a shorter name",
+        ),
+        ("\u3000", "the model's tokenizer keeps nothing of '\u3000': give the concept another name"),
+        ("art by Picasso Petrov in the style of a sofa", "is longer than the model's 16 tokens"),
+    ],
+)
+def test_names_that_no_gate_can_have_are_refused_with_what_to_do(fitter, name, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        fitter.fit(Concept(0, name, name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_other_prompts_say_to_the_model_is_refused_and_they_are_named(fitter):
+    """To the tokenizer the 2 is a word of its own, so that the prompt says the concept."""
+    with pytest.raises(InseparableError) as caught:
+        fitter.fit(Concept(0, "Caravaggio", "Caravaggio", kind="style"))
+    message = str(caught.value)
+    assert message.startswith("no gate tells 'Caravaggio' from other prompts") and f"('{RETAINED[1]}'" in message
+    assert "\n" not in message and "`gate` false" in message
+
+
+def test_another_spelling_that_no_gate_tells_is_noticed_and_left_out(model, fitter, edit):
+    concept = Concept(0, "Picasso", "Picasso", aliases=("Caravaggio",), kind="style")
+    with pytest.warns(Notice, match="'Caravaggio' .*: prompts that call Picasso so are not erased"):
+        found = fitter.fit(concept)
+    assert (margins(model, found, held_out(model, PICASSO)) > 0).all()
+    assert (margins(model, found, ["art by Caravaggio"]) < 0).all()
+
+
+def test_a_rate_has_wilsons_interval():
+    assert rate(0, 0) == [0, 0, 0.0, 1.0]
+    assert rate(0, 500) == [0, 500, 0.0, 0.00762]
+    count, total, low, high = rate(5, 10)
+    assert (count, total) == (5, 10) and low == pytest.approx(1 - high, abs=1e-4) and 0.23 < low < 0.24

@@ -1,0 +1,173 @@
+"""Measuring gates: lists of concepts and captions as they are read, and counts of gates whose decisions are known."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+import torch
+from conftest import is_error
+
+from ldm.config.concepts import Concept, read_concept_list
+from ldm.config.everyday import kin_names
+from ldm.config.spellings import says
+from ldm.erasure.gate import Gate
+from ldm.erasure.gate_fitter import GateFitter
+from ldm.erasure.gated_edit import LAST_STATE, GatedEdit
+from ldm.experiments import gates
+from ldm.experiments.gates import (
+    HELD_OUT,
+    MISSPELT,
+    TEMPLATES,
+    FittedGates,
+    evaluate_gates,
+    fit_gates,
+    format_rate,
+    make_prompt_sets,
+    read_captions,
+)
+from ldm.io.paths import REPO_ROOT
+from ldm.io.prompts import make_cases, write_prompt_csv
+
+HEADER = "name,kind,aliases\n"
+CONCEPTS = [Concept(0, "Monet", "Monet", kind="style"), Concept(1, "Nike", "Nike", kind="brand")]
+
+
+def gate_that(fires: bool, width: int) -> GatedEdit:
+    """Return an edit whose gate fires for every prompt, or for none, by a margin of 1."""
+    gate = Gate(torch.zeros(1, width), torch.tensor([-1.0 if fires else 1.0]), gap=0.5)
+    return GatedEdit({"text_encoder": gate}, {"text_encoder": LAST_STATE}, {})
+
+
+def test_the_hundred_names_are_concepts_of_known_kinds():
+    concepts = read_concept_list(REPO_ROOT / "data" / "hundred_names.csv")
+    assert len(concepts) == 100 and [concept.index for concept in concepts] == list(range(100))
+    assert {concept.kind for concept in concepts} == {"style", "person", "brand", "generic"}
+    assert concepts[1].spellings == ("Vincent van Gogh", "Vincent van Gogh", "Van Gogh", "VanGogh")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["has the columns (none)"]),
+        ("name,kind,alias\nA,brand,\n", ["name,kind,alias:", "name,kind,aliases"]),
+        (HEADER, ["no concept below its header"]),
+        (HEADER + "A,brand\n", ["line 2", "2 fields for 3 columns"]),
+        (HEADER + "A,brand,\n\nB,planet,\n", ["line 4", "column kind", "'planet'", "public figure"]),
+        (HEADER + " A,brand,\n", ["line 2", "column name", "white space"]),
+        (HEADER + ",brand,\n", ["line 2", "column name", "empty"]),
+        (HEADER + "A,brand,B;;C\n", ["line 2", "column aliases", "empty"]),
+        (HEADER + "A,brand,\nB,brand,a\n", ["line 3", "'a' names both A and B"]),
+        (HEADER + 'A,brand,"B\n', ["line 2", "not CSV"]),
+    ],
+)
+def test_a_list_of_concepts_is_read_strictly(tmp_path, text, words):
+    path = tmp_path / "list.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        read_concept_list(path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_list_of_concepts_that_is_not_there_is_one_line(script, tmp_path):
+    is_error(script("eval-scripts/evaluate-gates.py", "--concepts", tmp_path / "none.csv"), "no list of concepts")
+
+
+def test_captions_are_lines_or_a_prompt_list(tmp_path):
+    lines, table = tmp_path / "lines.txt", tmp_path / "table.csv"
+    lines.write_text("a dog, asleep\n\n  a cat \na dog, asleep\n")
+    write_prompt_csv(table, make_cases(["a dog, asleep"], 2, 0))
+    assert list(read_captions(lines).prompts) == ["a dog, asleep", "a cat"]
+    assert list(read_captions(table).prompts) == ["a dog, asleep"]
+    lines.write_text("\n")
+    with pytest.raises(ValueError, match="has no captions"):
+        read_captions(lines)
+    lines.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="no text in UTF-8"):
+        read_captions(lines)
+
+
+def test_prompts_that_are_made_of_a_name_say_it_and_misspelt_ones_do_not(tiny):
+    found = {each.name: each for each in make_prompt_sets(CONCEPTS, 10, tiny.tokenizers[0])}
+    for name in (HELD_OUT, TEMPLATES, MISSPELT):
+        assert set(found[name].owners) == {0, 1}
+        for prompt, owner in zip(found[name].prompts, found[name].owners, strict=True):
+            assert says(prompt, CONCEPTS[owner].spellings) == (name != MISSPELT)
+    assert not set(found[HELD_OUT].prompts) & set(found[TEMPLATES].prompts)
+    assert len(found["everyday captions"].prompts) == 10 and kin_names()[0] in found["kin names"].prompts
+
+
+def test_a_gate_that_always_fires_has_all_false_alarms_and_one_that_never_does_all_misses(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(gates, "_NUM_TIMED", 1)
+    path = tmp_path / "captions.txt"
+    path.write_text("a dog\na lake by Monet\nnew shoes by nike\n")
+    edits = [gate_that(True, 96), gate_that(False, 96)]
+    fitted = FittedGates(CONCEPTS, edits, {"x": "no gate"}, [1.0, 2.0])
+    prompt_sets = [*make_prompt_sets(CONCEPTS, 10, tiny.tokenizers[0]), read_captions(path)]
+    report = evaluate_gates(tiny, fitted, prompt_sets, 3.0)
+    counts = report.summary["counts"]
+    assert counts["captions.txt"]["false_alarms"][:2] == [2, 3]  # of Monet's, for what does not say Monet
+    assert counts["captions.txt"]["misses"][:2] == [1, 2]  # of Nike's
+    assert counts["everyday captions"]["false_alarms"][:2] == [10, 10]
+    assert counts["everyday captions"]["misses"] == [0, 0, 0.0, 1.0]  # which says nothing, of none
+    held_out = next(each for each in prompt_sets if each.name == HELD_OUT)
+    assert counts[HELD_OUT]["misses"][:2] == [held_out.owners.count(1), len(held_out.prompts)]
+    assert counts[HELD_OUT]["false_alarms"][:2] == [held_out.owners.count(1), len(held_out.prompts)]
+    assert list(report.concepts["concept"]) == ["x", "Monet", "Nike"] and report.summary["refused"] == {"x": "no gate"}
+    monet, nike = report.concepts.iloc[1], report.concepts.iloc[2]
+    assert monet.misses == 0 and nike.misses == nike.held_out and nike.false_alarms == nike.other_names == 0
+    assert report.concepts.to_csv(index=False).splitlines()[1].startswith("x,,,") and isinstance(monet.misses, int)
+    assert monet.bytes == 2 * 96 + 4 and monet.least_margin == 1
+    assert [row["differ"][0] for row in report.summary["decisions"]] == [0, 0, 0]
+    assert set(report.misses.concept) == {"Nike"} and set(report.false_alarms.concept) == {"Monet"}
+    assert report.false_alarms.prompts.iloc[-1] in (HELD_OUT, TEMPLATES, MISSPELT)
+
+
+def test_rounding_states_can_change_a_decision(tiny, monkeypatch):
+    """The threshold lies between what a prompt's highest row scores, and what it scores in bfloat16."""
+    states = tiny.encode_with_states(["a dog"], {"text_encoder": [LAST_STATE]})[1]["text_encoder", LAST_STATE]
+    weights = torch.randn(1, 96, generator=torch.Generator().manual_seed(0))
+    exact, rounded = (float((rows.float() @ weights.T).amax()) for rows in (states, states.bfloat16()))
+    assert exact != rounded
+    gate = Gate(weights, torch.tensor([(exact + rounded) / 2]))
+    fitted = FittedGates(CONCEPTS[:1], [GatedEdit({"text_encoder": gate}, {"text_encoder": LAST_STATE}, {})], {}, [1.0])
+    decisions = gates.decide(tiny, fitted, ["a dog"], at_once=64)
+    assert (decisions.margins > 0).item() != (decisions.rounded["bfloat16"] > 0).item()
+
+
+def test_concepts_without_a_gate_are_kept_with_the_reason():
+    class Fitter(GateFitter):
+        def __init__(self):
+            pass
+
+        def fit(self, concept):
+            if concept.name == "Nike":
+                raise ValueError("no gate tells it")
+            return gate_that(True, 4)
+
+    fitted = fit_gates(Fitter(), CONCEPTS)
+    assert [concept.name for concept in fitted.concepts] == ["Monet"] and len(fitted.edits) == len(fitted.seconds) == 1
+    assert fitted.refused == {"Nike": "no gate tells it"}
+    with pytest.raises(ValueError, match="none of the 1 concepts has a gate: no gate tells it"):
+        fit_gates(Fitter(), CONCEPTS[1:])
+
+
+def test_rates_are_told_with_their_interval():
+    assert format_rate([1, 50, 0.00354, 0.105]) == "1 of 50 (0.35 to 10.50 %)"
+    assert format_rate([0, 0, 0.0, 1.0]) == ""
+
+
+@pytest.mark.slow
+def test_the_script_measures_a_list(script, tiny_path, tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text(HEADER + "Monet,artist,\nNike,brand,\n")
+    sizes = ["--retain_captions", 40, "--retain_words", 20, "--compositions", 2, "--misspellings", 2]
+    arguments = ["--model", tiny_path, "--concepts", path, "--num_captions", 50, "--save_path", tmp_path / "out"]
+    code, out, err = script("eval-scripts/evaluate-gates.py", *arguments, *sizes, "--device", "cpu")
+    assert code == 0, err
+    assert "| everyday captions |" in out and "gates.csv and gates.json" in out
+    table = pd.read_csv(tmp_path / "out" / "gates.csv")
+    assert sorted(table.concept) == ["Monet", "Nike"]
+    summary = json.loads((tmp_path / "out" / "gates.json").read_text())
+    assert summary["gates"] + len(summary["refused"]) == 2
