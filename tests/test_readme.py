@@ -151,7 +151,9 @@ def copy_repository(copy: Path) -> Path:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
     for path in (copy / "data").glob("*.csv"):
-        pd.read_csv(path, keep_default_na=False).groupby("prompt", sort=False).head(2).to_csv(path, index=False)
+        table = pd.read_csv(path, keep_default_na=False)
+        if "prompt" in table:
+            table.groupby("prompt", sort=False).head(2).head(40).to_csv(path, index=False)
     for path in (copy / "configs").glob("mini-*.yaml"):
         config = OmegaConf.load(path)
         OmegaConf.save(OmegaConf.merge(config, {"train": {"denoiser": {"iterations": 2}}}), path)

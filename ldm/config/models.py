@@ -95,7 +95,7 @@ def make_model_config(config: DictConfig, path: Path) -> ModelConfig:
 def _merged(kind: type[AnySettings], changes: Any, path: Path, section: str) -> AnySettings:
     try:
         settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), changes))
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ValueError(f"{path}, {section}: {str(error).splitlines()[0]}") from error
     return settings
 
