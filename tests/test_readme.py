@@ -30,6 +30,7 @@ EXPERIMENT = ["--seeds_per_prompt", "1", "--num_training_images", "2", "--save_p
 SMOKE: dict[str, list[str]] = {
     "ablate-init.py": [*EXPERIMENT, "--num_rendered", "4"],
     "artist-cls-train.py": ["--data_dir", "data/smoke"],
+    "evaluate-gates.py": ["--num_captions", "20"],
     "generate-data.py": ["--seeds_per_prompt", "4", "--save_path", "data/smoke"],
     "make-prompts.py": ["--seeds_per_prompt", "1"],
     "report.py": ["--seeds_per_prompt", "1", "--num_inference_steps", "2"],
@@ -152,8 +153,8 @@ def copy_repository(copy: Path) -> Path:
             shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
     for path in (copy / "data").glob("*.csv"):
         table = pd.read_csv(path, keep_default_na=False)
-        if "prompt" in table:
-            table.groupby("prompt", sort=False).head(2).head(40).to_csv(path, index=False)
+        shorter = table.groupby("prompt", sort=False).head(2).head(40) if "prompt" in table else table.head(2)
+        shorter.to_csv(path, index=False)
     for path in (copy / "configs").glob("mini-*.yaml"):
         config = OmegaConf.load(path)
         OmegaConf.save(OmegaConf.merge(config, {"train": {"denoiser": {"iterations": 2}}}), path)
