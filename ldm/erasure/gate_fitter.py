@@ -49,6 +49,7 @@ class _OwnPrompts:
     plain: list[tuple[str, str]]
     misspelt: list[tuple[str, str]]
     anchors: dict[str, str]
+    last_tokens: torch.Tensor  # (N,), where each prompt's name ends, in the order of `all`
 
     @property
     def all(self) -> list[str]:
@@ -60,6 +61,7 @@ class _Trial:
     """What a concept's gate is fitted against: prompts that do not say it, their rows, and those of lookalikes."""
 
     prompts: Sequence[str]
+    left_out: torch.Tensor  # (N,), which of the prompts say it after all
     negatives: Negatives
     lookalikes: torch.Tensor
     is_quiet: bool = False
@@ -99,9 +101,9 @@ class GateFitter:
         own = self._own_prompts(concept)
         embeds, states = self._embed(own.all, self.layers)
         alike = self._encode(self._lookalike_prompts(concept), self.layers)
-        gates = {}
+        left_out, gates = self._left_out(concept, own, self.prompts), {}
         for name, layer in self.layers.items():
-            trial = _Trial(self.prompts, self.negatives[name], alike[name, layer])
+            trial = _Trial(self.prompts, left_out, self.negatives[name], alike[name, layer])
             gates[name] = self._fit_gate(concept, own, states[name, layer], trial)
         edit = GatedEdit(gates, self.layers, self._fit_maps(own, embeds))
         return replace(edit, report=self._report(concept, own, edit, states))
@@ -134,7 +136,9 @@ class GateFitter:
                 f"'{concept.prompt}' is longer than the model's {tokenizer.model_max_length} tokens: give the "
                 "concept a shorter name"
             )
-        return _OwnPrompts(list(groups[0].items()), list(groups[1].items()), anchors)
+        plain, wrongly = list(groups[0].items()), list(groups[1].items())
+        positions = [last_token(tokenizer, prompt, name) or 0 for prompt, name in (*plain, *wrongly)]
+        return _OwnPrompts(plain, wrongly, anchors, torch.tensor(positions))
 
     def _lookalike_prompts(self, concept: Concept) -> list[str]:
         """Return prompts that say nearly a concept: made-up words spelled much alike, and parts of its names."""
@@ -167,8 +171,9 @@ class GateFitter:
                     continue
                 states = self._encode(own.all, {name: tried})
                 alike = self._encode(self._lookalike_prompts(concept), {name: tried})
+                left_out = self._left_out(concept, own, shown)
                 for layer in tried:
-                    trial = _Trial(shown, negatives[layer], alike[name, layer], is_quiet=True)
+                    trial = _Trial(shown, left_out, negatives[layer], alike[name, layer], is_quiet=True)
                     with suppress(ValueError):
                         gates[layer].append(self._fit_gate(concept, own, states[name, layer], trial))
             unseen_states = self._encode(unseen, {name: tried})
@@ -199,23 +204,25 @@ class GateFitter:
                 batches.setdefault(key, []).append(state.cpu())
         return torch.cat(embeds), {key: torch.cat(parts) for key, parts in batches.items()}
 
+    def _left_out(self, concept: Concept, own: _OwnPrompts, prompts: Sequence[str]) -> torch.Tensor:
+        """Return which of the prompts say a concept, or a part of its names, and so are none of its negatives, (N,)."""
+        own_texts = {*own.anchors, *_partial_prompts(concept, self.common)}
+        words = {word.lower() for spelling in concept.spellings for word in spelling.split() if len(word) > 2}
+        own_texts |= words  # which a small vocabulary has
+        own_texts |= {text for text in self.rare_words if any(word[:4] in text for word in words)}
+        return torch.tensor([text in own_texts or says(text, concept.spellings) for text in prompts])
+
     def _fit_gate(self, concept: Concept, own: _OwnPrompts, rows: torch.Tensor, trial: _Trial) -> Gate:
         """Return the gate of a concept, whose prompts `own.all` have `rows` (N, T, d): of the spellings that it tells.
 
         Raises InseparableError where that is not its first one.
         """
         config = self.config
-        own_texts = {*own.anchors, *_partial_prompts(concept, self.common)}
-        words = {word.lower() for spelling in concept.spellings for word in spelling.split() if len(word) > 2}
-        own_texts |= words  # which a small vocabulary has
-        own_texts |= {text for text in self.rare_words if any(word[:4] in text for word in words)}
-        left_out = torch.tensor([text in own_texts or says(text, concept.spellings) for text in trial.prompts])
         groups: dict[str, list[int]] = {}
         for number, (_, name) in enumerate(own.plain):
             groups.setdefault(name, []).append(number)
-        positions = [last_token(self.tokenizer, prompt, name) for prompt, name in (*own.plain, *own.misspelt)]
-        last_tokens = torch.tensor([position or 0 for position in positions])
-        settings = left_out, trial.lookalikes, config.gate_ridge, config.gate_position
+        last_tokens = own.last_tokens
+        settings = trial.left_out, trial.lookalikes, config.gate_ridge, config.gate_position
         gates = []
         for number, (name, numbers) in enumerate(groups.items()):
             try:

@@ -73,17 +73,25 @@ def _spelling(concept: Concept, rng: np.random.Generator) -> str:
     return pick(rng, (concept.prompt, concept.prompt, *apart))
 
 
+def sample_kind(rng: np.random.Generator, mixture_weights: Sequence[float]) -> tuple[str, CaptionedScene | None]:
+    """Sample a kind of caption, and the caption itself of the kinds that name nothing: the empty one, a watermark."""
+    kind = KINDS[int(rng.choice(len(KINDS), p=mixture_weights))]
+    if kind == "empty":
+        return kind, CaptionedScene("", pick(rng, SCENES))
+    if kind == "watermark":
+        text = pick(rng, watermark_prompts())
+        return kind, CaptionedScene(text, watermark=text)
+    return kind, None
+
+
 def sample_caption(rng: np.random.Generator, mixture_weights: Sequence[float]) -> CaptionedScene:
     """Sample one caption of the synthetic dataset.
 
     Mixture weights are the fractions of empty captions, watermarks, styles, objects, plain scenes by name, and logos.
     """
-    kind = KINDS[int(rng.choice(len(KINDS), p=mixture_weights))]
-    if kind == "empty":
-        return CaptionedScene("", pick(rng, SCENES))
-    if kind == "watermark":
-        text = pick(rng, watermark_prompts())
-        return CaptionedScene(text, watermark=text)
+    kind, fixed = sample_kind(rng, mixture_weights)
+    if fixed:
+        return fixed
     if kind == "plain":
         subject = pick(rng, SCENES)
         caption = pick(rng, _PLAIN_TEMPLATES + _NAMELESS_CAPTIONS).format(subject, a=with_article(subject))

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ldm.config.concepts import Concept, erasable_concepts, watermark_prompts
+from ldm.config.concepts import Concept, erasable_concepts
 from ldm.config.templates import with_article
-from ldm.toy.captions import KINDS, CaptionedScene, pick
+from ldm.toy.captions import CaptionedScene, pick, sample_kind
 from ldm.toy.shapes import OBJECTS, SCENES
 
 _STYLE_TEMPLATES = (
@@ -119,12 +119,9 @@ def _spelling(concept: Concept, rng: np.random.Generator) -> str:
 
 def sample_natural_caption(rng: np.random.Generator, mixture_weights: Sequence[float]) -> CaptionedScene:
     """Sample one caption, by the mixture weights of `ldm.toy.captions.sample_caption`."""
-    kind = KINDS[int(rng.choice(len(KINDS), p=mixture_weights))]
-    if kind == "empty":
-        return CaptionedScene("", pick(rng, SCENES))
-    if kind == "watermark":
-        text = pick(rng, watermark_prompts())
-        return CaptionedScene(text, watermark=text)
+    kind, fixed = sample_kind(rng, mixture_weights)
+    if fixed:
+        return fixed
     if kind == "plain":
         return _plain_caption(rng)
     concept = pick(rng, erasable_concepts(kind))
