@@ -2,15 +2,17 @@
 
 Erases every concept of --erased_index in closed form, each by its own shift that protects all the others, the empty
 prompt and the watermarks, without generating anything. Writes SAVE_PATH/capacity.csv and .png, and leakage.csv with the
-leakage on every protected prompt and held-out template.
+leakage on every protected prompt and held-out template, and on some prompts of each group that nothing protects:
+everyday captions, words, kin names, near misses and compositions.
 """
 
 from pathlib import Path
 
 from ldm.cli import arguments
 from ldm.cli.run import run
-from ldm.config.concepts import EMPTY_PROMPT_LABEL, parse_erase_targets
-from ldm.config.methods import NullSpaceConfig
+from ldm.config.concepts import EMPTY_PROMPT_LABEL, always_protected_prompts, parse_erase_targets
+from ldm.config.everyday import sample_unprotected
+from ldm.config.methods import EvaluationConfig, NullSpaceConfig
 from ldm.io.paths import REPO_ROOT
 
 SPECTRUM_NUMBERS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # of the singular values that are printed, beside the last
@@ -18,7 +20,8 @@ NUM_PROMPTS = 20  # that are printed, those with the largest leakage
 
 
 def leakage_summary(leakage):
-    """Return the rows of the prompts with the largest leakage, with a column for each tolerance."""
+    """Return the protected and held-out prompts with the largest leakage, with a column for each tolerance."""
+    leakage = leakage[leakage.group.isin(("protected", "held_out"))]
     wide = leakage.pivot(index="prompt", columns="tolerance", values="leakage")
     largest = wide.max(axis=1).sort_values(ascending=False).index[:NUM_PROMPTS]
     summary = wide.loc[largest].rename(index={"": EMPTY_PROMPT_LABEL}).reset_index()
@@ -34,6 +37,7 @@ def main() -> None:
     text = "what counts as zero, relatively, such as 1e-7,1e-3 (default: six from 1e-7 to 2e-2)"
     parser.option("tolerances", default=None, help=text)
     arguments.add_settings(parser, NullSpaceConfig, "protected_templates")
+    arguments.add_settings(parser, EvaluationConfig, "unprotected_prompts")
     parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / "capacity", help="where to write")
     arguments.add_device(parser)
     args = parser.parse_args()
@@ -43,7 +47,7 @@ def main() -> None:
         raise ValueError(f"`tolerances` {args.tolerances}: give numbers between 0 and 1, such as 1e-7,1e-3")
     from ldm.cli import session
     from ldm.config.models import load_model_config
-    from ldm.erasure.capacity import DEFAULT_TOLERANCES, measure_capacity
+    from ldm.erasure.capacity import DEFAULT_TOLERANCES, FurtherPrompts, measure_capacity, summarize_groups
     from ldm.experiments.plots import plot_spectrum
     from ldm.io.files import atomic_write
     from ldm.metrics.tables import to_markdown
@@ -52,7 +56,10 @@ def main() -> None:
     config = load_model_config(model.config_name)
     null_space = session.fill_settings(args, config.null_space)
     tolerances = sorted(tolerances) or DEFAULT_TOLERANCES
-    report = measure_capacity(model, concepts, null_space, tolerances, config.methods["SRS-ME"])
+    evaluation = session.fill_settings(args, config.evaluation)
+    protected = always_protected_prompts()
+    further = FurtherPrompts((), sample_unprotected(args.category, evaluation.unprotected_prompts, protected))
+    report = measure_capacity(model, concepts, null_space, tolerances, config.methods["SRS-ME"], further)
     values = report.singular_values.tolist()
     shown = [*(number for number in SPECTRUM_NUMBERS if number <= len(values)), len(values)]
     print("spectrum: " + ", ".join(f"{number}: {values[number - 1]:.1e}" for number in shown))
@@ -60,7 +67,8 @@ def main() -> None:
         with atomic_write(args.save_path / f"{name}.csv") as partial:
             table.to_csv(partial, index=False)
     plot_spectrum(values, report.table, args.save_path / "capacity.png")
-    print(f"{to_markdown(report.table)}\n\n{to_markdown(leakage_summary(report.leakage))}")
+    summaries = [report.table, leakage_summary(report.leakage), summarize_groups(report.leakage)]
+    print("\n\n".join(to_markdown(summary) for summary in summaries))
     print(f"-> capacity.csv, capacity.png and leakage.csv in {args.save_path}")
 
 

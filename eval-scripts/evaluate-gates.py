@@ -1,8 +1,10 @@
 """Fit a gate for each concept of a list, and measure them all together: false alarms, misses, firmness and cost.
 
 False alarms are counted on everyday captions that no gate is fitted on, on kin names and near misses, on the prompts of
-all other concepts of the list, and on the captions of any files that are given. Writes SAVE_PATH/gates.csv, which has
-a row for each concept, and gates.json.
+all other concepts of the list, and on the captions of any files that are given. A gate needs the text encoder alone,
+which --text_encoder gives instead of a model. Beside the gates stand two plain detectors: a filter of keywords, and
+the gates' decision with the name replaced in the text. Writes SAVE_PATH/gates.csv, which has a row for each concept,
+detectors.csv and gates.json.
 """
 
 from pathlib import Path
@@ -26,11 +28,12 @@ NUM_WORST = 10  # concepts that are printed
 NUM_EXAMPLES = 20  # of false alarms, and of misses, that are printed
 
 
-def print_report(report):
-    """Print the tables of a report, and its examples of errors."""
+def print_report(report, detectors):
+    """Print the tables of a report, the detectors, and examples of errors."""
     from ldm.metrics.tables import to_markdown
 
     print(f"{to_markdown(report.counts)}\n\n{to_markdown(report.precision)}")
+    print(f"\n{to_markdown(detectors.set_index('detector').T.rename_axis('detector').reset_index())}")
     print(f"\nthe worst of {len(report.concepts)} concepts:\n\n{to_markdown(report.concepts[:NUM_WORST])}")
     for concept, reason in report.summary["refused"].items():
         print(f"\n{concept} has no gate: {reason}")
@@ -45,9 +48,26 @@ def print_report(report):
     )
 
 
+def load_encoder(args):
+    """Return the model or the text encoder that the arguments name, and its settings of gates."""
+    from ldm.cli import session
+    from ldm.config.models import load_model_config
+    from ldm.diffusion.text_encoder import load_text_encoder
+
+    device = session.first_device(args)
+    if args.text_encoder is not None:
+        if "model" in arguments.typed or "ckpt_path" in arguments.typed:
+            raise ValueError("`text_encoder` is given instead of a model: leave out `model` and `ckpt_path`")
+        return load_text_encoder(args.text_encoder, device), session.fill_settings(args, GateConfig())
+    model = session.load_model(args, device)
+    return model, session.fill_settings(args, load_model_config(model.config_name).gate)
+
+
 def main() -> None:
     parser = arguments.make_parser(__doc__)
     arguments.add_model(parser)
+    text = "instead, a text encoder by itself: a folder of transformers with its tokenizer and safetensors"
+    parser.option("text_encoder", type=Path, default=None, metavar="FOLDER", help=text)
     text = "the list of concepts: a CSV file with the columns name, kind and aliases"
     parser.option("concepts", type=Path, default=REPO_ROOT / "data" / "hundred_names.csv", help=text)
     text = "further files of captions: a prompt list as CSV, or a text file with one a line"
@@ -60,26 +80,27 @@ def main() -> None:
     concepts = read_concept_list(args.concepts)
     import time
 
-    from ldm.cli import session
-    from ldm.config.models import load_model_config
     from ldm.erasure.gate_fitter import GateFitter
+    from ldm.experiments.baselines import compare_detectors
     from ldm.experiments.gates import evaluate_gates, fit_gates, make_prompt_sets, read_captions
     from ldm.io.files import atomic_write, write_json
 
     files = [read_captions(path) for path in args.captions]  # before the slow part, so that a mistake is told at once
-    model = session.load_model(args, session.first_device(args))
-    config = session.fill_settings(args, load_model_config(model.config_name).gate)
+    model, config = load_encoder(args)
     start = time.perf_counter()
     fitter = GateFitter(model, concepts, [], config)
     setup_seconds = time.perf_counter() - start
     gates = fit_gates(fitter, concepts)
     prompt_sets = [*make_prompt_sets(gates.concepts, args.num_captions, model.tokenizers[0]), *files]
     report = evaluate_gates(model, gates, prompt_sets, setup_seconds)
-    print_report(report)
+    detectors = compare_detectors(model, gates, report.judged)
+    print_report(report, detectors)
     with atomic_write(args.save_path / "gates.csv") as partial:
         report.concepts.to_csv(partial, index=False)
-    write_json(args.save_path / "gates.json", dict(report.summary))
-    print(f"-> gates.csv and gates.json in {args.save_path}")
+    with atomic_write(args.save_path / "detectors.csv") as partial:
+        detectors.to_csv(partial, index=False)
+    write_json(args.save_path / "gates.json", {"model": model.name, **report.summary})
+    print(f"-> gates.csv, detectors.csv and gates.json in {args.save_path}")
 
 
 if __name__ == "__main__":

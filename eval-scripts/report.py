@@ -2,18 +2,21 @@
 
 It has results, curves, leakage, capacity, time and memory, and every command and digest to reproduce it. Generates the
 original's images and the edited model's, on the same seeds, and writes one HTML file that needs no network. A scene's
-ledger, `sceneN-CATEGORY-METHOD.jsonl` beside its shifts, is one too.
+ledger, `sceneN-CATEGORY-METHOD.jsonl` beside its shifts, is one too. Results, leakage and capacity have a row for each
+group of prompts that nothing protects: everyday captions, words, kin names, near misses and compositions.
 """
 
 from ldm.cli import arguments
 from ldm.cli.experiment import add_evaluation, make_experiment
 from ldm.cli.run import run
+from ldm.config.methods import EvaluationConfig
 
 
 def main() -> None:
     parser = arguments.make_parser(__doc__)
     arguments.add_ledger(parser)
     add_evaluation(parser, "report")
+    arguments.add_settings(parser, EvaluationConfig, "unprotected_prompts")
     parser.accept_unused("category", "artifacts_dir", "set", "seed", "num_training_images")
     parser.set_defaults(model=None)
     text = "images of each prompt that the page shows"

@@ -2,8 +2,9 @@
 
 Writes into SAVE_PATH/CATEGORY, for each scene N: sceneN.csv and .md (every concept and time), sceneN-averages.csv and
 .png, and the image grid sceneN.png. No shift of a scene is computed twice, and images are generated once for each set
-of weights, so that the same command resumes a stopped run. --protect_scope all lets SRS-ME protect every concept of the
-category, not only those that the scene ever erases (sceneN-all.csv and so on).
+of weights, so that the same command resumes a stopped run. Beside the category's prompts there are some of each group
+that nothing protects: everyday captions, words, kin names, near misses and compositions. --protect_scope all lets
+SRS-ME protect every concept of the category, not only those that the scene ever erases (sceneN-all.csv and so on).
 """
 
 from ldm.cli import arguments
@@ -18,7 +19,7 @@ from ldm.cli.experiment import (
 )
 from ldm.cli.run import run
 from ldm.config.concepts import STATUSES
-from ldm.config.methods import METHODS
+from ldm.config.methods import METHODS, EvaluationConfig
 from ldm.config.scenes import load_scene
 
 
@@ -53,8 +54,9 @@ def run_and_write(args: Namespace, experiment, scene: int, methods: list[str]) -
     text = "\n\n".join([title, to_markdown(wide_table(table, args.category, distance)), to_markdown(means)])
     write_text(f"{path}.md", text + "\n")
     metrics = {"accuracy": "accuracy %", distance: distance, "lpips": "LPIPS"}
+    plotted = means[means["status"].isin(STATUSES)]
     plot = LinePlot("time", "method", metrics, "status", STATUSES, title=f"Scene {scene}, {args.category}")
-    plot_lines(means, plot, f"{path}-averages.png")
+    plot_lines(plotted, plot, f"{path}-averages.png")
     save_image(f"{path}.png", scene_grid(experiment, steps, folders))
     print(f"\nScene {scene}. {text}\n-> {path}.png, .md, .csv, -averages.csv, -averages.png")
 
@@ -62,6 +64,7 @@ def run_and_write(args: Namespace, experiment, scene: int, methods: list[str]) -
 def main() -> None:
     parser = arguments.make_parser(__doc__)
     add_experiment(parser, "scenes")
+    arguments.add_settings(parser, EvaluationConfig, "unprotected_prompts")
     parser.add_argument("--scene", default="4", help="a scene of configs/scenes.yaml, or several such as 1,2,3,4")
     parser.option("methods", default="SRS-ME,FMN,AbConcept,ESD", help=f"of {', '.join(METHODS)}")
     text = "what SRS-ME's null space protects"

@@ -7,7 +7,7 @@ from conftest import is_error
 from ldm.config.concepts import get_concept, watermark_prompts
 from ldm.config.methods import NullSpaceConfig, SRSMEConfig
 from ldm.diffusion.text_layers import text_layers
-from ldm.erasure.capacity import measure_capacity
+from ldm.erasure.capacity import FurtherPrompts, measure_capacity, summarize_groups
 from ldm.erasure.closed_form import Costs, closed_form_map, erasure_space
 from ldm.erasure.leakage import leakage
 from ldm.erasure.null_space import NullSpaceBasis
@@ -70,7 +70,33 @@ def test_capacity_protects_what_an_erasure_protects(tiny, monkeypatch):
     assert made == [(["", *watermark_prompts()], protected, 3.0)]
     held_out = set(report.leakage[report.leakage.held_out].prompt)
     assert held_out == {f"a landscape by {concept.prompt}" for concept in CONCEPTS}
-    assert list(report.leakage) == ["tolerance", "prompt", "held_out", "leakage"]
+    assert list(report.leakage) == ["tolerance", "prompt", "held_out", "leakage", "group"]
+    assert set(report.leakage.group) == {"protected", "held_out"}
+
+
+def test_capacity_reports_on_groups_that_nothing_protects(tiny):
+    alone = measure_capacity(tiny, CONCEPTS, NullSpaceConfig(), [1e-7, 1e-2], CONFIG)
+    groups = {
+        "kin": ["art by Klee", "Goya"],
+        "near_misses": ["Cezanne street"],
+        "compositions": ["a church by Cezanne"],
+    }
+    further = FurtherPrompts((), groups)
+    report = measure_capacity(tiny, CONCEPTS, NullSpaceConfig(), [1e-7, 1e-2], CONFIG, further)
+    assert report.table.equals(alone.table)  # they change nothing of it
+    own_groups = report.leakage.group.isin(("protected", "held_out"))
+    assert report.leakage[own_groups].reset_index(drop=True).equals(alone.leakage)
+    rows = report.leakage.set_index(["tolerance", "prompt"]).leakage
+    assert rows[1e-2, "Goya"] > 0 and rows[1e-2, "a church by Cezanne"] > 0
+    single = measure_capacity(tiny, CONCEPTS[:1], NullSpaceConfig(), [1e-2], CONFIG, further).leakage
+    found = single.set_index("prompt").leakage
+    assert found["a church by Cezanne"] == 0 < found["Goya"]  # without its own concept's shift
+    assert found["Cezanne street"] > 0
+    summary = summarize_groups(report.leakage).set_index("group")
+    assert summary.prompts.to_dict() == {"protected": 6, "held_out": 3, "kin": 2, "near_misses": 1, "compositions": 1}
+    assert list(summary) == ["prompts", "median / max leakage at 1e-07", "median / max leakage at 0.01"]
+    median, largest = map(float, summary["median / max leakage at 0.01"]["kin"].split(" / "))
+    assert median == pytest.approx((rows[1e-2, "Goya"] + rows[1e-2, "art by Klee"]) / 2, rel=0.1) and largest >= median
 
 
 def test_the_script_ends_with_tables_and_a_plot(script, tiny_path, tmp_path):
@@ -78,6 +104,9 @@ def test_the_script_ends_with_tables_and_a_plot(script, tiny_path, tmp_path):
     arguments += ["--erased_index", "0-2"]
     code, out, _ = script(*arguments, "--tolerances", "1e-3,1e-7")
     assert code == 0 and "| 1e-07 |" in out and "a landscape by VanGogh" in out and "leakage at 0.001" in out
+    assert "| near_misses | 10 |" in out and "| compositions | 10 |" in out
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"capacity.csv", "capacity.png", "leakage.csv"}
+    code, out, _ = script(*arguments, "--tolerances", "1e-3", "--unprotected_prompts", "0")
+    assert code == 0 and "near_misses" not in out and "| protected |" in out
     is_error(script(*arguments, "--tolerances", "2"), "between 0 and 1")
     is_error(script(*arguments, "--tolerances", "x"), "--tolerances x")

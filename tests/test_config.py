@@ -17,7 +17,7 @@ from ldm.config.methods import (
     SRSMEConfig,
     setting,
 )
-from ldm.config.models import DEFAULT_CONFIG, ModelConfig, load_model_config, make_model_config, read_yaml
+from ldm.config.models import ModelConfig, load_model_config, make_model_config, read_yaml
 from ldm.io.paths import REPO_ROOT
 
 # What the original repository and the paper use for Stable Diffusion v1 (arXiv 2402.05947).
@@ -27,8 +27,12 @@ SRS_ME = {
     "ridge_weight": 0.003,
     "preserve_scale": 0.0,
     "vocab_preserve_scale": 0.0,
+    "captions_preserve_scale": 0.0,
+    "neutral_preserve_scale": 0.0,
+    "others_preserve_scale": 0.0,
     "anchor": "empty",
     "target_templates": 0,
+    "template_set": "category",
     "lr": 0.1,
     "basis_scale": 1e-4,
     "stop_threshold": 1e-4,
@@ -106,14 +110,25 @@ def test_the_defaults_around_the_methods_are_the_papers():
     }
     sampling = {"num_inference_steps": 50, "guidance_scale": 7.5, "sample_batch_size": 4}
     assert SamplingConfig().to_dict() == sampling
-    assert EvaluationConfig().to_dict() == {"seeds_per_prompt": 50, "num_training_images": 50}
+    assert EvaluationConfig().to_dict() == {
+        "seeds_per_prompt": 50,
+        "num_training_images": 50,
+        "unprotected_prompts": 10,
+    }
     assert ExecutionConfig().to_dict() == {"frozen_device": None, "gradient_checkpointing": False}
     assert ExportConfig() == ExportConfig(("diffusers",), "float32", None, 0.85)
 
 
-def test_stable_diffusions_config_and_an_unknown_models_are_the_defaults():
-    assert load_model_config("anything") == load_model_config(DEFAULT_CONFIG.stem) == ModelConfig()
-    assert load_model_config("stable-diffusion/v1-inference") == ModelConfig()
+def test_an_unknown_models_config_is_stable_diffusions_whose_closed_form_has_a_retain_set():
+    config = load_model_config("anything")
+    assert config == load_model_config("stable-diffusion/v1-inference")
+    closed_form = config.methods["SRS-ME"]
+    assert (closed_form.mode, closed_form.anchor, closed_form.template_set) == ("closed_form", "neutral", "kind")
+    assert min(closed_form.captions_preserve_scale, closed_form.others_preserve_scale) > 0
+    paper = {"mode": "learn", "init": "zero", "anchor": "empty", "template_set": "category", "target_templates": 0}
+    scales = {f"{name}preserve_scale": 0.0 for name in ("", "captions_", "neutral_", "others_")}
+    learnt = closed_form.with_changes(max_directions=691, **paper, **scales)
+    assert dataclasses.replace(config, methods={**config.methods, "SRS-ME": learnt}) == ModelConfig()
 
 
 @pytest.mark.parametrize(
@@ -203,8 +218,12 @@ def test_without_a_gradient_the_closed_forms_settings_act_alone():
         "ridge_weight",
         "preserve_scale",
         "vocab_preserve_scale",
+        "captions_preserve_scale",
+        "neutral_preserve_scale",
+        "others_preserve_scale",
         "anchor",
         "target_templates",
+        "template_set",
         "max_directions",
         "basis_scale",
     }
@@ -338,7 +357,7 @@ def test_a_base_config_that_leads_back_to_itself_is_refused(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", ["concepts", "logos", "scenes", "../pyproject", "a\nb", "a" * 300, "\x00", "", ".."])
 def test_a_models_name_is_no_path_and_no_other_file(name):
-    assert load_model_config(name) == ModelConfig()
+    assert load_model_config(name) == load_model_config("stable-diffusion/v1-inference")
 
 
 def test_a_field_says_its_limits():

@@ -7,8 +7,18 @@ from functools import cache
 import pytest
 
 from ldm.config import everyday
-from ldm.config.concepts import erasable_concepts, match_concept
-from ldm.config.everyday import everyday_captions, everyday_words, kin_names, near_misses, retain_captions
+from ldm.config.concepts import CATEGORIES, erasable_concepts, match_concept, watermark_prompts
+from ldm.config.everyday import (
+    UNPROTECTED_GROUPS,
+    compositions,
+    everyday_captions,
+    everyday_words,
+    kin_names,
+    near_misses,
+    retain_captions,
+    sample_unprotected,
+    split_compositions,
+)
 from ldm.io.paths import REPO_ROOT
 from ldm.io.prompts import read_prompt_csv
 
@@ -183,3 +193,49 @@ def test_a_hundred_names_to_erase():
 def test_the_files_of_data_are_what_the_code_makes(kind, name):
     cases = read_prompt_csv(DATA / f"{name}.csv")
     assert [case.prompt for case in cases] == everyday.everyday_prompts(kind)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_there_are_as_many_prompts_of_each_unprotected_group_as_asked_for_and_more_of_them_begin_alike(category):
+    few, many = sample_unprotected(category, 3), sample_unprotected(category, 40)
+    assert tuple(few) == tuple(many) == UNPROTECTED_GROUPS
+    for name, prompts in many.items():
+        assert few[name] == prompts[:3] and len(set(prompts)) == len(prompts) == 40
+    every_prompt = [prompt for prompts in many.values() for prompt in prompts]
+    assert len(set(every_prompt)) == len(every_prompt)  # a prompt has one group
+    assert not {"", *watermark_prompts()} & set(every_prompt)
+    assert sample_unprotected(category, 0) == {}
+
+
+def test_compositions_say_a_concept_and_other_unprotected_prompts_none():
+    for category in ("style", "object", "nudity", "logo"):
+        groups = sample_unprotected(category, 500)
+        assert all(match_concept(category, prompt) for prompt in groups["compositions"])
+        for name in ("captions", "words", "kin"):
+            assert not [prompt for prompt in groups[name] if match_concept(category, prompt)]
+
+
+def test_a_prompt_that_is_protected_is_in_no_unprotected_group():
+    groups = sample_unprotected("style", 3)
+    left = sample_unprotected("style", 3, protected=[groups["words"][1]])
+    assert left["words"] == [groups["words"][0], groups["words"][2]] and left["kin"] == groups["kin"]
+
+
+def test_compositions_say_each_style_beside_an_object_once():
+    for category in ("style", "object"):
+        prompts = compositions(category, 1000)
+        said = {(match_concept("style", prompt), match_concept("object", prompt)) for prompt in prompts}
+        assert len(said) == len(prompts) == len(erasable_concepts("style")) * len(erasable_concepts("object"))
+        first = [match_concept(category, prompt) for prompt in prompts[: len(erasable_concepts(category))]]
+        assert first == list(erasable_concepts(category))
+
+
+def test_compositions_of_erased_concepts_are_a_group_of_their_own():
+    groups = {"kin": ["Paul Klee"], "compositions": ["a church by VanGogh", "a tench by Picasso"], "words": []}
+    split = split_compositions("style", groups, [1])
+    assert split == {
+        "kin": ["Paul Klee"],
+        "erased compositions": ["a church by VanGogh"],
+        "compositions": ["a tench by Picasso"],
+    }
+    assert split_compositions("style", groups, []) == {name: prompts for name, prompts in groups.items() if prompts}

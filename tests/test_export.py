@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
-from ldm.config.methods import FORMATS, ExportConfig
+from ldm.config.methods import LINEAR_FORMATS, ExportConfig
 from ldm.diffusion.compvis import EMA_PREFIX, UNET_PREFIX, convert_to_compvis, load_compvis_state_dict, unet_key_map
 from ldm.diffusion.load import load_model
 from ldm.diffusion.text_layers import text_layers
@@ -259,10 +259,10 @@ def test_many_shifts_leakage_is_summed_up_by_the_prompts_own_and_the_max_of_the_
 
 
 def test_an_export_writes_every_format_once_and_measures_it(tiny, tiny_path, shifts, tmp_path):
-    config = ExportConfig(FORMATS, "float16", rank=3)
+    config = ExportConfig(LINEAR_FORMATS, "float16", rank=3)
     output, prompts = tmp_path / "tiny-12", ["", "VanGogh"]
     result = export(tiny, shifts, output, config, prompts)
-    names = [output if name == "diffusers" else tmp_path / f"tiny-12-{name}" for name in FORMATS]
+    names = [output if name == "diffusers" else tmp_path / f"tiny-12-{name}" for name in LINEAR_FORMATS]
     assert result.targets == names and all((target / METADATA_FILE).is_file() for target in names)
     assert [row["rank"] for row in result.truncated] == [3, 3] and {row["of"] for row in result.truncated} == {12}
     assert list(result.leakage) == ["1", "2", "all, in float16"] and list(result.leakage.index) == prompts

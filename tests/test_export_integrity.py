@@ -5,7 +5,7 @@ import json
 import pytest
 from test_export import make_shift
 
-from ldm.config.methods import FORMATS, ExportConfig
+from ldm.config.methods import LINEAR_FORMATS, ExportConfig
 from ldm.erasure.export import export
 from ldm.erasure.shift import WeightShift
 from ldm.io.errors import Notice
@@ -39,13 +39,13 @@ def delete_half(target):
 
 @pytest.mark.parametrize("damage", [flip_a_byte, delete_a_file, delete_half])
 def test_a_damaged_export_is_written_again_byte_for_byte(damage, tiny, shifts, tmp_path):
-    targets = export(tiny, shifts, tmp_path / "out", ExportConfig(FORMATS), [""]).targets
+    targets = export(tiny, shifts, tmp_path / "out", ExportConfig(LINEAR_FORMATS), [""]).targets
     first = {target: contents(target) for target in targets}
     for target in targets:
         damage(target)
         assert contents(target) != first[target]
     with pytest.warns(Notice, match="is written again") as given:
-        export(tiny, shifts, tmp_path / "out", ExportConfig(FORMATS), [""])
+        export(tiny, shifts, tmp_path / "out", ExportConfig(LINEAR_FORMATS), [""])
     assert {target: contents(target) for target in targets} == first
     assert all(any(f"{target} is not" in str(notice.message) for notice in given) for target in targets)
 

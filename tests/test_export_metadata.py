@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_export import compvis_tensors, ema_key, make_shift
 
-from ldm.config.methods import FORMATS, ExportConfig
+from ldm.config.methods import LINEAR_FORMATS, ExportConfig
 from ldm.diffusion.compvis import UNET_PREFIX, convert_to_compvis, unet_key_map
 from ldm.diffusion.load import load_model
 from ldm.diffusion.text_layers import text_layers
@@ -143,7 +143,7 @@ def test_every_single_file_says_what_was_merged_and_repeats_its_bytes(tiny, tiny
     digests = []
     for name in ("first", "again"):
         model = load_model(tiny_path, CPU)
-        config = ExportConfig(FORMATS, effect_fraction=0.1)
+        config = ExportConfig(LINEAR_FORMATS, effect_fraction=0.1)
         result = export(model, shifts, tmp_path / name / "out", config, [""])
         digests.append({})
         for path in sorted((tmp_path / name).rglob("*")):

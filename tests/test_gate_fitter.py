@@ -1,5 +1,7 @@
 """Gates fitted on the bundled model: what trips them, what their report says, and which names are refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import CPU
@@ -129,6 +131,27 @@ def test_another_spelling_that_no_gate_tells_is_noticed_and_left_out(model, fitt
         found = fitter.fit(concept)
     assert (margins(model, found, held_out(model, PICASSO)) > 0).all()
     assert (margins(model, found, ["art by Caravaggio"]) < 0).all()
+
+
+def test_a_name_in_lower_case_counts_where_the_tokenizer_tells_it_apart(model):
+    class Cased:
+        """Tokens that are letters, as they are written."""
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[0, *map(ord, text), 1])
+
+    concept = Concept(0, "Monet", "Monet", ("Claude Monet",))
+    assert gate_fitter._spellings(Cased(), concept) == ["Monet", "Claude Monet", "monet", "claude monet"]
+    assert gate_fitter._spellings(model.tokenizers[0], concept) == ["Monet", "Claude Monet"]
+
+
+def test_words_of_a_name_are_none_of_its_negatives_in_either_case(fitter, monkeypatch):
+    monkeypatch.setattr(fitter, "words", ["Gogh", "gogh", "van", "dog"])
+    monkeypatch.setattr(fitter, "rare_words", ["Vincdog", "dogcat"])
+    concept = Concept(0, "VanGogh", "VanGogh", ("Vincent van Gogh",), kind="style")
+    own = fitter._own_prompts(concept)
+    left_out = fitter._left_out(concept, own, ["Gogh", "gogh", "van", "dog", "Vincdog", "dogcat", "a vincent van gogh"])
+    assert left_out.tolist() == [True, True, True, False, True, False, True]
 
 
 def test_a_rate_has_wilsons_interval():

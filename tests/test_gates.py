@@ -18,6 +18,7 @@ from ldm.experiments import gates
 from ldm.experiments.gates import (
     HELD_OUT,
     MISSPELT,
+    RESPELT,
     TEMPLATES,
     FittedGates,
     evaluate_gates,
@@ -90,7 +91,7 @@ def test_captions_are_lines_or_a_prompt_list(tmp_path):
 
 def test_prompts_that_are_made_of_a_name_say_it_and_misspelt_ones_do_not(tiny):
     found = {each.name: each for each in make_prompt_sets(CONCEPTS, 10, tiny.tokenizers[0])}
-    for name in (HELD_OUT, TEMPLATES, MISSPELT):
+    for name in (HELD_OUT, TEMPLATES, MISSPELT):  # of other spellings some are the name in another case
         assert set(found[name].owners) == {0, 1}
         for prompt, owner in zip(found[name].prompts, found[name].owners, strict=True):
             assert says(prompt, CONCEPTS[owner].spellings) == (name != MISSPELT)
@@ -121,7 +122,7 @@ def test_a_gate_that_always_fires_has_all_false_alarms_and_one_that_never_does_a
     assert monet.bytes == 2 * 96 + 4 and monet.least_margin == 1
     assert [row["differ"][0] for row in report.summary["decisions"]] == [0, 0, 0]
     assert set(report.misses.concept) == {"Nike"} and set(report.false_alarms.concept) == {"Monet"}
-    assert report.false_alarms.prompts.iloc[-1] in (HELD_OUT, TEMPLATES, MISSPELT)
+    assert report.false_alarms.prompts.iloc[-1] in (HELD_OUT, TEMPLATES, MISSPELT, RESPELT)
 
 
 def test_rounding_states_can_change_a_decision(tiny, monkeypatch):
@@ -166,7 +167,7 @@ def test_the_script_measures_a_list(script, tiny_path, tmp_path):
     arguments = ["--model", tiny_path, "--concepts", path, "--num_captions", 50, "--save_path", tmp_path / "out"]
     code, out, err = script("eval-scripts/evaluate-gates.py", *arguments, *sizes, "--device", "cpu")
     assert code == 0, err
-    assert "| everyday captions |" in out and "gates.csv and gates.json" in out
+    assert "| everyday captions |" in out and "gates.csv, detectors.csv and gates.json" in out
     table = pd.read_csv(tmp_path / "out" / "gates.csv")
     assert sorted(table.concept) == ["Monet", "Nike"]
     summary = json.loads((tmp_path / "out" / "gates.json").read_text())

@@ -20,6 +20,7 @@ from ldm.erasure.erase import initial_shift
 from ldm.erasure.losses import SRSMELoss
 from ldm.erasure.merge import applied
 from ldm.erasure.null_space import NullSpaceBasis
+from ldm.erasure.retain import RetainSet
 from ldm.erasure.shift import SeparableShift
 from ldm.erasure.training import MomentumStopping, training_loop
 from ldm.io.images import save_image
@@ -94,7 +95,7 @@ def erase_style(model, index, protected_indices, changes) -> SeparableShift:
     others = [get_concept("style", other).prompt for other in protected_indices if other != index]
     prompts = ["", *watermark_prompts(), *others]
     basis = NullSpaceBasis.fit(model.encode_prompt(prompts), prompts, config.null_space.rank_rtol, "svd")
-    shift = initial_shift(model, concept, method, basis)
+    shift = initial_shift(model, concept, method, basis, RetainSet(model, ()))
     if not method.trains:
         return shift
     loss = SRSMELoss.from_config(model, concept, method, shift)

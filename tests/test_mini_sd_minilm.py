@@ -36,7 +36,7 @@ def model():
 @pytest.fixture(scope="module")
 def eraser(model, tmp_path_factory):
     eraser = ConceptEraser(model, artifacts_dir=tmp_path_factory.mktemp("artifacts"))
-    eraser.erase("Vincent van Gogh", "Jackson Pollock")
+    eraser.erase("Vincent van Gogh", "Jackson Pollock", "Cezanne")
     return eraser
 
 
@@ -87,23 +87,31 @@ def test_an_erased_artist_is_gone_in_every_wording_and_the_object_stays(model, e
 def test_every_other_prompt_keeps_every_bit(model, eraser):
     prompts = ["Picasso", "a landscape by Claude Monet", "a white van on the street", "Vincent Price in a film", ""]
     prompts += ["a man riding a horse on the beach", "a photo of a church", *watermark_prompts()]
-    prompts += ["an oil painting of a quiet harbour with two small boats and a red lighthouse at night by Paul Cezanne"]
+    prompts += ["an oil painting of a quiet harbour with two small boats and a red lighthouse at night by Caravaggio"]
     before = images(model, prompts)
     with eraser.applied():
         after = images(model, prompts)
     assert [image.tobytes() for image in after] == [image.tobytes() for image in before]
 
 
-def test_two_erased_artists_in_one_prompt_are_both_gone(model, eraser):
+def test_several_erased_artists_in_one_prompt_are_all_gone(model, eraser):
     prompts = ["a painting by Van Gogh and Jackson Pollock", "a cat by Pollock, in the style of Vincent van Gogh"]
+    prompts += ["art by Van Gogh and Pollock in the style of Cezanne", "a painting by Cezanne, Van Gogh and Pollock"]
     with eraser.applied():
-        assert not set(shown("style", images(model, prompts * 3)).tolist()) & {2, 4}
+        assert not set(shown("style", images(model, prompts * 3)).tolist()) & {1, 2, 4}
+
+
+def test_a_restored_artist_stays_where_an_erased_one_is_said_too(model, eraser):
+    prompts = ["a painting by Picasso and Van Gogh", "a painting by Van Gogh and Pablo Picasso"]
+    prompts += ["a church by Picasso in the style of Cezanne", "a picture by Pollock, in the style of Picasso"]
+    with eraser.applied():
+        assert set(shown("style", images(model, prompts * 3)).tolist()) == {3}
 
 
 def test_restored_it_is_the_same_model(model, eraser, tmp_path):
     shifts = dict(eraser.shifts)
     before = images(model, ["a church by Van Gogh"])
-    eraser.restore("VanGogh", "Jackson Pollock")
+    eraser.restore("VanGogh", "Jackson Pollock", "Cezanne")
     with eraser.applied():
         after = images(model, ["a church by Van Gogh"])
     assert after[0].tobytes() == before[0].tobytes()

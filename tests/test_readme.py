@@ -30,6 +30,20 @@ EXPERIMENT = ["--seeds_per_prompt", "1", "--num_training_images", "2", "--save_p
 SMOKE: dict[str, list[str]] = {
     "ablate-init.py": [*EXPERIMENT, "--num_rendered", "4"],
     "artist-cls-train.py": ["--data_dir", "data/smoke"],
+    "compare-methods.py": [
+        *(
+            "--methods",
+            "SRS-ME,FMN",
+            "--retain_factors",
+            "1,2",
+            "--unprotected_prompts",
+            "1",
+            "--seeds_per_prompt",
+            "1",
+        ),
+        *("--restored", "0-6,8", "--num_training_images", "2", "--num_inference_steps", "2"),
+        *("--set", "FMN.max_steps=1", "SRS-ME.max_steps=1"),
+    ],
     "evaluate-gates.py": ["--num_captions", "20"],
     "generate-data.py": ["--seeds_per_prompt", "4", "--save_path", "data/smoke"],
     "make-prompts.py": ["--seeds_per_prompt", "1"],

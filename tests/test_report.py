@@ -68,6 +68,20 @@ def test_the_page_holds_everything_in_itself(ledger, model, tmp_path):
         assert command.split(" --")[0] in page
 
 
+def test_the_page_tells_what_happens_to_prompts_that_nothing_protects(ledger, model, tmp_path):
+    experiment = Experiment(model, "style", tmp_path / "run", None, SAMPLING, seeds_per_prompt=1)
+    experiment.extra_prompts, experiment.unprotected_prompts = ledger.header["protected"], 2
+    page = render_report(ledger, experiment, 1, reproduction_commands(ledger))
+    sections = {section[: section.index("<")]: section for section in page.split("<h2>")[1:]}
+    for title in ("Results", "Leakage", "Capacity"):
+        for group in ("captions", "words", "kin", "near_misses"):
+            assert f"<td>{group}</td><td>2</td>" in sections[title], (title, group)
+        assert "<td>compositions</td>" in sections[title]
+    for title in ("Results", "Leakage"):
+        assert "<td>erased compositions</td>" in sections[title]
+    assert '<th scope="col">unchanged_outputs</th>' in sections["Leakage"]
+
+
 def test_a_ledger_of_nothing_has_a_page_too(model, tmp_path):
     header = make_header(model, "style", [get_concept("style", 0)], [], {})
     ledger = Ledger.create(tmp_path / HISTORY_FILE, header)

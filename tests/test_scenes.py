@@ -45,6 +45,7 @@ class FakeExperiment:
     def __init__(self, folder):
         self.folder, self.erased, self.evaluated, self.configs = folder, [], [], []
         self.model = type("Model", (), {"name": "m", "digest": "0"})
+        self.unprotected = pd.DataFrame()
 
     def erase(self, artifacts, concepts, protected_indices, config):
         self.configs.append(config)
@@ -57,6 +58,9 @@ class FakeExperiment:
     def evaluate(self, shifts, name):
         self.evaluated.append(name)
         return self._table(shifts), self.generate(shifts, name)
+
+    def evaluate_unprotected(self, shifts, name, erased):
+        return self.unprotected.copy()
 
     def _table(self, shifts):
         accuracies = [0.0 if str(k) in shifts else 90.0 for k in range(len(PROMPTS))]
@@ -94,6 +98,23 @@ def test_a_scene_runs_with_every_shift_made_once(tmp_path):
     grid = scene_grid(experiment, steps, {"FMN": folders})
     colors = {color for _, color in grid.getcolors(10**6)}
     assert {(220, 20, 60), (50, 205, 50)} <= colors  # red and green borders
+
+
+def test_a_scene_has_rows_of_prompts_that_nothing_protects(tmp_path):
+    experiment, steps = FakeExperiment(tmp_path), load_scene(4)
+    alone = summarize(run_scene(experiment, FMN, 4, steps, tmp_path / "shifts")[0], "fd_alexnet")
+    kin = {"status": "kin", "prompt": "Paul Klee", "lpips": 0.5, "unchanged": 0.0, "max_abs_diff": 9.0, "psnr": 20.0}
+    word = {**kin, "status": "words", "prompt": "bay", "unchanged": 1.0}
+    composition = {**kin, "status": "erased compositions", "prompt": "a church by VanGogh"}
+    experiment.unprotected = pd.DataFrame([kin, word, composition])
+    table, _ = run_scene(experiment, FMN, 4, steps, tmp_path / "shifts")
+    means = summarize(table, "fd_alexnet")
+    last = ["regular", "protected", "erased compositions", "kin", "words"]
+    assert means[means.time == 0].status.tolist() == ["erased", *last]
+    unchanged = means.set_index(["time", "status"]).unchanged
+    assert unchanged[3, "kin"] == 0 and unchanged[3, "words"] == 1
+    assert means[~means.status.isin(last[2:])].reset_index(drop=True).equals(alone)  # the other rows stay as they were
+    assert not {"Paul Klee", "bay"} & set(wide_table(table, "style", "fd_alexnet"))
 
 
 def test_an_ablation_varies_one_choice_and_keeps_its_shifts_apart(tmp_path):
@@ -192,6 +213,39 @@ def test_an_experiment_generates_by_each_set_of_weights_once(make_experiment, tm
         assert again.evaluate(shifts, "x-1")[0].folder[0] == first and first.startswith("x-1-")
     assert modified_times((tmp_path / "run").rglob("*.png")) == generated
     assert len(generated) == 3 + 2 * 12 * 2  # training images, and two of twelve prompts by two sets of weights
+
+
+def test_prompts_that_nothing_protects_have_images_of_their_own(make_experiment, tmp_path, monkeypatch):
+    experiment = make_experiment()
+    artifacts = ArtifactPaths(tmp_path / "shifts", "SRS-ME", experiment.model.name, "style", 1, 0)
+    experiment.erase(artifacts, [get_concept("style", 1)], [1, 2], SRS_ME, NullSpaceConfig())
+    shifts = {"1": WeightShift.load(artifacts.find_shift(1))}
+    assert experiment.evaluate_unprotected(shifts, "x-1", [1]).empty  # none are asked for
+
+    def list_prompts(original, edited, *_):
+        accuracies = {"accuracy_before": 100.0, "accuracy_after": 100.0}
+        return pd.DataFrame({"prompt": pd.read_csv(edited / "prompts.csv").prompt, **accuracies})
+
+    monkeypatch.setattr("ldm.experiments.experiment.compare", list_prompts)
+    experiment.unprotected_prompts = 2
+    table = experiment.evaluate_unprotected(shifts, "x-1", [1])
+    statuses = ["captions", "words", "kin", "near_misses"]
+    assert table.status.tolist() == [
+        *(status for status in statuses for _ in range(2)),
+        "compositions",
+        "erased compositions",
+    ]
+    assert set(table[table.accuracy_after.notna()].status) == {"compositions", "erased compositions"}
+    folders = list((tmp_path / "run" / "unprotected").iterdir())
+    assert len(folders) == 2 and all(len(list(folder.glob("*.png"))) == 10 for folder in folders)
+    generated = modified_times((tmp_path / "run").rglob("*.png"))
+    again = make_experiment()
+    again.unprotected_prompts = 3
+    assert len(again.evaluate_unprotected(shifts, "x-1", [1])) == 15
+    fewer = make_experiment()
+    fewer.unprotected_prompts = 1
+    assert len(fewer.evaluate_unprotected(shifts, "x-1", [1])) == 5  # of the fifteen that are there
+    assert modified_times(generated) == generated  # none of the first was generated again
 
 
 def test_training_images_have_seeds_that_no_other_image_has(make_experiment, tmp_path):

@@ -98,6 +98,7 @@ def make_experiment(args: Namespace) -> Experiment:
         evaluation.num_training_images,
         args.inception_weights,
         form=session.fill_settings(args, config.edit).form,
+        unprotected_prompts=evaluation.unprotected_prompts,
     )
 
 

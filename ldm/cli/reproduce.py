@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.cli.arguments import MODEL_ARGUMENTS
 from ldm.config.concepts import always_protected_prompts
+from ldm.config.methods import complete_settings
 from ldm.config.models import load_model_config
 from ldm.ledger.ledger import Ledger, LedgerEntry
 
@@ -44,7 +45,7 @@ def _scene_command(ledger: Ledger, source: Mapping[str, Any], number: str, metho
     record = next(iter(ledger.last_shifts().values()), None)
     if record:
         settings = load_model_config(ledger.header["base_model"]).methods[method].to_dict()
-        used = ledger.load(record).metadata.get("config", {})
+        used = _settings(ledger, record)
         arguments += ["--seed", str(used["seed"])] if used.get("seed") else []
         changed = [name for name in used if name != "seed" and used[name] not in (None, settings.get(name))]
         arguments += ["--set", *(f"{method}.{name}={used[name]}" for name in changed)] if changed else []
@@ -90,10 +91,15 @@ def _erased_alike(ledger: Ledger, entry: LedgerEntry, known: set[str]) -> dict[t
     return erased
 
 
+def _settings(ledger: Ledger, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a shift was made with; what a model's file says today may be something else."""
+    return complete_settings(record["method"], ledger.load(record).metadata.get("config", {}))
+
+
 def _method_flags(ledger: Ledger, record: Mapping[str, Any]) -> list[str]:
     """Return the flags that give a shift's method and settings."""
     flags = ["--method", record["method"]]
-    for name, value in ledger.load(record).metadata.get("config", {}).items():
+    for name, value in _settings(ledger, record).items():
         if value is not None:
             flags += [f"--{name}", str(value)]
     return flags

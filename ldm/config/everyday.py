@@ -1,17 +1,20 @@
 """Everyday prompts from two seeded grammars, and lists chosen by hand, all read from `configs/grammars`. No torch here.
 
 Grammar one makes the captions on which an erasure is fitted as what must not change. Grammar two, which has other
-patterns and no content word of the first, makes those that nothing protects, on which false alarms are counted.
+patterns and no content word of the first, makes those that nothing protects, on which false alarms are counted. Of
+these, and of compositions, `sample_unprotected` takes a few of each group, to see what an erasure does to them.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from configparser import ConfigParser
 from functools import cache
 
+from ldm.config.concepts import Concept, concept_status, erasable_concepts
+from ldm.config.templates import fill, load_template_set, with_article
 from ldm.io.paths import REPO_ROOT
 
 PROMPT_LISTS = {
@@ -20,11 +23,14 @@ PROMPT_LISTS = {
     "kin": "kin_names",
     "near_misses": "near_misses",
 }
+COMPOSITIONS = "compositions"
+UNPROTECTED_GROUPS = (*PROMPT_LISTS, COMPOSITIONS)
 NUM_CAPTIONS = 500
 NUM_WORDS = 300
 _FOLDER = REPO_ROOT / "configs" / "grammars"
 _MIN_WORDS, _MAX_WORDS = 3, 20
 _MAX_ATTEMPTS = 50  # for each caption that is asked for, before the grammar counts as exhausted
+COMPOSED_WITH = {"style": "object", "object": "style"}  # whose concepts compositions say too
 _NO_WORDS_OF_THEIR_OWN = ("count", "hour")  # lists of grammar two that hold numbers and times of day
 
 _SLOT_RE = re.compile(r"\{(\w+)(?::(\w+))?\}")
@@ -95,6 +101,69 @@ def everyday_prompts(kind: str) -> list[str]:
     if kind == "words":
         return everyday_words(NUM_WORDS)
     return kin_names() if kind == "kin" else list(near_misses())
+
+
+def sample_unprotected(category: str, num: int, protected: Collection[str] = ()) -> dict[str, list[str]]:
+    """Return `num` prompts of each of `UNPROTECTED_GROUPS`, fewer where there are not so many; none for 0.
+
+    Kin names are said by held-out templates of their kind. With more prompts the first stay, and those that are
+    `protected` are left out.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in UNPROTECTED_GROUPS if num else ():
+        if name == COMPOSITIONS:
+            prompts = compositions(category, num)
+        else:
+            prompts = _kin_prompts() if name == "kin" else everyday_prompts(name)
+            prompts = random.Random(name).sample(prompts, len(prompts))[:num]
+        groups[name] = [prompt for prompt in prompts if prompt not in protected]
+    return groups
+
+
+def compositions(category: str, num: int) -> list[str]:
+    """Return `num` prompts that say each concept of a category in turn, and something else; fewer if there are no more.
+
+    That is an object beside a style, a style beside an object, and an everyday caption beside any other concept.
+    """
+    concepts = erasable_concepts(category)
+    if category not in COMPOSED_WITH:
+        captions = [caption.rstrip(".?") for caption in everyday_captions(num)]
+        return [_compose(concepts[k % len(concepts)], caption, k) for k, caption in enumerate(captions)]
+    others = erasable_concepts(COMPOSED_WITH[category])
+    prompts: list[str] = []
+    for k in range(min(num, len(concepts) * len(others))):
+        own, other = concepts[k % len(concepts)], others[(k % len(concepts) + k // len(concepts)) % len(others)]
+        style, thing = (own, other) if category == "style" else (other, own)
+        prompts.append(_compose(style, with_article(thing.prompt), k))
+    return prompts
+
+
+def split_compositions(
+    category: str, groups: Mapping[str, Sequence[str]], erased: Collection[int]
+) -> dict[str, list[str]]:
+    """Return groups of prompts with the compositions that say an erased concept apart, and no group that is empty."""
+    split: dict[str, list[str]] = {}
+    for name, prompts in groups.items():
+        for prompt in prompts:
+            is_erased = name == COMPOSITIONS and concept_status(category, prompt, erased) == "erased"
+            split.setdefault(f"erased {name}" if is_erased else name, []).append(prompt)
+    return split
+
+
+def _compose(concept: Concept, caption: str, number: int) -> str:
+    """Return a caption with a concept in it, as the composed template of that number says it."""
+    templates = load_template_set(concept.kind).composed_templates
+    return fill(templates[number % len(templates)].replace("{caption}", caption), concept.prompt)
+
+
+def _kin_prompts() -> list[str]:
+    """Return each of `kin_names` in a held-out template of its kind."""
+    prompts: list[str] = []
+    for section, kind in (("artists", "style"), ("objects", "object")):
+        templates = load_template_set(kind).held_out_templates
+        for number, name in enumerate(read_section("lists", "kin")[section]):
+            prompts.append(fill(templates[number % len(templates)], name))
+    return prompts
 
 
 class _GrammarParser(ConfigParser):

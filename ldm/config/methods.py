@@ -7,13 +7,16 @@ Diffusion v1; a model's YAML is merged over them (`ldm.config.models`), and what
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
 TRAIN_METHODS = ("xattn", "noxattn", "selfattn", "full", "notime", "xlayer", "selflayer")
-FORMATS = ("compvis", "lora", "kohya", "unet", "diffusers")  # in the order in which they are written
+LINEAR_FORMATS = ("compvis", "lora", "kohya", "unet", "diffusers")
 LORA_FORMATS = ("lora", "kohya")
+GATED_FORMATS = ("comfyui",)
+FORMATS = LINEAR_FORMATS + GATED_FORMATS  # in the order in which they are written
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -150,12 +153,28 @@ class SRSMEConfig(MethodConfig):
     vocab_preserve_scale: float = setting(
         0.0, "weight of how far the outputs of the vocabulary's words change, other than the concept's own", minimum=0
     )
+    captions_preserve_scale: float = setting(0.0, "the same weight for everyday captions", minimum=0)
+    neutral_preserve_scale: float = setting(
+        0.0,
+        "the same for prompts that say a neutral word, such as an artist, where the concept's say its name",
+        minimum=0,
+    )
+    others_preserve_scale: float = setting(
+        0.0, "the same for prompts that say the category's other concepts, captions with them included", minimum=0
+    )
     anchor: str = setting(
         "empty",
-        "what the closed form makes of the concept: the empty prompt, or its category's anchor",
-        choices=("empty", "category"),
+        "what the closed form makes of the concept: the empty prompt, its category's anchor, or each prompt with a "
+        "neutral word instead of the name",
+        choices=("empty", "category", "neutral"),
     )
     target_templates: int = setting(0, "caption templates to erase beside the concept's name", minimum=0)
+    template_set: str = setting(
+        "category",
+        "whose templates say the concept: its category's, or those of its kind in configs/templates.yaml, in all "
+        "spellings",
+        choices=("category", "kind"),
+    )
     max_directions: int | None = setting(
         691, "max number of basis vectors, those with the largest projection of the concept first", minimum=1
     )
@@ -250,6 +269,15 @@ METHODS: dict[str, type[MethodConfig]] = {
 }
 
 
+def complete_settings(method: str, written: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a shift's settings as its file says them, with the defaults of those that were not there by then.
+
+    What acts only in training is not added, since a file that does not name it was not trained.
+    """
+    entries = fields(METHODS[method])
+    return {entry.name: entry.default for entry in entries if not entry.metadata["training_only"]} | dict(written)
+
+
 @dataclass(frozen=True)
 class NullSpaceConfig(Settings):
     """How the null space of the protected prompts is found."""
@@ -321,6 +349,9 @@ class EvaluationConfig(Settings):
 
     seeds_per_prompt: int = setting(50, "images of each prompt for each set of weights", minimum=1)
     num_training_images: int = setting(50, "images to train each erasure on", minimum=1)
+    unprotected_prompts: int = setting(
+        10, "prompts of each group that nothing protects: captions, words, kin, ...; 0 for none", minimum=0
+    )
 
 
 @dataclass(frozen=True)
@@ -336,7 +367,9 @@ class ExportConfig(Settings):
     """In which formats weights are written, and how."""
 
     formats: tuple[str, ...] = setting(
-        ("diffusers",), f"one or more of {','.join(FORMATS)}; lora and kohya are always cut to few directions, see rank"
+        ("diffusers",),
+        f"one or more of {','.join(FORMATS)}; lora and kohya are always cut to few directions, see rank; comfyui is a "
+        "custom node with the shifts' gates, whatever rank and save_dtype are",
     )
     save_dtype: str = setting(
         "float32",

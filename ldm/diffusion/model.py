@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from ldm.io.tensors import check_finite, tensor_digest
 _ENCODER_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "max_position_embeddings")
 _MAX_WORDS = 512  # of the vocabulary that the second moment is taken over
 _MAX_CHECKED = 10_000  # prompts of which it is remembered that they were looked at
-_WORDS_AT_ONCE = 64  # that the text encoder embeds in one pass
+_PROMPTS_AT_ONCE = 64  # that the text encoder embeds in one pass
 _MAX_PIXELS = 512 * 512  # that the autoencoder takes in one pass: its memory grows with them
 
 
@@ -277,15 +277,16 @@ class DiffusionModel:
         """
         words = vocabulary_words(self.pipeline.tokenizer)
         words = words[:: max(1, -(-len(words) // _MAX_WORDS))]
-        gram = torch.zeros(self.context_dim, self.context_dim, dtype=torch.float64)
-        for start in range(0, len(words), _WORDS_AT_ONCE):
-            gram += self._gram(words[start : start + _WORDS_AT_ONCE])
-        return words, gram / max(1, len(words))
+        return words, self.prompt_gram(words) / max(1, len(words))
 
-    def _gram(self, prompts: list[str]) -> torch.Tensor:
-        """Return the sum of `e^T e` over prompts, (d, d), float64."""
-        rows = self.drop_pooled(self.encode_with_states(prompts, {})[0]).flatten(0, 1).cpu().double()  # (N * tokens, d)
-        return rows.T @ rows
+    def prompt_gram(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Return the sum of `e^T e` over prompts, (d, d), float64, with e (tokens, d) the embedding of one."""
+        gram = torch.zeros(self.context_dim, self.context_dim, dtype=torch.float64)
+        for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+            embeds, _ = self.encode_with_states(list(prompts[start : start + _PROMPTS_AT_ONCE]), {})
+            rows = self.drop_pooled(embeds).flatten(0, 1).cpu().double()  # (N * tokens, d)
+            gram += rows.T @ rows
+        return gram
 
     def vocab_gram_without(self, *spellings: str) -> torch.Tensor:
         """Return the mean of `vocab_gram` without the words, and pieces of words, of `spellings`: (d, d), float64."""
@@ -296,7 +297,7 @@ class DiffusionModel:
         left_out = [word for word in words if word in pieces]
         if not left_out or len(left_out) == len(words):
             return mean
-        return (mean * len(words) - self._gram(left_out)) / (len(words) - len(left_out))
+        return (mean * len(words) - self.prompt_gram(left_out)) / (len(words) - len(left_out))
 
     @torch.no_grad()
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:

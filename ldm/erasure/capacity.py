@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,13 +13,16 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm.config.concepts import Concept, always_protected_prompts
+from ldm.config.everyday import COMPOSITIONS
 from ldm.config.methods import NullSpaceConfig, SRSMEConfig
+from ldm.config.spellings import says
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.closed_form import closed_form_map
-from ldm.erasure.erase import closed_form_anchor, concept_space
+from ldm.erasure.erase import anchor_embeds, concept_space, target_prompts
 from ldm.erasure.null_space import null_space, qr_factor, relative_singular_values
 from ldm.erasure.protection import ProtectedRows
+from ldm.erasure.retain import RetainSet
 from ldm.erasure.shift import SeparableShift, stacked_qr_factor
 
 DEFAULT_TOLERANCES = (1e-7, 1e-4, 5e-4, 2e-3, 5e-3, 2e-2)  # to compare where nobody names others
@@ -29,12 +33,24 @@ class CapacityReport:
     """What is left for further concepts.
 
     `singular_values` (d,) are those of all prompts, relative to the largest; `table` has a row for each tolerance;
-    `leakage` has one for each tolerance and prompt: tolerance, prompt, held_out, leakage.
+    `leakage` has one for each tolerance and prompt: tolerance, prompt, held_out, leakage, group. A prompt's group is
+    protected, held_out, or that of `FurtherPrompts.unprotected`.
     """
 
     singular_values: torch.Tensor
     table: pd.DataFrame
     leakage: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class FurtherPrompts:
+    """Prompts beside the concepts': those to protect too, and by group those that nothing protects, to report on."""
+
+    protected: Sequence[str] = ()
+    unprotected: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+NO_FURTHER_PROMPTS = FurtherPrompts()
 
 
 @dataclass(frozen=True)
@@ -51,45 +67,48 @@ def measure_capacity(
     null_space_config: NullSpaceConfig,
     tolerances: Sequence[float],
     config: SRSMEConfig,
-    extra_protected: Sequence[str] = (),
+    further: FurtherPrompts = NO_FURTHER_PROMPTS,
 ) -> CapacityReport:
     """Erase each of `concepts` in closed form, all else protected, at several tolerances, and report what is left.
 
     What is protected are the other concepts, by their names and captions, the empty prompt, the watermarks and the
-    prompts `extra_protected`. The leakage of a prompt is that of the shifts of all concepts but its own. The table's
+    prompts `further.protected`. The leakage of a prompt is that of the shifts of all concepts but its own. The table's
     columns: the `rank` of all prompts, the `nullity` left, the `directions` that a concept takes, how many
     `remaining_concepts` fit, the smallest fraction of a concept's difference from its anchor that lies in its
     directions (`min_projection`), and the largest leakage on protected and on held-out prompts.
     """
-    always = list(dict.fromkeys([*always_protected_prompts(), *extra_protected]))
-    anchors = {concept.index: closed_form_anchor(concept, config) for concept in concepts}
+    always = list(dict.fromkeys([*always_protected_prompts(), *further.protected]))
+    anchors = {concept.index: target_prompts(concept, config) for concept in concepts}
     protected = {concept.index: concept.prompts(null_space_config.protected_templates) for concept in concepts}
     held_out = {concept.index: concept.held_out_prompts for concept in concepts}
-    targets = {concept.index: concept.prompts(config.target_templates) for concept in concepts}
-    prompts = itertools.chain(always, *protected.values(), *held_out.values(), *targets.values(), anchors.values())
+    others = further.unprotected.values()
+    prompts = itertools.chain(always, *protected.values(), *held_out.values(), *anchors.values(), *others)
     embeds = model.embed_prompts(dict.fromkeys(prompts))
     rows = ProtectedRows(embeds, always, protected, null_space_config.always_protected_weight)
-    surrogate = _surrogate_layer(model)
+    surrogate, retain = _surrogate_layer(model), RetainSet(model, concepts)
     results: dict[tuple[float, int], _Erased] = {}
     factors = rows.leave_one_out(concepts)
     for concept, factor in zip(tqdm(concepts, desc="concepts", unit="concept"), factors, strict=True):
-        target_embeds = torch.stack([embeds[prompt] for prompt in targets[concept.index]])  # (P, tokens, d)
+        target_embeds = torch.stack([embeds[prompt] for prompt in anchors[concept.index]])  # (P, tokens, d)
+        aims = anchor_embeds(model, anchors[concept.index])  # (P, tokens, d), or (1, tokens, d)
         for tolerance in tolerances:
             basis = null_space(factor, tolerance, null_space_config.null_space_method)[0]
             erased = _Erased(torch.zeros_like(surrogate.weight), 0.0)
             if len(basis):
-                space = concept_space(model, concept, config, basis, factor, target_embeds)
-                anchor_embeds = embeds[anchors[concept.index]]
-                difference = (target_embeds - anchor_embeds).double().flatten(0, 1)
+                space = concept_space(retain, concept, config, basis, factor, target_embeds)
+                difference = (target_embeds - aims).double().flatten(0, 1)
                 projection = ((difference @ space.directions.T).norm() / difference.norm()).item()
-                embedding_map = closed_form_map(space, target_embeds, anchor_embeds[None])
+                embedding_map = closed_form_map(space, target_embeds, aims)
                 shift = SeparableShift.from_map({"": surrogate}, space.directions, 1.0, embedding_map)
                 erased = _Erased(shift.delta_weight(".weight"), projection)
             results[tolerance, concept.index] = erased
-    owners: dict[tuple[str, bool], int | None] = {(prompt, False): None for prompt in always}
-    for held, owned in ((False, protected), (True, held_out)):
+    owners: dict[tuple[str, str], int | None] = {(prompt, "protected"): None for prompt in always}
+    for group, owned in (("protected", protected), ("held_out", held_out)):
         for index, own in owned.items():
-            owners |= {(prompt, held): index for prompt in own}
+            owners |= {(prompt, group): index for prompt in own}
+    for group, members in further.unprotected.items():
+        for prompt in members:
+            owners[prompt, group] = _concept_said(prompt, concepts) if group == COMPOSITIONS else None
     leakage_rows = _leakage_rows(results, owners, embeds, surrogate.weight)
     taken_values = relative_singular_values(qr_factor(torch.cat(rows.fixed_rows), *rows.blocks.values()))
     fixed_values = relative_singular_values(torch.cat(rows.fixed_rows))
@@ -106,9 +125,14 @@ def _surrogate_layer(model: DiffusionModel) -> nn.Linear:
     return layer
 
 
+def _concept_said(prompt: str, concepts: Sequence[Concept]) -> int | None:
+    """Return the index of the concept that a prompt says; None for none."""
+    return next((concept.index for concept in concepts if says(prompt, concept.spellings)), None)
+
+
 def _leakage_rows(
     results: Mapping[tuple[float, int], _Erased],
-    owners: Mapping[tuple[str, bool], int | None],
+    owners: Mapping[tuple[str, str], int | None],
     embeds: Mapping[str, torch.Tensor],
     weight: torch.Tensor,
 ) -> pd.DataFrame:
@@ -117,11 +141,24 @@ def _leakage_rows(
     for tolerance in dict.fromkeys(tolerance for tolerance, _ in results):
         deltas = {index: erased.delta for (of, index), erased in results.items() if of == tolerance}
         total = sum(deltas.values(), torch.zeros_like(weight))
-        for (prompt, held_out), owner in owners.items():
+        for (prompt, group), owner in owners.items():
             others = total if owner is None else total - deltas[owner]
             embedding = embeds[prompt].double()
             leakage = ((embedding @ others.T).norm() / (embedding @ weight.T).norm()).item()
-            rows.append({"tolerance": tolerance, "prompt": prompt, "held_out": held_out, "leakage": leakage})
+            row = {"tolerance": tolerance, "prompt": prompt, "held_out": group == "held_out", "leakage": leakage}
+            rows.append({**row, "group": group})
+    return pd.DataFrame(rows)
+
+
+def summarize_groups(leakage: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each group of `CapacityReport.leakage`: group, prompts, median / max leakage by tolerance."""
+    rows = []
+    for group, members in leakage.groupby("group", sort=False):
+        row: dict[str, Any] = {"group": group, "prompts": members["prompt"].nunique()}
+        for tolerance, here in members.groupby("tolerance"):
+            median, largest = here["leakage"].median(), here["leakage"].max()
+            row[f"median / max leakage at {tolerance:g}"] = f"{median:.1e} / {largest:.1e}"
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -150,8 +187,8 @@ def _summarize(
                 "directions": directions,
                 "remaining_concepts": int((width - rank) / directions),
                 "min_projection": min(entry.projection for entry in erased),
-                "max_leakage_protected": here[~here.held_out].leakage.max(),
-                "max_leakage_held_out": here[here.held_out].leakage.max(),
+                "max_leakage_protected": here[here.group == "protected"].leakage.max(),
+                "max_leakage_held_out": here[here.group == "held_out"].leakage.max(),
             }
         )
     return pd.DataFrame(rows)

@@ -80,7 +80,7 @@ def erasure_space(
     if failed or not root.isfinite().all():
         raise ValueError(
             "the cost of a change overflows, or is nothing: choose other values of `ridge_weight`, "
-            "`preserve_scale` and `vocab_preserve_scale`"
+            "`preserve_scale`, `vocab_preserve_scale` and the other scales"
         )
     whitened = torch.linalg.solve_triangular(root, projection.T, upper=False).T  # X S^T L^-T with C = L L^T
     _, gain, vh = torch.linalg.svd(whitened, full_matrices=False)

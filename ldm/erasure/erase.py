@@ -14,10 +14,20 @@ import torch
 from tqdm import tqdm
 
 from ldm.config.concepts import Concept, always_protected_prompts, erasable_concepts
-from ldm.config.methods import NO_GATE, ExecutionConfig, GateConfig, MethodConfig, SelfSampledConfig, SRSMEConfig
+from ldm.config.methods import (
+    NO_GATE,
+    ExecutionConfig,
+    GateConfig,
+    MethodConfig,
+    SelfSampledConfig,
+    SRSMEConfig,
+    complete_settings,
+)
+from ldm.config.templates import fill, load_template_set
 from ldm.diffusion.latents import latents_from_folder, sampled_batches
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
+from ldm.diffusion.tokenizer import align_tokens
 from ldm.erasure.closed_form import Costs, ErasureSpace, closed_form_map, erasure_space
 from ldm.erasure.gate_fitter import GateFitter, InseparableError
 from ldm.erasure.gated_edit import GatedEdit
@@ -26,6 +36,7 @@ from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, Tra
 from ldm.erasure.methods import LOSSES
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.protection import Protection, solve_null_spaces
+from ldm.erasure.retain import RetainSet
 from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift, WeightShift
 from ldm.erasure.training import CURVE_COLUMNS, fit
 from ldm.io.errors import MissingFileError, notify
@@ -111,7 +122,7 @@ def erase_concepts(
     for concept in concepts:
         path = artifacts.shift(concept.index)
         existing = upgrade_digests(read_metadata(path, SHIFT_FILE_TYPE), model.digests)
-        if _made_from(metadata[concept.index], existing):
+        if _made_from(metadata[concept.index], existing, config.name):
             print(f"{concept.name}: {path} is there already, from the same inputs")
         else:
             missing.append(concept)
@@ -124,13 +135,13 @@ def erase_concepts(
     return summaries
 
 
-def _made_from(inputs: Mapping[str, Any], existing: Mapping[str, Any]) -> bool:
+def _made_from(inputs: Mapping[str, Any], existing: Mapping[str, Any], method: str) -> bool:
     """Return whether a shift's metadata says that it was made from these inputs, whatever program wrote it."""
     left_out = {"created_by", *(key for key in ADDED_KEYS if key not in existing)}
     for key, value in inputs.items():
         if key == "config":
             config = existing.get("config", {})
-            if not isinstance(config, dict) or not value.items() <= config.items():
+            if not isinstance(config, dict) or not value.items() <= complete_settings(method, config).items():
                 return False
         elif key not in left_out and existing.get(key) != value:
             return False
@@ -171,6 +182,7 @@ class _Erasure:
         self.image_dir, self.execution = image_dir, execution
         self.gate = gate if isinstance(config, SRSMEConfig) else gate.with_changes(gate=False)
         self.gate_fitter: GateFitter | None = None
+        self.retain = RetainSet(model, erasable_concepts(artifacts.category))
         self.cache = _EmbeddingCache(model)
         self.bases: dict[int, NullSpaceBasis] = {}
 
@@ -259,7 +271,7 @@ class _Erasure:
         """Return what a method with a null space starts from; None for one without."""
         if not isinstance(self.config, SRSMEConfig):
             return None
-        shift = initial_shift(self.model, concept, self.config, self.bases[concept.index])
+        shift = initial_shift(self.model, concept, self.config, self.bases[concept.index], self.retain)
         if self.config.max_directions and shift.rank < self.config.max_directions:
             print(
                 f"{concept.name}: its projection spans {shift.rank} of the null space's directions, fewer than the "
@@ -340,26 +352,46 @@ class _Erasure:
 
 
 def initial_shift(
-    model: DiffusionModel, concept: Concept, config: SRSMEConfig, basis: NullSpaceBasis
+    model: DiffusionModel, concept: Concept, config: SRSMEConfig, basis: NullSpaceBasis, retain: RetainSet
 ) -> SeparableShift:
     """Return what SRS-ME starts from or stops at: a concept's closed form in `basis`, or zero in its directions."""
-    target_embeds = model.drop_pooled(model.encode_prompt(concept.prompts(config.target_templates)))  # (P, tokens, d)
-    space = concept_space(model, concept, config, basis.vectors, basis.protected, target_embeds)
+    anchors = target_prompts(concept, config)
+    target_embeds = model.drop_pooled(model.encode_prompt(list(anchors)))  # (P, tokens, d)
+    space = concept_space(retain, concept, config, basis.vectors, basis.protected, target_embeds)
     layers = text_layers(model.unet)
     if config.init == "zero":
         return SeparableShift.zeros(layers, space.directions, config.basis_scale)
-    anchor_embeds = model.drop_pooled(model.encode_prompt([closed_form_anchor(concept, config)]))
-    embedding_map = closed_form_map(space, target_embeds, anchor_embeds)
+    embedding_map = closed_form_map(space, target_embeds, anchor_embeds(model, anchors))
     return SeparableShift.from_map(layers, space.directions, config.basis_scale, embedding_map)
 
 
-def closed_form_anchor(concept: Concept, config: SRSMEConfig) -> str:
-    """Return the prompt whose outputs the closed form gives to a concept's prompts."""
-    return concept.anchor_prompt if config.anchor == "category" else ""
+def target_prompts(concept: Concept, config: SRSMEConfig) -> dict[str, str]:
+    """Return the prompts that say a concept, as the closed form takes them, and the prompt that it makes of each."""
+    kind = load_template_set(concept.kind)
+    if config.template_set == "kind":
+        templates = ["{}", *kind.templates[: config.target_templates]]
+        spellings = concept.spellings
+    else:
+        templates = ["{}", *concept.templates[: config.target_templates]]
+        spellings = (concept.prompt,)
+    anchors: dict[str, str] = {}
+    for template in templates:
+        anchor = {"empty": "", "category": concept.anchor_prompt, "neutral": fill(template, kind.neutral)}
+        anchors |= {fill(template, spelling): anchor[config.anchor] for spelling in spellings}
+    return anchors
+
+
+def anchor_embeds(model: DiffusionModel, anchors: Mapping[str, str]) -> torch.Tensor:
+    """Return the embeddings of the anchor of each prompt, aligned with it token by token, (P, tokens, d)."""
+    embeds = model.embed_prompts(dict.fromkeys(anchors.values()))  # (tokens, d) each
+    if len(embeds) == 1:
+        return next(iter(embeds.values()))[None]  # one for all, as it is
+    rows = [embeds[anchor][align_tokens(model.tokenizers[0], prompt, anchor)] for prompt, anchor in anchors.items()]
+    return torch.stack(rows)
 
 
 def concept_space(
-    model: DiffusionModel,
+    retain: RetainSet,
     concept: Concept,
     config: SRSMEConfig,
     basis: torch.Tensor,
@@ -368,12 +400,9 @@ def concept_space(
 ) -> ErasureSpace:
     """Return `closed_form.erasure_space` for a concept by SRS-ME's settings.
 
-    The words of the vocabulary are preserved with the weight `vocab_preserve_scale` for each of the concept's prompts.
+    What a change of the retain set costs counts once for each of the concept's prompts.
     """
-    gram = torch.zeros(model.context_dim, model.context_dim, dtype=torch.float64)
-    if config.vocab_preserve_scale:
-        others = model.vocab_gram_without(*concept.spellings)
-        gram = config.vocab_preserve_scale * len(target_embeds) * others
+    gram = len(target_embeds) * retain.cost(concept, config)
     costs = Costs(config.ridge_weight, config.preserve_scale, gram)
     return erasure_space(basis, protected_rows, target_embeds, costs, config.max_directions)
 

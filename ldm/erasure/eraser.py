@@ -6,9 +6,10 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
+from diffusers import DiffusionPipeline
 
 from ldm.config.concepts import Concept, erasable_concepts, find_by_name
 from ldm.config.methods import METHODS, EditConfig, ExportConfig, SamplingConfig, did_you_mean
@@ -19,6 +20,7 @@ from ldm.diffusion.sampling import generate
 from ldm.erasure.erase import ErasureSummary, erase
 from ldm.erasure.export import Export, export
 from ldm.erasure.merge import edited
+from ldm.erasure.pipeline_eraser import PipelineEraser
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
 from ldm.io.paths import ArtifactPaths, merge_name
@@ -34,9 +36,34 @@ class ConceptEraser:
     Shifts are kept below `artifacts_dir` and made once: a concept that is erased again gets the same one. Each leaves
     all other concepts of the category alone, the empty prompt and the watermarks. In the `form` gated they act on the
     prompts that say the concepts and on no other, in the form linear on the weights; by default as the model's config.
+
+    Given a pipeline of diffusers instead of a model, this is the `PipelineEraser` of it.
     """
 
-    def __init__(
+    @overload
+    def __new__(cls, model: DiffusionPipeline) -> PipelineEraser: ...
+
+    @overload
+    def __new__(
+        cls,
+        model: DiffusionModel | str | Path,
+        category: str = "style",
+        artifacts_dir: Path | str = "artifacts",
+        device: torch.device | str | None = None,
+        form: str | None = None,
+    ) -> Self: ...
+
+    def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> Self | PipelineEraser:
+        """Return an eraser of the kind that goes with what it is given, which is nothing where one is copied."""
+        if not isinstance(model, DiffusionPipeline):
+            return super().__new__(cls)
+        if args or kwargs:
+            raise ValueError(
+                "with a pipeline `ConceptEraser` takes nothing else: concepts are named when they are erased"
+            )
+        return PipelineEraser.of(model)
+
+    def __init__(  # pyright: ignore[reportInconsistentConstructor] - which never sees a pipeline
         self,
         model: DiffusionModel | str | Path,
         category: str = "style",

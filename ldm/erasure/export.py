@@ -1,4 +1,4 @@
-"""Shifts as what other programs read: merged weights in three layouts, or one LoRA a concept in two."""
+"""Shifts as what other programs read: merged weights in three layouts, one LoRA a concept in two, gates for ComfyUI."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_kohy
 from torch import nn
 from tqdm import tqdm
 
-from ldm.config.methods import FORMATS, LORA_FORMATS, ExportConfig
+from ldm.config.methods import FORMATS, GATED_FORMATS, LINEAR_FORMATS, LORA_FORMATS, ExportConfig
 from ldm.diffusion.compvis import (
     EMA_PREFIX,
     convert_to_compvis,
@@ -30,6 +30,7 @@ from ldm.diffusion.edits import replace_parameters
 from ldm.diffusion.load import save_pipeline
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
+from ldm.erasure.export_comfyui import check_comfyui, gates_table, save_comfyui
 from ldm.erasure.export_metadata import checkpoint_metadata, lora_metadata, save_with_metadata, unet_metadata
 from ldm.erasure.leakage import leakage, leakage_after_rounding, leakage_table, truncation_error
 from ldm.erasure.merge import merge, merged_weight
@@ -44,8 +45,9 @@ Weights = dict[str, torch.Tensor]
 class Export:
     """What `export` wrote, and what it measured.
 
-    `leakage` is the table of each shift's leakage on each prompt, and of all together after rounding; `truncated` has a
-    row about each shift that was cut to a rank; `targets` are the folders.
+    `leakage` is the table of each shift's leakage on each prompt, and of all together after rounding, or of the gates
+    that fire where these alone were written; `truncated` has a row about each shift that was cut to a rank; `targets`
+    are the folders.
     """
 
     leakage: pd.DataFrame
@@ -63,9 +65,9 @@ def export(
     """Write what `config.formats` names: each into the folder `output_dir`, or `output_dir`-FORMAT but for diffusers.
 
     What is there already from the same shifts stays. Of the model's weights only rounded ones are left. Each shift's
-    leakage on `prompts` is reported. LoRAs are always cut to a rank, other formats only if `config.rank` is set. What
-    is refused is refused before anything is written. Raises ValueError for a model of which an earlier export left
-    rounded weights.
+    leakage on `prompts` is reported. LoRAs are always cut to a rank, other weights only if `config.rank` is set, gates
+    never. What is refused is refused before anything is written. Raises ValueError for a model of which an earlier
+    export left rounded weights.
     """
     if model.is_rounded:
         raise ValueError(f"an earlier export rounded the weights of {model.name}: load the model again")
@@ -82,38 +84,47 @@ def export(
     dtype = getattr(torch, config.save_dtype)
     report: list[dict[str, Any]] = []
     truncated = dict(shifts)
+    if set(config.formats) & set(GATED_FORMATS):
+        check_comfyui(model, shifts)
     if set(config.formats) & set(LORA_FORMATS):
         _check_file_names(shifts)
-    if config.rank or set(config.formats) & set(LORA_FORMATS):
+    is_linear = bool(set(config.formats) & set(LINEAR_FORMATS))
+    if (config.rank and is_linear) or set(config.formats) & set(LORA_FORMATS):
         truncated, report = truncate_shifts(model, shifts, config)
-    layers, embeds = text_layers(model.unet), model.embed_prompts(prompts)
     merged_shifts = truncated if config.rank else dict(shifts)
-    table = leakage_table(layers, merged_shifts, embeds)
-    merged = merge(model.unet, list(merged_shifts.values()), dtype)
-    check_finite(merged, f"{output_dir}")
-    table[f"all, in {config.save_dtype}"] = pd.Series(leakage_after_rounding(layers, merged, embeds))
+    merged: Weights = {}
+    if is_linear:
+        layers, embeds = text_layers(model.unet), model.embed_prompts(prompts)
+        table = leakage_table(layers, merged_shifts, embeds)
+        merged = merge(model.unet, list(merged_shifts.values()), dtype)
+        check_finite(merged, f"{output_dir}")
+        table[f"all, in {config.save_dtype}"] = pd.Series(leakage_after_rounding(layers, merged, embeds))
+    else:
+        table = gates_table(model, shifts, prompts)
     targets: list[Path] = []
-    pending: list[tuple[str, Path, dict[str, Any]]] = []
+    pending: list[tuple[str, Path, Mapping[str, WeightShift], dict[str, Any]]] = []
     ordered = [name for name in FORMATS if name in config.formats]
     for name in ordered:
         target = output_dir if name == "diffusers" else output_dir.with_name(f"{output_dir.name}-{name}")
         used = truncated if name in LORA_FORMATS else merged_shifts
+        if name in GATED_FORMATS:
+            used = dict(shifts)
         metadata = {
             "created_by": CREATED_BY,
             "base_model": model.config_name,
             "base_digest": model.digest,
             "merged": {label: shift.provenance for label, shift in used.items()},
         }
-        if dtype != torch.float32:
+        if dtype != torch.float32 and name in LINEAR_FORMATS:
             metadata["dtype"] = str(dtype)
         if not is_written(target, metadata, model.digests):
-            pending.append((name, target, metadata))
+            pending.append((name, target, used, metadata))
         targets.append(target)
-    holds_weights = any(name not in LORA_FORMATS for name, _, _ in pending)
+    holds_weights = any(name not in (*LORA_FORMATS, *GATED_FORMATS) for name, *_ in pending)
     with merged_and_cast(model, merged, dtype) if holds_weights else nullcontext():
-        for name, target, metadata in tqdm(pending, desc="write", unit="format"):
+        for name, target, used, metadata in tqdm(pending, desc="write", unit="format"):
             with atomic_write_dir(target) as folder:
-                _WRITERS[name](model, truncated if name in LORA_FORMATS else merged_shifts, folder, dtype)
+                _WRITERS[name](model, used, folder, dtype)
                 write_dir_metadata(folder, metadata)
     return Export(table, report, targets)
 
@@ -229,6 +240,7 @@ _WRITERS: dict[str, _Writer] = {
     "kohya": save_kohya,
     "unet": save_unet,
     "diffusers": save_diffusers,
+    "comfyui": save_comfyui,
 }
 
 
@@ -271,7 +283,7 @@ def truncate_shifts(
     others keep all directions), the effect that is missing (`truncation_error`), the largest leakage on what the shift
     protects, and its size as a LoRA. Raises ValueError for shifts that have no rank.
     """
-    cut = [name for name in FORMATS if name in config.formats and (config.rank or name in LORA_FORMATS)]
+    cut = [name for name in LINEAR_FORMATS if name in config.formats and (config.rank or name in LORA_FORMATS)]
     dtype = getattr(torch, config.save_dtype)
     truncated: dict[str, SeparableShift] = {}
     rows = []

@@ -16,7 +16,8 @@ from ldm.config.everyday import everyday_captions, kin_names, retain_captions
 from ldm.config.methods import GateConfig
 from ldm.config.spellings import compounds, lookalikes, misspellings, partial_names, says
 from ldm.config.templates import fill, load_template_set
-from ldm.diffusion.model import DiffusionModel, States
+from ldm.diffusion.model import States
+from ldm.diffusion.text_encoder import PromptEncoder
 from ldm.diffusion.text_states import LAST_STATE, text_encoder_layers
 from ldm.diffusion.tokenizer import align_tokens, last_piece, last_token, read_part, vocabulary_words
 from ldm.erasure.embedding_map import EmbeddingMap, fit_map
@@ -73,7 +74,7 @@ class GateFitter:
     `others` are concepts that a gate leaves alone unless it is its own, `retained` further prompts.
     """
 
-    def __init__(self, model: DiffusionModel, others: Sequence[Concept], retained: Sequence[str], config: GateConfig):
+    def __init__(self, model: PromptEncoder, others: Sequence[Concept], retained: Sequence[str], config: GateConfig):
         self.model, self.config, self.tokenizer = model, config, model.tokenizers[0]
         self.captions = retain_captions(config.retain_captions)
         words = vocabulary_words(self.tokenizer)
@@ -208,8 +209,8 @@ class GateFitter:
         """Return which of the prompts say a concept, or a part of its names, and so are none of its negatives, (N,)."""
         own_texts = {*own.anchors, *_partial_prompts(concept, self.common)}
         words = {word.lower() for spelling in concept.spellings for word in spelling.split() if len(word) > 2}
-        own_texts |= words  # which a small vocabulary has
-        own_texts |= {text for text in self.rare_words if any(word[:4] in text for word in words)}
+        own_texts |= {text for text in self.words if text.lower() in words}  # a small vocabulary, or one with capitals
+        own_texts |= {text for text in self.rare_words if any(word[:4] in text.lower() for word in words)}
         return torch.tensor([text in own_texts or says(text, concept.spellings) for text in prompts])
 
     def _fit_gate(self, concept: Concept, own: _OwnPrompts, rows: torch.Tensor, trial: _Trial) -> Gate:
@@ -294,7 +295,8 @@ def rate(count: int, total: int) -> list[float]:
 def _spellings(tokenizer: Any, concept: Concept) -> list[str]:
     """Return the spellings of a concept that a tokenizer tells apart. Raises ValueError where it keeps none."""
     empty, found = list(tokenizer("").input_ids), {}
-    for spelling in concept.spellings:
+    in_lower_case = [spelling.lower() for spelling in concept.spellings]  # which many tokenizers do not tell apart
+    for spelling in (*concept.spellings, *in_lower_case):
         ids = tokenizer(spelling).input_ids
         if list(ids) != empty:
             found.setdefault(tuple(ids), spelling)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ LAST_STATE = -1  # the state that is what the denoiser is given, as in `ldm.diff
 
 States = Mapping[tuple[str, int], torch.Tensor]  # by text encoder and layer: (N, T, width of that encoder)
 
+REACH = 1.2  # of three styles said together, 6 % were left at 1 and none at 1.2 (mini-sd-minilm)
 _MAP_PARTS = ("outputs", "directions", "gram")
 _STREAMS = ({"tokens"}, {"tokens", "pooled"})  # that a model has, the latter XL
 _ROUNDING = 1e-6  # of moments in a file, relative to the largest
@@ -95,7 +96,8 @@ class GatedEdit:
 class GatedPrompts:
     """The edits of all erased concepts together, as `edits.edit_embeddings` takes them.
 
-    A prompt that trips no gate keeps every bit. Several that fire in one prompt are one map, by `join_maps`.
+    A prompt that trips no gate keeps every bit. Several that fire in one prompt are one map, by `join_maps`, whose
+    change is multiplied by `REACH`: fitted on prompts that say one concept each, it goes only a part of the way.
     """
 
     def __init__(self, edits: Mapping[str, GatedEdit]):
@@ -131,7 +133,10 @@ class GatedPrompts:
         if labels not in self._joined:
             streams = self.edits[labels[0]].maps
             joined = {stream: join_maps([self.edits[label].maps[stream] for label in labels]) for stream in streams}
-            self._joined[labels] = joined
+            reach = REACH if len(labels) > 1 else 1.0
+            self._joined[labels] = {
+                stream: replace(found, outputs=reach * found.outputs) for stream, found in joined.items()
+            }
         maps = self._joined[labels]
         if "pooled" not in maps:
             return maps["tokens"](rows)

@@ -7,7 +7,7 @@ in whose null space the shift lies, and about 1 where a concept's outputs become
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -42,6 +42,59 @@ def leakage(
         changed = shift.delta_output_norms([f"{name}.weight" for name in layers], embeds)
         rows += [{"shift": label, "prompt": prompt, "leakage": changed[prompt] / base[prompt]} for prompt in embeds]
     return rows
+
+
+def joint_leakage(
+    layers: Mapping[str, nn.Linear],
+    linear: Sequence[WeightShift],
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+) -> dict[str, float]:
+    """Return, for each prompt, the leakage of all shifts together: `|e' (W + dW)^T - e W^T| / |e W^T|` of all layers.
+
+    `before` are the prompts' embeddings e (tokens, d), `after` are e', what gates make of them; dW is the sum of the
+    `linear` shifts. A prompt of leakage 0 keeps every bit of its outputs. NaN where a linear shift changes other layers
+    too.
+    """
+    if not all(changes_only(shift, layers) for shift in linear):
+        return dict.fromkeys(before, math.nan)
+    matrices = (_beside_change(layer.weight, f"{name}.weight", linear) for name, layer in layers.items())
+    rows = {prompt: torch.cat([after[prompt] - embed, after[prompt]], dim=1) for prompt, embed in before.items()}
+    changed = output_norms(matrices, rows) if linear else base_norms(layers, _differences(before, after))
+    base = base_norms(layers, before)
+    return {prompt: changed[prompt] / base[prompt] for prompt in before}
+
+
+def _differences(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prompt: after[prompt] - embed for prompt, embed in before.items()}
+
+
+def _beside_change(weight: torch.Tensor, name: str, linear: Sequence[WeightShift]) -> torch.Tensor:
+    """Return W, and beside it the sum of what shifts add to it: (out, 2 d), which takes rows (e' - e, e')."""
+    weight = weight.detach().cpu().double()
+    deltas = [shift.delta_weight(name).cpu().double() for shift in linear if name in shift.parameter_names]
+    return torch.cat([weight, sum(deltas, torch.zeros_like(weight))], dim=1)
+
+
+def leakage_by_group(leakages: Mapping[str, float], groups: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Return a row for each group of prompts: group, prompts, unchanged_outputs, median_leakage, max_leakage.
+
+    That is how many prompts, and the fraction of them whose leakage is 0: that trip no gate, and keep every bit of
+    their outputs.
+    """
+    rows = []
+    for group, prompts in groups.items():
+        values = pd.Series([leakages[prompt] for prompt in prompts], dtype=float)
+        rows.append(
+            {
+                "group": group,
+                "prompts": len(prompts),
+                "unchanged_outputs": math.nan if values.isna().any() else (values == 0).mean(),
+                "median_leakage": values.median(),
+                "max_leakage": values.max(),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def embedding_leakage(layers: Mapping[str, nn.Linear], before: torch.Tensor, after: torch.Tensor) -> float:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ldm.config.concepts import Concept, erasable_concepts, load_concepts
+from ldm.config.concepts import Concept, always_protected_prompts, erasable_concepts, load_concepts
+from ldm.config.everyday import COMPOSITIONS, sample_unprotected, split_compositions
 from ldm.config.methods import MethodConfig, NullSpaceConfig, SamplingConfig
 from ldm.config.models import load_model_config
 from ldm.diffusion.image_folder import generate_to_folder
@@ -32,6 +34,8 @@ TRAIN_SEED_OFFSET = 10_000  # added to the seeds of training images: none of the
 class Experiment:
     """One model and category below `folder`: `training-images/CONCEPT` to train on, `images/WEIGHTS` to evaluate.
 
+    `unprotected/WEIGHTS` has images of the prompts that nothing protects, `unprotected_prompts` of each group.
+
     Images of every prompt of the category, the watermarks, the empty prompt and `extra_prompts` are generated, of
     `seeds_per_prompt` seeds each; with `held_out` those of the held-out templates too. `num_training_images` is the
     number of images to train on for each concept.
@@ -49,6 +53,7 @@ class Experiment:
     held_out: bool = False
     extra_prompts: Sequence[str] = ()
     form: str = "linear"
+    unprotected_prompts: int = 0
     _tables: dict[Path, pd.DataFrame] = field(default_factory=dict)
 
     def erase(
@@ -84,29 +89,76 @@ class Experiment:
 
         Images that are there already are kept.
         """
+        return self._generate_by(shifts, name, "images", make_cases(self._prompts(), self.seeds_per_prompt, self.seed))
+
+    def _generate_by(
+        self, shifts: Mapping[str, WeightShift], name: str, subfolder: str, cases: Sequence[PromptCase]
+    ) -> Path:
         metadata = {**shifts_metadata(shifts, self.form), **self.model.generation_metadata}  # taken before any merge
         digests = "".join(file_digest(Path(shift.path)) for shift in shifts.values())
         gated = "gated" if by_form(shifts, self.form)[0] else ""
         digest = hashlib.sha256(f"{digests}{gated}".encode()).hexdigest()[:8]
-        folder = self.folder / "images" / (f"{name}-{digest}" if shifts else "ori")
+        folder = self.folder / subfolder / (f"{name}-{digest}" if shifts else "ori")
         with edited(self.model, shifts, self.form):
-            self._generate(make_cases(self._prompts(), self.seeds_per_prompt, self.seed), folder, metadata)
+            self._generate(cases, folder, metadata)
         return folder
 
     def evaluate(self, shifts: Mapping[str, WeightShift], name: str) -> tuple[pd.DataFrame, Path]:
         """Return `compare` of the original's images and those with `shifts`, and the folder of the latter."""
         folder, original = self.generate(shifts, name), self.generate({}, "")
-        if folder not in self._tables:
-            self._tables[folder] = compare(
+        return self._compare(original, folder), folder
+
+    def evaluate_cases(
+        self, shifts: Mapping[str, WeightShift], name: str, subfolder: str, cases: Sequence[PromptCase]
+    ) -> tuple[pd.DataFrame, Path]:
+        """Return what `evaluate` does, of images of other cases, which are kept in SUBFOLDER/NAME-DIGEST."""
+        original = self._generate_by({}, "", subfolder, cases)
+        folder = self._generate_by(shifts, name, subfolder, cases)
+        return self._compare(original, folder), folder
+
+    def evaluate_unprotected(
+        self, shifts: Mapping[str, WeightShift], name: str, erased: Collection[int]
+    ) -> pd.DataFrame:
+        """Return `compare` of the images of prompts that nothing protects, and in `status` the group of each prompt.
+
+        The table is empty where no such prompts are asked for. `erased` are the indexes of the concepts that `shifts`
+        erase: compositions that say one of them are a group of their own.
+        """
+        statuses: dict[str, str] = {}
+        for group, prompts in self.unprotected_groups(erased).items():
+            statuses |= dict.fromkeys(prompts, group)
+        if not statuses:
+            return pd.DataFrame()
+        cases = _unprotected_cases(self._sample_unprotected(), self.seed)
+        original = self._generate_by({}, "", "unprotected", cases)
+        table = self._compare(original, self._generate_by(shifts, name, "unprotected", cases))
+        table = table[table["prompt"].isin(list(statuses))].reset_index(drop=True)  # of another run there may be more
+        table.insert(0, "status", [statuses[prompt] for prompt in table["prompt"]])
+        says_concept = table["status"].str.endswith(COMPOSITIONS)
+        for column in ("accuracy_before", "accuracy_after"):  # a fillet of pollock is no Jackson Pollock
+            table[column] = table[column].where(says_concept)
+        return table
+
+    def unprotected_groups(self, erased: Collection[int]) -> dict[str, list[str]]:
+        """Return the prompts of each group that nothing protects, compositions that say an `erased` concept apart."""
+        return split_compositions(self.category, self._sample_unprotected(), erased)
+
+    def _sample_unprotected(self) -> dict[str, list[str]]:
+        protected = [*always_protected_prompts(), *self.extra_prompts]
+        return sample_unprotected(self.category, self.unprotected_prompts, protected)
+
+    def _compare(self, original: Path, edited_dir: Path) -> pd.DataFrame:
+        if edited_dir not in self._tables:
+            self._tables[edited_dir] = compare(
                 original,
-                folder,
-                folder / "prompts.csv",
+                edited_dir,
+                edited_dir / "prompts.csv",
                 self.category,
                 self.classifier,
                 self.model.device,
                 self.inception_weights,
             )
-        return self._tables[folder].copy(), folder
+        return self._tables[edited_dir].copy()
 
     def _prompts(self) -> list[str]:
         """Return the prompts to evaluate, once each."""
@@ -119,3 +171,12 @@ class Experiment:
 
     def _generate(self, cases: Sequence[PromptCase], folder: Path, metadata: Mapping[str, Any]) -> None:
         generate_to_folder(self.model, cases, folder, metadata, self.sampling)
+
+
+def _unprotected_cases(prompts: Mapping[str, Sequence[str]], seed: int) -> list[PromptCase]:
+    """Return a case for each prompt of each group: its number and seed stay where there are more prompts."""
+    cases: list[PromptCase] = []
+    for number, members in enumerate(prompts.values()):
+        rng = random.Random(f"{seed} {number}")
+        cases += [PromptCase(p, rng.randrange(3000), 1000 * number + k) for k, p in enumerate(members)]
+    return cases

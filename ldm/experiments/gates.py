@@ -22,13 +22,14 @@ from ldm.config.concepts import Concept
 from ldm.config.everyday import everyday_captions, kin_names, near_misses
 from ldm.config.spellings import misspellings, says
 from ldm.config.templates import fill, load_template_set
-from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.text_encoder import PromptEncoder
 from ldm.diffusion.tokenizer import read_part
 from ldm.erasure.gate_fitter import GateFitter, rate
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.io.prompts import read_prompt_csv
 
-HELD_OUT, TEMPLATES, MISSPELT = "held-out templates", "templates", "misspelt names"
+HELD_OUT, TEMPLATES, MISSPELT, RESPELT = "held-out templates", "templates", "misspelt names", "other spellings"
+CAPTIONS, KIN, NEAR_MISSES = "everyday captions", "kin names", "near misses"
 _CAPTION_SEED = 1  # those of 0 are what a gate's own report counts
 _NUM_MISSPELT = 40  # misspelt names of each concept
 _NUM_ALONE = 500  # prompts, the nearest to a threshold, that are embedded one by one too
@@ -48,7 +49,7 @@ class PromptSet:
     @property
     def has_own_names(self) -> bool:
         """Whether the prompts are made of the names of the list."""
-        return self.name in (HELD_OUT, TEMPLATES, MISSPELT)
+        return self.name in (HELD_OUT, TEMPLATES, MISSPELT, RESPELT)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class GateReport:
     false_alarms: pd.DataFrame
     misses: pd.DataFrame
     summary: Mapping[str, Any]
+    judged: Sequence[Judged]
 
 
 def fit_gates(fitter: GateFitter, concepts: Sequence[Concept]) -> FittedGates:
@@ -135,16 +137,16 @@ def make_prompt_sets(concepts: Sequence[Concept], num_captions: int, tokenizer: 
     kin: list[str] = []
     for name in kin_names():
         kin += [name, *(fill(template, name) for template in generic)]
-    made: dict[str, dict[str, int]] = {HELD_OUT: {}, TEMPLATES: {}, MISSPELT: {}}
+    made: dict[str, dict[str, int]] = {HELD_OUT: {}, TEMPLATES: {}, MISSPELT: {}, RESPELT: {}}
     for number, concept in enumerate(concepts):
         for name, prompts in _own_prompts(concept).items():
             for prompt in prompts:
                 if read_part(tokenizer, prompt) is None:
                     made[name].setdefault(prompt, number)
     return [
-        PromptSet("everyday captions", everyday_captions(num_captions, _CAPTION_SEED)),
-        PromptSet("kin names", kin),
-        PromptSet("near misses", list(near_misses())),
+        PromptSet(CAPTIONS, everyday_captions(num_captions, _CAPTION_SEED)),
+        PromptSet(KIN, kin),
+        PromptSet(NEAR_MISSES, list(near_misses())),
         *(PromptSet(name, list(found), list(found.values())) for name, found in made.items()),
     ]
 
@@ -159,14 +161,23 @@ def _own_prompts(concept: Concept) -> dict[str, list[str]]:
     wrong = list(dict.fromkeys(wrong))
     random.Random(concept.name).shuffle(wrong)
     misspelt = [fill(held_out[k % len(held_out)], text) for k, text in enumerate(wrong[:_NUM_MISSPELT])]
-    own: dict[str, list[str]] = {HELD_OUT: [], TEMPLATES: [], MISSPELT: misspelt}
+    own: dict[str, list[str]] = {HELD_OUT: [], TEMPLATES: [], MISSPELT: misspelt, RESPELT: []}
     for spelling in concept.spellings:
+        own[RESPELT] += [fill(held_out[k % len(held_out)], text) for k, text in enumerate(respellings(spelling))]
         own[HELD_OUT] += [fill(template, spelling) for template in held_out]
         own[TEMPLATES] += [fill(template, spelling) for template in (*kind.templates, *concept.templates)]
     return own
 
 
-def decide(model: DiffusionModel, gates: FittedGates, prompts: Sequence[str], at_once: int) -> Decisions:
+def respellings(name: str) -> list[str]:
+    """Return other ways to write a name that readers still take for it: case, hyphens, letters apart, possessives."""
+    words, letters = name.split(), name.replace(" ", "")
+    found = [name.lower(), name.upper(), "-".join(words), "_".join(words), "".join(words).lower()]
+    found += [" ".join(letters.lower()), f"{name}\u2019s", f"{'-'.join(words)}'s"]
+    return [text for text in dict.fromkeys(found) if text != name]
+
+
+def decide(model: PromptEncoder, gates: FittedGates, prompts: Sequence[str], at_once: int) -> Decisions:
     """Return what each gate decides of each prompt, `at_once` of which the text encoders embed in one pass."""
     layers = gates.together.layers
     found: dict[str, list[torch.Tensor]] = {name: [] for name in ("as it is", *_ROUNDED_TO)}
@@ -186,7 +197,7 @@ def _margins(gates: FittedGates, states: Mapping[tuple[str, int], torch.Tensor])
 
 
 def evaluate_gates(
-    model: DiffusionModel, gates: FittedGates, prompt_sets: Sequence[PromptSet], setup_seconds: float
+    model: PromptEncoder, gates: FittedGates, prompt_sets: Sequence[PromptSet], setup_seconds: float
 ) -> GateReport:
     """Return how well gates tell prompts that say their concept from others; `setup_seconds` is reported too."""
     every_prompt: dict[str, int] = {}
@@ -197,15 +208,14 @@ def evaluate_gates(
     start = time.perf_counter()
     decisions = decide(model, gates, prompts, _PROMPTS_AT_ONCE)
     judge_seconds = time.perf_counter() - start
-    judged: list[_Judged] = []
+    judged: list[Judged] = []
     for prompt_set in prompt_sets:
         places = torch.tensor([every_prompt[prompt] for prompt in prompt_set.prompts])
         said = _find_said(prompt_set, gates.concepts, model.tokenizers[0])
-        judged.append(_Judged(prompt_set, decisions.margins[places], said))
+        judged.append(Judged(prompt_set, decisions.margins[places], said))
     concepts = _concept_table(gates, judged)
     precision = _precision(model, gates, prompts, decisions)
     summary = {
-        "model": model.name,
         "gates": len(gates.edits),
         "refused": dict(gates.refused),
         "layers": {name: sorted(layers) for name, layers in gates.together.layers.items()},
@@ -225,6 +235,7 @@ def evaluate_gates(
         _examples(gates, judged, lambda each: each.is_alarm),
         _examples(gates, [each for each in judged if each.prompts.name == HELD_OUT], lambda each: each.is_miss),
         summary,
+        judged,
     )
 
 
@@ -235,7 +246,7 @@ def format_rate(found: Sequence[float]) -> str:
 
 
 @dataclass(frozen=True)
-class _Judged:
+class Judged:
     """A set of prompts, the margins (N, C) of each gate, and which concepts each prompt says, (N, C) bool."""
 
     prompts: PromptSet
@@ -270,19 +281,22 @@ class _Judged:
 
 
 def _find_said(prompt_set: PromptSet, concepts: Sequence[Concept], tokenizer: Any) -> torch.Tensor:
-    """Return which concepts each prompt says as far as the model reads it, or is made for, (N, C) bool."""
+    """Return which concepts each prompt says as far as the model reads it, or is made for, (N, C) bool.
+
+    A near miss says none, also where it has the word: "grilled pollock fillet" is about a fish.
+    """
     every_spelling = [spelling for concept in concepts for spelling in concept.spellings]
     said = torch.zeros(len(prompt_set.prompts), len(concepts), dtype=torch.bool)
     for row, prompt in zip(said, prompt_set.prompts, strict=True):
         part = read_part(tokenizer, prompt) or prompt
-        if says(part, every_spelling):
+        if prompt_set.name != NEAR_MISSES and says(part, every_spelling):
             row |= torch.tensor([says(part, concept.spellings) for concept in concepts])
     for number, owner in enumerate(prompt_set.owners):
         said[number, owner] = True
     return said
 
 
-def _concept_table(gates: FittedGates, judged: Sequence[_Judged]) -> pd.DataFrame:
+def _concept_table(gates: FittedGates, judged: Sequence[Judged]) -> pd.DataFrame:
     """Return a row for each concept, the worst first; those without a gate are its first rows."""
     alarms = {name: torch.zeros(len(gates.edits), dtype=torch.int64) for name in ("false_alarms", "other_names")}
     misses: dict[str, list[tuple[int, int]]] = {}
@@ -291,7 +305,7 @@ def _concept_table(gates: FittedGates, judged: Sequence[_Judged]) -> pd.DataFram
         alarms["other_names" if each.prompts.has_own_names else "false_alarms"] += each.is_alarm.sum(0)
         missed, said = each.is_miss.sum(0).tolist(), each.said.sum(0).tolist()
         misses[each.prompts.name] = list(zip(missed, said, strict=True))
-        if each.prompts.name != MISSPELT:  # of which none is sure to be a concept's name, or not to be
+        if each.prompts.name not in (MISSPELT, RESPELT):  # of which none is sure to be a name to the model, or not
             least = torch.minimum(least, each.margins.abs().amin(0))
     rows: list[dict[str, Any]] = []
     for number, (concept, edit) in enumerate(zip(gates.concepts, gates.edits, strict=True)):
@@ -318,7 +332,7 @@ def _concept_table(gates: FittedGates, judged: Sequence[_Judged]) -> pd.DataFram
     return pd.concat([refused, worst.astype(object)], ignore_index=True)  # as objects, of which counts stay whole
 
 
-def _examples(gates: FittedGates, judged: Sequence[_Judged], find: Callable[[_Judged], torch.Tensor]) -> pd.DataFrame:
+def _examples(gates: FittedGates, judged: Sequence[Judged], find: Callable[[Judged], torch.Tensor]) -> pd.DataFrame:
     """Return the prompts and gates that `find` marks: first those not made of the list's names, the clearest first."""
     rows: list[dict[str, Any]] = []
     for each in judged:
@@ -337,7 +351,7 @@ def _examples(gates: FittedGates, judged: Sequence[_Judged], find: Callable[[_Ju
 
 
 def _precision(
-    model: DiffusionModel, gates: FittedGates, prompts: Sequence[str], decisions: Decisions
+    model: PromptEncoder, gates: FittedGates, prompts: Sequence[str], decisions: Decisions
 ) -> list[dict[str, Any]]:
     """Return how many decisions are others with rounded states, and for prompts that are embedded one by one."""
     compared = {name: (decisions.margins, margins) for name, margins in decisions.rounded.items()}
@@ -358,17 +372,17 @@ def _precision(
     return rows
 
 
-def _cost(model: DiffusionModel, gates: FittedGates, prompt: str) -> dict[str, float]:
+def _cost(model: PromptEncoder, gates: FittedGates, prompt: str) -> dict[str, float]:
     """Return the median milliseconds to embed one prompt, and to ask all gates about it."""
     together = gates.together
     states = model.encode_with_states([prompt], together.layers)[1]
     return {
-        "milliseconds_to_embed": _milliseconds(lambda: model.encode_with_states([prompt], together.layers)),
-        "milliseconds_of_gates": _milliseconds(lambda: together.fired(states)),
+        "milliseconds_to_embed": milliseconds(lambda: model.encode_with_states([prompt], together.layers)),
+        "milliseconds_of_gates": milliseconds(lambda: together.fired(states)),
     }
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
+def milliseconds(call: Callable[[], object]) -> float:
     """Return the median milliseconds that a call takes."""
     taken: list[float] = []
     for _ in range(_NUM_TIMED):

@@ -82,6 +82,25 @@ def _draw_lines(panel: Axes, part: pd.DataFrame, plot: LinePlot, column: str) ->
     panel.grid(alpha=0.3)
 
 
+def plot_tradeoff(table: pd.DataFrame, x: tuple[str, str], metrics: Mapping[str, str], path: Path) -> None:
+    """Write an image of each of `metrics` (column -> label) against the column x, which has its label beside it.
+
+    The rows of one value of the column `line` are joined in their order.
+    """
+    column, label = x
+    figure = Figure(figsize=(4.6 * len(metrics), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for panel, (metric, title) in zip(panels, metrics.items(), strict=True):
+        for number, (name, part) in enumerate(table.groupby("line", sort=False)):
+            marker = "os^Dv*Ph"[number % 8]
+            panel.plot(part[column], part[metric], "-", marker=marker, markersize=7, label=str(name))
+        panel.set(xlabel=label, title=title)
+        panel.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    _save(figure, path)
+
+
 def plot_spectrum(singular_values: Sequence[float], table: pd.DataFrame, path: Path) -> None:
     """Write an image of a capacity report: singular values, and what each tolerance costs and gives.
 

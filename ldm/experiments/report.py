@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -13,12 +14,14 @@ import pandas as pd
 from jinja2 import Environment
 
 from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES, always_protected_prompts
+from ldm.config.everyday import COMPOSITIONS
 from ldm.config.methods import SRSMEConfig
 from ldm.config.models import load_model_config
-from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.edits import edit_embeddings
 from ldm.diffusion.text_layers import text_layers
-from ldm.erasure.capacity import DEFAULT_TOLERANCES, measure_capacity
-from ldm.erasure.leakage import leakage
+from ldm.erasure.capacity import DEFAULT_TOLERANCES, FurtherPrompts, measure_capacity, summarize_groups
+from ldm.erasure.leakage import joint_leakage, leakage, leakage_by_group
+from ldm.erasure.merge import by_form, gated_prompts
 from ldm.experiments.experiment import Experiment
 from ldm.experiments.plots import LinePlot, plot_heatmap, plot_lines, plot_spectrum, plot_timeline
 from ldm.io.image_grid import image_grid
@@ -29,6 +32,7 @@ from ldm.ledger.operations import peak_memory, verify
 from ldm.metrics.compare import prompt_statuses, summarize_by
 from ldm.metrics.tables import format_cell
 
+_NUM_CHANGED = 20  # prompts that nothing protects, of which the page says that they changed
 EmbeddedImage = tuple[str, str]  # a data URI, and what it shows
 
 
@@ -45,9 +49,13 @@ class Section:
 
 @dataclass(frozen=True)
 class _Results:
-    """The metrics of the edited model: a row for each prompt, by status; and the folders of both models' images."""
+    """The metrics of the edited model: a row for each prompt, by status; and the folders of both models' images.
+
+    `unprotected` are those of the prompts that nothing protects, by group; it is empty where none are asked for.
+    """
 
     table: pd.DataFrame
+    unprotected: pd.DataFrame
     original: Path
     edited: Path
     erased: Sequence[int]
@@ -65,7 +73,8 @@ def render_report(ledger: Ledger, experiment: Experiment, num_shown: int, comman
     checks = verify(ledger, model)
     results = _evaluate(ledger, experiment)
     images = _before_and_after(results, num_shown)
-    table = results.table.replace({"prompt": {"": EMPTY_PROMPT_LABEL}})
+    named = {"prompt": {"": EMPTY_PROMPT_LABEL}}
+    summary_by_status = summarize_by(pd.concat([results.table, results.unprotected]), "status")
     num_erased, base_model = len(results.erased), ledger.header["base_model"]
     summary = f"{num_erased} of {len(ledger.concepts)} concepts are erased."
     sections = [
@@ -79,13 +88,14 @@ def render_report(ledger: Ledger, experiment: Experiment, num_shown: int, comman
         Section(
             "Results",
             "Accuracies in per cent by the classifier, distances between the two images of a seed. Unchanged is the "
-            "fraction of images that differ from the original's by at most 1 of 255 in every pixel.",
-            [summarize_by(table, "status"), table],
+            "fraction of images that differ from the original's by at most 1 of 255 in every pixel. Prompts that "
+            "nothing protects are summarized by group; those that changed most come last.",
+            [summary_by_status, results.table.replace(named), *_most_changed(results.unprotected)],
         ),
         _watermark_section(results.table),
-        _leakage_section(ledger, model),
+        _leakage_section(ledger, experiment),
         _curves_section(ledger),
-        _capacity_section(ledger, model),
+        _capacity_section(ledger, experiment),
         _cost_section(ledger, start),
         Section("Reproduce", "Every digest was recomputed for this page.", [checks], commands=commands),
     ]
@@ -102,7 +112,17 @@ def _evaluate(ledger: Ledger, experiment: Experiment) -> _Results:
     statuses = prompt_statuses(edited, experiment.category, table["prompt"], erased, restored)
     table.insert(0, "status", [statuses[prompt] for prompt in table["prompt"]])
     table = table.sort_values("status", key=lambda column: column.map(STATUSES.index), kind="stable")
-    return _Results(table, original, edited, erased)
+    unprotected = experiment.evaluate_unprotected(ledger.shifts(), "now", erased)
+    return _Results(table, unprotected, original, edited, erased)
+
+
+def _most_changed(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return the rows of the prompts whose images changed most and should not have; nothing where none changed."""
+    if table.empty:
+        return []
+    changed = table[(table["unchanged"] < 1) & (table["status"] != f"erased {COMPOSITIONS}")]
+    changed = changed.sort_values("lpips", ascending=False)
+    return [changed[["status", "prompt", "lpips", "max_abs_diff"]].head(_NUM_CHANGED)] if len(changed) else []
 
 
 def _embed_plot(draw: Callable[[Path], None], description: str) -> EmbeddedImage:
@@ -156,24 +176,40 @@ def _watermark_section(table: pd.DataFrame) -> Section:
     return Section("Watermarks and the empty prompt", text, [named])
 
 
-def _leakage_section(ledger: Ledger, model: DiffusionModel) -> Section:
-    """Return the leakage on each prompt of the last shift of each concept that was ever erased."""
-    records = ledger.last_shifts()
+def _leakage_section(ledger: Ledger, experiment: Experiment) -> Section:
+    """Return the leakage on each prompt of the last shift of each concept that was ever erased, and by group of all."""
+    records, model = ledger.last_shifts(), experiment.model
     if not records:
         return Section("Leakage", "No concept was ever erased.")
     text = (
         "Leakage is the relative change of the key and value layers' output for a prompt. A concept's own shift must "
         "change its prompt's; the other concepts' prompts, and the protected ones, must keep theirs. It is left empty "
-        "for a shift that changes other layers too, whose effect it would not say."
+        "for a shift that changes other layers too, whose effect it would not say. The table is about what is erased "
+        "now, all together, in the form in which it acts: unchanged_outputs is the fraction of prompts that trip no "
+        "gate, whose outputs keep every bit. A change of weights lets none keep them: see how small its leakage is."
     )
     shifts = {name: ledger.load(record) for name, record in records.items()}
     rows = leakage(text_layers(model.unet), shifts, model.embed_prompts(ledger.prompts))
     table = pd.DataFrame(rows).pivot(index="prompt", columns="shift", values="leakage")
     table = table.loc[ledger.prompts, list(records)].rename(index={"": EMPTY_PROMPT_LABEL})
     description = "a heat map of leakage, a row for each prompt and a column for each shift"
-    return Section(
-        "Leakage", text, images=[_embed_plot(lambda path: plot_heatmap(table, "leakage", path), description)]
-    )
+    image = _embed_plot(lambda path: plot_heatmap(table, "leakage", path), description)
+    return Section("Leakage", text, [_leakage_by_group(ledger, experiment)], [image])
+
+
+def _leakage_by_group(ledger: Ledger, experiment: Experiment) -> pd.DataFrame:
+    """Return the leakage of all active shifts together on each group of prompts, in the form of the experiment."""
+    model, shifts, erased = experiment.model, ledger.shifts(), list(ledger.active_shifts())
+    kept = [concept.prompt for concept in ledger.concepts if concept.index not in erased]
+    named = [concept.prompt for concept in ledger.concepts if concept.index in erased]
+    concepts = {"erased": named, "not erased": kept, "protected": ledger.header["protected"]}
+    groups = {group: prompts for group, prompts in concepts.items() if prompts} | experiment.unprotected_groups(erased)
+    prompts = list(dict.fromkeys(itertools.chain(*groups.values())))
+    before = model.embed_prompts(prompts)
+    gated, linear = by_form(shifts, experiment.form)
+    with edit_embeddings(model, gated_prompts(model, gated)):
+        after = model.embed_prompts(prompts)
+    return leakage_by_group(joint_leakage(text_layers(model.unet), list(linear.values()), before, after), groups)
 
 
 def _curves_section(ledger: Ledger) -> Section:
@@ -192,19 +228,23 @@ def _curves_section(ledger: Ledger) -> Section:
     return Section("Curves", images=[_embed_plot(lambda path: plot_lines(table, plot, path), description)])
 
 
-def _capacity_section(ledger: Ledger, model: DiffusionModel) -> Section:
+def _capacity_section(ledger: Ledger, experiment: Experiment) -> Section:
+    model = experiment.model
     config = load_model_config(model.config_name)
     method = config.methods[SRSMEConfig.name]
     assert isinstance(method, SRSMEConfig)
-    protected = ledger.header["protected"]
-    capacity = measure_capacity(model, ledger.concepts, config.null_space, DEFAULT_TOLERANCES, method, protected)
-    text = "What the prompts of all concepts leave free at several tolerances, and what each tolerance costs."
+    further = FurtherPrompts(ledger.header["protected"], experiment.unprotected_groups(()))
+    capacity = measure_capacity(model, ledger.concepts, config.null_space, DEFAULT_TOLERANCES, method, further)
+    text = (
+        "What the prompts of all concepts leave free at several tolerances, and what each tolerance costs, where "
+        "shifts act on the weights. By group: the median and the largest leakage of all shifts but a prompt's own."
+    )
     singular_values = capacity.singular_values.tolist()
     plot = _embed_plot(
         lambda path: plot_spectrum(singular_values, capacity.table, path),
         "the spectrum of the protected prompts, and leakage by tolerance",
     )
-    return Section("Capacity", text, [capacity.table], [plot])
+    return Section("Capacity", text, [capacity.table, summarize_groups(capacity.leakage)], [plot])
 
 
 def _cost_section(ledger: Ledger, start: float) -> Section:

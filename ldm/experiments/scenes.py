@@ -19,6 +19,7 @@ from ldm.io.paths import ArtifactPaths
 from ldm.io.prompts import read_prompt_csv
 from ldm.ledger.ledger import Ledger, make_header
 from ldm.ledger.operations import shift_record
+from ldm.metrics.compare import GROUPS
 from ldm.metrics.lpips import mean_psnr
 from ldm.metrics.tables import format_cell
 
@@ -36,9 +37,11 @@ def run_scene(
 ) -> tuple[pd.DataFrame, list[Path]]:
     """Run one method through a scene; return a row for each time and prompt, and the folder of images of each time.
 
-    Columns: method, time, status, then those of `compare`. Shifts are kept below `artifacts_dir`. Where the method can
-    protect, it protects the concepts that the scene ever erases, or, with `protect_all`, all of the category. What is
-    erased and restored when is a ledger, `sceneN-CATEGORY-METHOD.jsonl` beside the shifts.
+    Columns: method, time, status, then those of `compare`. The prompts are those of `Experiment.evaluate`, and those of
+    `Experiment.evaluate_unprotected`, whose status is their group; the folders have the former's images. Shifts are
+    kept below `artifacts_dir`. Where the method can protect, it protects the concepts that the scene ever erases, or,
+    with `protect_all`, all of the category. What is erased and restored when is a ledger,
+    `sceneN-CATEGORY-METHOD.jsonl` beside the shifts.
     """
     method, category = config.name, experiment.category
     if protect_all:
@@ -60,9 +63,13 @@ def run_scene(
         to_restore = set(ledger.active_shifts()) - set(step.erased)
         ledger.append(records, to_restore, f"t{step.time}")
         shifts = ledger.shifts()
-        table, folder = experiment.evaluate(shifts, f"{method}-{''.join(shifts)}")
+        name = f"{method}-{''.join(shifts)}"
+        table, folder = experiment.evaluate(shifts, name)
         statuses = [concept_status(category, prompt, step.erased, step.restored) for prompt in table["prompt"]]
         table.insert(0, "status", statuses)
+        unprotected = experiment.evaluate_unprotected(shifts, name, step.erased)
+        if len(unprotected):
+            table = pd.concat([table, unprotected], ignore_index=True)
         table.insert(0, "time", step.time)
         table.insert(0, "method", method)
         tables.append(table)
@@ -73,7 +80,8 @@ def run_scene(
 def summarize(table: pd.DataFrame, distance: str) -> pd.DataFrame:
     """Return the means over the erased, restored, regular and protected prompts of each method and time.
 
-    These are the paper's Figures 8, 9, 13 and 14. `distance` is the column of the Frechet distance.
+    These are the paper's Figures 8, 9, 13 and 14. Groups of prompts that nothing protects come after them. `distance`
+    is the column of the Frechet distance.
     """
     groups = table.groupby(["method", "time", "status"], sort=False)
     aggregations = {
@@ -87,10 +95,11 @@ def summarize(table: pd.DataFrame, distance: str) -> pd.DataFrame:
     }
     means = groups.agg(**aggregations).reset_index()
     methods = list(table["method"].unique())
+    statuses = list(dict.fromkeys([*GROUPS, *table["status"]]))
 
     def rank(column: pd.Series) -> pd.Series:
         if column.name == "status":
-            return column.map(STATUSES.index)
+            return column.map(statuses.index)
         if column.name == "method":
             return column.map(methods.index)
         return column
@@ -102,8 +111,10 @@ def wide_table(table: pd.DataFrame, category: str, distance: str) -> pd.DataFram
     """Return a row for each method and time with a cell for each prompt: the paper's Tables 2 and 3.
 
     A concept's cell is `distance / accuracy / LPIPS / unchanged`, marked E (erased) or R (restored); that of the
-    watermarks and of the empty prompt is `PSNR / LPIPS / unchanged`. `distance` is the column of the Frechet distance.
+    watermarks and of the empty prompt is `PSNR / LPIPS / unchanged`. Other prompts that nothing protects have none.
+    `distance` is the column of the Frechet distance.
     """
+    table = table[table["status"].isin(STATUSES)]
     concept_prompts = {concept.prompt for concept in erasable_concepts(category)}
     rows = []
     for (method, time), group in table.groupby(["method", "time"], sort=False):

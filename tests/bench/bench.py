@@ -46,6 +46,7 @@ from ldm.erasure.erase import initial_shift
 from ldm.erasure.losses import JointSRSMELoss, SRSMELoss
 from ldm.erasure.merge import applied, merged_weight
 from ldm.erasure.null_space import NullSpaceBasis, leave_one_out_factors, null_space
+from ldm.erasure.retain import RetainSet
 from ldm.erasure.shift import SeparableShift, WeightShift
 from ldm.erasure.training import MomentumStopping, training_loop
 from ldm.io.images import image_to_tensor
@@ -173,7 +174,9 @@ def iteration(model: DiffusionModel) -> None:
     target_embeds, uncond_embeds = model.encode_prompt(["VanGogh"]), model.encode_prompt([""])
     basis = fit_basis(model, ["", "watermark SRS-ME", "CCS 2024", "Picasso"], 5e-4)
     config, concept = load_model_config(model.config_name).methods["SRS-ME"], get_concept("style", 1)
-    loss = SRSMELoss.from_config(model, concept, config, initial_shift(model, concept, config, basis))
+    loss = SRSMELoss.from_config(
+        model, concept, config, initial_shift(model, concept, config, basis, RetainSet(model, ()))
+    )
     frozen = copy.deepcopy(model.unet)
     zeros = SeparableShift.zeros(layers, basis.vectors, 0.05)
     original_loss = SRSMELoss(model, zeros, target_embeds, uncond_embeds, 1e-6)
@@ -250,7 +253,7 @@ def eighteen(model: DiffusionModel) -> None:
             protected = [prompt for prompt in embeds if prompt != concept.prompt]
             protected_embeds = [embeds[prompt] for prompt in protected]
             basis = NullSpaceBasis.fit(protected_embeds, protected, config.null_space.rank_rtol, "svd", factor)
-            shifts.append(initial_shift(model, concept, config.methods["SRS-ME"], basis))
+            shifts.append(initial_shift(model, concept, config.methods["SRS-ME"], basis, RetainSet(model, ())))
         return shifts
 
     start = time.perf_counter()
@@ -291,7 +294,7 @@ def erasures(model: DiffusionModel) -> None:
         method = config.methods["SRS-ME"].with_changes(**changes)
         start, shifts = time.perf_counter(), []
         for concept in concepts:
-            shift = initial_shift(model, concept, method, bases[concept])
+            shift = initial_shift(model, concept, method, bases[concept], RetainSet(model, ()))
             if method.trains:
                 loss = SRSMELoss.from_config(model, concept, method, shift)
                 stopping = MomentumStopping(method.stop_threshold)

@@ -1,0 +1,458 @@
+"""`ConceptEraser(pipe)`: which prompts of a pipeline change, which keep every bit, and what is refused."""
+
+import warnings
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_xl
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionXLPipeline as XLPipeline
+from peft import LoraConfig, inject_adapter_in_model
+
+from ldm import ConceptEraser
+from ldm.config.methods import GateConfig
+from ldm.diffusion.load import silence_hf_logging
+from ldm.diffusion.pipeline_encoder import PipelineEncoder
+from ldm.erasure import gate_fitter
+from ldm.erasure.pipeline_eraser import PipelineEraser
+from ldm.io.errors import Notice
+from ldm.io.paths import REPO_ROOT
+from ldm.io.tensors import tensor_digest
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:no gate tells"),  # the long names, of which mini-sd's tokenizer knows nothing
+]
+SMALL = GateConfig(retain_captions=100, retain_words=60, compositions=20, misspellings=20)
+SAYING = ["a painting by Picasso", "Picasso", "art by Picasso"]
+OTHERS = ["", "a photo of a church", "a painting by Cezanne", "a very long caption " * 5, "CCS 2024"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_fits():
+    """Let gates be fitted against fewer prompts."""
+    silence_hf_logging()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate_fitter, "_NUM_UNSEEN", 20)
+        patch.setattr(gate_fitter, "_MAX_TRIED", 2)
+        patch.setattr(gate_fitter, "_NUM_JUDGED", 50)
+        patch.setattr(gate_fitter, "_NUM_TRIED", 150)
+        patch.setattr(gate_fitter, "_NUM_LOOKALIKES", 20)
+        yield
+
+
+def load(folder=REPO_ROOT / "models" / "mini-sd", kind=StableDiffusionPipeline):
+    pipe = kind.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def erased_from(pipe, texts="Picasso", config=SMALL, **settings) -> PipelineEraser:
+    eraser = ConceptEraser(pipe)
+    eraser.config = config
+    eraser.erase(texts, kind="style", **settings)
+    return eraser
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def fitted() -> PipelineEraser:
+    return erased_from(load(), ["Picasso", "VanGogh"])
+
+
+@pytest.fixture
+def eraser(fitted):
+    """Return an eraser of a pipeline from which Picasso and VanGogh are erased, whatever the last test did."""
+    fitted.erase(["Picasso", "VanGogh"], kind="style")
+    return fitted
+
+
+@pytest.fixture
+def pipe(eraser):
+    return eraser._pipe
+
+
+def encode(pipe, prompts, **settings):
+    arguments = {"device": pipe.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    return pipe.encode_prompt(prompts, **{**arguments, **settings})
+
+
+def same_rows(one, other) -> list[bool]:
+    return [torch.equal(first, second) for first, second in zip(one, other, strict=True)]
+
+
+def image(pipe, prompt, **settings):
+    generator = torch.Generator().manual_seed(0)
+    arguments = {"num_inference_steps": 2, "generator": generator, "output_type": "np", **settings}
+    return torch.as_tensor(pipe(prompt, **arguments).images)
+
+
+def weights(pipe) -> str:
+    return tensor_digest(
+        {
+            f"{part}.{name}": value
+            for part in ("unet", "vae", "text_encoder")
+            for name, value in getattr(pipe, part).state_dict().items()
+        }
+    )
+
+
+# What changes, and what does not
+
+
+def test_prompts_that_say_an_erased_concept_change_and_all_others_keep_every_bit(plain, pipe):
+    prompts = [*OTHERS, *SAYING]
+    before, after = encode(plain, prompts)[0], encode(pipe, prompts)[0]
+    assert same_rows(before, after) == [True] * len(OTHERS) + [False] * len(SAYING)
+    for number, prompt in enumerate(prompts):
+        assert torch.allclose(encode(pipe, prompt)[0][0], after[number], atol=1e-5)
+
+
+def test_images_change_with_their_prompts_alone(plain, pipe):
+    for prompt in ("a photo of a church", ["a photo of a car", ""]):
+        assert torch.equal(image(pipe, prompt), image(plain, prompt))
+    assert not torch.equal(image(pipe, SAYING[0]), image(plain, SAYING[0]))
+    relative = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    assert type(ConceptEraser(relative)) is PipelineEraser and "encode_prompt" not in vars(relative)
+
+
+def test_each_of_several_images_of_a_prompt_and_its_negative_prompt_are_erased(plain, pipe):
+    settings = {"num_images_per_prompt": 3, "do_classifier_free_guidance": True}
+    prompts, negative = [OTHERS[1], SAYING[0]], [SAYING[1], OTHERS[2]]
+    before = encode(plain, prompts, negative_prompt=negative, **settings)
+    after = encode(pipe, prompts, negative_prompt=negative, **settings)
+    assert same_rows(before[0], after[0]) == [True] * 3 + [False] * 3
+    assert same_rows(before[1], after[1]) == [False] * 3 + [True] * 3
+    assert torch.equal(after[0][3], after[0][5]) and torch.equal(after[1][0], after[1][2])
+    single = encode(pipe, negative)[0]
+    assert torch.allclose(after[1][0], single[0], atol=1e-5)
+
+
+def test_two_concepts_in_one_prompt_are_one_map(plain, pipe, eraser):
+    prompt = "Picasso and VanGogh"
+    both = encode(pipe, prompt)[0]
+    eraser.restore("VanGogh")
+    one = encode(pipe, prompt)[0]
+    assert not torch.equal(both, one) and not torch.equal(one, encode(plain, prompt)[0])
+    assert both.isfinite().all() and both.norm() < 1.5 * encode(plain, prompt)[0].norm()
+
+
+def test_restored_the_pipeline_is_what_it_was(plain, pipe, eraser):
+    assert eraser.erased == ["Picasso", "VanGogh"] and "encode_prompt" in vars(pipe)
+    eraser.restore([" pablo  PICASSO"])  # any spelling
+    assert eraser.erased == ["VanGogh"]
+    assert torch.equal(encode(pipe, SAYING)[0], encode(plain, SAYING)[0])
+    eraser.restore("Van Gogh")
+    assert eraser.erased == [] and "encode_prompt" not in vars(pipe)
+    assert weights(pipe) == weights(plain) and torch.equal(image(pipe, SAYING[0]), image(plain, SAYING[0]))
+    assert not any(module._forward_hooks for module in pipe.text_encoder.modules())
+
+
+def test_what_is_erased_already_stays_as_it_is(pipe, eraser):
+    before = encode(pipe, SAYING)[0]
+    assert eraser.erase("  picasso ") == {} and eraser.erase(["Pablo Picasso"]) == {}
+    assert eraser.erased == ["Picasso", "VanGogh"] and torch.equal(encode(pipe, SAYING)[0], before)
+
+
+def test_an_encode_prompt_of_the_users_own_is_kept():
+    pipe, calls = load(), []
+
+    def own(*args, **kwargs):
+        calls.append(args)
+        return type(pipe).encode_prompt(pipe, *args, **kwargs)
+
+    pipe.encode_prompt = own
+    eraser = erased_from(pipe)
+    calls.clear()
+    encode(pipe, "a church")
+    assert calls
+    eraser.restore("Picasso")
+    assert pipe.encode_prompt is own
+
+
+def test_a_wrapper_that_the_user_adds_later_stays_and_passes_through(plain, pipe, eraser):
+    wrapped = pipe.encode_prompt
+    pipe.encode_prompt = lambda *args, **kwargs: wrapped(*args, **kwargs)
+    assert not torch.equal(encode(pipe, SAYING)[0], encode(plain, SAYING)[0])
+    eraser.restore(eraser.erased)
+    embeds = encode(pipe, SAYING)[0]
+    assert torch.equal(embeds, encode(plain, SAYING)[0])
+    assert torch.equal(encode(pipe, None, prompt_embeds=embeds)[0], embeds)
+    pipe.encode_prompt = wrapped
+    del pipe.encode_prompt
+
+
+# Embeddings that the caller passes
+
+
+def test_embeddings_are_taken_that_the_pipeline_returned_and_no_others(plain, pipe):
+    own, foreign = encode(pipe, SAYING)[0], encode(plain, SAYING)[0]
+    empty = encode(pipe, [""])[0]
+    result = image(pipe, None, prompt_embeds=own[:1].clone(), negative_prompt_embeds=empty)
+    assert torch.equal(result, image(pipe, SAYING[:1]))
+    assert len(
+        image(pipe, None, prompt_embeds=torch.cat([own[1:], empty]), negative_prompt_embeds=empty.repeat(3, 1, 1))
+    )
+    for wrong in ({"prompt_embeds": foreign[:1]}, {"prompt_embeds": own[:1], "negative_prompt_embeds": foreign[:1]}):
+        with pytest.raises(ValueError, match=r"prompt_embeds` do not tell .* Picasso, VanGogh: pass") as caught:
+            image(pipe, None, **wrong)
+        assert "\n" not in str(caught.value)
+
+
+def test_embeddings_from_before_something_was_erased_are_refused(pipe, eraser):
+    eraser.restore("VanGogh")
+    embeds = encode(pipe, ["art by VanGogh"])[0]
+    image(pipe, None, prompt_embeds=embeds)
+    eraser.erase("VanGogh", kind="style")
+    with pytest.raises(ValueError, match="`prompt_embeds` do not tell"):
+        image(pipe, None, prompt_embeds=embeds)
+
+
+# Text encoders that change
+
+
+def check_erased(pipe, **settings) -> None:
+    """Assert that a pipeline's own embeddings change where prompts say Picasso, and nowhere else."""
+    before = type(pipe).encode_prompt(pipe, [*OTHERS, *SAYING], pipe.device, 1, False, **settings)[0]
+    after = encode(pipe, [*OTHERS, *SAYING], **settings)[0]
+    assert same_rows(before, after) == [True] * len(OTHERS) + [False] * len(SAYING)
+    assert after.dtype == before.dtype and after.isfinite().all()
+
+
+def test_gates_are_fitted_anew_where_weights_change_in_place_and_where_a_token_is_added():
+    pipe = load()
+    eraser = erased_from(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        check_erased(pipe)
+    weight = pipe.text_encoder.get_input_embeddings().weight
+    before, state = weight.data.clone(), PipelineEncoder.of(pipe).fingerprint()
+    weight.data.mul_(1.05)
+    with pytest.warns(Notice, match="text encoders are not as they were .*: fitting anew what erases Picasso"):
+        check_erased(pipe)
+    weight.data.copy_(before)
+    assert PipelineEncoder.of(pipe).fingerprint() == state
+    with warnings.catch_warnings():  # what was fitted before is still there
+        warnings.simplefilter("error", Notice)
+        check_erased(pipe)
+    pipe.tokenizer.add_tokens(["<style>", "<style>_1"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    with pytest.warns(Notice, match="fitting anew what erases Picasso"):
+        check_erased(pipe)
+    assert pipe.maybe_convert_prompt("a <style>", pipe.tokenizer) == "a <style> <style>_1"
+    assert torch.equal(
+        encode(pipe, "a <style>")[0], type(pipe).encode_prompt(pipe, "a <style>", pipe.device, 1, False)[0]
+    )
+    assert eraser.erased == ["Picasso"]
+
+
+@pytest.mark.slow
+def test_a_lora_of_the_text_encoder_and_its_scale_count():
+    pipe = load()
+    eraser = erased_from(pipe)
+    targets = ["q_proj", "v_proj"]
+    torch.manual_seed(0)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), pipe.text_encoder)
+    states = [PipelineEncoder(pipe, pipe.encode_prompt, scale).fingerprint() for scale in (None, 1.0, 0.3)]
+    assert states[0] == states[1] != states[2]
+    for settings in ({}, {"lora_scale": 0.3}):
+        with pytest.warns(Notice, match="fitting anew what erases Picasso"):
+            check_erased(pipe, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        for settings in ({"lora_scale": 0.3}, {"lora_scale": 1.0}, {}):
+            check_erased(pipe, **settings)
+    assert eraser.erased == ["Picasso"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_rounded_pipeline_decides_the_same(dtype):
+    pipe = load()
+    erased_from(pipe)
+    pipe.to(dtype=dtype)
+    with pytest.warns(Notice, match="fitting anew"):
+        check_erased(pipe)
+
+
+def test_the_fingerprint_is_the_same_for_the_same_weights(plain):
+    encoder = PipelineEncoder.of(plain)
+    assert encoder.fingerprint() == PipelineEncoder.of(deepcopy(plain)).fingerprint()
+    for dtype in (torch.float16, torch.bfloat16):
+        other = deepcopy(plain)
+        other.text_encoder.to(dtype)
+        assert PipelineEncoder.of(other).fingerprint() != encoder.fingerprint()
+
+
+def test_clip_skip_has_maps_of_its_own_and_negative_prompts_do_not(pipe, eraser):
+    # which the installed transformers call otherwise than diffusers do
+    object.__setattr__(
+        pipe.text_encoder, "text_model", SimpleNamespace(final_layer_norm=pipe.text_encoder.final_layer_norm)
+    )
+    settings = {"negative_prompt": SAYING[:1], "do_classifier_free_guidance": True}
+    full = encode(pipe, SAYING[:1], **settings)
+    with pytest.warns(Notice, match="`clip_skip` 1 needs maps of its own: fitting anew what erases Picasso, VanGogh"):
+        check_erased(pipe, clip_skip=1)
+    skipped = encode(pipe, SAYING[:1], clip_skip=1, **settings)
+    assert torch.equal(skipped[1], full[1]) and not torch.equal(skipped[0], full[0])
+    own = type(pipe).encode_prompt(pipe, [SAYING[0], "a painting by an artist"], pipe.device, 1, False, clip_skip=1)[0]
+    assert (skipped[0][0] - own[1]).norm() < (own[0] - own[1]).norm()
+    eraser.restore(["Picasso", "VanGogh"])
+    del pipe.text_encoder.__dict__["text_model"]
+
+
+# Stable Diffusion XL
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    pipe = load(make_xl(tmp_path_factory.mktemp("models") / "xl"), XLPipeline)
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        encoder.get_input_embeddings().weight.data.mul_(10)  # so that its random states tell tokens apart
+    return pipe
+
+
+def test_both_encoders_and_the_pooled_embedding_of_xl_are_edited(xl):
+    plain = deepcopy(xl)
+    eraser = erased_from(xl, config=GateConfig(retain_captions=40, retain_words=40, compositions=10, misspellings=10))
+    settings = {"num_images_per_prompt": 2, "do_classifier_free_guidance": True}
+    prompts, negative = ["a photo of a church", "art by Picasso", ""], ["Picasso", "", "a car"]
+    before = encode(plain, prompts, negative_prompt=negative, **settings)
+    after = encode(xl, prompts, negative_prompt=negative, **settings)
+    kept = [[True] * 2 + [False] * 2 + [True] * 2, [False] * 2 + [True] * 4]
+    for number, expected in enumerate(kept * 2):
+        assert after[number].shape == before[number].shape
+        assert same_rows(before[number], after[number]) == expected
+    assert torch.equal(encode(xl, prompts, **settings)[1], torch.zeros_like(after[1]))  # as XL does without any
+    second = encode(xl, "a church", prompt_2="art by Picasso"), encode(plain, "a church", prompt_2="art by Picasso")
+    assert not torch.equal(second[0][0], second[1][0]) and not torch.equal(second[0][2], second[1][2])
+    own = encode(xl, "art by Picasso")
+    image(xl, None, prompt_embeds=own[0], pooled_prompt_embeds=own[2], guidance_scale=1.0)
+    with pytest.raises(ValueError, match="`pooled_prompt_embeds` do not tell"):
+        image(xl, None, prompt_embeds=own[0], pooled_prompt_embeds=second[1][2], guidance_scale=1.0)
+    assert torch.equal(image(xl, "a car"), image(plain, "a car"))
+    with pytest.warns(Notice, match="`clip_skip` 1 needs maps of its own"):
+        skipped = encode(xl, prompts, clip_skip=1)
+    unedited = encode(plain, prompts, clip_skip=1)
+    for number in (0, 2):
+        assert same_rows(unedited[number], skipped[number]) == [True, False, True]
+    eraser.restore("Picasso")
+    assert torch.equal(encode(xl, prompts)[0], encode(plain, prompts)[0])
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "message"),
+    [
+        ("", {}, "`texts` has an empty text, or none at all: name a concept"),
+        (["Picasso", " \u3000\n"], {}, "`texts` has an empty text"),
+        ([], {}, "or none at all"),
+        ([3], {}, "`texts` has 3, which is no text: give texts"),
+        ("Warhol", {"kind": "artist"}, "'artist' is no kind of concept"),
+        ("Warhol", {"protect": [None]}, "`protect` has None, which is no text"),
+        ("Warhol", {"aliases": {"Andy": ["Drella"]}}, "`aliases` are given for 'Andy', which is none of the texts"),
+        ("Warhol", {"aliases": {"Warhol": []}}, "`aliases` has an empty text, or none at all"),
+        (
+            "Warhol",
+            {"aliases": {"Warhol": ["picasso"]}},
+            "a spelling of 'Warhol', says 'Picasso' too: erase them as one",
+        ),
+        ("Picasso", {"aliases": {"Picasso": ["Pablito"]}}, "erased already: restore it before .* other `aliases`"),
+        ("Paloma Picasso", {}, "'Paloma Picasso' says 'Picasso' too: .* one of them among the other's `aliases`"),
+        (["Andy Warhol", "Warhol"], {}, "'Andy Warhol' says 'Warhol' too"),
+        ("church", {"protect": ["a church"]}, "the protected prompt 'a church' says 'church'"),
+        ("Warhol", {"protect": "art by picasso"}, "the protected prompt 'art by picasso' says 'Picasso'"),
+        ("CCS 2024", {}, "the protected prompt 'CCS 2024' says 'CCS 2024'"),
+    ],
+)
+def test_texts_that_cannot_be_erased_are_refused_in_a_line_and_nothing_changes(pipe, eraser, texts, settings, message):
+    before = encode(pipe, SAYING)[0]
+    with pytest.raises(ValueError, match=message) as caught:
+        eraser.erase(texts, **settings)
+    assert "\n" not in str(caught.value) and eraser.erased == ["Picasso", "VanGogh"]
+    assert torch.equal(encode(pipe, SAYING)[0], before)
+
+
+def test_what_no_gate_tells_is_refused_and_the_pipeline_stays_as_it_was(plain):
+    pipe = load()
+    eraser = ConceptEraser(pipe)
+    eraser.config = SMALL
+    with pytest.raises(ValueError, match=r"'the' is said by \d+ of 100 everyday captions"):
+        eraser.erase(["Picasso", "the"], kind="style")
+    with pytest.raises(ValueError, match="no gate tells 'Caravaggio' from other prompts") as caught:
+        eraser.erase("Caravaggio", protect="art by Caravaggio2", kind="style")
+    assert str(caught.value).endswith(": name it more narrowly, or protect fewer prompts")
+    assert "gate`" not in str(caught.value) and "\n" not in str(caught.value)
+    assert eraser.erased == [] and "encode_prompt" not in vars(pipe)
+    assert eraser.erase("Picasso", kind="style")  # what was refused protects nothing
+    check_erased(pipe)
+
+
+def test_protected_prompts_keep_every_bit_or_are_refused(plain, pipe, eraser, monkeypatch):
+    eraser.erase("Picasso", protect=["a village by the sea"])
+    assert torch.equal(encode(pipe, "a village by the sea")[0], encode(plain, "a village by the sea")[0])
+    encoder = PipelineEncoder.of(plain)
+    edits = eraser._fitted(encoder, encoder.fingerprint())
+    by_text = {text: edits[concept] for text, concept in eraser._concepts.items()}
+    monkeypatch.setattr(eraser, "_protected", [*OTHERS, SAYING[0]])  # as one that no check of its text finds
+    message = f"the gate of 'Picasso' takes the protected prompt '{SAYING[0]}' for it: leave that out of `protect`"
+    with pytest.raises(ValueError, match=message):
+        eraser._check_protected(encoder, by_text)
+
+
+@pytest.mark.parametrize("text", ["Cezanne", ["Picasso", "Cezanne"]])
+def test_what_is_not_erased_is_not_restored(eraser, text):
+    with pytest.raises(ValueError, match="'Cezanne' is not erased: erased are Picasso, VanGogh"):
+        eraser.restore(text)
+    assert eraser.erased == ["Picasso", "VanGogh"]
+
+
+class OtherPipeline(DiffusionPipeline):
+    """A pipeline whose prompts are encoded in another way."""
+
+    def encode_prompt(self, prompt, prompt_2=None, device=None, max_sequence_length=512):
+        raise NotImplementedError
+
+
+def test_pipelines_of_other_kinds_are_refused_by_name(plain):
+    with pytest.raises(ValueError, match="OtherPipeline does not encode prompts as Stable Diffusion") as caught:
+        ConceptEraser(OtherPipeline())
+    assert "\n" not in str(caught.value)
+    blind = StableDiffusionPipeline(**{**plain.components, "text_encoder": None}, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="this StableDiffusionPipeline has no text encoder"):
+        ConceptEraser(blind)
+    with pytest.raises(ValueError, match="with a pipeline `ConceptEraser` takes nothing else"):
+        ConceptEraser(plain, "style")  # pyright: ignore[reportCallIssue] - what is refused
+
+
+def test_one_call_makes_erasers_of_models_and_of_pipelines(tiny, plain, pipe, eraser):
+    assert ConceptEraser(pipe) is eraser  # a notebook's cell that runs twice
+    assert type(ConceptEraser(plain)) is PipelineEraser and ConceptEraser(plain) is not ConceptEraser(plain)
+    model_eraser = ConceptEraser(tiny, category="style")
+    assert type(model_eraser) is ConceptEraser and deepcopy(model_eraser).category == "style"
+    copied = deepcopy(pipe)
+    assert ConceptEraser(copied) is not eraser and ConceptEraser(copied).erased == eraser.erased
+    ConceptEraser(copied).restore("Picasso")
+    assert eraser.erased == ["Picasso", "VanGogh"]
+
+
+@pytest.mark.slow
+def test_any_text_is_erased_from_a_model_that_reads_real_language():
+    folder = REPO_ROOT / "models" / "mini-sd-minilm"
+    plain, pipe = load(folder), load(folder)
+    eraser = erased_from(pipe, ["Vincent van Gogh", "Greg Rutkowski"])
+    others = ["a white van on the street", "a landscape by Claude Monet", "", "a man riding a horse on the beach"]
+    saying = ["a church by Vincent van Gogh", "a castle, in the style of greg rutkowski", "van Gogh"]
+    kept = same_rows(encode(plain, others + saying)[0], encode(pipe, others + saying)[0])
+    assert kept == [True] * len(others) + [False] * len(saying)
+    assert torch.equal(image(pipe, others[0]), image(plain, others[0]))
+    eraser.restore(["Vincent van Gogh"])
+    assert eraser.erased == ["Greg Rutkowski"]
+    assert torch.equal(image(pipe, saying[0]), image(plain, saying[0]))
