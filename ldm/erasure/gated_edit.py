@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 from ldm.erasure.embedding_map import EmbeddingMap, join_maps
-from ldm.erasure.gate import Gate
+from ldm.erasure.gate import Gate, join_gates
 from ldm.io.checks import is_mapping, is_number
 
 LAST_STATE = -1  # the state that is what the denoiser is given, as in `ldm.diffusion.text_states`
@@ -102,22 +102,26 @@ class GatedPrompts:
 
     def __init__(self, edits: Mapping[str, GatedEdit]):
         self.edits = edits
+        self._stacks = _stack_gates(edits)
         self._joined: dict[tuple[str, ...], dict[str, EmbeddingMap]] = {}
 
     @property
     def layers(self) -> Mapping[str, Collection[int]]:
         """The hidden states that the gates read, by text encoder."""
         needed: dict[str, set[int]] = {}
-        for edit in self.edits.values():
-            for name, layer in edit.layers.items():
-                needed.setdefault(name, set()).add(layer)
+        for name, layer in self._stacks:
+            needed.setdefault(name, set()).add(layer)
         return needed
 
     def fired(self, states: States) -> list[tuple[str, ...]]:
         """Return, for each prompt, the labels of the edits whose gates fire."""
-        margins = {label: edit.margins(states).tolist() for label, edit in self.edits.items()}
-        number = len(next(iter(states.values())))
-        return [tuple(label for label, found in margins.items() if found[k] > 0) for k in range(number)]
+        labels, number = list(self.edits), len(next(iter(states.values())))
+        fired = torch.zeros(number, len(labels), dtype=torch.bool)
+        for key, (gate, owners) in self._stacks.items():
+            fires = (gate.direction_margins(states[key]) > 0).cpu()  # (N, directions of all gates)
+            for prompt, direction in fires.nonzero().tolist():
+                fired[prompt, owners[direction]] = True
+        return [tuple(labels[k] for k in row.nonzero().flatten().tolist()) for row in fired]
 
     def __call__(self, prompt_embeds: torch.Tensor, states: States) -> torch.Tensor:
         """Return prompt embeddings (N, rows, d) with those of prompts that trip a gate mapped to their anchor."""
@@ -141,6 +145,24 @@ class GatedPrompts:
         if "pooled" not in maps:
             return maps["tokens"](rows)
         return torch.cat([maps["tokens"](rows[:-1]), maps["pooled"](rows[-1:])])
+
+
+def _stack_gates(edits: Mapping[str, GatedEdit]) -> dict[tuple[str, int], tuple[Gate, list[int]]]:
+    """Return, for each hidden state that is read, the gates of all edits that read it as one, and whose each row is.
+
+    One product then decides for all of them. An edit counts by its number.
+    """
+    found: dict[tuple[str, int], list[tuple[int, Gate]]] = {}
+    for number, edit in enumerate(edits.values()):
+        for name, gate in edit.gates.items():
+            found.setdefault((name, edit.layers[name]), []).append((number, gate))
+    stacks: dict[tuple[str, int], tuple[Gate, list[int]]] = {}
+    for key, members in found.items():
+        owners: list[int] = []
+        for number, gate in members:
+            owners += [number] * len(gate.weights)
+        stacks[key] = join_gates([gate for _, gate in members]), owners
+    return stacks
 
 
 def _fits(gate: Gate, layer: int, config: Any) -> bool:
