@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ldm.cli import arguments
 from ldm.cli.run import run
-from ldm.config.concepts import EMPTY_PROMPT_LABEL, always_protected_prompts, parse_erase_targets
+from ldm.config.concepts import EMPTY_PROMPT_LABEL, always_protected_prompts, erasable_concepts, parse_erase_targets
 from ldm.config.everyday import sample_unprotected
 from ldm.config.methods import EvaluationConfig, NullSpaceConfig
 from ldm.io.paths import REPO_ROOT
@@ -58,7 +58,8 @@ def main() -> None:
     tolerances = sorted(tolerances) or DEFAULT_TOLERANCES
     evaluation = session.fill_settings(args, config.evaluation)
     protected = always_protected_prompts()
-    further = FurtherPrompts((), sample_unprotected(args.category, evaluation.unprotected_prompts, protected))
+    unprotected = sample_unprotected(args.category, evaluation.unprotected_prompts, protected)
+    further = FurtherPrompts((), unprotected, erasable_concepts(args.category))
     report = measure_capacity(model, concepts, null_space, tolerances, config.methods["SRS-ME"], further)
     values = report.singular_values.tolist()
     shown = [*(number for number in SPECTRUM_NUMBERS if number <= len(values)), len(values)]

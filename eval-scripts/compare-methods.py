@@ -1,7 +1,7 @@
 """Compare every method on one model: all concepts of a category but the restored ones are erased, each method in turn.
 
 SRS-ME is there in its gated form; in its linear form, with the weights of its retain set multiplied by each of
---retain_factors; linear as it was without a retain set ("words alone"); and learnt. Measured are the images of names,
+--retain_factors; linear as it was without a retain set ("words alone"); and trained. Measured are the images of names,
 held-out templates and compositions of the erased concepts, and of what should stay: restored and other concepts,
 compositions with them, kin, captions, words, watermarks. Writes methods.csv, .md, .png (the plot) and
 -grid.png into SAVE_PATH/CATEGORY. The same command resumes a stopped run: shifts and images are made once.
@@ -45,15 +45,17 @@ def main() -> None:
     parser.option("methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
     parser.option("restored", default="2", help="concepts that are not erased, such as 2")
     text = "what the weights of SRS-ME's retain set are multiplied by, such as 0.1,1,10"
-    parser.option("retain_factors", default="0.1,0.3,1,3", help=text)
+    parser.option("retain_factors", default="0.1,0.3,1,1.5,3", help=text)
     text = "prompts of each group that nobody protects, for each concept of the category"
-    parser.option("unprotected_prompts", type=arguments.positive_int, default=4, help=text)
+    parser.option("prompts_per_concept", type=arguments.positive_int, default=4, help=text)
     args = parser.parse_args()
     methods, restored = parse_methods(args.methods), parse_indexes(args.restored, args.category)
     erased = [concept.index for concept in erasable_concepts(args.category) if concept.index not in restored]
+    if "form" in arguments.typed:
+        raise ValueError("`form`: both forms are compared here, so leave it out")
     if not erased:
         raise ValueError(f"`restored` {args.restored} leaves no concept to erase: name fewer")
-    factors = arguments.parse_numbers(args.retain_factors, "retain_factors")
+    factors = arguments.parse_numbers(args.retain_factors, "retain_factors", minimum=1)
     if min(factors) < 0:
         raise ValueError(f"`retain_factors` {args.retain_factors}: give numbers above 0, or 0")
     import pandas as pd
@@ -65,7 +67,7 @@ def main() -> None:
     contenders = list_contenders(methods, method_configs(args, experiment), factors)
     second = COMPOSED_WITH.get(args.category)
     second_classifier = find_classifier(second, None, experiment.model.device) if second else None
-    groups = prompt_groups(args.category, erased, args.unprotected_prompts)
+    groups = prompt_groups(args.category, erased, args.prompts_per_concept)
     comparison = MethodComparison(experiment, artifacts_dir(args), erased, groups, second_classifier)
     tables = []
     for number, contender in enumerate([None, *contenders]):

@@ -29,7 +29,7 @@ def test_every_method_takes_part_and_srs_me_in_all_its_forms():
     half, twice = (by_name[f"SRS-ME linear {factor}"].config for factor in ("0.5", "2"))
     assert isinstance(half, SRSMEConfig) and isinstance(twice, SRSMEConfig)
     assert twice.captions_preserve_scale == 4 * half.captions_preserve_scale > 0
-    assert by_name["SRS-ME learnt"].config.trains and not half.trains
+    assert by_name["SRS-ME trained"].config.trains and not half.trains
     words_alone = by_name["SRS-ME linear, words alone"].config
     assert isinstance(words_alone, SRSMEConfig) and words_alone.vocab_preserve_scale > 0
     assert not words_alone.captions_preserve_scale and words_alone.anchor == "empty"

@@ -8,7 +8,7 @@ from ldm.diffusion.load import load_model
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.embedding_map import EmbeddingMap, fit_map, join_maps
 from ldm.erasure.gate import Gate
-from ldm.erasure.gated_edit import REACH, LAST_STATE, GatedEdit, GatedPrompts, is_gated_tensor
+from ldm.erasure.gated_edit import JOINED_SCALE, LAST_STATE, GatedEdit, GatedPrompts, is_gated_tensor
 from ldm.erasure.merge import by_form, describe_forms, edited, shifts_metadata
 from ldm.erasure.shift import SHIFT_FILE_TYPE, DenseShift, SeparableShift, WeightShift
 from ldm.io.tensors import load_tensors
@@ -67,7 +67,7 @@ def test_each_prompt_becomes_what_its_map_makes_of_it():
     assert torch.equal(result[0], edits["1"].maps["tokens"](embeds[0]))
     assert torch.equal(result[1], edits["0"].maps["tokens"](embeds[1]))
     joined = join_maps([edit.maps["tokens"] for edit in edits.values()])
-    change = REACH * (joined(embeds[2]) - embeds[2])  # which goes further than each concept's own
+    change = JOINED_SCALE * (joined(embeds[2]) - embeds[2])  # which goes further than each concept's own
     assert torch.allclose(result[2], embeds[2] + change, atol=1e-5)
 
 

@@ -1,15 +1,21 @@
 """The retain set: what a linear shift should change little, what that costs, and what the closed form makes of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
 from ldm.config.concepts import Concept, erasable_concepts, get_concept
-from ldm.config.methods import SRSMEConfig
+from ldm.config.methods import NullSpaceConfig, SRSMEConfig
 from ldm.config.templates import load_template_set
-from ldm.diffusion.tokenizer import align_tokens
-from ldm.erasure.erase import anchor_embeds, initial_shift, target_prompts
+from ldm.diffusion.tokenizer import align_tokens, read_part
+from ldm.erasure.erase import erase, initial_shift
 from ldm.erasure.null_space import NullSpaceBasis
+from ldm.erasure.protection import Protection
 from ldm.erasure.retain import RetainSet
+from ldm.erasure.targets import anchor_embeds, target_prompts
+from ldm.io.paths import REPO_ROOT, ArtifactPaths
 
 VAN_GOGH = get_concept("style", 1)
 SCALES = ("vocab_preserve_scale", "captions_preserve_scale", "neutral_preserve_scale", "others_preserve_scale")
@@ -56,23 +62,41 @@ def test_prompts_that_say_the_concept_are_not_retained(tiny, retain, monkeypatch
 
 
 def test_targets_are_the_categorys_templates_or_those_of_the_kind_in_all_spellings():
-    of_category = target_prompts(VAN_GOGH, SRSMEConfig(target_templates=2))
+    tokenizer = CLIPTokenizer.from_pretrained(REPO_ROOT / "models" / "mini-sd" / "tokenizer")
+    of_category = target_prompts(VAN_GOGH, SRSMEConfig(target_templates=2), tokenizer)
     assert of_category == dict.fromkeys(["VanGogh", "VanGogh painting", "a painting by VanGogh"], "")
-    pulled = target_prompts(VAN_GOGH, SRSMEConfig(target_templates=1, anchor="category"))
+    pulled = target_prompts(VAN_GOGH, SRSMEConfig(target_templates=1, anchor="category"), tokenizer)
     assert set(pulled.values()) == {"painting"}
-    of_kind = target_prompts(VAN_GOGH, SRSMEConfig(target_templates=3, template_set="kind", anchor="neutral"))
+    settings = {"template_set": "kind", "anchor": "neutral"}
+    of_kind = target_prompts(VAN_GOGH, SRSMEConfig(target_templates=2, **settings), tokenizer)
     assert of_kind["Vincent van Gogh"] == "an artist" and of_kind["a painting by Van Gogh"] == "a painting by an artist"
     templates = load_template_set("style").templates
-    assert len(of_kind) == len({"{}", *templates[:3]}) * len(set(VAN_GOGH.spellings))
+    assert templates[0] == "{}" and len(of_kind) == 3 * len(set(VAN_GOGH.spellings))
+    all_templates = target_prompts(VAN_GOGH, SRSMEConfig(target_templates=30, **settings), tokenizer)
+    assert len(all_templates) < len(templates) * 3  # of which some are longer than mini-sd reads
+    assert all(read_part(tokenizer, prompt) is None for prompt in all_templates)
 
 
 def test_anchors_are_aligned_with_their_prompts_token_by_token(tiny):
     anchors = {"a painting by VanGogh": "a painting by an artist", "VanGogh": "an artist"}
-    aims = anchor_embeds(tiny, anchors)
+    neutral, empty = SRSMEConfig(anchor="neutral"), SRSMEConfig()
+    aims = anchor_embeds(tiny, anchors, neutral)
     assert aims.shape == (2, *tiny.encode_prompt([""]).shape[1:])
     rows = align_tokens(tiny.tokenizers[0], "VanGogh", "an artist")
     assert torch.equal(aims[1], tiny.encode_prompt(["an artist"])[0][rows])
-    assert torch.equal(anchor_embeds(tiny, {"a": "", "b": ""}), tiny.encode_prompt([""]))
+    alone = anchor_embeds(tiny, {"VanGogh": "an artist"}, neutral)
+    assert torch.equal(alone[0], aims[1])
+    assert torch.equal(anchor_embeds(tiny, {"a": "", "b": ""}, empty), tiny.encode_prompt([""]))
+
+
+def test_a_shift_is_made_anew_when_the_prompts_that_it_is_made_of_change(tiny, tmp_path):
+    prompts = SRSMEConfig(mode="closed_form", init="closed_form", template_set="kind", others_preserve_scale=1.0)
+    artifacts = ArtifactPaths(tmp_path, "SRS-ME", tiny.name, "style", 1, 0)
+    protection = Protection([2], NullSpaceConfig())
+    first = erase(tiny, artifacts, [VAN_GOGH], prompts, protection, tmp_path)
+    assert len(first) == 1 and not erase(tiny, artifacts, [VAN_GOGH], prompts, protection, tmp_path)
+    renamed = replace(VAN_GOGH, aliases=(*VAN_GOGH.aliases, "Vincent"))
+    assert len(erase(tiny, artifacts, [renamed], prompts, protection, tmp_path)) == 1
 
 
 def test_more_weight_changes_what_is_retained_less_and_the_concept_too(tiny, retain):

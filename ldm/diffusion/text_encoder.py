@@ -18,7 +18,7 @@ from ldm.io.tensors import not_finite
 
 NUM_TOKENS = 32  # that are read of a prompt: more than a caption has
 _WORD_MARKS = ("\u0120", "\u2581")  # of a piece that begins a word: of byte pairs without a mark of ends, SentencePiece
-_MARKED_SHARE = 0.05  # of a vocabulary, from which on a mark is one
+_MIN_FRACTION = 0.05  # of a vocabulary, from which on a mark is one
 _NAME = "text_encoder"  # as a pipeline calls its first one
 _ADVICE = "give `text_encoder` a folder with config.json, a tokenizer and model.safetensors of one text encoder"
 
@@ -60,12 +60,14 @@ class PromptTokenizer:
         marked = tokenizer("a").input_ids
         bare = tokenizer("a", add_special_tokens=False).input_ids
         if marked[-1] == bare[-1] or marked[0] == bare[0]:
+            if tokenizer.eos_token is None:
+                raise ValueError(f"the tokenizer marks no end of a prompt, and has no token that could: {_ADVICE}")
             begin, end = tokenizer.bos_token or tokenizer.eos_token, tokenizer.eos_token
             ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys((begin, end))]
             template = TemplateProcessing(single=f"{begin} $A {end}", special_tokens=ids)
             tokenizer.backend_tokenizer.post_processor = template
         vocabulary = list(tokenizer.get_vocab())
-        self._mark = next((mark for mark in _WORD_MARKS if _share(vocabulary, mark) > _MARKED_SHARE), None)
+        self._mark = next((mark for mark in _WORD_MARKS if _fraction(vocabulary, mark) > _MIN_FRACTION), None)
 
     @property
     def model_max_length(self) -> int:
@@ -101,7 +103,7 @@ class PromptTokenizer:
         return text[1:] if token.startswith(self._mark) else f"##{text}"
 
 
-def _share(vocabulary: list[str], mark: str) -> float:
+def _fraction(vocabulary: list[str], mark: str) -> float:
     """Return which fraction of a vocabulary begins with a mark."""
     return sum(token.startswith(mark) for token in vocabulary) / len(vocabulary)
 

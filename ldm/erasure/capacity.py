@@ -19,11 +19,12 @@ from ldm.config.spellings import says
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.closed_form import closed_form_map
-from ldm.erasure.erase import anchor_embeds, concept_space, target_prompts
+from ldm.erasure.erase import concept_space
 from ldm.erasure.null_space import null_space, qr_factor, relative_singular_values
 from ldm.erasure.protection import ProtectedRows
 from ldm.erasure.retain import RetainSet
 from ldm.erasure.shift import SeparableShift, stacked_qr_factor
+from ldm.erasure.targets import anchor_embeds, target_prompts
 
 DEFAULT_TOLERANCES = (1e-7, 1e-4, 5e-4, 2e-3, 5e-3, 2e-2)  # to compare where nobody names others
 
@@ -44,10 +45,14 @@ class CapacityReport:
 
 @dataclass(frozen=True)
 class FurtherPrompts:
-    """Prompts beside the concepts': those to protect too, and by group those that nothing protects, to report on."""
+    """Prompts beside the concepts': those to protect too, and by group those that nothing protects, to report on.
+
+    `others` are the concepts whose prompts an erasure retains, where these are not those that are erased.
+    """
 
     protected: Sequence[str] = ()
     unprotected: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    others: Sequence[Concept] = ()
 
 
 NO_FURTHER_PROMPTS = FurtherPrompts()
@@ -78,24 +83,25 @@ def measure_capacity(
     directions (`min_projection`), and the largest leakage on protected and on held-out prompts.
     """
     always = list(dict.fromkeys([*always_protected_prompts(), *further.protected]))
-    anchors = {concept.index: target_prompts(concept, config) for concept in concepts}
+    anchors = {concept.index: target_prompts(concept, config, model.tokenizers[0]) for concept in concepts}
     protected = {concept.index: concept.prompts(null_space_config.protected_templates) for concept in concepts}
     held_out = {concept.index: concept.held_out_prompts for concept in concepts}
     others = further.unprotected.values()
     prompts = itertools.chain(always, *protected.values(), *held_out.values(), *anchors.values(), *others)
     embeds = model.embed_prompts(dict.fromkeys(prompts))
     rows = ProtectedRows(embeds, always, protected, null_space_config.always_protected_weight)
-    surrogate, retain = _surrogate_layer(model), RetainSet(model, concepts)
+    surrogate, retain = _surrogate_layer(model), RetainSet(model, further.others or concepts)
     results: dict[tuple[float, int], _Erased] = {}
     factors = rows.leave_one_out(concepts)
     for concept, factor in zip(tqdm(concepts, desc="concepts", unit="concept"), factors, strict=True):
         target_embeds = torch.stack([embeds[prompt] for prompt in anchors[concept.index]])  # (P, tokens, d)
-        aims = anchor_embeds(model, anchors[concept.index])  # (P, tokens, d), or (1, tokens, d)
+        aims = anchor_embeds(model, anchors[concept.index], config)  # (P, tokens, d), or (1, tokens, d)
+        retain_cost = retain.cost(concept, config)
         for tolerance in tolerances:
             basis = null_space(factor, tolerance, null_space_config.null_space_method)[0]
             erased = _Erased(torch.zeros_like(surrogate.weight), 0.0)
             if len(basis):
-                space = concept_space(retain, concept, config, basis, factor, target_embeds)
+                space = concept_space(config, basis, factor, target_embeds, retain_cost)
                 difference = (target_embeds - aims).double().flatten(0, 1)
                 projection = ((difference @ space.directions.T).norm() / difference.norm()).item()
                 embedding_map = closed_form_map(space, target_embeds, aims)

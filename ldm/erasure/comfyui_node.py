@@ -24,7 +24,7 @@ LAST_STATE = -1  # what the denoiser is given, among the numbers of layers
 POOLED_ENCODER = "clip_g"  # whose pooled embedding XL's denoiser is given
 
 _FOLDER = Path(__file__).parent
-REACH = 1.2  # of the map of several concepts that a prompt says together
+JOINED_SCALE = 1.2  # of the map of several concepts that a prompt says together
 _RELATIVE_ZERO = 1e-6
 
 States = Mapping[tuple[str, int], torch.Tensor]  # by text encoder and layer: (N, T, width of that encoder)
@@ -302,9 +302,9 @@ class GatedTextEncoders:
             chosen = [self.srs_me_gates.concepts[number] for number in numbers]
             streams = chosen[0].maps
             joined = {stream: join_maps([each.maps[stream] for each in chosen]) for stream in streams}
-            reach = REACH if len(chosen) > 1 else 1.0
+            scale = JOINED_SCALE if len(chosen) > 1 else 1.0
             self._joined[numbers] = {
-                stream: replace(found, outputs=reach * found.outputs) for stream, found in joined.items()
+                stream: replace(found, outputs=scale * found.outputs) for stream, found in joined.items()
             }
         return self._joined[numbers]
 

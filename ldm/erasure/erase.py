@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,11 +25,9 @@ from ldm.config.methods import (
     SRSMEConfig,
     complete_settings,
 )
-from ldm.config.templates import fill, load_template_set
 from ldm.diffusion.latents import latents_from_folder, sampled_batches
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
-from ldm.diffusion.tokenizer import align_tokens
 from ldm.erasure.closed_form import Costs, ErasureSpace, closed_form_map, erasure_space
 from ldm.erasure.gate_fitter import GateFitter, InseparableError
 from ldm.erasure.gated_edit import GatedEdit
@@ -38,6 +38,7 @@ from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.protection import Protection, solve_null_spaces
 from ldm.erasure.retain import RetainSet
 from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift, WeightShift
+from ldm.erasure.targets import anchor_embeds, target_prompts
 from ldm.erasure.training import CURVE_COLUMNS, fit
 from ldm.io.errors import MissingFileError, notify
 from ldm.io.files import atomic_write, file_digest
@@ -219,6 +220,8 @@ class _Erasure:
             "config": self.config.acting(),
             "dtype": str(self.model.dtype),
         }
+        if isinstance(self.config, SRSMEConfig):
+            metadata["prompts_digest"] = self._digest_prompts(concept, self.config)
         if self.gate.gate:
             metadata["gate_config"] = self.gate.to_dict()
         if self.config.needs_null_space:
@@ -228,6 +231,12 @@ class _Erasure:
         else:
             metadata |= self.model.generation_metadata
         return metadata
+
+    def _digest_prompts(self, concept: Concept, config: SRSMEConfig) -> str:
+        """Return a digest of the prompts that an erasure takes from concepts, templates and grammars."""
+        targets = list(target_prompts(concept, config, self.model.tokenizers[0]).items())
+        content = json.dumps([targets, self.retain.groups(concept, config)])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def run(self, concepts: Sequence[Concept], metadata: Mapping[int, dict[str, Any]]) -> list[ErasureSummary]:
         """Make and save the shifts of concepts that are trained together, or of one."""
@@ -326,7 +335,9 @@ class _Erasure:
         if self.config.needs_null_space:
             basis = self.bases[concept.index].metadata
             metadata |= {name: basis[name] for name in ("protected", "rank", "rank_rtol")}
+        start = time.perf_counter()
         shift.gated = self._gated_edit(concept)
+        seconds += time.perf_counter() - start
         changes = self._measure(concept, shift)
         target_change = changes.pop(concept.prompt)
         max_leakage = max(changes.values())
@@ -355,55 +366,28 @@ def initial_shift(
     model: DiffusionModel, concept: Concept, config: SRSMEConfig, basis: NullSpaceBasis, retain: RetainSet
 ) -> SeparableShift:
     """Return what SRS-ME starts from or stops at: a concept's closed form in `basis`, or zero in its directions."""
-    anchors = target_prompts(concept, config)
+    anchors = target_prompts(concept, config, model.tokenizers[0])
     target_embeds = model.drop_pooled(model.encode_prompt(list(anchors)))  # (P, tokens, d)
-    space = concept_space(retain, concept, config, basis.vectors, basis.protected, target_embeds)
+    space = concept_space(config, basis.vectors, basis.protected, target_embeds, retain.cost(concept, config))
     layers = text_layers(model.unet)
     if config.init == "zero":
         return SeparableShift.zeros(layers, space.directions, config.basis_scale)
-    embedding_map = closed_form_map(space, target_embeds, anchor_embeds(model, anchors))
+    embedding_map = closed_form_map(space, target_embeds, anchor_embeds(model, anchors, config))
     return SeparableShift.from_map(layers, space.directions, config.basis_scale, embedding_map)
 
 
-def target_prompts(concept: Concept, config: SRSMEConfig) -> dict[str, str]:
-    """Return the prompts that say a concept, as the closed form takes them, and the prompt that it makes of each."""
-    kind = load_template_set(concept.kind)
-    if config.template_set == "kind":
-        templates = ["{}", *kind.templates[: config.target_templates]]
-        spellings = concept.spellings
-    else:
-        templates = ["{}", *concept.templates[: config.target_templates]]
-        spellings = (concept.prompt,)
-    anchors: dict[str, str] = {}
-    for template in templates:
-        anchor = {"empty": "", "category": concept.anchor_prompt, "neutral": fill(template, kind.neutral)}
-        anchors |= {fill(template, spelling): anchor[config.anchor] for spelling in spellings}
-    return anchors
-
-
-def anchor_embeds(model: DiffusionModel, anchors: Mapping[str, str]) -> torch.Tensor:
-    """Return the embeddings of the anchor of each prompt, aligned with it token by token, (P, tokens, d)."""
-    embeds = model.embed_prompts(dict.fromkeys(anchors.values()))  # (tokens, d) each
-    if len(embeds) == 1:
-        return next(iter(embeds.values()))[None]  # one for all, as it is
-    rows = [embeds[anchor][align_tokens(model.tokenizers[0], prompt, anchor)] for prompt, anchor in anchors.items()]
-    return torch.stack(rows)
-
-
 def concept_space(
-    retain: RetainSet,
-    concept: Concept,
     config: SRSMEConfig,
     basis: torch.Tensor,
     protected_rows: torch.Tensor,
     target_embeds: torch.Tensor,
+    retain_cost: torch.Tensor,
 ) -> ErasureSpace:
     """Return `closed_form.erasure_space` for a concept by SRS-ME's settings.
 
-    What a change of the retain set costs counts once for each of the concept's prompts.
+    `retain_cost` is that of `RetainSet`; it counts once for each of the concept's prompts.
     """
-    gram = len(target_embeds) * retain.cost(concept, config)
-    costs = Costs(config.ridge_weight, config.preserve_scale, gram)
+    costs = Costs(config.ridge_weight, config.preserve_scale, len(target_embeds) * retain_cost)
     return erasure_space(basis, protected_rows, target_embeds, costs, config.max_directions)
 
 

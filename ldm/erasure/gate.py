@@ -47,7 +47,7 @@ class Gate:
         return self.direction_margins(rows).amax(1)
 
     def direction_margins(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return how far the rows (N, T, d) of each prompt are above the threshold of each direction, (N, g) float32."""
+        """Return how far each prompt's rows (N, T, d) are above the threshold of each direction, (N, g) float32."""
         scores = rows.float() @ self.weights.to(rows.device).T  # (N, T, g)
         return scores.amax(1) - self.thresholds.to(rows.device)
 

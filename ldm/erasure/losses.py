@@ -30,6 +30,7 @@ from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.diffusion.trainable import trainable_parameter_names
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
+from ldm.erasure.targets import target_prompts
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class SRSMELoss(SingleConceptLoss):
     @classmethod
     def from_config(cls, model: DiffusionModel, concept: Concept, config: SRSMEConfig, shift: SeparableShift) -> Self:
         """Return the loss that trains `shift` further for a concept."""
-        target_embeds = model.encode_prompt(concept.prompts(config.target_templates))
+        target_embeds = model.encode_prompt(list(target_prompts(concept, config, model.tokenizers[0])))
         return cls(model, shift, target_embeds, model.encode_uncond(), config.l1_weight)
 
     def parameters(self) -> list[torch.Tensor]:

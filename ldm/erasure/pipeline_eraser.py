@@ -88,7 +88,7 @@ class PipelineEraser:
         except BaseException:  # an interrupt too: all of the concepts are erased, or none
             self._concepts, self._protected, self._edits = before
             raise
-        if new:
+        if new or added:
             self._returned.clear()
         if not before[0]:
             self._attribute_before = vars(self._pipe).get("encode_prompt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -21,36 +22,55 @@ _NUM_NAMES = 220  # made-up names, which stand for all that nobody lists
 
 
 class RetainSet:
-    """Everyday captions, neutral prompts, and prompts that say the other concepts, as moments of their embeddings.
+    """Everyday captions, neutral prompts, and prompts that say the other concepts.
 
     Neutral prompts say a neutral word, or a made-up name, as others say a concept. `others` are the concepts whose
-    prompts are retained unless it is their own erasure. The moments of prompts are the mean of `e^T e` over them,
-    (d, d), float64, with e (tokens, d) the embedding of one.
+    prompts are retained unless it is their own erasure.
     """
 
     def __init__(self, model: DiffusionModel, others: Sequence[Concept]):
         self.model, self.others = model, others
-        self.captions = retain_captions(_NUM_CAPTIONS)
-        self._moments: dict[tuple[str, ...], torch.Tensor] = {}
+        self._grams: dict[tuple[str, ...], torch.Tensor] = {}
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Everyday captions of the grammar that erasures are fitted on."""
+        return retain_captions(_NUM_CAPTIONS)
 
     def cost(self, concept: Concept, config: SRSMEConfig) -> torch.Tensor:
-        """Return the sum of the moments by the weights of `config`: what a concept's change of them costs, (d, d)."""
+        """Return what a concept's change of the retain set costs, (d, d), float64.
+
+        It is the sum, by the scales of `config`, of the mean over each group's prompts of `e^T e`, with e (tokens, d)
+        the embedding of one.
+        """
         total = torch.zeros(self.model.context_dim, self.model.context_dim, dtype=torch.float64)
         if config.vocab_preserve_scale:
             total += config.vocab_preserve_scale * self.model.vocab_gram_without(*concept.spellings)
-        if config.captions_preserve_scale:
-            captions = [text for text in self.captions if not says(text, concept.spellings)]
-            total += config.captions_preserve_scale * self._mean([captions])
-        if config.neutral_preserve_scale:
-            total += config.neutral_preserve_scale * self._mean([self._neutral_prompts(concept)])
-        others = [other for other in self.others if other != concept]
-        if config.others_preserve_scale and others:
-            prompts = []
-            for other in others:
-                said = self._saying(other.kind, other.prompt)
-                prompts.append([text for text in said if not says(text, concept.spellings)])
-            total += config.others_preserve_scale * self._mean(prompts)
+        for scale, parts in self.groups(concept, config):
+            number = sum(len(part) for part in parts)
+            for part in parts:
+                total += scale / number * self._gram(part)
         return total
+
+    def groups(self, concept: Concept, config: SRSMEConfig) -> list[tuple[float, list[list[str]]]]:
+        """Return the groups of prompts that are retained, in parts, each group with its scale.
+
+        None of them says the concept. The words of the vocabulary are not among them.
+        """
+        found: list[tuple[float, list[list[str]]]] = []
+        if config.captions_preserve_scale:
+            found.append((config.captions_preserve_scale, [self.captions]))
+        if config.neutral_preserve_scale:
+            found.append((config.neutral_preserve_scale, [self._neutral_prompts(concept)]))
+        if config.others_preserve_scale:
+            others = [other for other in self.others if other != concept]
+            found.append((config.others_preserve_scale, [self._saying(other.kind, other.prompt) for other in others]))
+        without: list[tuple[float, list[list[str]]]] = []
+        for scale, parts in found:
+            parts = [[text for text in part if not says(text, concept.spellings)] for part in parts]
+            if any(parts):
+                without.append((scale, parts))
+        return without
 
     def _neutral_prompts(self, concept: Concept) -> list[str]:
         """Return prompts that say the neutral word of a concept's kind, and made-up names, in its kind's templates."""
@@ -70,12 +90,9 @@ class RetainSet:
         composed = [text.replace("{caption}", next(captions)) for text in templates.composed_templates * _COMPOSED]
         return prompts + [fill(template, name) for template in composed]
 
-    def _mean(self, groups: Sequence[Sequence[str]]) -> torch.Tensor:
-        """Return the moments over all prompts of the groups; those of each group are computed once."""
-        total = torch.zeros(self.model.context_dim, self.model.context_dim, dtype=torch.float64)
-        for group in groups:
-            key = tuple(group)
-            if key not in self._moments:
-                self._moments[key] = self.model.prompt_gram(group)
-            total += self._moments[key]
-        return total / max(1, sum(len(group) for group in groups))
+    def _gram(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Return the sum of `e^T e` over prompts, computed once for each list of them."""
+        key = tuple(prompts)
+        if key not in self._grams:
+            self._grams[key] = self.model.prompt_gram(prompts)
+        return self._grams[key]

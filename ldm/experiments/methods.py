@@ -21,6 +21,7 @@ from ldm.config.concepts import (
 from ldm.config.everyday import COMPOSED_WITH, compositions, sample_unprotected
 from ldm.config.methods import MethodConfig, SRSMEConfig
 from ldm.config.templates import fill, load_template_set
+from ldm.erasure.merge import describe_forms
 from ldm.erasure.shift import WeightShift
 from ldm.experiments.experiment import Experiment
 from ldm.io.files import write_json
@@ -33,7 +34,15 @@ from ldm.metrics.compare import accuracy_by_prompt
 from ldm.metrics.tables import to_markdown
 
 LEFT = ("names", "held-out templates", "erased compositions")  # the groups of prompts that say an erased concept
-CHANGED = ("protected", "restored", "others", "compositions", "kin", "captions", "words")  # and those that say none
+CHANGED = (
+    "protected",
+    "restored",
+    "other category",
+    "compositions",
+    "kin",
+    "captions",
+    "words",
+)  # and those that say none
 PLOTTED = {
     "captions LPIPS": "LPIPS of captions",
     "compositions LPIPS": "LPIPS of compositions",
@@ -63,7 +72,7 @@ def list_contenders(
     """Return the contenders of the methods.
 
     SRS-ME is there gated; linear, with the weights of its retain set multiplied by each of `retain_factors`; linear
-    with the words of the vocabulary alone and the empty prompt as anchor; and learnt. Other methods are there once.
+    with the words of the vocabulary alone and the empty prompt as anchor; and trained. Other methods are there once.
     """
     contenders = []
     for method in methods:
@@ -78,16 +87,16 @@ def list_contenders(
             contenders.append(Contender(f"SRS-ME linear {factor:g}", "SRS-ME linear", closed.with_changes(**scales)))
         words_alone = closed.with_changes(**_WORDS_ALONE)
         contenders.append(Contender("SRS-ME linear, words alone", "SRS-ME linear, words alone", words_alone))
-        learnt = config.with_changes(mode="learn", init="zero")
-        contenders.append(Contender("SRS-ME learnt", "SRS-ME learnt", learnt))
+        trained = config.with_changes(mode="learn", init="zero")
+        contenders.append(Contender("SRS-ME trained", "SRS-ME trained", trained))
     return contenders
 
 
 def prompt_groups(category: str, erased: Sequence[int], num: int) -> dict[str, list[str]]:
     """Return the prompts of each group of `LEFT` and `CHANGED`: `num` of each group that nobody lists.
 
-    The concepts of the category that are not `erased` are `restored`. `others` are those of the category which
-    compositions say too.
+    The concepts of the category that are not `erased` are `restored`. The `other category` is the one
+    that compositions say too.
     """
     concepts = erasable_concepts(category)
     groups: dict[str, list[str]] = {"names": [], "held-out templates": [], "restored": []}
@@ -103,7 +112,7 @@ def prompt_groups(category: str, erased: Sequence[int], num: int) -> dict[str, l
         is_erased = concept_status(category, prompt, erased) == "erased"
         groups.setdefault("erased compositions" if is_erased else "compositions", []).append(prompt)
     if category in COMPOSED_WITH:
-        groups["others"] = [concept.prompt for concept in erasable_concepts(COMPOSED_WITH[category])]
+        groups["other category"] = [concept.prompt for concept in erasable_concepts(COMPOSED_WITH[category])]
     everyday = sample_unprotected(category, num * len(concepts))
     groups |= {name: everyday[name] for name in ("captions", "words", "kin")}
     groups["protected"] = always_protected_prompts()
@@ -134,20 +143,25 @@ class MethodComparison:
                 self.groups.setdefault(prompt, name)
 
     def erase(self, contender: Contender) -> tuple[dict[str, WeightShift], float]:
-        """Return the shifts of a contender by label, made where they are not there, and the seconds that they took."""
+        """Return the shifts of a contender by label, made where they are not there, and the seconds that they took.
+
+        These are NaN where a run that was stopped made a shift and could not note its time.
+        """
         category = self.experiment.category
         folder = self.artifacts_dir / contender.name.replace(",", "").replace(" ", "-")
         artifacts = ArtifactPaths(folder, contender.config.name, self.experiment.model.name, category, 0, 0)
         concepts = [get_concept(category, index) for index in self.erased]
         protected = [concept.index for concept in erasable_concepts(category)]
         experiment = replace(self.experiment, form=contender.form)
-        summaries = experiment.erase(artifacts, concepts, protected, contender.config)
         times_path = folder / "seconds.json"  # of shifts that an earlier run made too
         times = json.loads(times_path.read_text(encoding="utf-8")) if times_path.is_file() else {}
-        times |= {summary.concept: summary.seconds for summary in summaries}
-        write_json(times_path, times)
+        for together in [concepts] if contender.config.is_joint else [[concept] for concept in concepts]:
+            summaries = experiment.erase(artifacts, together, protected, contender.config)
+            times |= {summary.concept: summary.seconds for summary in summaries}
+            write_json(times_path, times)
+        took = [times.get(concept.name, float("nan")) for concept in concepts]
         shifts = {str(index): WeightShift.load(artifacts.shift(index)) for index in self.erased}
-        return shifts, max(times.values()) if contender.config.is_joint else sum(times.values())
+        return shifts, took[0] if contender.config.is_joint else sum(took)
 
     def measure(self, contender: Contender | None) -> pd.DataFrame:
         """Return a row for each prompt: contender, line, seconds, group, `shown`, and the columns of `compare`.
@@ -159,6 +173,7 @@ class MethodComparison:
         if contender is not None:
             (shifts, seconds), name, line = self.erase(contender), contender.name, contender.line
             form = contender.form
+            print(f"{name}: {describe_forms(shifts, form)}", flush=True)
         experiment = replace(self.experiment, form=form)
         cases = make_cases(list(self.groups), experiment.seeds_per_prompt, experiment.seed)
         table, folder = experiment.evaluate_cases(shifts, name.replace(",", "").replace(" ", "-"), "methods", cases)
@@ -207,8 +222,8 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
             row["shown"] = groups["erased compositions"]["shown"].mean()
         if "restored" in groups:
             row["restored accuracy"] = groups["restored"]["accuracy_after"].mean()
-        if "others" in groups:
-            row["others shown"] = groups["others"]["shown"].mean()
+        if "other category" in groups:
+            row["other category shown"] = groups["other category"]["shown"].mean()
         for group in CHANGED:
             if group in groups:
                 row[f"{group} LPIPS"] = groups[group]["lpips"].mean()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment
 
-from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES, always_protected_prompts
+from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES, always_protected_prompts, erasable_concepts
 from ldm.config.everyday import COMPOSITIONS
 from ldm.config.methods import SRSMEConfig
 from ldm.config.models import load_model_config
@@ -233,7 +233,8 @@ def _capacity_section(ledger: Ledger, experiment: Experiment) -> Section:
     config = load_model_config(model.config_name)
     method = config.methods[SRSMEConfig.name]
     assert isinstance(method, SRSMEConfig)
-    further = FurtherPrompts(ledger.header["protected"], experiment.unprotected_groups(()))
+    others = erasable_concepts(ledger.header["category"])
+    further = FurtherPrompts(ledger.header["protected"], experiment.unprotected_groups(()), others)
     capacity = measure_capacity(model, ledger.concepts, config.null_space, DEFAULT_TOLERANCES, method, further)
     text = (
         "What the prompts of all concepts leave free at several tolerances, and what each tolerance costs, where "

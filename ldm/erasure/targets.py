@@ -1,0 +1,45 @@
+"""The prompts that say a concept, as the closed form and training take them, and the anchor of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ldm.config.concepts import Concept
+from ldm.config.methods import SRSMEConfig
+from ldm.config.templates import fill, load_template_set
+from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.tokenizer import align_tokens, read_part
+
+
+def target_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dict[str, str]:
+    """Return the prompts that say a concept, and the prompt that the closed form makes of each.
+
+    Of the templates of its kind those are left out with which the concept is longer than the model reads.
+    """
+    kind = load_template_set(concept.kind)
+    of_kind = config.template_set == "kind"
+    templates = [text for text in (kind.templates if of_kind else concept.templates) if text != "{}"]
+    anchors: dict[str, str] = {}
+    for template in ["{}", *templates[: config.target_templates]]:
+        anchor = {"empty": "", "category": concept.anchor_prompt, "neutral": fill(template, kind.neutral)}
+        for spelling in concept.spellings if of_kind else (concept.prompt,):
+            prompt = fill(template, spelling)
+            if template == "{}" or not of_kind or read_part(tokenizer, prompt) is None:
+                anchors[prompt] = anchor[config.anchor]
+    return anchors
+
+
+def anchor_embeds(model: DiffusionModel, anchors: Mapping[str, str], config: SRSMEConfig) -> torch.Tensor:
+    """Return the embeddings that prompts should get, (P, tokens, d), or (1, tokens, d) for all of them alike.
+
+    A neutral anchor differs from its prompt in the name alone, and is aligned with it token by token.
+    """
+    embeds = model.embed_prompts(dict.fromkeys(anchors.values()))  # (tokens, d) each
+    if config.anchor != "neutral":
+        return next(iter(embeds.values()))[None]
+    tokenizer = model.tokenizers[0]
+    rows = [embeds[anchor][align_tokens(tokenizer, prompt, anchor)] for prompt, anchor in anchors.items()]
+    return torch.stack(rows)
