@@ -135,14 +135,26 @@ def test_another_spelling_that_no_gate_tells_is_noticed_and_left_out(model, fitt
 
 def test_a_name_in_lower_case_counts_where_the_tokenizer_tells_it_apart(model):
     class Cased:
-        """Tokens that are letters, as they are written."""
+        """Tokens that are ASCII letters, as they are written."""
 
-        def __call__(self, text):
-            return SimpleNamespace(input_ids=[0, *map(ord, text), 1])
+        unk_token_id = 2
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = [ord(letter) if letter.isascii() else self.unk_token_id for letter in text]
+            return SimpleNamespace(input_ids=[0, *ids, 1] if add_special_tokens else ids)
 
     concept = Concept(0, "Monet", "Monet", ("Claude Monet",))
     assert gate_fitter._spellings(Cased(), concept) == ["Monet", "Claude Monet", "monet", "claude monet"]
     assert gate_fitter._spellings(model.tokenizers[0], concept) == ["Monet", "Claude Monet"]
+    with pytest.raises(ValueError, match="the model's tokenizer keeps nothing of '🍎'"):  # nothing of its own
+        gate_fitter._spellings(Cased(), Concept(0, "🍎", "🍎", kind="object"))
+
+
+def test_an_object_is_said_by_its_plural_too():
+    found = gate_fitter._with_plurals(Concept(0, "golf ball", "golf ball", ("red box",), kind="object"))
+    assert found.spellings == ("golf ball", "golf ball", "red box", "golf balls", "red boxes")
+    artist = Concept(0, "Monet", "Monet", kind="style")
+    assert gate_fitter._with_plurals(artist) is artist
 
 
 def test_words_of_a_name_are_none_of_its_negatives_in_either_case(fitter, monkeypatch):

@@ -102,6 +102,9 @@ def test_a_folder_that_is_no_text_encoder_is_one_line(folders, tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         load_text_encoder(tmp_path, CPU)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=r"no tokenizer in .*: copy its files there, such as tokenizer\.json"):
+        load_text_encoder(tmp_path, CPU)
+    (tmp_path / "vocab.txt").write_text("[UNK]")
     with pytest.raises(ValueError, match=r"cannot read a text encoder from .*give `text_encoder` a folder") as caught:
         load_text_encoder(tmp_path, CPU)
     assert "\n" not in str(caught.value)

@@ -20,6 +20,7 @@ NUM_TOKENS = 32  # that are read of a prompt: more than a caption has
 _WORD_MARKS = ("\u0120", "\u2581")  # of a piece that begins a word: of byte pairs without a mark of ends, SentencePiece
 _MIN_FRACTION = 0.05  # of a vocabulary, from which on a mark is one
 _NAME = "text_encoder"  # as a pipeline calls its first one
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "tokenizer_config.json")
 _ADVICE = "give `text_encoder` a folder with config.json, a tokenizer and model.safetensors of one text encoder"
 
 
@@ -68,6 +69,11 @@ class PromptTokenizer:
             tokenizer.backend_tokenizer.post_processor = template
         vocabulary = list(tokenizer.get_vocab())
         self._mark = next((mark for mark in _WORD_MARKS if _fraction(vocabulary, mark) > _MIN_FRACTION), None)
+
+    @property
+    def unk_token_id(self) -> int | None:
+        """Return the token of what the tokenizer does not know; None where it has none."""
+        return self._tokenizer.unk_token_id
 
     @property
     def model_max_length(self) -> int:
@@ -153,7 +159,11 @@ def load_text_encoder(folder: Path, device: torch.device) -> TextEncoder:
     weights that are missing or not finite.
     """
     silence_hf_logging()
+    if (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} is a whole pipeline: give it as `model`, or its text encoder with its tokenizer")
     config = read_config(folder / "config.json")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ValueError(f"no tokenizer in {folder}: copy its files there, such as {_TOKENIZER_FILES[0]}")
     if config.get("is_encoder_decoder"):
         raise ValueError(f"{folder} holds an encoder with a decoder: {_ADVICE}")
     try:

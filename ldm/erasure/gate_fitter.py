@@ -12,7 +12,7 @@ import torch
 from scipy.stats import binomtest
 
 from ldm.config.concepts import Concept, always_protected_prompts
-from ldm.config.everyday import everyday_captions, kin_names, retain_captions
+from ldm.config.everyday import everyday_captions, kin_names, plural, retain_captions
 from ldm.config.methods import GateConfig
 from ldm.config.spellings import compounds, lookalikes, misspellings, partial_names, says
 from ldm.config.templates import fill, load_template_set
@@ -34,6 +34,7 @@ _NEAR_BEST = 0.75  # of the largest gap that a state has to reach
 _NUM_JUDGED = 500  # captions of another grammar, on which false alarms are counted
 _OTHER_TEMPLATES = 8  # by which prompts say the concepts that are not erased
 _NUM_LOOKALIKES = 60  # made-up words for each spelling
+_SMALL_GAP = 0.05  # in units of the distance between a concept and all else
 _MAX_SAYING = 0.2  # the largest fraction of captions that may say a concept
 _FALSE_ALARMS_SHOWN = 5
 _SURNAMES = ("Miller", "Jones", "Silva", "Petrov", "Larsen", "Kim", "Rossi", "Novak")  # of people who are no concept
@@ -98,6 +99,7 @@ class GateFitter:
         Raises ValueError, naming prompts, where no gate tells it from others, for a name that many everyday captions
         say, and for one of which the model's tokenizer keeps nothing.
         """
+        concept = _with_plurals(concept)
         _check_rare(concept, self.captions)
         own = self._own_prompts(concept)
         embeds, states = self._embed(own.all, self.layers)
@@ -273,11 +275,18 @@ class GateFitter:
         if held_out:  # which a long name is cut in, all of them
             found = edit.margins(self._encode(list(held_out), edit.layers))
         misspelt = edit.margins(states)[len(own.plain) :]
-        named = [self.judged[number] for number in (alarms > 0).nonzero()[:, 0].tolist()]
+        others = [number for number, text in enumerate(self.judged) if not says(text, concept.spellings)]
+        named = [self.judged[number] for number in others if alarms[number] > 0]
+        gap = min(gate.gap for gate in edit.gates.values())
+        if gap < _SMALL_GAP:
+            notify(
+                f"{concept.name}: other prompts come within {gap:.2g} of those that say it, in units of its distance "
+                "from them: try its gate on prompts of your own"
+            )
         return {
-            "gap": round(min(gate.gap for gate in edit.gates.values()), 4),
+            "gap": round(gap, 4),
             "least_margin": round(torch.cat([alarms, found]).abs().min().item(), 4),
-            "false_alarms": rate(len(named), len(alarms)),
+            "false_alarms": rate(len(named), len(others)),
             "false_alarm_prompts": named[:_FALSE_ALARMS_SHOWN],
             "misses": rate(int((found <= 0).sum()), len(found)),
             "misspelt_misses": rate(int((misspelt <= 0).sum()), len(misspelt)),
@@ -294,15 +303,26 @@ def rate(count: int, total: int) -> list[float]:
 
 def _spellings(tokenizer: Any, concept: Concept) -> list[str]:
     """Return the spellings of a concept that a tokenizer tells apart. Raises ValueError where it keeps none."""
-    empty, found = list(tokenizer("").input_ids), {}
+    empty, unknown, found = list(tokenizer("").input_ids), tokenizer.unk_token_id, {}
     in_lower_case = [spelling.lower() for spelling in concept.spellings]  # which many tokenizers do not tell apart
     for spelling in (*concept.spellings, *in_lower_case):
         ids = tokenizer(spelling).input_ids
-        if list(ids) != empty:
+        if list(ids) != empty and unknown not in tokenizer(spelling, add_special_tokens=False).input_ids:
             found.setdefault(tuple(ids), spelling)
     if not found:
         raise ValueError(f"the model's tokenizer keeps nothing of '{concept.prompt}': give the concept another name")
     return list(found.values())
+
+
+def _with_plurals(concept: Concept) -> Concept:
+    """Return a concept with the plurals of its spellings among them, where it is an object."""
+    if concept.kind != "object":
+        return concept
+    plurals: list[str] = []
+    for spelling in dict.fromkeys(concept.spellings):
+        *others, last = spelling.split()
+        plurals.append(" ".join([*others, plural(last)]))
+    return replace(concept, aliases=(*concept.aliases, *(text for text in plurals if not concept.is_named(text))))
 
 
 def _evenly(items: Sequence[Item], num: int) -> list[Item]:

@@ -70,7 +70,7 @@ class PipelineEraser:
 
         A text that names a concept of `configs` takes its other spellings and its kind; of any other, `kind` says what
         kind of thing it is, and `aliases` its other spellings, by text. One that names what is erased already changes
-        nothing. `protect` are prompts that keep every bit, whatever is erased later.
+        nothing. `protect` are prompts that keep every bit, whatever is erased until all is restored.
         Raises ValueError, and erases nothing, for a text that no gate tells from other prompts, and for one that says
         another ("Vincent van Gogh" says "Van Gogh"): these are one concept, and the one an alias of the other.
         """
@@ -103,6 +103,8 @@ class PipelineEraser:
                 raise ValueError(f"'{text}' is not erased: erased are {', '.join(self.erased) or 'none'}")
         self._concepts = {text: concept for text, concept in self._concepts.items() if text not in found.values()}
         self._returned.clear()
+        if not self._concepts:
+            self._protected, self._edits = [], {}
         if not self._concepts and vars(self._pipe).get("encode_prompt") == self._encode_prompt:
             del self._pipe.encode_prompt
             if self._attribute_before is not None:

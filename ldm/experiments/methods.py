@@ -155,13 +155,15 @@ class MethodComparison:
         experiment = replace(self.experiment, form=contender.form)
         times_path = folder / "seconds.json"  # of shifts that an earlier run made too
         times = json.loads(times_path.read_text(encoding="utf-8")) if times_path.is_file() else {}
-        for together in [concepts] if contender.config.is_joint else [[concept] for concept in concepts]:
+        config = contender.config
+        one_by_one = config.trains and not config.is_joint  # else what they share is computed once
+        for together in [[concept] for concept in concepts] if one_by_one else [concepts]:
             summaries = experiment.erase(artifacts, together, protected, contender.config)
             times |= {summary.concept: summary.seconds for summary in summaries}
             write_json(times_path, times)
         took = [times.get(concept.name, float("nan")) for concept in concepts]
         shifts = {str(index): WeightShift.load(artifacts.shift(index)) for index in self.erased}
-        return shifts, took[0] if contender.config.is_joint else sum(took)
+        return shifts, took[0] if config.is_joint else sum(took)
 
     def measure(self, contender: Contender | None) -> pd.DataFrame:
         """Return a row for each prompt: contender, line, seconds, group, `shown`, and the columns of `compare`.
