@@ -82,6 +82,6 @@ def test_a_folder_is_refused_for_other_metadata_but_not_for_another_programs_nam
     (tmp_path / "recipe.json").write_text(json.dumps(older))
     check_metadata(tmp_path, {"created_by": "srs-me", "num_inference_steps": 2, "of": ({"created_by": "srs-me"},)})
     with pytest.raises(
-        ValueError, match=r"what another run made \(see recipe.json there\): choose another `save_path`"
+        ValueError, match=r"what another run made, with other .* \(see recipe.json there\): choose another `save_path`"
     ):
         check_metadata(tmp_path, {"created_by": "srs-me", "num_inference_steps": 3, "of": [{}]})

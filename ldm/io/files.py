@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -153,10 +153,11 @@ def check_metadata(folder: Path, metadata: dict[str, Any], digests: Sequence[str
     if not path:
         return
     existing, expected = read_dir_metadata(folder), json.loads(json.dumps(metadata))
-    if not is_same(upgrade_digests(expected, digests), upgrade_digests(existing, digests)):
+    differing = _differing_keys(upgrade_digests(expected, digests), upgrade_digests(existing, digests))
+    if differing:
         raise ValueError(
-            f"{folder} holds what another run made (see {path.name} there): choose another `save_path`, or "
-            "remove the folder"
+            f"{folder} holds what another run made, with other {', '.join(differing)} (see {path.name} there): choose "
+            "another `save_path`, or remove the folder"
         )
     if not is_same(existing, expected):  # it lacks what is left out above, or has an older digest
         notify(f"{folder} was made by an older version, which did not write down all that decides what is in it")
@@ -171,9 +172,15 @@ def is_same(expected: Any, existing: Any) -> bool:
         return len(expected) == len(existing) and all(map(is_same, expected, existing))
     if not isinstance(expected, dict) or not isinstance(existing, dict):
         return expected == existing
+    return not _differing_keys(expected, existing)
+
+
+def _differing_keys(expected: Mapping[str, Any], existing: Mapping[str, Any]) -> list[str]:
+    """Return the keys of two JSON objects under which they do not say the same, as `is_same` has it."""
     left_out = {"created_by", "files", *(key for key in ADDED_KEYS if key not in existing)}
-    keys = (set(expected) | set(existing)) - left_out
-    return all(key in expected and key in existing and is_same(expected[key], existing[key]) for key in keys)
+    keys = [key for key in dict.fromkeys([*expected, *existing]) if key not in left_out]
+    both = {key for key in keys if key in expected and key in existing}
+    return [key for key in keys if key not in both or not is_same(expected[key], existing[key])]
 
 
 def write_dir_metadata(folder: Path, metadata: dict[str, Any]) -> None:
