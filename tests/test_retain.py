@@ -27,14 +27,14 @@ def retain(tiny):
 
 
 def test_nothing_costs_anything_by_default_and_each_scale_adds_its_own_cost(retain):
-    zero = retain.cost(VAN_GOGH, SRSMEConfig())
+    zero = retain.cost(VAN_GOGH, SRSMEConfig(), 1)
     assert not zero.any()
-    costs = {name: retain.cost(VAN_GOGH, SRSMEConfig(**{name: 2.0})) for name in SCALES}
+    costs = {name: retain.cost(VAN_GOGH, SRSMEConfig(**{name: 2.0}), 1) for name in SCALES}
     for cost in costs.values():
         assert torch.allclose(cost, cost.T) and torch.linalg.eigvalsh(cost)[0] > -1e-9 * cost.norm()
-    together = retain.cost(VAN_GOGH, SRSMEConfig(**dict.fromkeys(SCALES, 2.0)))
+    together = retain.cost(VAN_GOGH, SRSMEConfig(**dict.fromkeys(SCALES, 2.0)), 1)
     assert torch.allclose(together, sum(costs.values()), rtol=1e-12)
-    assert torch.allclose(retain.cost(VAN_GOGH, SRSMEConfig(others_preserve_scale=6.0)), 3 * costs[SCALES[3]])
+    assert torch.allclose(retain.cost(VAN_GOGH, SRSMEConfig(others_preserve_scale=6.0), 1), 3 * costs[SCALES[3]])
 
 
 def test_prompts_that_say_the_concept_are_not_retained(tiny, retain, monkeypatch):
@@ -49,15 +49,15 @@ def test_prompts_that_say_the_concept_are_not_retained(tiny, retain, monkeypatch
     retained = RetainSet(tiny, (VAN_GOGH, get_concept("style", 2)))
     first = retained.captions[0]
     concept = Concept(0, "own", first.split()[-1].strip(".,?!"), kind="style")
-    retained.cost(concept, SRSMEConfig(captions_preserve_scale=1.0))
+    retained.cost(concept, SRSMEConfig(captions_preserve_scale=1.0), 1)
     assert counted and first not in counted[0] and len(counted[0]) > 900
     counted.clear()
-    retained.cost(VAN_GOGH, SRSMEConfig(others_preserve_scale=1.0))
+    retained.cost(VAN_GOGH, SRSMEConfig(others_preserve_scale=1.0), 1)
     assert len(counted) == 1 and all("picasso" in prompt.lower() for prompt in counted[0])
-    retained.cost(VAN_GOGH, SRSMEConfig(others_preserve_scale=3.0))
+    retained.cost(VAN_GOGH, SRSMEConfig(others_preserve_scale=3.0), 1)
     assert len(counted) == 1  # the moments are computed once
     counted.clear()
-    retained.cost(VAN_GOGH, SRSMEConfig(neutral_preserve_scale=1.0))
+    retained.cost(VAN_GOGH, SRSMEConfig(neutral_preserve_scale=1.0), 1)
     assert any("an artist" in prompt for prompt in counted[0]) and not any("Gogh" in prompt for prompt in counted[0])
 
 

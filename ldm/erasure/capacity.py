@@ -96,7 +96,7 @@ def measure_capacity(
     for concept, factor in zip(tqdm(concepts, desc="concepts", unit="concept"), factors, strict=True):
         target_embeds = torch.stack([embeds[prompt] for prompt in anchors[concept.index]])  # (P, tokens, d)
         aims = anchor_embeds(model, anchors[concept.index], config)  # (P, tokens, d), or (1, tokens, d)
-        retain_cost = retain.cost(concept, config)
+        retain_cost = retain.cost(concept, config, len(target_embeds))
         for tolerance in tolerances:
             basis = null_space(factor, tolerance, null_space_config.null_space_method)[0]
             erased = _Erased(torch.zeros_like(surrogate.weight), 0.0)

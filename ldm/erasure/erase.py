@@ -368,7 +368,8 @@ def initial_shift(
     """Return what SRS-ME starts from or stops at: a concept's closed form in `basis`, or zero in its directions."""
     anchors = target_prompts(concept, config, model.tokenizers[0])
     target_embeds = model.drop_pooled(model.encode_prompt(list(anchors)))  # (P, tokens, d)
-    space = concept_space(config, basis.vectors, basis.protected, target_embeds, retain.cost(concept, config))
+    retain_cost = retain.cost(concept, config, len(target_embeds))
+    space = concept_space(config, basis.vectors, basis.protected, target_embeds, retain_cost)
     layers = text_layers(model.unet)
     if config.init == "zero":
         return SeparableShift.zeros(layers, space.directions, config.basis_scale)
@@ -383,11 +384,8 @@ def concept_space(
     target_embeds: torch.Tensor,
     retain_cost: torch.Tensor,
 ) -> ErasureSpace:
-    """Return `closed_form.erasure_space` for a concept by SRS-ME's settings.
-
-    `retain_cost` is that of `RetainSet`; it counts once for each of the concept's prompts.
-    """
-    costs = Costs(config.ridge_weight, config.preserve_scale, len(target_embeds) * retain_cost)
+    """Return `closed_form.erasure_space` for a concept by SRS-ME's settings; `retain_cost` is that of `RetainSet`."""
+    costs = Costs(config.ridge_weight, config.preserve_scale, retain_cost)
     return erasure_space(basis, protected_rows, target_embeds, costs, config.max_directions)
 
 

@@ -37,19 +37,19 @@ class RetainSet:
         """Everyday captions of the grammar that erasures are fitted on."""
         return retain_captions(_NUM_CAPTIONS)
 
-    def cost(self, concept: Concept, config: SRSMEConfig) -> torch.Tensor:
-        """Return what a concept's change of the retain set costs, (d, d), float64.
+    def cost(self, concept: Concept, config: SRSMEConfig, num_targets: int) -> torch.Tensor:
+        """Return what a change of the retain set costs where a concept has `num_targets` prompts, (d, d), float64.
 
-        It is the sum, by the scales of `config`, of the mean over each group's prompts of `e^T e`, with e (tokens, d)
-        the embedding of one.
+        For each of these it is the sum, by the scales of `config`, of the mean over each group's prompts of `e^T e`,
+        with e (tokens, d) the embedding of one.
         """
         total = torch.zeros(self.model.context_dim, self.model.context_dim, dtype=torch.float64)
         if config.vocab_preserve_scale:
-            total += config.vocab_preserve_scale * self.model.vocab_gram_without(*concept.spellings)
+            total += config.vocab_preserve_scale * num_targets * self.model.vocab_gram_without(*concept.spellings)
         for scale, parts in self.groups(concept, config):
             number = sum(len(part) for part in parts)
             for part in parts:
-                total += scale / number * self._gram(part)
+                total += scale * num_targets / number * self._gram(part)
         return total
 
     def groups(self, concept: Concept, config: SRSMEConfig) -> list[tuple[float, list[list[str]]]]:
