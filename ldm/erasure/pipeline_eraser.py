@@ -158,9 +158,7 @@ class PipelineEraser:
         lacking = [concept for concept in self._concepts.values() if concept not in edits]
         if lacking:
             self._notify_of_refit(lacking, encoder.clip_skip)
-            # Of a model GateFitter asks for its text encoders, its tokenizers and `encode_with_states` alone.
-            model: Any = encoder
-            fitter = GateFitter(model, list(self._concepts.values()), self._protected, self.config)
+            fitter = GateFitter(encoder, list(self._concepts.values()), self._protected, self.config)
             edits = {**edits, **{concept: _fit(fitter, concept) for concept in lacking}}
             self._check_protected(encoder, {text: edits[concept] for text, concept in self._concepts.items()})
             self._edits[state] = edits

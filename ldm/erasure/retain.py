@@ -72,13 +72,16 @@ class RetainSet:
                 without.append((scale, parts))
         return without
 
+    @cached_property
+    def _made_up_names(self) -> list[str]:
+        words, rng = vocabulary_words(self.model.tokenizers[0]), random.Random(0)
+        return [" ".join(rng.sample(words, 2)).title() for _ in range(_NUM_NAMES)] if len(words) > 1 else []
+
     def _neutral_prompts(self, concept: Concept) -> list[str]:
         """Return prompts that say the neutral word of a concept's kind, and made-up names, in its kind's templates."""
         kind = load_template_set(concept.kind)
-        words, rng = vocabulary_words(self.model.tokenizers[0]), random.Random(0)
-        names = [" ".join(rng.sample(words, 2)).title() for _ in range(_NUM_NAMES)] if len(words) > 1 else []
         own = {word.lower() for spelling in concept.spellings for word in spelling.split()}
-        names = [name for name in names if own.isdisjoint(name.lower().split())]
+        names = [name for name in self._made_up_names if own.isdisjoint(name.lower().split())]
         made_up = [fill(kind.templates[k % len(kind.templates)], name) for k, name in enumerate(names)]
         return self._saying(concept.kind, kind.neutral) + made_up
 

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-import torch
 
 from ldm.config.concepts import Concept
-from ldm.config.spellings import says
 from ldm.config.templates import load_template_set
 from ldm.diffusion.text_encoder import PromptEncoder
 from ldm.experiments.gates import (
@@ -26,22 +24,13 @@ from ldm.experiments.gates import (
     RESPELT,
     FittedGates,
     Judged,
+    find_names,
     format_rate,
     milliseconds,
 )
 
 KEYWORDS, GATES, REWRITING = "keyword filter", "gate and map", "gate, text rewritten"
 _FALSE_ALARMS, _MISSES = (CAPTIONS, KIN, NEAR_MISSES), (HELD_OUT, RESPELT, MISSPELT)
-
-
-def find_names(prompts: Sequence[str], concepts: Sequence[Concept]) -> torch.Tensor:
-    """Return which concepts' spellings stand in each prompt, (N, C) bool."""
-    every_spelling = [spelling for concept in concepts for spelling in concept.spellings]
-    found = torch.zeros(len(prompts), len(concepts), dtype=torch.bool)
-    for row, prompt in zip(found, prompts, strict=True):
-        if says(prompt, every_spelling):
-            row |= torch.tensor([says(prompt, concept.spellings) for concept in concepts])
-    return found
 
 
 def rewrite(prompt: str, concept: Concept) -> str:

@@ -280,17 +280,24 @@ class Judged:
         return {"prompts": self.prompts.name, **{name: format_rate(found) for name, found in counts.items()}}
 
 
+def find_names(prompts: Sequence[str], concepts: Sequence[Concept]) -> torch.Tensor:
+    """Return which concepts' spellings stand in each prompt, (N, C) bool."""
+    every_spelling = [spelling for concept in concepts for spelling in concept.spellings]
+    found = torch.zeros(len(prompts), len(concepts), dtype=torch.bool)
+    for row, prompt in zip(found, prompts, strict=True):
+        if says(prompt, every_spelling):
+            row |= torch.tensor([says(prompt, concept.spellings) for concept in concepts])
+    return found
+
+
 def _find_said(prompt_set: PromptSet, concepts: Sequence[Concept], tokenizer: Any) -> torch.Tensor:
     """Return which concepts each prompt says as far as the model reads it, or is made for, (N, C) bool.
 
     A near miss says none, also where it has the word: "grilled pollock fillet" is about a fish.
     """
-    every_spelling = [spelling for concept in concepts for spelling in concept.spellings]
     said = torch.zeros(len(prompt_set.prompts), len(concepts), dtype=torch.bool)
-    for row, prompt in zip(said, prompt_set.prompts, strict=True):
-        part = read_part(tokenizer, prompt) or prompt
-        if prompt_set.name != NEAR_MISSES and says(part, every_spelling):
-            row |= torch.tensor([says(part, concept.spellings) for concept in concepts])
+    if prompt_set.name != NEAR_MISSES:
+        said = find_names([read_part(tokenizer, prompt) or prompt for prompt in prompt_set.prompts], concepts)
     for number, owner in enumerate(prompt_set.owners):
         said[number, owner] = True
     return said
