@@ -28,7 +28,7 @@ from ldm.io.files import write_json
 from ldm.io.image_grid import image_grid
 from ldm.io.images import image_filename, open_image
 from ldm.io.paths import ArtifactPaths
-from ldm.io.prompts import make_cases
+from ldm.io.prompts import PromptCase, make_cases
 from ldm.metrics.classify import Classifier
 from ldm.metrics.compare import accuracy_by_prompt
 from ldm.metrics.tables import to_markdown
@@ -148,7 +148,7 @@ class MethodComparison:
         These are NaN where a run that was stopped made a shift and could not note its time.
         """
         category = self.experiment.category
-        folder = self.artifacts_dir / contender.name.replace(",", "").replace(" ", "-")
+        folder = self.artifacts_dir / _file_name(contender.name)
         artifacts = ArtifactPaths(folder, contender.config.name, self.experiment.model.name, category, 0, 0)
         concepts = [get_concept(category, index) for index in self.erased]
         protected = [concept.index for concept in erasable_concepts(category)]
@@ -176,9 +176,8 @@ class MethodComparison:
             (shifts, seconds), name, line = self.erase(contender), contender.name, contender.line
             form = contender.form
             print(f"{name}: {describe_forms(shifts, form)}", flush=True)
-        experiment = replace(self.experiment, form=form)
-        cases = make_cases(list(self.groups), experiment.seeds_per_prompt, experiment.seed)
-        table, folder = experiment.evaluate_cases(shifts, name.replace(",", "").replace(" ", "-"), "methods", cases)
+        experiment, cases = replace(self.experiment, form=form), self._cases()
+        table, folder = experiment.evaluate_cases(shifts, _file_name(name), "methods", cases)
         self.folders[name] = folder
         table.insert(1, "group", [self.groups[prompt] for prompt in table["prompt"]])
         second = COMPOSED_WITH.get(experiment.category, "")
@@ -190,11 +189,13 @@ class MethodComparison:
             table.insert(number, column, value)
         return table
 
+    def _cases(self) -> list[PromptCase]:
+        return make_cases(list(self.groups), self.experiment.seeds_per_prompt, self.experiment.seed)
+
     def grid(self) -> Image.Image:
         """Return a grid of the first image of some prompts of each group, by each contender that was measured."""
-        cases = make_cases(list(self.groups), self.experiment.seeds_per_prompt, self.experiment.seed)
         first: dict[str, str] = {}
-        for case in cases:
+        for case in self._cases():
             first.setdefault(case.prompt, image_filename(case.case_number, 0))
         shown: dict[str, list[str]] = {}
         for prompt, group in self.groups.items():
@@ -205,6 +206,10 @@ class MethodComparison:
                 cells = [[open_image(folder / first[prompt])] for folder in self.folders.values()]
                 rows.append((prompt or EMPTY_PROMPT_LABEL, cells))
         return image_grid(rows, [name.replace(" ", "\n") for name in self.folders])
+
+
+def _file_name(contender: str) -> str:
+    return contender.replace(",", "").replace(" ", "-")
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:
