@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ldm.cli import arguments
 from ldm.cli.run import run
-from ldm.config.concepts import read_concept_list
+from ldm.config.concept_lists import read_concepts
 from ldm.config.methods import GateConfig
 from ldm.io.paths import REPO_ROOT
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / "gates", help="where to write")
     arguments.add_device(parser)
     args = parser.parse_args()
-    concepts = read_concept_list(args.concepts)
+    concepts = read_concepts([str(args.concepts)])
     import time
 
     from ldm.erasure.gate_fitter import GateFitter

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.cli.arguments import spelled
+from ldm.config.concepts import Concept, get_concept
 from ldm.diffusion.load import load_model
 from ldm.io.tensors import METADATA_KEY
 from ldm.toy.captions import build_tokenizer
@@ -148,6 +149,11 @@ def script(monkeypatch, capsys, tmp_path):
         return code, out, err
 
     return run
+
+
+def styles(*indexes: int) -> list[Concept]:
+    """Return the styles with these indexes."""
+    return [get_concept("style", index) for index in indexes]
 
 
 def is_error(result: tuple[int, str, str], *words: str) -> None:

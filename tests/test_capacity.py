@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import is_error
+from conftest import is_error, styles
 
-from ldm.config.concepts import get_concept, watermark_prompts
+from ldm.config.concepts import watermark_prompts
 from ldm.config.methods import NullSpaceConfig, SRSMEConfig
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.capacity import FurtherPrompts, measure_capacity, summarize_groups
@@ -17,7 +17,7 @@ from ldm.erasure.shift import SeparableShift
 CONFIG = SRSMEConfig(
     target_templates=1, max_directions=None, ridge_weight=0.1, preserve_scale=2.0, vocab_preserve_scale=0.5
 )
-CONCEPTS = [get_concept("style", index) for index in (0, 1, 2)]
+CONCEPTS = styles(0, 1, 2)
 
 
 def test_capacity_counts_free_dimensions_and_the_leakage_that_shifts_have(tiny):
@@ -66,7 +66,7 @@ def test_capacity_protects_what_an_erasure_protects(tiny, monkeypatch):
     monkeypatch.setattr("ldm.erasure.capacity.ProtectedRows", Recorded)
     null_space_config = NullSpaceConfig(protected_templates=1, always_protected_weight=3.0)
     report = measure_capacity(tiny, CONCEPTS, null_space_config, [1e-2], CONFIG)
-    protected = {concept.index: [concept.prompt, concept.captions[0]] for concept in CONCEPTS}
+    protected = {concept.label: [concept.prompt, concept.captions[0]] for concept in CONCEPTS}
     assert made == [(["", *watermark_prompts()], protected, 3.0)]
     held_out = set(report.leakage[report.leakage.held_out].prompt)
     assert held_out == {f"a landscape by {concept.prompt}" for concept in CONCEPTS}

@@ -5,6 +5,7 @@ import math
 import pandas as pd
 import pytest
 import torch
+from conftest import styles
 from PIL import Image
 
 from ldm.config.concepts import get_concept, watermark_prompts
@@ -29,10 +30,10 @@ def artifacts_in(root, method="SRS-ME"):
 
 def test_bases_solved_together_are_those_solved_alone(tiny, tmp_path):
     # The last of the concepts is not protected for the others.
-    concepts = [get_concept("style", index) for index in (0, 1, 2, 7)]
+    concepts = styles(0, 1, 2, 7)
     artifacts = artifacts_in(tmp_path)
     config = NullSpaceConfig(rank_rtol=1e-5, protected_templates=1, always_protected_weight=3.0)
-    summaries = solve_null_spaces(tiny, artifacts, concepts, Protection([0, 1, 2, 3], config))
+    summaries = solve_null_spaces(tiny, artifacts, concepts, Protection(styles(0, 1, 2, 3), config))
     assert [summary.concept for summary in summaries] == concepts
     for summary in summaries:
         concept, basis = summary.concept, NullSpaceBasis.load(summary.path)
@@ -52,11 +53,16 @@ def test_bases_solved_together_are_those_solved_alone(tiny, tmp_path):
 
 def test_a_basis_from_the_same_inputs_is_kept(tiny, tmp_path):
     artifacts = artifacts_in(tmp_path)
-    solve_null_spaces(tiny, artifacts, STYLES[:1], Protection([0, 1], NullSpaceConfig()))
+    solve_null_spaces(tiny, artifacts, STYLES[:1], Protection(styles(0, 1), NullSpaceConfig()))
     written = artifacts.basis(0).stat().st_mtime_ns
-    solve_null_spaces(tiny, artifacts, STYLES[:1], Protection([0, 1], NullSpaceConfig()))
+    solve_null_spaces(tiny, artifacts, STYLES[:1], Protection(styles(0, 1), NullSpaceConfig()))
     assert artifacts.basis(0).stat().st_mtime_ns == written
-    solve_null_spaces(tiny, artifacts, STYLES[:1], Protection([0, 1], NullSpaceConfig(), ["a photo of a church"]))
+    solve_null_spaces(
+        tiny,
+        artifacts,
+        STYLES[:1],
+        Protection(styles(0, 1), NullSpaceConfig(), ["a photo of a church"]),
+    )
     metadata = NullSpaceBasis.load(artifacts.basis(0)).metadata
     assert metadata["protected"] == ["", *watermark_prompts(), "a photo of a church", "VanGogh"]
 
@@ -64,7 +70,13 @@ def test_a_basis_from_the_same_inputs_is_kept(tiny, tmp_path):
 def test_of_several_processes_each_solves_and_erases_its_shard(tiny, tmp_path):
     artifacts = artifacts_in(tmp_path)
     for rank, expected in ((0, [0, 2]), (1, [1])):
-        solved = solve_null_spaces(tiny, artifacts, STYLES, Protection([0, 1, 2], NullSpaceConfig()), Shard(rank, 2))
+        solved = solve_null_spaces(
+            tiny,
+            artifacts,
+            STYLES,
+            Protection(styles(0, 1, 2), NullSpaceConfig()),
+            Shard(rank, 2),
+        )
         assert [summary.concept.index for summary in solved] == expected
         erased = erase_concepts(tiny, artifacts, STYLES, CLOSED_FORM, tmp_path, shard=Shard(rank, 2))
         assert [summary.concept for summary in erased] == [STYLES[index].name for index in expected]
@@ -75,8 +87,8 @@ def test_the_rows_of_what_is_protected_are_all_but_the_concepts_own():
     generator = torch.Generator().manual_seed(0)
     names = ["", "a", "b", "c"]
     embeds = {name: torch.randn(2, 12, generator=generator, dtype=torch.float64) for name in names}
-    rows = ProtectedRows(embeds, [""], {0: ["a"], 1: ["b"], 2: ["c"]}, 4.0)
-    concepts = [get_concept("style", index) for index in (0, 2, 7)]
+    rows = ProtectedRows(embeds, [""], {"0": ["a"], "1": ["b"], "2": ["c"]}, 4.0)
+    concepts = styles(0, 2, 7)
     expected = (["b", "c"], ["a", "b"], ["a", "b", "c"])
     for concept, factor, others in zip(concepts, rows.leave_one_out(concepts), expected, strict=True):
         assert rows.without(concept) == ["", *others]
@@ -86,7 +98,7 @@ def test_the_rows_of_what_is_protected_are_all_but_the_concepts_own():
 
 def test_a_closed_form_is_saved_with_its_metadata_and_measured(tiny, tmp_path):
     artifacts = artifacts_in(tmp_path)
-    protection = Protection([0, 1, 2], NullSpaceConfig())
+    protection = Protection(styles(0, 1, 2), NullSpaceConfig())
     (summary,) = erase(tiny, artifacts, STYLES[1:2], CLOSED_FORM, protection, tmp_path / "no images")
     assert (summary.concept, summary.iterations) == ("VanGogh", 0) and math.isnan(summary.momentum)
     assert summary.max_leakage_protected < 1e-5 < 1e-2 < summary.target_change
@@ -105,7 +117,14 @@ def test_a_closed_form_is_saved_with_its_metadata_and_measured(tiny, tmp_path):
 def test_a_closed_forms_coefficients_are_its_map_of_the_weights(tiny, tmp_path):
     """`w = W A` with `A = (Y - X)^T P (P^T P + C)^-1` and `P = X S^T`, one A for all layers."""
     artifacts = artifacts_in(tmp_path)
-    erase(tiny, artifacts, STYLES[1:2], CLOSED_FORM, Protection([0, 1, 2], NullSpaceConfig()), tmp_path)
+    erase(
+        tiny,
+        artifacts,
+        STYLES[1:2],
+        CLOSED_FORM,
+        Protection(styles(0, 1, 2), NullSpaceConfig()),
+        tmp_path,
+    )
     shift, basis = WeightShift.load(artifacts.shift(1)), NullSpaceBasis.load(artifacts.basis(1))
     assert isinstance(shift, SeparableShift)
     target, anchor = (tiny.encode_prompt([prompt])[0].double() for prompt in ("VanGogh", ""))
@@ -120,7 +139,10 @@ def test_a_closed_forms_coefficients_are_its_map_of_the_weights(tiny, tmp_path):
 
 
 def test_a_shift_from_the_same_inputs_is_kept_and_other_settings_make_another(tiny, tmp_path, capsys):
-    artifacts, protection = artifacts_in(tmp_path), Protection([0, 1, 2], NullSpaceConfig())
+    artifacts, protection = (
+        artifacts_in(tmp_path),
+        Protection(styles(0, 1, 2), NullSpaceConfig()),
+    )
     assert len(erase(tiny, artifacts, STYLES, CLOSED_FORM, protection, tmp_path)) == 3
     contents = {index: artifacts.shift(index).read_bytes() for index in range(3)}
     artifacts.shift(2).unlink()
@@ -133,7 +155,10 @@ def test_a_shift_from_the_same_inputs_is_kept_and_other_settings_make_another(ti
 
 def test_a_shift_of_an_older_version_is_kept_too(tiny, tmp_path):
     """Its header has the older keys, another program's name, and settings that today do not act."""
-    artifacts, protection = artifacts_in(tmp_path), Protection([0, 1], NullSpaceConfig())
+    artifacts, protection = (
+        artifacts_in(tmp_path),
+        Protection(styles(0, 1), NullSpaceConfig()),
+    )
     erase(tiny, artifacts, STYLES[:1], CLOSED_FORM, protection, tmp_path)
     tensors, metadata = load_tensors(artifacts.shift(0), SHIFT_FILE_TYPE)
     old_names = {
@@ -167,14 +192,14 @@ def test_what_makes_nothing_or_lacks_its_inputs_is_refused(tiny, tmp_path):
         erase_concepts(tiny, artifacts, STYLES, CLOSED_FORM.with_changes(init="zero"), tmp_path)
     with pytest.raises(MissingFileError, match="no null space basis") as missing:
         erase_concepts(tiny, artifacts, STYLES, CLOSED_FORM, tmp_path)
-    assert missing.value.kind == "basis" and missing.value.details["erased_index"] == 0
+    assert missing.value.kind == "basis" and missing.value.details["erased_index"] == "0"
     with pytest.raises(MissingFileError, match="no folder"):
         erase_concepts(tiny, artifacts_in(tmp_path, "FMN"), STYLES[:1], ForgetMeNotConfig(), tmp_path / "none")
 
 
 def test_a_joint_method_trains_all_at_once_in_one_process(tiny, tmp_path):
     artifacts = artifacts_in(tmp_path, "SRS-ME-dagger")
-    solve_null_spaces(tiny, artifacts, STYLES[:2], Protection([0, 1], NullSpaceConfig()))
+    solve_null_spaces(tiny, artifacts, STYLES[:2], Protection(styles(0, 1), NullSpaceConfig()))
     for concept in STYLES[:2]:
         (tmp_path / "images" / concept.name).mkdir(parents=True)
         Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / concept.name / "0_0.png")

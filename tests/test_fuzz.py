@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CPU, compvis_config
+from conftest import CPU, compvis_config, styles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -163,7 +163,14 @@ def model(tiny_path):
 def made(model, tmp_path_factory) -> ArtifactPaths:
     """Make a basis and a shift, and return where they are."""
     artifacts = ArtifactPaths(tmp_path_factory.mktemp("made"), "SRS-ME", "tiny", "style", 1, 0)
-    erase(model, artifacts, [get_concept("style", 1)], METHOD, Protection([0, 2], CONFIG.null_space), Path("none"))
+    erase(
+        model,
+        artifacts,
+        [get_concept("style", 1)],
+        METHOD,
+        Protection(styles(0, 2), CONFIG.null_space),
+        Path("none"),
+    )
     return artifacts
 
 
@@ -236,7 +243,7 @@ def test_metadata_of_a_basis(model, made, tmp_path):
         artifacts = ArtifactPaths(tmp_path, "SRS-ME", "tiny", "style", 1, 0)
         save_tensors(artifacts.basis(1), tensors, BASIS_FILE_TYPE, changed)
         outcome(lambda: use_basis(model, artifacts.basis(1)))
-        protection = Protection([0, 2], CONFIG.null_space)
+        protection = Protection(styles(0, 2), CONFIG.null_space)
         assert outcome(lambda: erase(model, artifacts, [concept], METHOD, protection, Path("none"))) == 0  # solved anew
         shutil.rmtree(tmp_path / "srs-me")
 

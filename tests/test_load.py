@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, TINY, compvis_config, make_xl
+from conftest import CPU, TINY, compvis_config, make_xl, styles
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -715,7 +715,7 @@ def bert_shift(bert_path, tmp_path) -> WeightShift:
     """Return SRS-ME's shift of VanGogh from the model with a BERT, in closed form."""
     config = SRSMEConfig(mode="closed_form", init="closed_form", max_directions=None)
     artifacts = ArtifactPaths(tmp_path / "artifacts", "SRS-ME", "bert", "style", 1, 0)
-    protection = Protection([0, 1, 2], NullSpaceConfig())
+    protection = Protection(styles(0, 1, 2), NullSpaceConfig())
     (summary,) = erase(load_model(bert_path, CPU), artifacts, [get_concept("style", 1)], config, protection, tmp_path)
     assert summary.max_leakage_protected < 1e-5 < 0.05 < summary.target_change
     return WeightShift.load(artifacts.shift(1))

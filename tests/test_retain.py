@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import styles
 from transformers import CLIPTokenizer
 
 from ldm.config.concepts import Concept, erasable_concepts, get_concept
@@ -79,20 +80,19 @@ def test_targets_are_the_categorys_templates_or_those_of_the_kind_in_all_spellin
 
 def test_anchors_are_aligned_with_their_prompts_token_by_token(tiny):
     anchors = {"a painting by VanGogh": "a painting by an artist", "VanGogh": "an artist"}
-    neutral, empty = SRSMEConfig(anchor="neutral"), SRSMEConfig()
-    aims = anchor_embeds(tiny, anchors, neutral)
+    aims = anchor_embeds(tiny, anchors, True)
     assert aims.shape == (2, *tiny.encode_prompt([""]).shape[1:])
     rows = align_tokens(tiny.tokenizers[0], "VanGogh", "an artist")
     assert torch.equal(aims[1], tiny.encode_prompt(["an artist"])[0][rows])
-    alone = anchor_embeds(tiny, {"VanGogh": "an artist"}, neutral)
+    alone = anchor_embeds(tiny, {"VanGogh": "an artist"}, True)
     assert torch.equal(alone[0], aims[1])
-    assert torch.equal(anchor_embeds(tiny, {"a": "", "b": ""}, empty), tiny.encode_prompt([""]))
+    assert torch.equal(anchor_embeds(tiny, {"a": "", "b": ""}, False), tiny.encode_prompt([""]))
 
 
 def test_a_shift_is_made_anew_when_the_prompts_that_it_is_made_of_change(tiny, tmp_path):
     prompts = SRSMEConfig(mode="closed_form", init="closed_form", template_set="kind", others_preserve_scale=1.0)
     artifacts = ArtifactPaths(tmp_path, "SRS-ME", tiny.name, "style", 1, 0)
-    protection = Protection([2], NullSpaceConfig())
+    protection = Protection(styles(2), NullSpaceConfig())
     first = erase(tiny, artifacts, [VAN_GOGH], prompts, protection, tmp_path)
     assert len(first) == 1 and not erase(tiny, artifacts, [VAN_GOGH], prompts, protection, tmp_path)
     renamed = replace(VAN_GOGH, aliases=(*VAN_GOGH.aliases, "Vincent"))

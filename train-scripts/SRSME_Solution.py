@@ -6,7 +6,7 @@ itself). Writes one basis per erased concept; SRS_ME.py makes the shift in it.
 
 from ldm.cli import arguments
 from ldm.cli.run import run
-from ldm.config.concepts import parse_erase_targets, parse_indexes
+from ldm.config.concepts import get_concept, parse_erase_targets, parse_indexes
 
 
 def main() -> None:
@@ -32,7 +32,9 @@ def main() -> None:
     model = session.load_model(args, device)
     config = session.fill_settings(args, load_model_config(model.config_name).null_space)
     artifacts = session.artifact_paths(args, model.name, "SRS-ME")
-    for summary in solve_null_spaces(model, artifacts, targets, Protection(protected, config), shard):
+    for summary in solve_null_spaces(
+        model, artifacts, targets, Protection([get_concept(args.category, index) for index in protected], config), shard
+    ):
         print(
             f"{summary.concept.index} {summary.concept.name}: {summary.num_protected} prompts protected, rank "
             f"{summary.rank} of {summary.width}, "

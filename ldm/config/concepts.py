@@ -1,31 +1,29 @@
-"""The concepts of `configs/concepts.yaml` and `configs/logos.yaml`, by category and index. No torch here."""
+"""What a concept is, and those of `configs`, by category and index. No torch here."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
-from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, Self
 
-from ldm.config.templates import KINDS
+from ldm.config.templates import KINDS, fill, load_template_set, without_article
 from ldm.config.yaml_files import check_keys, read_mapping
 from ldm.io.paths import REPO_ROOT
-from ldm.io.prompts import read_rows
 
 CATEGORIES = ("style", "object", "similar", "nudity", "logo")
+OWN = "own"  # in place of a category: the concepts that a user names by their texts
+_NUM_CAPTIONS = 6  # of a concept that has no templates of its own
+OWN_INDEX = -1  # of each of them, which nothing counts
 
 
 STATUSES = ("erased", "restored", "regular", "protected")
 
 
 INDEX_RANGE_RE = re.compile(r"([0-9]+)(?:-([0-9]+))?")  # an index, or a first and a last one
-
-
-_LIST_COLUMNS = ("name", "kind", "aliases")
-_KINDS_OF_LISTS = {"artist": "style", "figure": "person", "public figure": "person", "proper name": "generic"}
 
 
 EMPTY_PROMPT_LABEL = "(empty)"  # what tables and images call the empty prompt
@@ -36,7 +34,9 @@ class Concept:
     """A concept: `index` in its category, `prompt` (how prompts say it), other spellings, caption templates with `{}`.
 
     `held_out_templates` are templates that the bundled model's captions never use. `anchor_prompt` is the first
-    template without the concept, to which some methods pull it. `kind` is what kind of thing it is.
+    template without the concept, to which some methods pull it. `kind` is what kind of thing it is. One that a user
+    names by its text, `is_own`, has no index of its own, and may have an `anchor`: what takes the place of its name in
+    prompts.
     """
 
     index: int
@@ -48,6 +48,26 @@ class Concept:
     anchor_prompt: str = ""
     is_watermark: bool = False
     kind: str = "generic"  # whose template set of configs/templates.yaml says it
+    anchor: str | None = None  # without one the neutral word of its kind
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a user named the concept by its text, so that it is in no category."""
+        return self.index == OWN_INDEX
+
+    @property
+    def label(self) -> str:
+        """What files and merges call the concept: its index, or else its name without what no file is called by.
+
+        Names that differ only in case or white space have the same label, others different ones.
+        """
+        if not self.is_own:
+            return str(self.index)
+        identity = identity_of(self.name)
+        if re.fullmatch("[a-z0-9]{1,60}", identity) and not identity.isdigit():
+            return identity
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+        return f"{re.sub('[^a-z0-9]+', '', identity)[:40] or 'concept'}-{digest}"
 
     @property
     def spellings(self) -> tuple[str, ...]:
@@ -55,25 +75,60 @@ class Concept:
         return (self.prompt, self.name, *self.aliases)
 
     def is_named(self, text: str) -> bool:
-        """Return whether `text` is one of the spellings, upper and lower case alike."""
-        return text.strip().lower() in {spelling.lower() for spelling in self.spellings}
+        """Return whether `text` is one of the spellings, whatever its case and white space."""
+        texts = {identity_of(text), identity_of(without_article(" ".join(text.split())))}
+        return not texts.isdisjoint(identity_of(spelling) for spelling in self.spellings)
 
     @property
     def captions(self) -> list[str]:
-        """Each template with the concept in it; without templates, the concept's name."""
-        return [template.format(self.prompt) for template in self.templates] or [self.prompt]
+        """Each template with the concept in it: its own, or some of its kind's where a user named it."""
+        templates = self.templates
+        if self.is_own and not templates:
+            templates = load_template_set(self.kind).templates[:_NUM_CAPTIONS]
+        return [fill(template, self.prompt) for template in templates] or [self.prompt]
 
     @property
     def held_out_prompts(self) -> list[str]:
-        """Each held-out template with the concept in it."""
-        return [template.format(self.prompt) for template in self.held_out_templates]
+        """Each held-out template with the concept in it, as for `captions`."""
+        templates = self.held_out_templates
+        if self.is_own and not templates:
+            templates = load_template_set(self.kind).held_out_templates
+        return [fill(template, self.prompt) for template in templates]
 
     def prompts(self, num_templates: int) -> list[str]:
         """Return the concept's name and its first `num_templates` captions, once each."""
         return list(dict.fromkeys([self.prompt, *self.captions[:num_templates]]))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that the concept is, for a file that has to mean the same for ever."""
+        return asdict(self)
 
-def _check_text(value: Any, place: str) -> str:
+    @classmethod
+    def from_dict(cls, content: Any) -> Self:
+        """Return the concept that `to_dict` made this of. Raises ValueError for what it cannot have made."""
+        known = {entry.name for entry in fields(cls)}
+        if not isinstance(content, dict) or not {"index", "name", "prompt"} <= set(content) <= known:
+            raise ValueError(f"{str(content)[:100]} is no concept: it has {', '.join(sorted(known))}")
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+        }
+        concept = cls(**values)
+        texts = [concept.name, concept.prompt, *concept.aliases, *concept.templates, *concept.held_out_templates]
+        texts += [concept.anchor_prompt, concept.kind, concept.anchor or ""]
+        is_index = type(concept.index) is int and concept.index >= OWN_INDEX
+        is_valid = all(isinstance(text, str) for text in texts) and concept.kind in KINDS
+        if not is_valid or not is_index or type(concept.is_watermark) is not bool or not concept.prompt:
+            raise ValueError(f"{str(content)[:100]} is no concept: its texts, its index or its kind are none")
+        return concept
+
+
+def identity_of(text: str) -> str:
+    """Return what is the same for all texts that differ only in case and white space."""
+    return "".join(text.casefold().split())
+
+
+def check_text(value: Any, place: str) -> str:
+    """Return a text that is one. Raises ValueError, naming `place`, for anything else."""
     if not isinstance(value, str):
         raise ValueError(f'{place} is {value!r} to YAML, and not a text: write it in quotes, such as "1984"')
     if value != value.strip() or not value.isprintable():
@@ -81,8 +136,9 @@ def _check_text(value: Any, place: str) -> str:
     return value
 
 
-def _check_name(value: Any, place: str) -> str:
-    if not _check_text(value, place):
+def check_name(value: Any, place: str) -> str:
+    """Return a text by which folders may be called. Raises ValueError, naming `place`, for anything else."""
+    if not check_text(value, place):
         raise ValueError(f"{place} is empty: give it a text")
     if re.search(r"[/\\]|^\.", value) or len(value) > 200:  # folders are called so
         raise ValueError(
@@ -91,14 +147,16 @@ def _check_name(value: Any, place: str) -> str:
     return value
 
 
-def _check_names(value: Any, place: str) -> tuple[str, ...]:
+def check_name_list(value: Any, place: str) -> tuple[str, ...]:
+    """Return the texts of a list. Raises ValueError, naming `place`, for what is no list of texts."""
     if not isinstance(value, list):
         raise ValueError(f"{place} is {value!r}, not a list: write it as [..., ...]")
-    return tuple(_check_name(item, f"{place}, entry {k}") for k, item in enumerate(value, 1))
+    return tuple(check_name(item, f"{place}, entry {k}") for k, item in enumerate(value, 1))
 
 
-def _check_templates(value: Any, place: str) -> tuple[str, ...]:
-    for template in _check_names(value, place):
+def check_templates(value: Any, place: str) -> tuple[str, ...]:
+    """Return the templates of a list. Raises ValueError, naming `place`, for one that is none."""
+    for template in check_name_list(value, place):
         try:
             fields = [(name, spec, how) for _, name, spec, how in Formatter().parse(template) if name is not None]
         except ValueError:
@@ -123,7 +181,7 @@ def _load_config() -> tuple[dict[str, Any], tuple[str, ...]]:
     for name in ("concepts.yaml", "logos.yaml"):
         path = REPO_ROOT / "configs" / name
         content = check_keys(read_mapping(path), ("watermarks", "categories"), str(path))
-        for text in _check_names(content.get("watermarks", []), f"{path}, watermarks"):
+        for text in check_name_list(content.get("watermarks", []), f"{path}, watermarks"):
             if text in watermarks:
                 raise ValueError(f"{path}: the watermark '{text}' stands twice: remove one")
             watermarks[text] = None
@@ -134,13 +192,13 @@ def _load_config() -> tuple[dict[str, Any], tuple[str, ...]]:
     return categories, tuple(watermarks)
 
 
-def _check_spelled_once(concepts: Sequence[Concept], places: Sequence[str]) -> None:
+def check_spelled_once(concepts: Sequence[Concept], places: Sequence[str]) -> None:
     """Raise ValueError, with the place of the later one, where two concepts have a spelling in common."""
     owners: dict[str, Concept] = {}
     for concept, place in zip(concepts, places, strict=True):
         for spelling in concept.spellings:
-            if owners.setdefault(spelling.lower(), concept) != concept:
-                other = owners[spelling.lower()].name
+            if owners.setdefault(identity_of(spelling), concept) != concept:
+                other = owners[identity_of(spelling)].name
                 raise ValueError(f"{place}: '{spelling}' names both {other} and {concept.name}: remove it from one")
 
 
@@ -160,9 +218,9 @@ def load_concepts(category: str) -> tuple[Concept, ...]:
         _OLD_GROUP_KEYS.get(key, key): value
         for key, value in check_keys(group, (*_GROUP_KEYS, *_OLD_GROUP_KEYS), place).items()
     }
-    templates = _check_templates(group.get("templates", []), f"{place}, templates")
-    held_out_templates = _check_templates(group.get("held_out_templates", []), f"{place}, held_out_templates")
-    anchor_prompt = _check_text(group.get("anchor_prompt", ""), f"{place}, anchor_prompt")
+    templates = check_templates(group.get("templates", []), f"{place}, templates")
+    held_out_templates = check_templates(group.get("held_out_templates", []), f"{place}, held_out_templates")
+    anchor_prompt = check_text(group.get("anchor_prompt", ""), f"{place}, anchor_prompt")
     kind = group.get("kind", _KIND_OF.get(category, "generic"))
     if kind not in KINDS:
         raise ValueError(f"{place}, kind: {kind!r} is none of {', '.join(KINDS)}")
@@ -173,44 +231,12 @@ def load_concepts(category: str) -> tuple[Concept, ...]:
     for index, entry in enumerate(entries):
         where = f"{place}, concept {index}"
         check_keys(entry, ("name", "prompt", "aliases"), where)
-        name = _check_name(entry.get("name"), f"{where}, name")
-        prompt = _check_name(entry.get("prompt", name), f"{where} {name}, prompt")
-        aliases = _check_names(entry.get("aliases", []), f"{where} {name}, aliases")
+        name = check_name(entry.get("name"), f"{where}, name")
+        prompt = check_name(entry.get("prompt", name), f"{where} {name}, prompt")
+        aliases = check_name_list(entry.get("aliases", []), f"{where} {name}, aliases")
         concepts.append(Concept(index, name, prompt, aliases, templates, held_out_templates, anchor_prompt, kind=kind))
     concepts += [Concept(len(concepts) + k, text, text, is_watermark=True) for k, text in enumerate(watermarks)]
-    _check_spelled_once(concepts, [place] * len(concepts))
-    return tuple(concepts)
-
-
-def read_concept_list(path: Path) -> tuple[Concept, ...]:
-    """Return the concepts of a CSV file with the columns name, kind and aliases, which are apart by semicolons.
-
-    A kind is one of `configs/templates.yaml`, or a word for it: artist, public figure, proper name. Raises ValueError,
-    with the line and the column, for anything that is not so.
-    """
-    if not path.is_file():
-        raise ValueError(f"there is no list of concepts {path}: make one with the columns {','.join(_LIST_COLUMNS)}")
-    lines, rows = read_rows(path)
-    expected = f"a list of concepts has {','.join(_LIST_COLUMNS)}"
-    if not rows or sorted(rows[0]) != sorted(_LIST_COLUMNS):
-        raise ValueError(f"{path} has the columns {','.join(rows[0]) if rows else '(none)'}: {expected}, each once")
-    if len(rows) == 1:
-        raise ValueError(f"{path} has no concept below its header: give each a line")
-    concepts: list[Concept] = []
-    places = [f"{path} line {line}" for line in lines[1:]]
-    for place, row in zip(places, rows[1:], strict=True):
-        if len(row) != len(_LIST_COLUMNS):
-            raise ValueError(f"{place} has {len(row)} fields for {len(_LIST_COLUMNS)} columns: {expected}")
-        fields = dict(zip(rows[0], row, strict=True))
-        kind = _KINDS_OF_LISTS.get(fields["kind"], fields["kind"])
-        if kind not in KINDS:
-            choices = ", ".join((*_KINDS_OF_LISTS, *KINDS))
-            raise ValueError(f"{place}, column kind: '{fields['kind']}' is none of {choices}: choose one of them")
-        name = _check_name(fields["name"], f"{place}, column name")
-        pieces = fields["aliases"].split(";") if fields["aliases"] else []
-        aliases = tuple(_check_name(piece, f"{place}, column aliases") for piece in pieces)
-        concepts.append(Concept(len(concepts), name, name, aliases, kind=kind))
-    _check_spelled_once(concepts, places)
+    check_spelled_once(concepts, [place] * len(concepts))
     return tuple(concepts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,6 +13,8 @@ from ldm.io.paths import REPO_ROOT
 KINDS = ("style", "object", "person", "brand", "generic")
 
 _FIELDS = ("{}", "{a}")
+_ARTICLE_RE = re.compile(r"(a|an|the) (?=\S)", re.IGNORECASE)
+_AFTER_ARTICLE_RE = re.compile(r"\b(a|an|the|this|new)( \w+)? \{\}", re.IGNORECASE)
 
 
 def with_article(noun: str) -> str:
@@ -19,9 +22,25 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
+def without_article(name: str) -> str:
+    """Return a name without the article before it, but for that of a title: "a red fox", not "A Bigger Splash"."""
+    return re.sub(r"^(a|an) (?=\S)", "", name)
+
+
 def fill(template: str, name: str) -> str:
     """Return a template with a name where it says `{}`, and the name with an article where it says `{a}`."""
     return template.replace("{a}", with_article(name)).replace("{}", name)
+
+
+def fill_anchor(template: str, anchor: str) -> str:
+    """Return a template with an anchor in place of a concept's name.
+
+    One that has an article ("a dog") keeps it where the template has none: "a photo of a dog", but "a toy dog".
+    """
+    noun = _ARTICLE_RE.sub("", anchor)
+    if noun == anchor:
+        return fill(template, anchor)
+    return template.replace("{a}", anchor).replace("{}", noun if _AFTER_ARTICLE_RE.search(template) else anchor)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ldm.erasure.null_space import null_space, qr_factor, relative_singular_valu
 from ldm.erasure.protection import ProtectedRows
 from ldm.erasure.retain import RetainSet
 from ldm.erasure.shift import SeparableShift, stacked_qr_factor
-from ldm.erasure.targets import anchor_embeds, target_prompts
+from ldm.erasure.targets import anchor_embeds, replaces_name, target_prompts
 
 DEFAULT_TOLERANCES = (1e-7, 1e-4, 5e-4, 2e-3, 5e-3, 2e-2)  # to compare where nobody names others
 
@@ -83,19 +83,20 @@ def measure_capacity(
     directions (`min_projection`), and the largest leakage on protected and on held-out prompts.
     """
     always = list(dict.fromkeys([*always_protected_prompts(), *further.protected]))
-    anchors = {concept.index: target_prompts(concept, config, model.tokenizers[0]) for concept in concepts}
-    protected = {concept.index: concept.prompts(null_space_config.protected_templates) for concept in concepts}
-    held_out = {concept.index: concept.held_out_prompts for concept in concepts}
+    anchors = {concept.label: target_prompts(concept, config, model.tokenizers[0]) for concept in concepts}
+    protected = {concept.label: concept.prompts(null_space_config.protected_templates) for concept in concepts}
+    held_out = {concept.label: concept.held_out_prompts for concept in concepts}
     others = further.unprotected.values()
     prompts = itertools.chain(always, *protected.values(), *held_out.values(), *anchors.values(), *others)
     embeds = model.embed_prompts(dict.fromkeys(prompts))
     rows = ProtectedRows(embeds, always, protected, null_space_config.always_protected_weight)
     surrogate, retain = _surrogate_layer(model), RetainSet(model, further.others or concepts)
-    results: dict[tuple[float, int], _Erased] = {}
+    results: dict[tuple[float, str], _Erased] = {}
     factors = rows.leave_one_out(concepts)
     for concept, factor in zip(tqdm(concepts, desc="concepts", unit="concept"), factors, strict=True):
-        target_embeds = torch.stack([embeds[prompt] for prompt in anchors[concept.index]])  # (P, tokens, d)
-        aims = anchor_embeds(model, anchors[concept.index], config)  # (P, tokens, d), or (1, tokens, d)
+        target_embeds = torch.stack([embeds[prompt] for prompt in anchors[concept.label]])  # (P, tokens, d)
+        is_aligned = replaces_name(concept, config)
+        aims = anchor_embeds(model, anchors[concept.label], is_aligned)  # (P, tokens, d), or (1, tokens, d)
         retain_cost = retain.cost(concept, config, len(target_embeds))
         for tolerance in tolerances:
             basis = null_space(factor, tolerance, null_space_config.null_space_method)[0]
@@ -107,8 +108,8 @@ def measure_capacity(
                 embedding_map = closed_form_map(space, target_embeds, aims)
                 shift = SeparableShift.from_map({"": surrogate}, space.directions, 1.0, embedding_map)
                 erased = _Erased(shift.delta_weight(".weight"), projection)
-            results[tolerance, concept.index] = erased
-    owners: dict[tuple[str, str], int | None] = {(prompt, "protected"): None for prompt in always}
+            results[tolerance, concept.label] = erased
+    owners: dict[tuple[str, str], str | None] = {(prompt, "protected"): None for prompt in always}
     for group, owned in (("protected", protected), ("held_out", held_out)):
         for index, own in owned.items():
             owners |= {(prompt, group): index for prompt in own}
@@ -131,14 +132,14 @@ def _surrogate_layer(model: DiffusionModel) -> nn.Linear:
     return layer
 
 
-def _concept_said(prompt: str, concepts: Sequence[Concept]) -> int | None:
-    """Return the index of the concept that a prompt says; None for none."""
-    return next((concept.index for concept in concepts if says(prompt, concept.spellings)), None)
+def _concept_said(prompt: str, concepts: Sequence[Concept]) -> str | None:
+    """Return the label of the concept that a prompt says; None for none."""
+    return next((concept.label for concept in concepts if says(prompt, concept.spellings)), None)
 
 
 def _leakage_rows(
-    results: Mapping[tuple[float, int], _Erased],
-    owners: Mapping[tuple[str, str], int | None],
+    results: Mapping[tuple[float, str], _Erased],
+    owners: Mapping[tuple[str, str], str | None],
     embeds: Mapping[str, torch.Tensor],
     weight: torch.Tensor,
 ) -> pd.DataFrame:
@@ -169,7 +170,7 @@ def summarize_groups(leakage: pd.DataFrame) -> pd.DataFrame:
 
 
 def _summarize(
-    results: Mapping[tuple[float, int], _Erased],
+    results: Mapping[tuple[float, str], _Erased],
     leakage: pd.DataFrame,
     taken_values: torch.Tensor,
     fixed_values: torch.Tensor,

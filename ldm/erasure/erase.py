@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ldm.config.concepts import Concept, always_protected_prompts, erasable_concepts
+from ldm.config.concepts import OWN, OWN_INDEX, Concept, always_protected_prompts, erasable_concepts
 from ldm.config.methods import (
     NO_GATE,
     ExecutionConfig,
@@ -35,10 +35,10 @@ from ldm.erasure.leakage import base_norms, leakage
 from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
 from ldm.erasure.methods import LOSSES
 from ldm.erasure.null_space import NullSpaceBasis
-from ldm.erasure.protection import Protection, solve_null_spaces
+from ldm.erasure.protection import Protection, concept_metadata, solve_null_spaces
 from ldm.erasure.retain import RetainSet
 from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift, WeightShift
-from ldm.erasure.targets import anchor_embeds, target_prompts
+from ldm.erasure.targets import anchor_embeds, replaces_name, target_prompts
 from ldm.erasure.training import CURVE_COLUMNS, fit
 from ldm.io.errors import MissingFileError, notify
 from ldm.io.files import atomic_write, file_digest
@@ -75,15 +75,16 @@ def erase(
     protection: Protection,
     image_dir: Path,
     gate: GateConfig = NO_GATE,
+    others: Sequence[Concept] | None = None,
 ) -> list[ErasureSummary]:
     """Erase concepts by one method, solving the null spaces first where it needs them; what is there already is kept.
 
-    The shifts lie at `artifacts.shift(concept.index)`. `image_dir` has a folder of images per concept, for a method
+    The shifts lie at `artifacts.shift(concept.label)`. `image_dir` has a folder of images per concept, for a method
     that trains on them. Returns what `erase_concepts` does.
     """
     if config.needs_null_space:
         solve_null_spaces(model, artifacts, concepts, protection)
-    return erase_concepts(model, artifacts, concepts, config, image_dir, gate=gate)
+    return erase_concepts(model, artifacts, concepts, config, image_dir, gate=gate, others=others)
 
 
 def erase_concepts(
@@ -95,13 +96,15 @@ def erase_concepts(
     execution: ExecutionConfig = ExecutionConfig(),
     shard: Shard = Shard(),
     gate: GateConfig = NO_GATE,
+    others: Sequence[Concept] | None = None,
 ) -> list[ErasureSummary]:
     """Make and save each concept's shift, but for those that are there from the same inputs; return what each took.
 
-    `image_dir` has a folder of images per concept, which is not asked for when nothing is trained on images. A
-    learning curve goes beside each shift as CSV. SRS-ME's shifts get a gate too where `gate` says so. Of several
-    processes each makes its `shard`. Raises ValueError for a missing basis or folder, and for settings that make
-    nothing.
+    `image_dir` has a folder of images per concept, which is not asked for when nothing is trained on images. A learning
+    curve goes beside each shift as CSV. SRS-ME's shifts get a gate too where `gate` says so. `others` are concepts that
+    an erasure should change little unless it is their own: without them those of the category, or of concepts that a
+    user names, `concepts` themselves. Of several processes each makes its `shard`. Raises ValueError for a missing
+    basis or folder, and for settings that make nothing.
     """
     if isinstance(config, SRSMEConfig) and not config.trains and config.init == "zero":
         raise ValueError(
@@ -109,21 +112,23 @@ def erase_concepts(
         )
     if config.is_joint and shard.rank:
         return []  # one process trains them, since they are trained at once
+    if others is None:
+        others = concepts if artifacts.category == OWN else erasable_concepts(artifacts.category)
     concepts = list(dict.fromkeys(concepts))
     concepts = concepts if config.is_joint else shard.select(concepts)
-    erasure = _Erasure(model, artifacts, config, image_dir, execution, gate)
+    erasure = _Erasure(model, artifacts, config, image_dir, execution, gate, others)
     if config.needs_null_space:
         for concept in concepts:
             erasure.load_basis(concept)  # before any work, so that one that is missing costs none
-    metadata = {concept.index: erasure.build_metadata(concept) for concept in concepts}
+    metadata = {concept.label: erasure.build_metadata(concept) for concept in concepts}
     if config.is_joint:
         for entry in metadata.values():
-            entry["joint_with"] = [concept.index for concept in concepts]
+            entry["joint_with"] = [concept.label if concept.is_own else concept.index for concept in concepts]
     missing = []
     for concept in concepts:
-        path = artifacts.shift(concept.index)
+        path = artifacts.shift(concept.label)
         existing = upgrade_digests(read_metadata(path, SHIFT_FILE_TYPE), model.digests)
-        if _made_from(metadata[concept.index], existing, config.name):
+        if _made_from(metadata[concept.label], existing, config.name):
             print(f"{concept.name}: {path} is there already, from the same inputs")
         else:
             missing.append(concept)
@@ -178,30 +183,33 @@ class _Erasure:
         image_dir: Path,
         execution: ExecutionConfig,
         gate: GateConfig,
+        others: Sequence[Concept],
     ):
         self.model, self.artifacts, self.config = model, artifacts, config
         self.image_dir, self.execution = image_dir, execution
         self.gate = gate if isinstance(config, SRSMEConfig) else gate.with_changes(gate=False)
         self.gate_fitter: GateFitter | None = None
-        self.retain = RetainSet(model, erasable_concepts(artifacts.category))
+        self.others = list(others)
+        self.retain = RetainSet(model, self.others)
         self.cache = _EmbeddingCache(model)
-        self.bases: dict[int, NullSpaceBasis] = {}
+        self.bases: dict[str, NullSpaceBasis] = {}
 
     def load_basis(self, concept: Concept) -> NullSpaceBasis:
         """Return the basis of a concept. Raises ValueError for one that is missing or made for another model."""
-        path = self.artifacts.find_basis(concept.index)
+        path = self.artifacts.find_basis(concept.label)
         basis = NullSpaceBasis.load(path)
         try:
             basis.check(self.model.digests, self.model.context_dim, path)
             self._check_concept(basis, concept, path)
         except ValueError as error:
-            raise MissingFileError(str(error), "basis", **self.artifacts.details(concept.index)) from error
+            raise MissingFileError(str(error), "basis", **self.artifacts.details(concept.label)) from error
         return basis
 
     def _check_concept(self, basis: NullSpaceBasis, concept: Concept, path: Path) -> None:
         """Raise ValueError for the basis of another concept, which may protect this one."""
-        said = basis.metadata.get("category"), basis.metadata.get("concept_index")
-        if said != (self.artifacts.category, concept.index):
+        said = basis.metadata.get("category"), basis.metadata.get("concept_index", OWN_INDEX)
+        is_named = not concept.is_own or concept.is_named(str(basis.metadata.get("concept")))
+        if said != (self.artifacts.category, concept.index) or not is_named:
             raise ValueError(f"{path} is the basis of {basis.metadata.get('concept')}, not of {concept.name}")
 
     def build_metadata(self, concept: Concept) -> dict[str, Any]:
@@ -212,8 +220,7 @@ class _Erasure:
             "base_model": self.model.name,
             "base_digest": self.model.digest,
             "category": self.artifacts.category,
-            "concept_index": concept.index,
-            "concept": concept.name,
+            **concept_metadata(concept),
             "prompt": concept.prompt,
             "captions": concept.captions,
             "anchor": concept.anchor_prompt,
@@ -225,7 +232,7 @@ class _Erasure:
         if self.gate.gate:
             metadata["gate_config"] = self.gate.to_dict()
         if self.config.needs_null_space:
-            metadata["basis_digest"] = file_digest(self.artifacts.basis(concept.index))
+            metadata["basis_digest"] = file_digest(self.artifacts.basis(concept.label))
         if self.config.trains_on_images:
             metadata["data_digest"] = file_digest(self.image_dir / concept.name)
         else:
@@ -238,28 +245,28 @@ class _Erasure:
         content = json.dumps([targets, self.retain.groups(concept, config)])
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def run(self, concepts: Sequence[Concept], metadata: Mapping[int, dict[str, Any]]) -> list[ErasureSummary]:
+    def run(self, concepts: Sequence[Concept], metadata: Mapping[str, dict[str, Any]]) -> list[ErasureSummary]:
         """Make and save the shifts of concepts that are trained together, or of one."""
         start = time.perf_counter()
         if self.config.needs_null_space:
-            self.bases = {concept.index: self.load_basis(concept) for concept in concepts}
-        shifts: dict[int, WeightShift] = {}
-        losses: dict[int, SingleConceptLoss] = {}
+            self.bases = {concept.label: self.load_basis(concept) for concept in concepts}
+        shifts: dict[str, WeightShift] = {}
+        losses: dict[str, SingleConceptLoss] = {}
         for concept in concepts:
             initial = self._initial_shift(concept)
             if initial is not None:
-                shifts[concept.index] = initial
+                shifts[concept.label] = initial
             if self.config.trains:
                 kind = LOSSES[self.config.name]
                 arguments = (initial,) if initial is not None else ()
-                losses[concept.index] = kind.from_config(self.model, concept, self.config, *arguments)
+                losses[concept.label] = kind.from_config(self.model, concept, self.config, *arguments)
         curve = pd.DataFrame(columns=CURVE_COLUMNS)
         if losses:
             curve, start = self._train(concepts, list(losses.values()))
             shifts = {index: loss.to_shift() for index, loss in losses.items()}
         seconds = time.perf_counter() - start
         return [
-            self._save(concept, shifts[concept.index], metadata[concept.index], curve, seconds) for concept in concepts
+            self._save(concept, shifts[concept.label], metadata[concept.label], curve, seconds) for concept in concepts
         ]
 
     def _gated_edit(self, concept: Concept) -> GatedEdit | None:
@@ -268,8 +275,7 @@ class _Erasure:
             return None
         if self.gate_fitter is None:
             retained = [prompt for basis in self.bases.values() for prompt in basis.metadata["protected"]]
-            others = erasable_concepts(self.artifacts.category)
-            self.gate_fitter = GateFitter(self.model, others, retained, self.gate)
+            self.gate_fitter = GateFitter(self.model, self.others, retained, self.gate)
         try:
             return self.gate_fitter.fit(concept)
         except InseparableError as error:
@@ -280,7 +286,7 @@ class _Erasure:
         """Return what a method with a null space starts from; None for one without."""
         if not isinstance(self.config, SRSMEConfig):
             return None
-        shift = initial_shift(self.model, concept, self.config, self.bases[concept.index], self.retain)
+        shift = initial_shift(self.model, concept, self.config, self.bases[concept.label], self.retain)
         if self.config.max_directions and shift.rank < self.config.max_directions:
             print(
                 f"{concept.name}: its projection spans {shift.rank} of the null space's directions, fewer than the "
@@ -321,19 +327,19 @@ class _Erasure:
 
     def _protected(self, concept: Concept) -> list[str]:
         if self.config.needs_null_space:
-            return self.bases[concept.index].metadata["protected"]
+            return self.bases[concept.label].metadata["protected"]
         return always_protected_prompts()
 
     def _save(
         self, concept: Concept, shift: WeightShift, metadata: dict[str, Any], curve: pd.DataFrame, seconds: float
     ) -> ErasureSummary:
         """Write a shift and its learning curve, and return what it took and its measured leakage."""
-        path = self.artifacts.shift(concept.index)
+        path = self.artifacts.shift(concept.label)
         with atomic_write(path.with_suffix(".csv")) as partial:
             curve.to_csv(partial, index=False)
         metadata = metadata | {"iterations": len(curve)}
         if self.config.needs_null_space:
-            basis = self.bases[concept.index].metadata
+            basis = self.bases[concept.label].metadata
             metadata |= {name: basis[name] for name in ("protected", "rank", "rank_rtol")}
         start = time.perf_counter()
         shift.gated = self._gated_edit(concept)
@@ -373,7 +379,7 @@ def initial_shift(
     layers = text_layers(model.unet)
     if config.init == "zero":
         return SeparableShift.zeros(layers, space.directions, config.basis_scale)
-    embedding_map = closed_form_map(space, target_embeds, anchor_embeds(model, anchors, config))
+    embedding_map = closed_form_map(space, target_embeds, anchor_embeds(model, anchors, replaces_name(concept, config)))
     return SeparableShift.from_map(layers, space.directions, config.basis_scale, embedding_map)
 
 

@@ -96,7 +96,7 @@ class ConceptEraser:
             raise ValueError(f"'{method}' is no method{did_you_mean(method, list(METHODS))}: choose from {known}")
         concepts = list(dict.fromkeys(self._concept(name) for name in names))
         artifacts = ArtifactPaths(self.artifacts_dir, method, self.model.name, self.category, 1, 0)  # as the scripts do
-        protection = Protection([concept.index for concept in erasable_concepts(self.category)], self.config.null_space)
+        protection = Protection(erasable_concepts(self.category), self.config.null_space)
         settings = self.config.methods[method], protection, Path(image_dir), self.config.gate
         summaries = erase(self.model, artifacts, concepts, *settings)
         for concept in concepts:

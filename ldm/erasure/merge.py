@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ldm.config.concepts import CATEGORIES, INDEX_RANGE_RE, get_concept, parse_indexes
-from ldm.config.methods import METHODS, SRSMEConfig
+from ldm.config.concept_lists import make_concept
+from ldm.config.concepts import CATEGORIES, INDEX_RANGE_RE, OWN, find_by_name, get_concept, parse_indexes
+from ldm.config.methods import METHODS, SRSMEConfig, did_you_mean
 from ldm.diffusion.edits import edit_embeddings, replace_parameters
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
-from ldm.erasure.shift import WeightShift
-from ldm.io.paths import ArtifactPaths, merge_name
+from ldm.erasure.shift import SHIFT_FILE_TYPE, WeightShift
+from ldm.io.errors import MissingFileError
+from ldm.io.paths import SHIFT_SUFFIX, ArtifactPaths, merge_name
+from ldm.io.tensors import read_metadata
 
 
 def merged_weight(
@@ -93,27 +97,32 @@ def shifts_metadata(shifts: Mapping[str, WeightShift], form: str) -> dict[str, A
     return metadata | ({"gated": gated} if gated else {})
 
 
-def load_shifts(artifacts: ArtifactPaths, text: str) -> tuple[dict[str, WeightShift], str]:
-    """Return shifts by label, and the name of their merge, for '0,1,2', '0-99' or shift files, separated by commas.
+def load_shifts(artifacts: ArtifactPaths, named: str | Sequence[str]) -> tuple[dict[str, WeightShift], str]:
+    """Return shifts by label, and the name of their merge, for '0,1,2', '0-99', shift files, or names of concepts.
 
-    A label is the concept's index, with its category before it when that is another one. The name is '012', or 'ori'
-    for none; shifts of another method than SRS-ME put its name before it: 'FMN-012'. Raises ValueError for a file that
-    does not say what it erases, and for a concept named twice.
+    Indexes and files may be separated by commas; a name is a text of its own. A label is the concept's own; that of
+    one of another category has the category before it. The name is '012', or 'ori' for none; shifts of another method
+    than SRS-ME put its name before it: 'FMN-012'. Raises ValueError for a file that does not say what it erases, and
+    for a concept named twice.
     """
     shifts: dict[str, WeightShift] = {}
     methods: dict[str, None] = {}
-    for path, expected in _shift_paths(artifacts, text):
-        shift = WeightShift.load(path, "give an index such as 0, or the path of a shift file")
-        index, category = shift.metadata.get("concept_index"), shift.metadata.get("category", artifacts.category)
-        method = shift.metadata.get("method", SRSMEConfig.name)
-        if type(index) is not int or category not in CATEGORIES or method not in METHODS:
+    for path, expected in _shift_paths(artifacts, [named] if isinstance(named, str) else named):
+        shift = WeightShift.load(path, "give an index such as 0, a concept's name, or the path of a shift file")
+        metadata = shift.metadata
+        index, category = metadata.get("concept_index"), metadata.get("category", artifacts.category)
+        method = metadata.get("method", SRSMEConfig.name)
+        is_own = category == OWN and index is None and bool(metadata.get("concept"))
+        if method not in METHODS or not (is_own or (type(index) is int and category in CATEGORIES)):
             raise ValueError(f"{path} does not say which concept it erases, and by which method: make it again")
         if expected is not None and (index, category, method) != (expected, artifacts.category, artifacts.method):
             raise ValueError(
                 f"{path} is the shift of {category} {index} by {method}, not of {artifacts.category} {expected} by "
                 f"{artifacts.method}: make it again, or name the file itself"
             )
-        label = str(index) if category == artifacts.category else f"{category}{index}"
+        label = make_concept(metadata["concept"]).label if is_own else str(index)
+        if not is_own and category != artifacts.category:
+            label = f"{category}{index}"
         if label in shifts:
             raise ValueError(f"`shifts` names the shift of {label} twice: name each once")
         shifts[label] = shift
@@ -122,16 +131,47 @@ def load_shifts(artifacts: ArtifactPaths, text: str) -> tuple[dict[str, WeightSh
     return shifts, prefix + merge_name(shifts) or "ori"
 
 
-def _shift_paths(artifacts: ArtifactPaths, text: str) -> list[tuple[Path, int | None]]:
-    """Return the file of each shift that `text` names, with the index where it is named by that."""
+def _shift_paths(artifacts: ArtifactPaths, named: Sequence[str]) -> list[tuple[Path, int | None]]:
+    """Return the file of each shift that texts name, with the index where it is named by that."""
     paths: list[tuple[Path, int | None]] = []
-    for piece in text.split(",") if text.strip() else ():
-        piece = piece.strip()
-        if not piece:
+    for text in named:
+        pieces = [piece.strip() for piece in text.split(",")] if text.strip() else []
+        if not all(pieces):
             raise ValueError(f"`shifts` '{text}' has nothing between two commas: name each shift, or none")
-        if INDEX_RANGE_RE.fullmatch(piece):
-            concepts = [get_concept(artifacts.category, index) for index in parse_indexes(piece, artifacts.category)]
-            paths += [(artifacts.find_shift(concept.index, concept.name), concept.index) for concept in concepts]
-        else:
-            paths.append((Path(piece), None))
+        if not all(_is_file(piece) or INDEX_RANGE_RE.fullmatch(piece) for piece in pieces):
+            paths.append(_find_named(artifacts, text))
+            continue
+        for piece in pieces:
+            if _is_file(piece):
+                paths.append((Path(piece), None))
+                continue
+            for index in parse_indexes(piece, artifacts.category):
+                concept = get_concept(artifacts.category, index)
+                paths.append((artifacts.find_shift(concept.label, concept.name), index))
     return paths
+
+
+def _is_file(text: str) -> bool:
+    return text.lower().endswith(SHIFT_SUFFIX) or Path(text).is_file()
+
+
+def _find_named(artifacts: ArtifactPaths, text: str) -> tuple[Path, int | None]:
+    """Return the shift of the concept that a text names, with its index where it is one of the category.
+
+    Raises MissingFileError, with the nearest name, where there is none.
+    """
+    concept, own = make_concept(text), replace(artifacts, category=OWN)
+    known: list[str] = []
+    for path in own.all_shifts():
+        metadata = read_metadata(path, SHIFT_FILE_TYPE)
+        spellings = [metadata.get("concept"), *metadata.get("aliases", ())]
+        names = [name for name in spellings if isinstance(name, str)]
+        if any(concept.is_named(name) for name in names):
+            return path, None
+        known += names
+    listed = find_by_name(artifacts.category, text)
+    if listed is not None:
+        return artifacts.find_shift(listed.label, listed.name), listed.index
+    near = did_you_mean(text, known)
+    message = f"no shift that erases '{text}' at {own.shift(concept.label)}{near}"
+    raise MissingFileError(message, "shift", **own.details(concept.label), concept=text)

@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ldm.config.concepts import Concept, always_protected_prompts, get_concept
+from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import NullSpaceConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.null_space import BASIS_FILE_TYPE, NullSpaceBasis, leave_one_out_factors, qr_factor
@@ -22,9 +23,9 @@ from ldm.io.tensors import CREATED_BY, read_metadata
 
 @dataclass(frozen=True)
 class Protection:
-    """What an erasure leaves alone beside the empty prompt and watermarks: concepts by index, and further prompts."""
+    """What an erasure leaves alone beside the empty prompt and watermarks: concepts, and further prompts."""
 
-    indices: Sequence[int]
+    concepts: Sequence[Concept]
     null_space: NullSpaceConfig
     extra_prompts: Sequence[str] = ()
 
@@ -45,7 +46,7 @@ class BasisSummary:
 class ProtectedRows:
     """The embeddings of everything that is protected, and for each concept a `qr_factor` of all but its own.
 
-    `prompts` maps each protected concept, by index, to its prompts; `fixed` are the prompts that are always protected,
+    `prompts` maps each protected concept, by label, to its prompts; `fixed` are the prompts that are always protected,
     whose rows are multiplied by `weight`.
     """
 
@@ -53,34 +54,34 @@ class ProtectedRows:
         self,
         embeds: Mapping[str, torch.Tensor],
         fixed: Sequence[str],
-        prompts: Mapping[int, Sequence[str]],
+        prompts: Mapping[str, Sequence[str]],
         weight: float,
     ):
         self.fixed, self.prompts = list(fixed), prompts
         self.fixed_rows = [weight * embeds[prompt] for prompt in fixed]
-        self.blocks = {index: torch.cat([embeds[prompt] for prompt in own]) for index, own in prompts.items()}
+        self.blocks = {label: torch.cat([embeds[prompt] for prompt in own]) for label, own in prompts.items()}
 
     def leave_one_out(self, concepts: Sequence[Concept]) -> Iterator[torch.Tensor]:
         """Yield for each concept a `qr_factor` (at most d, d) of the rows of everything protected but itself.
 
         What these have in common is decomposed once.
         """
-        own = [concept for concept in concepts if concept.index in self.blocks]
-        own_indices = {concept.index for concept in own}
-        others = [block for index, block in self.blocks.items() if index not in own_indices]
+        own = [concept for concept in concepts if concept.label in self.blocks]
+        own_labels = {concept.label for concept in own}
+        others = [block for label, block in self.blocks.items() if label not in own_labels]
         rest = torch.cat([*self.fixed_rows, *others])
-        own_blocks = [self.blocks[concept.index] for concept in own]
+        own_blocks = [self.blocks[concept.label] for concept in own]
         factors = leave_one_out_factors(own_blocks, rest) if own else iter(())
         every_factor = qr_factor(rest, *own_blocks) if len(own) < len(concepts) else None
         for concept in concepts:
-            if concept.index in own_indices:
+            if concept.label in own_labels:
                 yield next(factors)
             elif every_factor is not None:
                 yield every_factor
 
     def without(self, concept: Concept) -> list[str]:
         """Return the prompts that are protected when `concept` is erased, once each."""
-        others = [prompts for index, prompts in self.prompts.items() if index != concept.index]
+        others = [prompts for label, prompts in self.prompts.items() if label != concept.label]
         return list(dict.fromkeys([*self.fixed, *itertools.chain(*others)]))
 
 
@@ -101,9 +102,8 @@ def solve_null_spaces(
     config = protection.null_space
     fixed = list(dict.fromkeys([*always_protected_prompts(), *protection.extra_prompts]))
     prompts = {}
-    for index in protection.indices:
-        concept = get_concept(artifacts.category, index)
-        prompts[index] = concept.prompts(0 if concept.is_watermark else config.protected_templates)
+    for concept in protection.concepts:
+        prompts[concept.label] = concept.prompts(0 if concept.is_watermark else config.protected_templates)
     embeds = model.embed_prompts(dict.fromkeys([*fixed, *itertools.chain(*prompts.values())]))  # (tokens, d) each
     check_apart(model, targets, {prompt: embeds[prompt] for prompt in fixed})
     rows = ProtectedRows(embeds, fixed, prompts, config.always_protected_weight)
@@ -122,14 +122,20 @@ def solve_null_spaces(
             "base_model": model.name,
             "base_digest": model.digest,
             "category": artifacts.category,
-            "concept_index": concept.index,
-            "concept": concept.name,
+            **concept_metadata(concept),
             "always_protected_weight": config.always_protected_weight,
         }
         basis = replace(basis, metadata=made_for | basis.metadata)
-        _save_if_changed(basis, artifacts.basis(concept.index), model.digests)
-        summaries.append(_summarize(concept, basis, artifacts.basis(concept.index)))
+        _save_if_changed(basis, artifacts.basis(concept.label), model.digests)
+        summaries.append(_summarize(concept, basis, artifacts.basis(concept.label)))
     return summaries
+
+
+def concept_metadata(concept: Concept) -> dict[str, Any]:
+    """Return what a basis and a shift say of the concept that they are for: its index, or else its other spellings."""
+    if not concept.is_own:
+        return {"concept_index": concept.index, "concept": concept.name}
+    return {"concept": concept.name, "aliases": list(concept.aliases), "kind": concept.kind}
 
 
 def check_apart(model: DiffusionModel, concepts: Sequence[Concept], protected: Mapping[str, torch.Tensor]) -> None:

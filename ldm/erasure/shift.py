@@ -22,8 +22,10 @@ from ldm.io.tensors import LazyTensors, check_base_model, library_versions, load
 SHIFT_FILE_TYPE = "weight shift"
 _LARGEST = 1e30  # that a shift may add to a weight: float32 holds a little more
 _HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, where it says it
-    **dict.fromkeys(("concept", "category", "method", "prompt", "anchor", "base_model", "base_digest"), is_text),
-    **dict.fromkeys(("captions", "protected"), is_texts),
+    **dict.fromkeys(
+        ("concept", "category", "method", "prompt", "anchor", "base_model", "base_digest", "kind"), is_text
+    ),
+    **dict.fromkeys(("captions", "protected", "aliases"), is_texts),
     **dict.fromkeys(("concept_index", "iterations", "rank"), is_count),
     **dict.fromkeys(("scale", "rank_rtol", "target_change", "max_leakage_protected"), is_number),
     **dict.fromkeys(("config", "gate"), is_mapping),

@@ -9,7 +9,7 @@ import torch
 
 from ldm.config.concepts import Concept
 from ldm.config.methods import SRSMEConfig
-from ldm.config.templates import fill, load_template_set
+from ldm.config.templates import fill, fill_anchor, load_template_set
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.tokenizer import align_tokens, read_part
 
@@ -19,26 +19,38 @@ def target_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dic
 
     Of the templates of its kind those are left out with which the concept is longer than the model reads.
     """
-    kind = load_template_set(concept.kind)
-    of_kind = config.template_set == "kind"
+    kind = load_template_set(concept.kind)  # whose neutral word stands for the name where the anchor is neutral
+    of_kind = config.template_set == "kind" or (concept.is_own and not concept.templates)
     templates = [text for text in (kind.templates if of_kind else concept.templates) if text != "{}"]
     anchors: dict[str, str] = {}
     for template in ["{}", *templates[: config.target_templates]]:
-        anchor = {"empty": "", "category": concept.anchor_prompt, "neutral": fill(template, kind.neutral)}
-        for spelling in concept.spellings if of_kind else (concept.prompt,):
+        anchor = _anchor_prompt(concept, config, template, kind.neutral)
+        for spelling in concept.spellings if of_kind or concept.is_own else (concept.prompt,):
             prompt = fill(template, spelling)
             if template == "{}" or not of_kind or read_part(tokenizer, prompt) is None:
-                anchors[prompt] = anchor[config.anchor]
+                anchors[prompt] = anchor
     return anchors
 
 
-def anchor_embeds(model: DiffusionModel, anchors: Mapping[str, str], config: SRSMEConfig) -> torch.Tensor:
+def _anchor_prompt(concept: Concept, config: SRSMEConfig, template: str, neutral: str) -> str:
+    """Return what a prompt becomes that says a concept in a template: the concept's own anchor comes before all."""
+    if concept.anchor is not None:
+        return fill_anchor(template, concept.anchor)
+    return {"empty": "", "category": concept.anchor_prompt, "neutral": fill(template, neutral)}[config.anchor]
+
+
+def replaces_name(concept: Concept, config: SRSMEConfig) -> bool:
+    """Return whether the anchor of a prompt differs from it in the concept's name alone."""
+    return concept.anchor is not None or config.anchor == "neutral"
+
+
+def anchor_embeds(model: DiffusionModel, anchors: Mapping[str, str], is_aligned: bool) -> torch.Tensor:
     """Return the embeddings that prompts should get, (P, tokens, d), or (1, tokens, d) for all of them alike.
 
-    A neutral anchor differs from its prompt in the name alone, and is aligned with it token by token.
+    `anchors` has the anchor of each prompt, which is aligned with it token by token where `replaces_name`.
     """
     embeds = model.embed_prompts(dict.fromkeys(anchors.values()))  # (tokens, d) each
-    if config.anchor != "neutral":
+    if not is_aligned:
         return next(iter(embeds.values()))[None]
     tokenizer = model.tokenizers[0]
     rows = [embeds[anchor][align_tokens(tokenizer, prompt, anchor)] for prompt, anchor in anchors.items()]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from ldm.config.concepts import Concept, always_protected_prompts, erasable_concepts, load_concepts
+from ldm.config.concepts import Concept, always_protected_prompts, erasable_concepts, get_concept, load_concepts
 from ldm.config.everyday import COMPOSITIONS, sample_unprotected, split_compositions
 from ldm.config.methods import MethodConfig, NullSpaceConfig, SamplingConfig
 from ldm.config.models import load_model_config
@@ -73,7 +73,8 @@ class Experiment:
         model_config = load_model_config(self.model.config_name)
         null_space = null_space or model_config.null_space
         gate = model_config.gate.with_changes(gate=model_config.gate.gate and self.form == "gated")
-        protection = Protection(protected_indices, null_space)
+        protected = [get_concept(self.category, index) for index in protected_indices]
+        protection = Protection(protected, null_space)
         if config.needs_null_space:  # before any image, so that one without free dimensions costs none
             solve_null_spaces(self.model, artifacts, concepts, protection)
         image_dir = self.folder / "training-images"

@@ -1,4 +1,4 @@
-"""Where artifacts are kept: `ROOT/METHOD/MODEL/CATEGORY/sceneI/timeT/{basis,shift}-INDEX.safetensors`.
+"""Where artifacts are kept: `ROOT/METHOD/MODEL/CATEGORY/sceneI/timeT/{basis,shift}-LABEL.safetensors`.
 
 A shift made at one time of a scene serves all later ones: looking one up takes the newest up to the time asked for.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ldm.io.errors import MissingFileError
 
+SHIFT_SUFFIX = ".safetensors"
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -28,34 +29,42 @@ class ArtifactPaths:
     def _folder(self, time: int, method: str) -> Path:
         return self.root / method.lower() / self.model / self.category / f"scene{self.scene}" / f"time{time}"
 
-    def basis(self, index: int) -> Path:
+    def basis(self, label: str | int) -> Path:
         """Return where a concept's null space basis is kept, which SRS-ME and its joint variant share."""
-        return self._folder(self.time, "SRS-ME") / f"basis-{index}.safetensors"
+        return self._folder(self.time, "SRS-ME") / f"basis-{label}.safetensors"
 
-    def find_basis(self, index: int) -> Path:
+    def find_basis(self, label: str | int) -> Path:
         """Return the path of a concept's basis. Raises MissingFileError when there is none."""
-        path = self.basis(index)
+        path = self.basis(label)
         if not path.is_file():
-            raise MissingFileError(f"no null space basis {path}", "basis", **self.details(index))
+            raise MissingFileError(f"no null space basis {path}", "basis", **self.details(label))
         return path
 
-    def shift(self, index: int) -> Path:
+    def shift(self, label: str | int) -> Path:
         """Return where this time's own shift of a concept is written."""
-        return self._folder(self.time, self.method) / f"shift-{index}.safetensors"
+        return self._folder(self.time, self.method) / f"shift-{label}.safetensors"
 
-    def find_shift(self, index: int, name: str = "") -> Path:
+    def find_shift(self, label: str | int, name: str = "") -> Path:
         """Return the newest shift of a concept, `name`, up to this time. Raises MissingFileError if there is none."""
         for time in range(self.time, -1, -1):
-            path = self._folder(time, self.method) / f"shift-{index}.safetensors"
+            path = self._folder(time, self.method) / f"shift-{label}.safetensors"
             if path.is_file():
                 return path
-        message = f"no shift that erases {index}{f' {name}' if name else ''} at {self.shift(index)}"
-        raise MissingFileError(message, "shift", **self.details(index))
+        message = f"no shift that erases {label}{f' {name}' if name else ''} at {self.shift(label)}"
+        raise MissingFileError(message, "shift", **self.details(label))
 
-    def details(self, index: int) -> dict[str, object]:
+    def all_shifts(self) -> list[Path]:
+        """Return the newest shift of every concept up to this time, in order of their names."""
+        found: dict[str, Path] = {}
+        for time in range(self.time + 1):
+            folder = self._folder(time, self.method)
+            found |= {path.name: path for path in folder.glob(f"shift-*{SHIFT_SUFFIX}")}
+        return [found[name] for name in sorted(found)]
+
+    def details(self, label: str | int) -> dict[str, object]:
         """Return what a MissingFileError says about a concept's basis or shift."""
         place = {"scene": self.scene, "scene_time": self.time}
-        return {"method": self.method, "category": self.category, "erased_index": index, **place}
+        return {"method": self.method, "category": self.category, "erased_index": label, **place}
 
 
 def merge_name(labels: Iterable[str]) -> str:

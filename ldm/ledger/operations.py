@@ -52,7 +52,7 @@ def create_shifts(
     start = time.perf_counter()
     category, next_index = ledger.header["category"], len(ledger.entries) + 1
     artifacts = ArtifactPaths(ledger.root / "shifts", config.name, model.name, category, 0, next_index)
-    protection = Protection(ledger.header["concepts"], null_space, extra_prompts=ledger.header["protected"])
+    protection = Protection(ledger.concepts, null_space, extra_prompts=ledger.header["protected"])
     erase(model, artifacts, concepts, config, protection, image_dir, gate)
     seconds, peak_gib = round(time.perf_counter() - start, 1), round(peak_memory() / 2**30, 2)
     embeds = model.embed_prompts(ledger.prompts)

@@ -1,0 +1,155 @@
+"""Concepts that a user names: by text, in files, and how they are told apart."""
+
+import re
+
+import pytest
+
+from ldm.config.concept_lists import MAX_CONCEPTS, make_concept, near_pairs, read_concepts, read_prompts
+from ldm.config.concepts import CATEGORIES, Concept, get_concept, load_concepts
+from ldm.config.templates import fill_anchor
+from ldm.io.errors import Notice
+from ldm.io.paths import REPO_ROOT
+
+HEADER = "name,kind,aliases\n"
+
+
+def test_the_hundred_names_are_concepts_of_known_kinds():
+    concepts = read_concepts([str(REPO_ROOT / "data" / "hundred_names.csv")])
+    assert len(concepts) == 100 and all(concept.is_own for concept in concepts)
+    assert {concept.kind for concept in concepts} == {"style", "person", "brand", "generic"}
+    assert set(concepts[1].spellings) == {"Vincent van Gogh", "Van Gogh", "VanGogh"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["has the columns (none)"]),
+        ("name,kind,alias\nA,brand,\n", ["name,kind,alias:", "the column concept", "aliases, anchor, kind"]),
+        (HEADER, ["no concept"]),
+        (HEADER + "A,brand\n", ["line 2", "2 fields for 3 columns"]),
+        (HEADER + "A,brand,\n\nB,planet,\n", ["line 4", "column kind", "'planet'", "public figure"]),
+        (HEADER + ",brand,\n", ["line 2", "names nothing"]),
+        (HEADER + "A,brand,B;;C\n", ["line 2", "empty alias"]),
+        (HEADER + "A,brand,\nB,brand,a\n", ["line 3", "'a' names both A and B"]),
+        (HEADER + "Red Fox,object,\nred  fox,object,\n", ["line 3", "red fox"]),
+        (HEADER + 'A,brand,"B\n', ["line 2", "not CSV"]),
+        ("concept,anchor\nred fox,a Red Fox\n", ["line 2", "'a Red Fox' says red fox"]),
+        ("concept\n" + "".join(f"word {k}\n" for k in range(10_000)), ["10000 concepts", f"at most {MAX_CONCEPTS}"]),
+    ],
+)
+def test_a_list_of_concepts_is_read_strictly(tmp_path, text, words):
+    path = tmp_path / "list.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        read_concepts([str(path)])
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.txt", "\n# nothing\n", "nothing in it"),
+        ("a.txt", "red fox\nRed  Fox\n", "line 2"),
+        ("a.yaml", "concepts: []\n", "not a list of one or more"),
+        ("a.yaml", "concepts: [1984]\n", "write it in quotes"),
+        ("a.yaml", "concepts: [{concept: A, alias: [B]}]\n", "has the key 'alias'"),
+        ("a.yaml", "concepts: [{aliases: [B]}]\n", "concept 1, concept is None"),
+        ("a.yaml", "concepts: [{concept: A, kind: planet}]\n", "'planet'"),
+        ("a.yaml", "concepts: [{concept: A, anchor: a}]\n", "the anchor 'a' says A"),
+    ],
+)
+def test_text_and_yaml_files_are_read_strictly(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        read_concepts([str(tmp_path / name)])
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_texts_and_files_name_concepts_in_one_list(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeff1984\n\na steam train\n")
+    (tmp_path / "b.csv").write_text("concept,aliases,anchor,kind\nACME,acme corp;Acme Inc,a firm,brand\n")
+    (tmp_path / "c.yaml").write_text(
+        "kind: style\nconcepts:\n- Mondrian\n- {concept: Miro, aliases: [Joan Miro], kind: person}\n"
+    )
+    (tmp_path / "unsafe.txt").write_text("blood\ngore\n")
+    files = [str(tmp_path / name) for name in ("a.txt", "b.csv", "c.yaml")]
+    concepts = read_concepts(["a red fox", *files, f"unsafe={tmp_path / 'unsafe.txt'}"], kind="person")
+    names = {concept.name: concept for concept in concepts}
+    assert list(names) == ["red fox", "1984", "steam train", "ACME", "Mondrian", "Miro", "unsafe"]
+    assert names["ACME"].aliases == ("acme corp", "Acme Inc") and names["ACME"].anchor == "a firm"
+    kinds = [concept.kind for concept in concepts]
+    assert kinds == ["person", "person", "person", "brand", "style", "person", "person"]
+    assert names["unsafe"].spellings == ("unsafe", "unsafe", "blood", "gore")
+
+
+def test_a_text_is_a_concept_and_never_an_index():
+    (year,) = read_concepts(["1984"])
+    assert year.is_own and year.prompt == "1984" and not year.label.isdigit()
+
+
+def test_what_configs_knows_of_a_name_is_known_of_a_users_concept():
+    concept = make_concept("vincent  VAN gogh")
+    assert concept.is_own and concept.kind == "style" and "VanGogh" in concept.aliases
+    assert concept.anchor_prompt == get_concept("style", 1).anchor_prompt
+    assert make_concept("Greg Rutkowski").kind == "generic"
+    assert make_concept("Greg Rutkowski", "style").kind == "style"
+
+
+def test_an_article_is_no_part_of_a_name_and_makes_it_an_object():
+    fox = make_concept("a red fox")
+    assert (fox.name, fox.kind) == ("red fox", "object")
+    assert fox.is_named("a red fox") and fox.is_named("RedFox") and not fox.is_named("a fox")
+    assert "a photo of a red fox" in fox.captions
+    assert make_concept("A Bigger Splash").name == "A Bigger Splash"
+
+
+def test_an_anchor_has_one_article_at_most():
+    expected = {"a toy {}": "a toy dog", "a photo of {a}": "a photo of a dog", "{} painting": "a dog painting"}
+    for template, prompt in expected.items():
+        assert fill_anchor(template, "a dog") == prompt
+    assert fill_anchor("a photo of {a}", "owl") == "a photo of an owl" and fill_anchor("{}", "an artist") == "an artist"
+
+
+def test_labels_are_the_same_for_the_same_concept_alone_and_are_file_names():
+    texts = ["Greg Rutkowski", "C", "C++", "AC/DC", "../../etc", "1984", "\u9f8d", "x" * 150, "a-b", "a b", "o'neill"]
+    labels = [make_concept(text).label for text in texts]
+    assert len(set(labels)) == len(texts)
+    assert all(re.fullmatch(r"[a-z0-9-]{1,60}", label) and not label.isdigit() for label in labels)
+    assert make_concept("GREG  rutkowski").label == labels[0]
+
+
+@pytest.mark.parametrize("text", ["", "  ", "!?", "x" * 201, "a\tb\x00"])
+def test_a_text_that_names_nothing_is_refused(text):
+    with pytest.raises(ValueError, match="concept"):
+        make_concept(text)
+
+
+def test_names_that_may_be_one_are_asked_about():
+    assert near_pairs(["Frida Kahlo", "Frida Kalho", "logo 11", "logo 12", "cat", "cats"]) == [
+        ("Frida Kahlo", "Frida Kalho")
+    ]
+    with pytest.warns(Notice, match="'Frida Kahlo' and 'Frida Kalho' are spelt nearly alike"):
+        read_concepts(["Frida Kahlo", "Frida Kalho"])
+
+
+def test_protected_prompts_come_from_texts_and_files(tmp_path):
+    (tmp_path / "a.txt").write_text("a dog\nan oil painting\n")
+    (tmp_path / "b.csv").write_text("concept,aliases\nMonet,Claude Monet\n")
+    prompts = read_prompts(["a dog", str(tmp_path / "a.txt"), str(tmp_path / "b.csv")])
+    assert prompts == ["a dog", "an oil painting", "Monet", "Claude Monet"]
+    with pytest.raises(ValueError, match="empty text"):
+        read_prompts([" "])
+
+
+def test_a_concept_comes_back_from_what_a_file_says_of_it():
+    for concept in [make_concept("a red fox", anchor="a dog"), *load_concepts("style")]:
+        assert Concept.from_dict(concept.to_dict()) == concept
+    good = make_concept("a red fox").to_dict()
+    for bad in ({"name": 1}, {"index": -2}, {"index": True}, {"kind": "planet"}, {"aliases": [1]}, {"more": 1}):
+        with pytest.raises(ValueError, match="is no concept"):
+            Concept.from_dict(good | bad)
+
+
+def test_no_concept_of_configs_is_called_own():
+    assert "own" not in CATEGORIES
