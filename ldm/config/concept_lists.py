@@ -32,6 +32,7 @@ _SUFFIXES = (".yaml", ".yml", ".csv", ".txt")
 _COLUMNS = ("concept", "aliases", "anchor", "kind")
 _YAML_KEYS = ("concept", "name", "prompts", "aliases", "anchor", "kind", "templates", "held_out_templates")
 _OTHER_KINDS = {"artist": "style", "figure": "person", "public figure": "person", "proper name": "generic"}
+KIND_NAMES = (*KINDS, *_OTHER_KINDS)
 _MIN_NEAR = 5  # letters of names that may be one name, spelt in two ways
 
 
@@ -97,10 +98,9 @@ def make_concept(
     name = without_article(check_text(whole, place))
     if not re.search(r"\w", name) or len(name) > MAX_CHARS:
         raise ValueError(f"{place} names nothing: give a text of at most {MAX_CHARS} characters with a letter in it")
-    if kind is not None and kind not in KINDS:
-        raise ValueError(
-            f"{place}: '{kind}' is no kind{did_you_mean(kind, list(KINDS))}: choose from {_kind_choices()}"
-        )
+    if kind is not None:
+        _check_kind(kind, place)
+        kind = _OTHER_KINDS.get(kind, kind)
     others = [without_article(" ".join(check_text(alias, f"{place}, aliases").split())) for alias in aliases]
     if not all(others):
         raise ValueError(f"{place} has an empty alias: give a text, or leave it out")
@@ -153,8 +153,7 @@ def _read_file(path: Path, kind: str | None, anchor: str | None) -> dict[str, Co
         raise ValueError(f"{path} has {len(entries)} concepts: give at most {MAX_CONCEPTS} at once")
     concepts: dict[str, Concept] = {}
     for place, entry in entries.items():
-        named = _OTHER_KINDS.get(entry.get("kind", ""), entry.get("kind", "")) or kind
-        texts = entry["concept"], named, entry.get("aliases", ()), entry.get("anchor") or anchor
+        texts = entry["concept"], entry.get("kind") or kind, entry.get("aliases", ()), entry.get("anchor") or anchor
         concept = make_concept(*texts, place=place)
         templates = {name: entry[name] for name in ("templates", "held_out_templates") if entry.get(name)}
         concepts[place] = replace(concept, **templates)
@@ -236,13 +235,10 @@ def _checked_entry(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
     }
 
 
-def _kind_choices() -> str:
-    return ", ".join((*KINDS, *_OTHER_KINDS))
-
-
 def _check_kind(kind: str, place: str) -> None:
-    if kind and kind not in KINDS and kind not in _OTHER_KINDS:
-        raise ValueError(f"{place}: '{kind}' is none of {_kind_choices()}: choose one of them")
+    if kind and kind not in KIND_NAMES:
+        near = did_you_mean(kind, list(KIND_NAMES))
+        raise ValueError(f"{place}: '{kind}' is none of {', '.join(KIND_NAMES)}: choose one of them{near}")
 
 
 def _notify_of_near(concepts: Sequence[Concept]) -> None:

@@ -17,6 +17,7 @@ LINEAR_FORMATS = ("compvis", "lora", "kohya", "unet", "diffusers")
 LORA_FORMATS = ("lora", "kohya")
 GATED_FORMATS = ("comfyui",)
 FORMATS = LINEAR_FORMATS + GATED_FORMATS  # in the order in which they are written
+ANCHORS = ("empty", "category", "neutral")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -166,7 +167,7 @@ class SRSMEConfig(MethodConfig):
         "empty",
         "what the closed form makes of the concept: the empty prompt, its category's anchor, or each prompt with a "
         "neutral word instead of the name",
-        choices=("empty", "category", "neutral"),
+        choices=ANCHORS,
     )
     target_templates: int = setting(0, "caption templates to erase beside the concept's name", minimum=0)
     template_set: str = setting(

@@ -1,0 +1,122 @@
+"""Concepts and protected prompts as arguments: by text, in files, by index."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ldm.cli.arguments import Namespace, Parser, typed
+from ldm.cli.flags import RENAMED_VALUES
+from ldm.config.concept_lists import KIND_NAMES, read_concepts, read_prompts
+from ldm.config.concepts import OWN, Concept, get_concept, parse_erase_targets, parse_indexes
+from ldm.config.methods import ANCHORS, NullSpaceConfig
+from ldm.config.spellings import says
+
+if TYPE_CHECKING:
+    from ldm.erasure.protection import Protection
+
+_OLD_PROTECT = (["exact"], ["spectrum"])  # values of --protect when it was another flag
+
+
+def add_concepts(parser: Parser, erased_index: str = "") -> None:
+    """Add the concepts to erase: --concepts by text or file, with their kind and anchor, or --erased_index."""
+    parser.option(
+        "concepts",
+        nargs="+",
+        default=[],
+        metavar="TEXT|FILE",
+        help="concepts to erase, each a text such as 'Greg Rutkowski', or a file: .csv with the columns concept, "
+        "aliases, anchor, kind; .yaml; .txt with one a line; NAME=FILE.txt for one concept of many phrases",
+    )
+    kinds = (
+        f"what kind of thing --concepts are: {', '.join(KIND_NAMES)} (default: what is known of the name, or generic)"
+    )
+    parser.option("kind", choices=KIND_NAMES, default=None, metavar="KIND", help=kinds)
+    parser.option(
+        "anchor",
+        type=_parse_anchor,
+        default=None,
+        help="what takes the place of a concept: a text such as 'a painting', or as the settings say: "
+        f"{', '.join(ANCHORS)} (default: the model's settings)",
+    )
+    text = "instead of --concepts, by index in --category, such as 0, 0,1,2 or 0-8"
+    parser.option("erased_index", default=erased_index, help=text)
+
+
+def add_protection(parser: Parser) -> None:
+    """Add what an erasure leaves alone: --protect by text or file, and --em_indexes."""
+    text = "prompts that stay as they are, each a text such as 'a dog', or a file: .txt with one a line, .csv, .yaml"
+    parser.option("protect", nargs="+", default=[], metavar="TEXT|FILE", help=text)
+    text = "concepts to protect by index in --category, such as 1,2; those that are erased together protect each other"
+    parser.option("em_indexes", default="", help=text)
+
+
+def _parse_anchor(text: str) -> str:
+    """Return an anchor. Raises ArgumentTypeError for a word that is called otherwise today, and for an empty text."""
+    renamed = RENAMED_VALUES["anchor"]
+    if text in renamed:
+        raise argparse.ArgumentTypeError(f"'{text}' is called {renamed[text]} today")
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give a text such as 'a painting', or the word empty")
+    return text
+
+
+def named_concepts(args: Namespace) -> list[Concept]:
+    """Return the concepts that --concepts, or --erased_index, names. An anchor that is a text is theirs from now on.
+
+    Raises ValueError for none, for both, and for what is no concept.
+    """
+    anchor = None
+    if args.anchor is not None and args.anchor not in ANCHORS:
+        anchor, args.anchor = args.anchor, None
+    if args.concepts and "erased_index" in typed:
+        raise ValueError("`concepts` and `erased_index` both name what to erase: give one of them")
+    if args.concepts:
+        if "category" in typed and not args.em_indexes:
+            raise ValueError("`category` says what `erased_index` counts: with `concepts` give `kind`, or leave it out")
+        return read_concepts(args.concepts, args.kind, anchor)
+    if not args.erased_index:
+        raise ValueError("no concept to erase: give `concepts` texts or files, or `erased_index` indexes such as 0,1,2")
+    if args.kind:
+        raise ValueError("`kind` goes with `concepts`: those of `erased_index` have theirs")
+    concepts = parse_erase_targets(args.erased_index, args.category)
+    if anchor is None:
+        return concepts
+    for concept in concepts:
+        if says(anchor, concept.spellings):
+            raise ValueError(f"the anchor '{anchor}' says {concept.name}, which would stay: give `anchor` another text")
+    return [replace(concept, anchor=anchor, anchor_prompt=anchor) for concept in concepts]
+
+
+def category_of(args: Namespace, concepts: Sequence[Concept]) -> str:
+    """Return the category below which the bases and shifts of concepts are kept."""
+    return OWN if concepts[0].is_own else args.category
+
+
+def requested_protection(args: Namespace, concepts: Sequence[Concept], null_space: NullSpaceConfig) -> Protection:
+    """Return what --protect and --em_indexes ask for when `concepts` are erased.
+
+    Those protect each other, but for concepts of --erased_index where --em_indexes says which do. Raises ValueError
+    for a protected prompt that says one of them.
+    """
+    from ldm.erasure.protection import Protection
+
+    if args.protect in _OLD_PROTECT:
+        raise ValueError(
+            "`protect` exact is `rank_rtol` exact, and `protect` spectrum is the model's own: give `rank_rtol`"
+        )
+    prompts = read_prompts(args.protect)
+    for prompt in prompts:
+        for concept in concepts:
+            if says(prompt, concept.spellings):
+                raise ValueError(
+                    f"the protected prompt '{prompt}' says {concept.name}, which cannot be erased and protected at "
+                    "once: leave it out of `protect`"
+                )
+    named = [get_concept(args.category, index) for index in parse_indexes(args.em_indexes, args.category)]
+    if args.em_indexes and not concepts[0].is_own:
+        return Protection(named, null_space, prompts)
+    others = [other for other in named if not any(concept.is_named(other.name) for concept in concepts)]
+    return Protection([*concepts, *others], null_space, prompts)
