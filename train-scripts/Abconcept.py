@@ -3,13 +3,14 @@
 Writes a dense weight shift per concept, for --method AbConcept of generate-images-merge.py and Merge_model.py.
 """
 
-from ldm.cli import arguments
+from ldm.cli import arguments, concepts
 from ldm.cli.run import run
 from ldm.config.methods import AblatingConceptsConfig
 
 
 def main() -> None:
     parser = arguments.make_parser(__doc__)
+    concepts.add_concepts(parser)
     arguments.add_erasure(parser, AblatingConceptsConfig)
     args = parser.parse_args()
     from ldm.cli import erasure

@@ -4,13 +4,14 @@ For what must never come back: nothing else is protected. Writes a dense weight 
 --method SRS-ME-double-dagger of generate-images-merge.py and Merge_model.py.
 """
 
-from ldm.cli import arguments
+from ldm.cli import arguments, concepts
 from ldm.cli.run import run
 from ldm.config.methods import FullCorrelationConfig
 
 
 def main() -> None:
     parser = arguments.make_parser(__doc__)
+    concepts.add_concepts(parser)
     arguments.add_erasure(parser, FullCorrelationConfig)
     args = parser.parse_args()
     from ldm.cli import erasure

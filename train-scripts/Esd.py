@@ -4,13 +4,14 @@ It trains on latents that the edited model samples itself. Writes a dense weight
 generate-images-merge.py and Merge_model.py.
 """
 
-from ldm.cli import arguments
+from ldm.cli import arguments, concepts
 from ldm.cli.run import run
 from ldm.config.methods import ESDConfig
 
 
 def main() -> None:
     parser = arguments.make_parser(__doc__)
+    concepts.add_concepts(parser)
     arguments.add_erasure(parser, ESDConfig)
     args = parser.parse_args()
     from ldm.cli import erasure

@@ -1,20 +1,24 @@
-"""Erase concepts by SRS-ME: make, for each, a weight shift inside the null space that SRSME_Solution.py found.
+"""Erase concepts by SRS-ME: one weight shift each, inside the null space of all that is protected.
 
-Writes shift-INDEX.safetensors and its learning curve shift-INDEX.csv. The base model is never changed; merge shifts
-with generate-images-merge.py or Merge_model.py, and restore a concept by leaving its shift out. Each has a gate too,
-which acts on the prompts that say the concept and leaves all others bit for bit as they are. --joint trains all of
-them at once, their losses balanced (SRS-ME-dagger). --estimate_memory prints how much memory each choice of
---unet_dtype and --gradient_checkpointing will take, and ends.
+Concepts are texts or files (--concepts 'Greg Rutkowski' 'a red fox' --protect 'a dog'), or indexes of --category. The
+null space is solved here, but where SRSME_Solution.py has made it. Writes shift-CONCEPT.safetensors with its learning
+curve beside it, measured: the table says how far each changes its own prompt and what is protected. The base model is
+never changed; merge shifts with generate-images-merge.py, Merge_model.py or --export, and restore a concept by leaving
+its shift out. By default the shift is a closed form; a flag of learning (--lr, --threshold, --iter_break, --init zero)
+trains it as the paper does. --joint trains all of them at once, their losses balanced (SRS-ME-dagger).
 """
 
-from ldm.cli import arguments
+from ldm.cli import arguments, concepts
 from ldm.cli.run import run
 from ldm.config.methods import GateConfig, JointSRSMEConfig, SRSMEConfig
 
 
 def main() -> None:
     parser = arguments.make_parser(__doc__)
+    concepts.add_concepts(parser)
+    concepts.add_protection(parser)
     arguments.add_erasure(parser, SRSMEConfig)
+    arguments.add_null_space(parser)
     arguments.add_settings(parser, GateConfig)
     parser.option("joint", action="store_true", help="all concepts at once: SRS-ME-dagger")
     arguments.add_unet_dtype(parser)

@@ -306,10 +306,9 @@ def export_config(args: Namespace) -> ExportConfig:
 
 
 def add_erasure(parser: Parser, kind: type[MethodConfig]) -> None:
-    """Add what every erasure takes, and the settings of a method."""
+    """Add what every erasure takes beside the concepts, and the settings of a method."""
     add_model(parser)
     add_category(parser)
-    parser.option("erased_index", default="", help="concepts to erase, such as 0, 0,1,2 or 0-8")
     add_artifacts(parser)
     add_settings(parser, kind)
     add_training_images(parser)

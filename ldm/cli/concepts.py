@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ldm.cli.arguments import Namespace, Parser, typed
 from ldm.cli.flags import RENAMED_VALUES
 from ldm.config.concept_lists import KIND_NAMES, read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, get_concept, parse_erase_targets, parse_indexes
-from ldm.config.methods import ANCHORS, NullSpaceConfig
+from ldm.config.methods import ANCHORS
 from ldm.config.spellings import says
-
-if TYPE_CHECKING:
-    from ldm.erasure.protection import Protection
 
 _OLD_PROTECT = (["exact"], ["spectrum"])  # values of --protect when it was another flag
 
@@ -95,19 +91,18 @@ def category_of(args: Namespace, concepts: Sequence[Concept]) -> str:
     return OWN if concepts[0].is_own else args.category
 
 
-def requested_protection(args: Namespace, concepts: Sequence[Concept], null_space: NullSpaceConfig) -> Protection:
-    """Return what --protect and --em_indexes ask for when `concepts` are erased.
+def named_protection(args: Namespace, concepts: Sequence[Concept]) -> tuple[list[Concept], list[str]]:
+    """Return the concepts and the prompts that an erasure of `concepts` leaves alone by --protect and --em_indexes.
 
     Those protect each other, but for concepts of --erased_index where --em_indexes says which do. Raises ValueError
     for a protected prompt that says one of them.
     """
-    from ldm.erasure.protection import Protection
-
-    if args.protect in _OLD_PROTECT:
+    protect, indexes = getattr(args, "protect", []), getattr(args, "em_indexes", "")
+    if protect in _OLD_PROTECT:
         raise ValueError(
             "`protect` exact is `rank_rtol` exact, and `protect` spectrum is the model's own: give `rank_rtol`"
         )
-    prompts = read_prompts(args.protect)
+    prompts = read_prompts(protect)
     for prompt in prompts:
         for concept in concepts:
             if says(prompt, concept.spellings):
@@ -115,8 +110,8 @@ def requested_protection(args: Namespace, concepts: Sequence[Concept], null_spac
                     f"the protected prompt '{prompt}' says {concept.name}, which cannot be erased and protected at "
                     "once: leave it out of `protect`"
                 )
-    named = [get_concept(args.category, index) for index in parse_indexes(args.em_indexes, args.category)]
-    if args.em_indexes and not concepts[0].is_own:
-        return Protection(named, null_space, prompts)
+    named = [get_concept(args.category, index) for index in parse_indexes(indexes, args.category)]
+    if indexes and not concepts[0].is_own:
+        return named, prompts
     others = [other for other in named if not any(concept.is_named(other.name) for concept in concepts)]
-    return Protection([*concepts, *others], null_space, prompts)
+    return list(dict.fromkeys([*concepts, *others])), prompts

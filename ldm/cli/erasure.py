@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ldm.cli.arguments import Namespace, spelled, typed_settings
+from ldm.cli.arguments import Namespace, spelled, typed, typed_settings
+from ldm.cli.concepts import category_of, named_concepts, named_protection
 from ldm.cli.devices import init_distributed, parse_devices
 from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config
-from ldm.config.concepts import parse_erase_targets
-from ldm.config.methods import NO_GATE, ExecutionConfig, MethodConfig, SRSMEConfig
-from ldm.config.models import load_model_config
+from ldm.config.concepts import Concept
+from ldm.config.methods import (
+    NO_GATE,
+    ExecutionConfig,
+    GateConfig,
+    JointSRSMEConfig,
+    MethodConfig,
+    NullSpaceConfig,
+    SRSMEConfig,
+)
+from ldm.config.models import ModelConfig, load_model_config
 from ldm.diffusion import load
+from ldm.diffusion.model import DiffusionModel
+from ldm.erasure.null_space import BASIS_FILE_TYPE
+from ldm.erasure.protection import BasisSummary, Protection, solve_null_spaces
+from ldm.io.paths import ArtifactPaths
+from ldm.io.sharding import Shard
+from ldm.io.tensors import read_metadata
 from ldm.metrics.tables import to_markdown
 
 if TYPE_CHECKING:
@@ -23,10 +39,14 @@ if TYPE_CHECKING:
 
 
 def run_erasure(args: Namespace, method: str) -> None:
-    """Erase the concepts of --erased_index by a method, and print what it took."""
+    """Erase the concepts that the arguments name by a method: null spaces, shifts, a table, exports.
+
+    Raises NotErasedError, when all is written, where a shift's own effect was not found.
+    """
     from ldm.erasure.erase import erase_concepts, summary_table
 
-    concepts = parse_erase_targets(args.erased_index, args.category)
+    concepts = named_concepts(args)
+    protected, prompts = named_protection(args, concepts)
     device, frozen_device = _devices(args)
     device, shard = init_distributed(device)
     execution = ExecutionConfig(str(frozen_device) if frozen_device else None, args.gradient_checkpointing)
@@ -34,11 +54,62 @@ def run_erasure(args: Namespace, method: str) -> None:
     model_config = load_model_config(model.config_name)
     config = method_config(args, model_config, method)
     _report_unused(args, config)
-    artifacts = artifact_paths(args, model.name, method)
-    gate = fill_settings(args, model_config.gate) if isinstance(config, SRSMEConfig) else NO_GATE
-    summaries = erase_concepts(model, artifacts, concepts, config, args.training_image_dir, execution, shard, gate)
+    artifacts = artifact_paths(args, model.name, method, category_of(args, concepts))
+    if config.needs_null_space:
+        protection = Protection(protected, fill_settings(args, model_config.null_space), prompts)
+        _solve_null_spaces(args, model, artifacts, concepts, protection, shard)
+    gate = _gate_config(args, model_config) if isinstance(config, SRSMEConfig) else NO_GATE
+    others = [*concepts, *protected] if concepts[0].is_own else None
+    image_dir = args.training_image_dir
+    summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, others)
     if summaries:
         print(to_markdown(summary_table(summaries)))
+
+
+def _solve_null_spaces(
+    args: Namespace,
+    model: DiffusionModel,
+    artifacts: ArtifactPaths,
+    concepts: Sequence[Concept],
+    protection: Protection,
+    shard: Shard,
+) -> None:
+    """Solve the null spaces of concepts, or keep those that SRSME_Solution.py made where nothing asks for others."""
+    typed_protection = {"protect", "em_indexes", *typed_settings(args, NullSpaceConfig)} & set(typed)
+    paths = [artifacts.basis(concept.label) for concept in concepts]
+    if not typed_protection and all(path.is_file() for path in paths) and _protect_enough(paths, concepts, protection):
+        return
+    one = Shard() if artifacts.method == JointSRSMEConfig.name else shard  # whose shifts one process trains
+    for summary in solve_null_spaces(model, artifacts, concepts, protection, one):
+        print(describe_basis(summary))
+
+
+def _protect_enough(paths: Sequence[Path], concepts: Sequence[Concept], protection: Protection) -> bool:
+    """Return whether bases that are there protect the other concepts that a user names, as separable shifts have to."""
+    if not concepts[0].is_own:
+        return True  # what they protect was said by index, and is the user's choice
+    for path, concept in zip(paths, concepts, strict=True):
+        known = read_metadata(path, BASIS_FILE_TYPE).get("protected", [])
+        others = {other.prompt for other in protection.concepts if other != concept}
+        if not others <= set(known):
+            return False
+    return True
+
+
+def describe_basis(summary: BasisSummary) -> str:
+    """Return a line about a null space that was solved."""
+    concept = summary.concept
+    name = concept.name if concept.is_own else f"{concept.index} {concept.name}"
+    return (
+        f"{name}: {summary.num_protected} prompts protected, rank {summary.rank} of {summary.width}, {summary.nullity} "
+        f"directions free, max leakage {summary.max_leakage:.1e} -> {summary.path}"
+    )
+
+
+def _gate_config(args: Namespace, model_config: ModelConfig) -> GateConfig:
+    """Return how gates are fitted: without --gate only for a model on which shifts act by them."""
+    config = fill_settings(args, model_config.gate)
+    return config if "gate" in typed or model_config.edit.form == "gated" else config.with_changes(gate=False)
 
 
 def _devices(args: Namespace) -> tuple[torch.device, torch.device | None]:

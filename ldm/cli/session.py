@@ -30,6 +30,7 @@ from ldm.io.tensors import check_base_model
 from ldm.ledger.ledger import Ledger, history_path
 from ldm.metrics.tables import to_markdown
 
+LEARNING_FLAGS = {"lr", "stop_threshold", "l1_weight", "max_steps"}  # which ask SRS-ME to learn
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
@@ -55,15 +56,17 @@ def fill_settings(args: Namespace, settings: AnySettings) -> AnySettings:
     return settings.with_changes(**typed_settings(args, type(settings)))
 
 
-def artifact_paths(args: Namespace, model_name: str, method: str) -> ArtifactPaths:
-    """Return where the bases and shifts of a method for a model are kept."""
-    return ArtifactPaths(args.artifacts_dir, method, model_name, args.category, args.scene, args.scene_time)
+def artifact_paths(args: Namespace, model_name: str, method: str, category: str | None = None) -> ArtifactPaths:
+    """Return where the bases and shifts of a method for a model are kept: of `category`, or else that of --category."""
+    category = category or str(args.category)
+    return ArtifactPaths(args.artifacts_dir, method, model_name, category, args.scene, args.scene_time)
 
 
 def method_config(args: Namespace, config: ModelConfig, method: str) -> MethodConfig:
     """Return a method's settings in a model's config with what was typed in their place.
 
-    Whether SRS-ME trains is decided by the flags: --mode, or else --max_steps, of which 0 stops at the closed form.
+    Whether SRS-ME trains is decided by the flags: --mode, or else one that acts only in training, or --init zero, asks
+    for training from zero, as in the paper; --max_steps 0 stops at the closed form.
     """
     base = config.methods[method]
     changes = typed_settings(args, type(base))
@@ -71,15 +74,16 @@ def method_config(args: Namespace, config: ModelConfig, method: str) -> MethodCo
 
 
 def _with_mode(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return changes of SRS-ME's settings with the mode that a number of iterations asks for."""
-    if "max_steps" not in changes:
+    """Return changes of SRS-ME's settings with the mode, and the beginning, that what was typed asks for."""
+    if changes.get("max_steps") == 0:
+        if changes.get("mode") == "learn":
+            raise ValueError("`max_steps` 0 trains nothing: give `mode` closed_form, or `max_steps` from 1")
+        others = {name: value for name, value in changes.items() if name != "max_steps"}
+        return {**others, "mode": "closed_form"}
+    asks = LEARNING_FLAGS & set(changes) or changes.get("init") == "zero"
+    if "mode" in changes or not asks:
         return changes
-    if changes["max_steps"] > 0:
-        return {"mode": "learn", **changes}
-    if changes.get("mode") == "learn":
-        raise ValueError("`max_steps` 0 trains nothing: give `mode` closed_form, or `max_steps` from 1")
-    others = {name: value for name, value in changes.items() if name != "max_steps"}
-    return {**others, "mode": "closed_form"}
+    return {"mode": "learn", "init": "zero", **changes}
 
 
 def changed_methods(config: ModelConfig, changes: Sequence[str]) -> dict[str, MethodConfig]:
