@@ -26,9 +26,8 @@ def main() -> None:
     from ldm.diffusion.image_folder import generate_to_folder
     from ldm.erasure.merge import describe_forms, edited, load_shifts, shifts_metadata
     from ldm.io.images import find_images
-    from ldm.io.prompts import read_prompt_csv
 
-    cases = [case for case in read_prompt_csv(args.prompts_path) if case.case_number >= args.start_case]
+    cases = session.prompt_cases(args)
     device, shard = devices.init_distributed(session.first_device(args))
     model = session.load_model(args, device)
     config = load_model_config(model.config_name)

@@ -8,9 +8,11 @@ its shift out. By default the shift is a closed form; a flag of learning (--lr, 
 trains it as the paper does. --joint trains all of them at once, their losses balanced (SRS-ME-dagger).
 """
 
+from pathlib import Path
+
 from ldm.cli import arguments, concepts
 from ldm.cli.run import run
-from ldm.config.methods import GateConfig, JointSRSMEConfig, SRSMEConfig
+from ldm.config.methods import FORMATS, GateConfig, JointSRSMEConfig, SRSMEConfig
 
 
 def main() -> None:
@@ -25,6 +27,9 @@ def main() -> None:
     parser.option(
         "estimate_memory", action="store_true", help="print the predicted peak memory of each choice, and end"
     )
+    text = f"write the model without these concepts too: one or more of {','.join(FORMATS)}"
+    parser.option("export", type=arguments.parse_formats, default=None, help=text)
+    parser.option("export_dir", type=Path, default=None, help="where to (default: ARTIFACTS_DIR/merged)")
     args = parser.parse_args()
     from ldm.cli import erasure
     from ldm.metrics.tables import to_markdown

@@ -285,8 +285,9 @@ def add_artifacts(parser: Parser) -> None:
 
 def add_shifts(parser: Parser, required: bool = False) -> None:
     """Add --shifts and the method whose shifts its indexes mean."""
-    text = "shifts to merge: indexes such as 0,1,2, or shift files" + ("" if required else "; none: the original model")
-    parser.option("shifts", default="", required=required, help=text)
+    text = "shifts to merge: names such as 'Greg Rutkowski', indexes such as 0,1,2, or shift files"
+    text += "" if required else "; none: the original model"
+    parser.option("shifts", nargs="*", default=[], required=required, help=text)
     parser.option("method", choices=METHODS, default="SRS-ME", help="whose shifts the indexes mean")
 
 
@@ -362,8 +363,11 @@ def add_compile(parser: Parser) -> None:
 
 
 def add_prompt_list(parser: Parser) -> None:
-    """Add the prompt list of a generation, and where its images go."""
-    parser.option("prompts_path", type=Path, required=True, help="CSV: prompt,evaluation_seed,case_number")
+    """Add the prompts of a generation, and where its images go."""
+    parser.option("prompts_path", type=Path, default=None, help="CSV: prompt,evaluation_seed,case_number")
+    parser.option("prompts", nargs="+", default=[], help="instead, prompts themselves, such as 'a red fox' 'a dog'")
+    text = "images of each of --prompts, from as many seeds"
+    parser.option("seeds_per_prompt", type=positive_int, default=1, help=text)
     parser.option("save_path", type=Path, required=True, help="folder for the image folders")
     parser.option("start_case", type=nonnegative_int, default=0, help="leave out lower case numbers")
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ldm.cli.arguments import Namespace, Parser, typed
 from ldm.cli.flags import RENAMED_VALUES
-from ldm.config.concept_lists import KIND_NAMES, read_concepts, read_prompts
+from ldm.config.concept_lists import KIND_NAMES, check_apart_from, read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, get_concept, parse_erase_targets, parse_indexes
 from ldm.config.methods import ANCHORS
 from ldm.config.spellings import says
@@ -103,13 +103,7 @@ def named_protection(args: Namespace, concepts: Sequence[Concept]) -> tuple[list
             "`protect` exact is `rank_rtol` exact, and `protect` spectrum is the model's own: give `rank_rtol`"
         )
     prompts = read_prompts(protect)
-    for prompt in prompts:
-        for concept in concepts:
-            if says(prompt, concept.spellings):
-                raise ValueError(
-                    f"the protected prompt '{prompt}' says {concept.name}, which cannot be erased and protected at "
-                    "once: leave it out of `protect`"
-                )
+    check_apart_from(prompts, concepts)
     named = [get_concept(args.category, index) for index in parse_indexes(indexes, args.category)]
     if indexes and not concepts[0].is_own:
         return named, prompts

@@ -13,11 +13,13 @@ import torch
 from ldm.cli.arguments import Namespace, spelled, typed, typed_settings
 from ldm.cli.concepts import category_of, named_concepts, named_protection
 from ldm.cli.devices import init_distributed, parse_devices
-from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config
+from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config, print_export
+from ldm.config.concept_lists import read_prompts
 from ldm.config.concepts import Concept
 from ldm.config.methods import (
     NO_GATE,
     ExecutionConfig,
+    ExportConfig,
     GateConfig,
     JointSRSMEConfig,
     MethodConfig,
@@ -29,7 +31,8 @@ from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.null_space import BASIS_FILE_TYPE
 from ldm.erasure.protection import BasisSummary, Protection, solve_null_spaces
-from ldm.io.paths import ArtifactPaths
+from ldm.erasure.shift import WeightShift
+from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.sharding import Shard
 from ldm.io.tensors import read_metadata
 from ldm.metrics.tables import to_markdown
@@ -64,6 +67,24 @@ def run_erasure(args: Namespace, method: str) -> None:
     summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, others)
     if summaries:
         print(to_markdown(summary_table(summaries)))
+    if getattr(args, "export", None) and shard.rank == 0:
+        _export(args, model, artifacts, concepts)
+
+
+def _export(args: Namespace, model: DiffusionModel, artifacts: ArtifactPaths, concepts: Sequence[Concept]) -> None:
+    """Write the model without the concepts in the formats of --export, and print what was measured of that."""
+    from ldm.erasure.export import export
+
+    shifts: dict[str, WeightShift] = {}
+    for concept in concepts:
+        path = artifacts.shift(concept.label)
+        if not path.is_file():
+            raise ValueError(f"{path} is not there yet: another process makes it, so export when all have ended")
+        shifts[concept.label] = WeightShift.load(path)
+    folder = args.export_dir or args.artifacts_dir / "merged"
+    prompts = ["", *(concept.prompt for concept in concepts), *read_prompts(args.protect)]
+    config = ExportConfig(formats=args.export)
+    print_export(export(model, shifts, folder / f"{model.name}-{merge_name(shifts)}", config, prompts))
 
 
 def _solve_null_spaces(

@@ -26,6 +26,7 @@ from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
 from ldm.io.legacy import renamed_setting
 from ldm.io.paths import ArtifactPaths
+from ldm.io.prompts import PromptCase, make_cases, read_prompt_csv
 from ldm.io.tensors import check_base_model
 from ldm.ledger.ledger import Ledger, history_path
 from ldm.metrics.tables import to_markdown
@@ -134,6 +135,17 @@ def open_ledger(args: Namespace, path: Path) -> tuple[Ledger, DiffusionModel]:
     model = load_model(args, first_device(args))
     check_base_model(ledger.header, model.digests, ledger.path)
     return ledger, model
+
+
+def prompt_cases(args: Namespace) -> list[PromptCase]:
+    """Return the cases of --prompts_path, or of --prompts, from --start_case on. Raises ValueError for neither."""
+    if bool(args.prompts) == bool(args.prompts_path):
+        raise ValueError("give the prompts: `prompts` 'a red fox' 'a dog', or `prompts_path` a CSV file")
+    if args.prompts_path:
+        cases = read_prompt_csv(args.prompts_path)
+    else:
+        cases = make_cases(list(dict.fromkeys(args.prompts)), args.seeds_per_prompt, 0)
+    return [case for case in cases if case.case_number >= args.start_case]
 
 
 def print_export(result: Any) -> None:

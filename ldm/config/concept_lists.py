@@ -84,6 +84,17 @@ def read_prompts(values: Sequence[str]) -> list[str]:
     return list(prompts)
 
 
+def check_apart_from(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
+    """Raise ValueError for a protected prompt that says one of the concepts to erase."""
+    for prompt in prompts:
+        for concept in concepts:
+            if says(prompt, concept.spellings):
+                raise ValueError(
+                    f"the protected prompt '{prompt}' says {concept.name}, which cannot be erased and protected at "
+                    "once: leave it out of `protect`"
+                )
+
+
 def make_concept(
     text: str, kind: str | None = None, aliases: Sequence[str] = (), anchor: str | None = None, place: str = ""
 ) -> Concept:

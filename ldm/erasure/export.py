@@ -18,6 +18,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_kohy
 from torch import nn
 from tqdm import tqdm
 
+from ldm.config.concepts import OWN
 from ldm.config.methods import FORMATS, GATED_FORMATS, LINEAR_FORMATS, LORA_FORMATS, ExportConfig
 from ldm.diffusion.compvis import (
     EMA_PREFIX,
@@ -260,8 +261,10 @@ def _lora_tensors(shift: WeightShift, dtype: torch.dtype) -> Weights:
 
 
 def _file_stem(label: str, shift: WeightShift) -> str:
-    """Return such as 3-Jackson-Pollock; nothing in a shift's metadata leads out of the folder."""
-    return re.sub(r"\W+", "-", f"{label}-{shift.metadata.get('concept', 'shift')}")
+    """Return such as 3-Jackson-Pollock, or red-fox where a user named it; nothing in it leads out of the folder."""
+    name = shift.metadata.get("concept", "shift")
+    is_own = shift.metadata.get("category") == OWN
+    return re.sub(r"\W+", "-", name if is_own else f"{label}-{name}").strip("-") or label
 
 
 def _check_file_names(shifts: Mapping[str, WeightShift]) -> None:
