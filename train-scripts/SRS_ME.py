@@ -22,12 +22,11 @@ def main() -> None:
         "estimate_memory", action="store_true", help="print the predicted peak memory of each choice, and end"
     )
     args = parser.parse_args()
-    from ldm.cli import erasure
-    from ldm.metrics.tables import to_markdown
+    from ldm.cli import erasure, output
 
     method = JointSRSMEConfig.name if args.joint else SRSMEConfig.name
     if args.estimate_memory:
-        print(f"predicted peak memory, GiB:\n{to_markdown(erasure.memory_table(args, method))}")
+        output.show_table(erasure.memory_table(args, method), title="predicted peak memory, GiB:")
         return
     with erasure.explain_oom(args, method):
         erasure.run_erasure(args, method)

@@ -36,6 +36,12 @@ def _parse_device(text: str) -> torch.device:
     return device
 
 
+def require_cpu(text: str | None, what: str) -> None:
+    """Raise ValueError where a device is named that is not the CPU, on which alone `what` runs."""
+    if text is not None and parse_devices(text)[0].type != "cpu":
+        raise ValueError(f"`device` {text}: {what} runs on the CPU alone: give cpu, or leave it out")
+
+
 def init_distributed(device: torch.device) -> tuple[torch.device, Shard]:
     """Return this process's device, and its shard of the work.
 

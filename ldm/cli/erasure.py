@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ldm.cli import output
 from ldm.cli.arguments import Namespace, spelled, typed_settings
 from ldm.cli.devices import init_distributed, parse_devices
 from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config
@@ -16,7 +17,6 @@ from ldm.config.concepts import parse_erase_targets
 from ldm.config.methods import NO_GATE, ExecutionConfig, MethodConfig, SRSMEConfig
 from ldm.config.models import load_model_config
 from ldm.diffusion import load
-from ldm.metrics.tables import to_markdown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +38,7 @@ def run_erasure(args: Namespace, method: str) -> None:
     gate = fill_settings(args, model_config.gate) if isinstance(config, SRSMEConfig) else NO_GATE
     summaries = erase_concepts(model, artifacts, concepts, config, args.training_image_dir, execution, shard, gate)
     if summaries:
-        print(to_markdown(summary_table(summaries)))
+        output.show_table(summary_table(summaries))
 
 
 def _devices(args: Namespace) -> tuple[torch.device, torch.device | None]:
@@ -89,7 +89,7 @@ def explain_oom(args: Namespace, method: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        print(f"predicted peak memory, GiB:\n{to_markdown(memory_table(args, method))}")
+        output.show_table(memory_table(args, method), title="predicted peak memory, GiB:")
         raise ValueError(
             "out of memory, and nothing was lost: choose a smaller row of the table, such as `unet_dtype` bfloat16 "
             "with `gradient_checkpointing`, or a smaller `train_batch_size`, or another `device`"
