@@ -39,7 +39,7 @@ def main() -> None:
     from lightning_fabric import Fabric, seed_everything
     from omegaconf import OmegaConf
 
-    from ldm.cli.devices import parse_devices
+    from ldm.cli.devices import fabric_device
     from ldm.config.models import TRAINING_KEYS, read_yaml
     from ldm.diffusion.load import load_model
     from ldm.io.files import METADATA_FILE, atomic_write_dir, check_metadata, write_dir_metadata, write_json
@@ -64,9 +64,7 @@ def main() -> None:
         raise ValueError(f"{args.config} trains a text encoder of its own: leave `text_encoder` out")
     check_metadata(work, metadata)
     write_json(work / METADATA_FILE, metadata)
-    device = parse_devices(args.device)[0]
-    devices = 1 if device.index is None else [device.index]
-    fabric = Fabric(accelerator=device.type, devices=devices, precision=config.train.precision)
+    fabric = Fabric(**fabric_device(args.device), precision=config.train.precision)
     seed_everything(config.seed)
     start = load_model(REPO_ROOT / "models" / config.train.start, fabric.device) if "start" in config.train else None
 
