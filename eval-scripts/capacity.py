@@ -51,6 +51,7 @@ def main() -> None:
     from ldm.erasure.capacity import DEFAULT_TOLERANCES, FurtherPrompts, measure_capacity, summarize_groups
     from ldm.experiments.plots import plot_spectrum
     from ldm.io.files import atomic_write
+    from ldm.metrics.tables import to_markdown
 
     model = session.load_model(args, session.first_device(args))
     config = load_model_config(model.config_name)
@@ -70,7 +71,8 @@ def main() -> None:
     plot_spectrum(values, report.table, args.save_path / "capacity.png")
     output.show_table(report.table, "capacity")
     output.show_table(leakage_summary(report.leakage), "prompts")
-    output.show_table(summarize_groups(report.leakage), "groups")
+    by_group = report.leakage.groupby(["group", "tolerance"], sort=False)["leakage"].agg(["median", "max"])
+    output.show_tables(to_markdown(summarize_groups(report.leakage)), {"groups": by_group.reset_index()})
     print(f"-> capacity.csv, capacity.png and leakage.csv in {args.save_path}")
 
 
