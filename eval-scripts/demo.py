@@ -8,7 +8,7 @@ that changes no weights that others see, and nothing in the ledger. A button exp
 import os
 import secrets
 
-from ldm.cli import arguments
+from ldm.cli import arguments, output
 from ldm.cli.run import run
 
 PASSWORD_VARIABLE, MIN_PASSWORD_CHARS = "SRSME_PAGE_PASSWORD", 12
@@ -23,7 +23,7 @@ def login(share: bool) -> tuple[str, str] | None:
         )
     if password is None and share:
         password = secrets.token_urlsafe(16)
-        print(f"the page asks for user visitor, password {password}", flush=True)
+        output.show_answer(f"the page asks for user visitor, password {password}")
     return ("visitor", password) if password else None
 
 

@@ -7,7 +7,7 @@ or which gates these trip. A concept left out of --shifts is restored.
 
 from pathlib import Path
 
-from ldm.cli import arguments
+from ldm.cli import arguments, habits
 from ldm.cli.run import run
 from ldm.config.concepts import load_concepts
 
@@ -26,6 +26,7 @@ def main() -> None:
         help="the folder NAME or NAME-FORMAT goes here (default: ARTIFACTS_DIR/merged)",
     )
     arguments.add_device(parser)
+    habits.add_json(parser)
     args = parser.parse_args()
     from ldm.cli import session
     from ldm.erasure.export import export

@@ -17,9 +17,8 @@ from ldm.config.methods import FORMATS, GateConfig, JointSRSMEConfig, SRSMEConfi
 
 def main() -> None:
     parser = arguments.make_parser(__doc__)
-    concepts.add_concepts(parser)
     concepts.add_protection(parser)
-    arguments.add_erasure(parser, SRSMEConfig)
+    concepts.add_erasure(parser, SRSMEConfig)
     arguments.add_null_space(parser)
     arguments.add_settings(parser, GateConfig)
     parser.option("joint", action="store_true", help="all concepts at once: SRS-ME-dagger")
@@ -31,12 +30,11 @@ def main() -> None:
     parser.option("export", type=arguments.parse_formats, default=None, help=text)
     parser.option("export_dir", type=Path, default=None, help="where to (default: ARTIFACTS_DIR/merged)")
     args = parser.parse_args()
-    from ldm.cli import erasure
-    from ldm.metrics.tables import to_markdown
+    from ldm.cli import erasure, output
 
     method = JointSRSMEConfig.name if args.joint else SRSMEConfig.name
     if args.estimate_memory:
-        print(f"predicted peak memory, GiB:\n{to_markdown(erasure.memory_table(args, method))}")
+        output.show_table(erasure.memory_table(args, method), title="predicted peak memory, GiB:")
         return
     with erasure.explain_oom(args, method):
         erasure.run_erasure(args, method)

@@ -8,7 +8,7 @@ that was stopped has changed nothing. repair cuts off a last line that was torn,
 
 from pathlib import Path
 
-from ldm.cli import arguments, ledger
+from ldm.cli import arguments, habits, ledger
 from ldm.cli.run import run
 from ldm.config.methods import METHODS
 from ldm.io.paths import REPO_ROOT
@@ -30,6 +30,8 @@ def main() -> None:
     for name in ("init", "erase", "verify", "export"):
         arguments.add_model(commands[name], str(arguments.DEFAULT_MODEL) if name == "init" else None)
         arguments.add_device(commands[name])
+    for name in ("erase", "restore", "status", "verify", "export"):
+        habits.add_json(commands[name])
     arguments.add_category(commands["init"])
     commands["init"].option(
         "erased_index", default="0-8", help="what may be erased, such as 0-8; each shift protects the others"

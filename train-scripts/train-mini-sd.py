@@ -33,11 +33,13 @@ def main() -> None:
     checkpoint_dir = REPO_ROOT / "models" / "mini-sd-training"
     parser.option("checkpoint_dir", type=Path, default=checkpoint_dir, help="where a stopped training resumes from")
     parser.option("text_encoder", type=Path, help="the frozen text encoder of a config that has one, if not its own")
+    arguments.add_device(parser)
     args = parser.parse_args()
     from diffusers import AutoencoderKL
     from lightning_fabric import Fabric, seed_everything
     from omegaconf import OmegaConf
 
+    from ldm.cli.devices import fabric_device
     from ldm.config.models import TRAINING_KEYS, read_yaml
     from ldm.diffusion.load import load_model
     from ldm.io.files import METADATA_FILE, atomic_write_dir, check_metadata, write_dir_metadata, write_json
@@ -62,7 +64,7 @@ def main() -> None:
         raise ValueError(f"{args.config} trains a text encoder of its own: leave `text_encoder` out")
     check_metadata(work, metadata)
     write_json(work / METADATA_FILE, metadata)
-    fabric = Fabric(accelerator="auto", devices=1, precision=config.train.precision)
+    fabric = Fabric(**fabric_device(args.device), precision=config.train.precision)
     seed_everything(config.seed)
     start = load_model(REPO_ROOT / "models" / config.train.start, fabric.device) if "start" in config.train else None
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ldm.cli import output
 from ldm.cli.arguments import Namespace, spelled, typed, typed_settings
 from ldm.cli.concepts import category_of, named_concepts, named_protection
 from ldm.cli.devices import init_distributed, parse_devices
@@ -32,10 +33,10 @@ from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.null_space import BASIS_FILE_TYPE
 from ldm.erasure.protection import BasisSummary, Protection, solve_null_spaces
 from ldm.erasure.shift import WeightShift
+from ldm.io.errors import notify
 from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.sharding import Shard
 from ldm.io.tensors import read_metadata
-from ldm.metrics.tables import to_markdown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +67,7 @@ def run_erasure(args: Namespace, method: str) -> None:
     image_dir = args.training_image_dir
     summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, others)
     if summaries:
-        print(to_markdown(summary_table(summaries)))
+        output.show_table(summary_table(summaries), "shifts")
     if getattr(args, "export", None) and shard.rank == 0:
         _export(args, model, artifacts, concepts)
 
@@ -154,7 +155,7 @@ def _report_unused(args: Namespace, config: MethodConfig) -> None:
     names += [name for name in ("training_image_dir", "gradient_checkpointing", "frozen_device") if name in spelled]
     unused = [spelled.get(name, f"--{name}") for name in names]
     if unused:
-        print(f"{', '.join(unused)}: not used, since nothing is trained: --mode is closed_form")
+        notify(f"{', '.join(unused)}: not used, since nothing is trained: --mode is closed_form")
 
 
 def memory_table(args: Namespace, method: str) -> pd.DataFrame:
@@ -181,7 +182,7 @@ def explain_oom(args: Namespace, method: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        print(f"predicted peak memory, GiB:\n{to_markdown(memory_table(args, method))}")
+        output.show_table(memory_table(args, method), title="predicted peak memory, GiB:")
         raise ValueError(
             "out of memory, and nothing was lost: choose a smaller row of the table, such as `unet_dtype` bfloat16 "
             "with `gradient_checkpointing`, or a smaller `train_batch_size`, or another `device`"

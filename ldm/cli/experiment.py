@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import arguments
+from ldm.cli import arguments, habits, output
 from ldm.cli.arguments import Namespace, Parser
 from ldm.config.concepts import parse_erase_targets
 from ldm.config.methods import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 def add_experiment(parser: Parser, folder: str) -> None:
     """Add what is erased and how, and what `add_evaluation` adds."""
+    habits.add_json(parser)
     arguments.add_category(parser)
     text = "where shifts are kept (default: SAVE_PATH/shifts)"
     parser.option("artifacts_dir", type=Path, default=None, help=text)
@@ -166,7 +167,8 @@ def print_ablation(args: Namespace, table: pd.DataFrame, name: str, by: str, x: 
     from ldm.metrics.frechet import distance_column
 
     path = args.save_path / args.category / name
-    print(save_ablation(table, path, AblationSummary(by, x, distance_column(args.inception_weights), log_x)))
+    summary = AblationSummary(by, x, distance_column(args.inception_weights), log_x)
+    output.show_table(save_ablation(table, path, summary))
     print(f"-> {path}.png, .md, .csv")
 
 

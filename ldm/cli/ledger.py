@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from ldm.cli import arguments
+from ldm.cli import arguments, output
 from ldm.cli.arguments import MODEL_ARGUMENTS, Namespace
 from ldm.config.concepts import parse_erase_targets
 from ldm.config.methods import METHODS, NO_GATE
@@ -89,24 +89,21 @@ def restore(args: Namespace) -> None:
 
 def status(args: Namespace) -> None:
     """Print what each concept is."""
-    from ldm.metrics.tables import to_markdown
-
-    print(to_markdown(status_table(Ledger(history_path(args.ledger_dir)))))
+    output.show_table(status_table(Ledger(history_path(args.ledger_dir))))
 
 
 def history(args: Namespace) -> None:
     """Print the history, a sentence for each entry."""
-    print("\n".join(Ledger(history_path(args.ledger_dir)).history_lines()))
+    output.show_answer("\n".join(Ledger(history_path(args.ledger_dir)).history_lines()))
 
 
 def verify(args: Namespace) -> None:
     """Recompute every digest and effect, and print what was checked, and what that cannot prove."""
     from ldm.cli import session
     from ldm.ledger import operations
-    from ldm.metrics.tables import to_markdown
 
     ledger, model = session.open_ledger(args, args.ledger_dir)
-    print(to_markdown(operations.verify(ledger, model)))
+    output.show_table(operations.verify(ledger, model))
     print(
         "A chain of digests cannot prove that no entry was cut off at its end, that the whole history was not written "
         f"anew, or who wrote it: keep the history's last digest where others cannot change it: {ledger.last_hash}"

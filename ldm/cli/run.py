@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ldm.cli.arguments import MODEL_ARGUMENTS, spelled, typed
+from ldm.cli.output import printing
 from ldm.config.concepts import CATEGORIES
 from ldm.io.errors import MissingFileError, Notice
 
@@ -58,7 +59,7 @@ def run(main: Callable[[], None]) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not one that ignores it, as under nohup
         signal.signal(signal.SIGINT, _stop)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), printing():
             warnings.simplefilter("always", Notice)  # each text once, which `_show_notices` sees to
             _show_notices()
             main()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ldm.cli import output
 from ldm.cli.arguments import (
     DEFAULT_MODEL,
     MODEL_ARGUMENTS,
@@ -29,7 +30,6 @@ from ldm.io.paths import ArtifactPaths
 from ldm.io.prompts import PromptCase, make_cases, read_prompt_csv
 from ldm.io.tensors import check_base_model
 from ldm.ledger.ledger import Ledger, history_path
-from ldm.metrics.tables import to_markdown
 
 LEARNING_FLAGS = {"lr", "stop_threshold", "l1_weight", "max_steps"}  # which ask SRS-ME to learn
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -152,8 +152,7 @@ def print_export(result: Any) -> None:
     """Print what `ldm.erasure.export.export` measured and wrote."""
     import pandas as pd
 
-    print(to_markdown(result.leakage.reset_index()))
-    if result.truncated:
-        print(f"\n{to_markdown(pd.DataFrame(result.truncated))}")
+    output.show_table(result.leakage.reset_index(), "leakage")
+    output.show_table(pd.DataFrame(result.truncated), "truncated")
     for target in result.targets:
         print(f"-> {target}")

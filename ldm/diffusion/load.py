@@ -16,11 +16,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError
 from torch import nn
 from transformers import BertModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
+from ldm.config.methods import did_you_mean
 from ldm.config.models import DEFAULT_CONFIG
 from ldm.config.yaml_files import read_mapping
 from ldm.diffusion.components import (
@@ -186,13 +188,12 @@ def resolve_config_dir(source: str | Path, config: str | Path | None = None, var
     """Return the folder with the configs of a model's components: of a checkpoint the one that its config names.
 
     That is relative to the config, and may lie anywhere: the config is the user's own file, as the folder is.
-    Raises ValueError for a config that cannot be read, OSError for a hub id that cannot be reached.
+    Raises UnusableModelError for a config that cannot be read, a folder that is not there, and a hub id that cannot be
+    reached.
     """
     path = Path(source)
     if not is_checkpoint(path):
-        if path.is_dir():
-            return path
-        return Path(DiffusionPipeline.download(str(source), use_safetensors=True, variant=variant))
+        return path if _is_folder(path) else _download(str(source), variant)
     config_path = Path(config) if config else DEFAULT_CONFIG
     try:
         component_configs = upgrade(read_mapping(config_path)).get(
@@ -203,6 +204,31 @@ def resolve_config_dir(source: str | Path, config: str | Path | None = None, var
         raise UnusableModelError(f"cannot read the config {config_path}: {advice}: {error}") from error
     folder = DEFAULT_CONFIG.parent if component_configs == "v1" else config_path.parent
     return folder / str(component_configs)
+
+
+def _download(source: str, variant: str | None) -> Path:
+    """Return the folder of a hub's model. Raises UnusableModelError for what is a path, or cannot be reached."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or _is_folder(Path(source).parent):
+        near = did_you_mean(Path(source).name, _folders_beside(Path(source)))
+        raise UnusableModelError(
+            f"there is no model at {source}: give `model` the path of a diffusers folder, or a hub id such as "
+            f"CompVis/stable-diffusion-v1-4{near}"
+        )
+    try:
+        return Path(DiffusionPipeline.download(source, use_safetensors=True, variant=variant))
+    except (OSError, ValueError) as error:
+        reason = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else " ".join(str(error).split())[:300]
+        raise UnusableModelError(
+            f"'{source}' is neither a folder here nor a model of the hub that can be reached: give `model` the path of "
+            f"a diffusers folder, or see to the network: {reason}"
+        ) from error
+
+
+def _folders_beside(path: Path) -> list[str]:
+    try:
+        return [sibling.name for sibling in path.parent.iterdir() if sibling.is_dir()]
+    except OSError:  # of a folder that is not there either
+        return []
 
 
 def _check_configs(folder: Path) -> type[Pipeline]:
@@ -346,10 +372,14 @@ def _check_weights(module: nn.Module, source: str | Path) -> None:
 def save_pipeline(model: DiffusionModel, folder: Path) -> None:
     """Write the model, as its weights stand now, as a diffusers folder in its own precision.
 
-    Where its parts came from, which diffusers writes down, is left out: paths of this machine.
+    Where its parts came from, which diffusers writes down, is left out: paths of this machine. A text encoder's config
+    asks for float32, as diffusers loads other parts where no dtype is asked for.
     """
     model.pipeline.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("_name_or_path", None) is not None:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        content = {name: value for name, value in written.items() if name != "_name_or_path"}
+        if path.name == "config.json" and "dtype" in content:
+            content["dtype"] = "float32"
+        if content != written:
             path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -136,7 +136,8 @@ def erase_concepts(
     if config.is_joint and missing:
         rounds = [list(concepts)]
     summaries: list[ErasureSummary] = []
-    for together in tqdm(rounds, desc="shifts", unit="shift", disable=config.trains):
+    progress = rounds if config.trains else tqdm(rounds, desc="shifts", unit="shift")
+    for together in progress:
         summaries += erasure.run(together, metadata)
     return summaries
 

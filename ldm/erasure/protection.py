@@ -109,7 +109,7 @@ def solve_null_spaces(
     rows = ProtectedRows(embeds, fixed, prompts, config.always_protected_weight)
     local_targets = shard.select(targets)
     summaries = []
-    progress = tqdm(targets, desc="null spaces", unit="basis", disable=len(targets) < 10)
+    progress = targets if len(targets) < 10 else tqdm(targets, desc="null spaces", unit="basis")
     for concept, factor in zip(progress, rows.leave_one_out(targets), strict=True):
         if concept not in local_targets:
             continue
