@@ -36,7 +36,8 @@ class Concept:
     """A concept: `index` in its category, `prompt` (how prompts say it), other spellings, caption templates with `{}`.
 
     `held_out_templates` are templates that the bundled model's captions never use. `anchor_prompt` is the first
-    template without the concept, to which some methods pull it. `kind` is what kind of thing it is.
+    template without the concept, to which some methods pull it. `kind` is what kind of thing it is. `anchor` is what
+    its prompts say instead of its name, such as "a painting"; where it is None, the neutral word of its kind.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Concept:
     anchor_prompt: str = ""
     is_watermark: bool = False
     kind: str = "generic"  # whose template set of configs/templates.yaml says it
+    anchor: str | None = None
 
     @property
     def spellings(self) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ import torch
 
 from ldm.config.concepts import Concept
 from ldm.config.methods import SRSMEConfig
-from ldm.config.templates import fill, load_template_set
+from ldm.config.templates import fill_anchor, fill_phrase, load_template_set, without_article
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.tokenizer import align_tokens, read_part
+from ldm.diffusion.tokenizer import align_tokens, last_token, read_part
 
 
 def target_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dict[str, str]:
@@ -24,12 +24,28 @@ def target_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dic
     templates = [text for text in (kind.templates if of_kind else concept.templates) if text != "{}"]
     anchors: dict[str, str] = {}
     for template in ["{}", *templates[: config.target_templates]]:
-        anchor = {"empty": "", "category": concept.anchor_prompt, "neutral": fill(template, kind.neutral)}
+        neutral = fill_anchor(template, concept.anchor, kind.neutral)
+        anchor = {"empty": "", "category": concept.anchor_prompt, "neutral": neutral}
         for spelling in concept.spellings if of_kind else (concept.prompt,):
-            prompt = fill(template, spelling)
+            prompt = fill_phrase(template, spelling)
             if template == "{}" or not of_kind or read_part(tokenizer, prompt) is None:
                 anchors[prompt] = anchor[config.anchor]
     return anchors
+
+
+def held_out_prompts(concept: Concept, tokenizer: Any) -> dict[str, str]:
+    """Return the prompts that say a concept by which an erasure is judged, and never fitted; with each its template.
+
+    Those are left out in which its name is cut.
+    """
+    templates = [*load_template_set(concept.kind).held_out_templates, *concept.held_out_templates]
+    found: dict[str, str] = {}
+    for spelling in concept.spellings:
+        for template in templates:
+            prompt = fill_phrase(template, spelling)
+            if last_token(tokenizer, prompt, without_article(spelling)) is not None:
+                found.setdefault(prompt, template)
+    return found
 
 
 def anchor_embeds(model: DiffusionModel, anchors: Mapping[str, str], config: SRSMEConfig) -> torch.Tensor:
