@@ -27,7 +27,7 @@ class InPlaceWeights:
         self._left: Weights = {}  # what was written last
 
     def layers(self) -> dict[str, nn.Linear]:
-        """Return the text layers by name. Raises ValueError, saying what to do, where their weights are out of reach."""
+        """Return the text layers by name. Raises ValueError, with what to do, where their weights are out of reach."""
         unet = unwrapped(self._pipe.unet)
         layers = text_layers(unet)
         name = type(self._pipe).__name__

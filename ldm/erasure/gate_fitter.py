@@ -296,7 +296,7 @@ class GateFitter:
     def _report(self, concept: Concept, own: _OwnPrompts, edit: GatedEdit, states: States) -> dict[str, Any]:
         """Return what is known of an edit: its gap, false alarms, misses, and the least distance to its threshold.
 
-        `distance_left` is how much is left of the distance to the anchor, 0 to 1: the mean over held-out prompts.
+        `distance_left` is how much of the way to the anchor is left of held-out prompts, by `mean_distance_left`.
         """
         held_out = held_out_prompts(concept, self.tokenizer)
         anchors = {prompt: self._anchor_prompt(concept, template) for prompt, template in held_out.items()}
@@ -327,10 +327,15 @@ class GateFitter:
 
 
 def mean_distance_left(before: torch.Tensor, after: torch.Tensor, aims: torch.Tensor) -> float:
-    """Return the mean over prompts of `|after - aim| / |before - aim|`, all (N, rows, d); 1 where none is to change."""
-    distances = (before - aims).flatten(1).norm(dim=1)
-    ratios = (after - aims).flatten(1).norm(dim=1)[distances > 0] / distances[distances > 0]
-    return float(ratios.mean()) if len(ratios) else 1.0
+    """Return how much of the way to their aims is left for prompts, on average: 0 for none, 1 for all of it.
+
+    Of a prompt with embedding e that becomes e' and should become y, all (N, rows, d), it is `<y - e', y - e> / |y -
+    e|^2`. Those that should not change do not count; where none should, it is 1.
+    """
+    way, remaining = (aims - before).flatten(1).double(), (aims - after).flatten(1).double()
+    lengths = way.square().sum(1)
+    left = (way * remaining).sum(1)[lengths > 0] / lengths[lengths > 0]
+    return float(left.mean()) if len(left) else 1.0
 
 
 def rate(count: int, total: int) -> list[float]:

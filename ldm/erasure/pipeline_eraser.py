@@ -77,8 +77,9 @@ class PipelineEraser(ABC):
             left = reports[text]["distance_left"]
             if left > _MAX_DISTANCE_LEFT:
                 notify(
-                    f"'{text}' is not all erased: {left:.2f} of the distance between its prompts and those of its "
-                    "anchor are left: name it otherwise, protect fewer prompts, or give another `anchor`"
+                    f"'{text}' is not all erased: its prompts have {left:.2f} of the way to those of its anchor left "
+                    f"(more than {_MAX_DISTANCE_LEFT}): name it otherwise, protect fewer prompts, or give another "
+                    "`anchor`"
                 )
         return {text: reports[text] for text in new}
 

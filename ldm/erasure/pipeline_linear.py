@@ -32,10 +32,9 @@ _QUIET_SECONDS = 1.5  # before a progress bar shows
 class LinearPipelineEraser(PipelineEraser):
     """A pipeline and the concepts that are erased from it by shifts of its text layers' weights, in closed form.
 
-    The weights are changed where they lie, under a LoRA too, and copies of them are kept on the CPU: `restore` puts back
-    the very bits. Whoever else uses the U-Net has the concepts erased too, and a pipeline that is saved is saved so.
-    Shifts leave the protected prompts alone, as far as these leave dimensions free; `config` says how they are made,
-    and `null_space` how exactly.
+    The weights are changed where they lie, under a LoRA too, and copies of them are kept on the CPU: `restore` puts
+    back the very bits. Whoever else uses the U-Net has the concepts erased too, and a pipeline is saved as it is.
+    Shifts leave the protected prompts alone; `config` says how they are made, and `null_space` how exactly.
     """
 
     form: ClassVar[str] = "linear"
@@ -101,7 +100,7 @@ class LinearPipelineEraser(PipelineEraser):
     def _make(
         self, model: PipelineModel, fingerprint: Hashable, concepts: Sequence[Concept], protected: Sequence[str]
     ) -> None:
-        """Make the shifts of all concepts, each of which leaves the others alone, and measure them as they act together.
+        """Make the shifts of all concepts, each of which leaves the others alone, and measure what they do together.
 
         The pipeline is without any of them meanwhile.
         """
@@ -120,16 +119,17 @@ class LinearPipelineEraser(PipelineEraser):
             coefficients = {name: value.detach().cpu() for name, value in shift.coefficients.items()}
             shifts[concept] = SeparableShift(coefficients, shift.directions, shift.scale)
         merged = self._merge(list(shifts.values()))
-        leakage = _leakage(self._weights.base(), merged, torch.stack(list(kept.values())).cpu())
+        leakage = float(_leakage(self._weights.base(), merged, torch.stack(list(kept.values())).cpu()).max())
         reports: dict[Concept, dict[str, float]] = {}
         for concept in concepts:
-            reports[concept] = self._measure(model, concept, merged) | {"max_leakage_protected": leakage}
+            reports[concept] = self._measure(model, concept, merged) | {
+                "max_leakage_protected": float(f"{leakage:.2g}")
+            }
         self._shifts, self._reports = shifts, reports
 
     def _measure(self, model: PipelineModel, concept: Concept, merged: Weights) -> dict[str, float]:
-        """Return how much the outputs of a concept's held-out prompts change, and how far they are from their anchors.
-
-        That is relative to the outputs, and to the distance before, as the mean over the prompts.
+        """Return how much the outputs of a concept's held-out prompts change, and how much of the way to their anchors'
+        is left, as `gate_fitter.mean_distance_left` says it of embeddings: here it is of the text layers' outputs.
         """
         base, tokenizer, neutral = self._weights.base(), model.tokenizers[0], load_template_set(concept.kind).neutral
         anchors = target_prompts(concept, self.config, tokenizer)
@@ -140,25 +140,23 @@ class LinearPipelineEraser(PipelineEraser):
             anchors = dict.fromkeys(templates, next(iter(anchors.values())))
         embeds = torch.stack(list(model.embed_prompts(anchors).values())).cpu()  # (P, tokens, d)
         aims = anchor_embeds(model, anchors, self.config).cpu().expand_as(embeds)
-        before = _distances(base, embeds, base, aims)
-        after = _distances(merged, embeds, base, aims)
-        left = after[before > 0] / before[before > 0]
+        way, remaining = torch.zeros(len(embeds)), torch.zeros(len(embeds))  # of all layers, for each prompt
+        for name, weight in base.items():
+            before = (embeds - aims) @ weight.float().T  # (P, tokens, out)
+            after = embeds @ merged[name].float().T - aims @ weight.float().T
+            way += before.square().sum((1, 2))
+            remaining += (before * after).sum((1, 2))
+        left = remaining[way > 0] / way[way > 0]
         return {
-            "target_change": _leakage(base, merged, embeds[:1]),
+            "target_change": round(float(_leakage(base, merged, embeds).mean()), 3),
             "distance_left": round(float(left.mean()), 3) if len(left) else 1.0,
         }
 
 
-def _distances(weights: Weights, rows: torch.Tensor, others: Weights, other_rows: torch.Tensor) -> torch.Tensor:
-    """Return, for each prompt, the distance of all layers' outputs: `|e W^T - e' W'^T|` for rows (P, tokens, d), (P,)."""
-    total = torch.zeros(len(rows))
-    for name, weight in weights.items():
-        difference = rows @ weight.float().T - other_rows @ others[name].float().T  # (P, tokens, out)
-        total += difference.flatten(1).square().sum(1)
-    return total.sqrt()
-
-
-def _leakage(base: Weights, merged: Weights, rows: torch.Tensor) -> float:
-    """Return the largest relative change of the outputs for prompts with rows (P, tokens, d)."""
-    changes = _distances(merged, rows, base, rows) / _distances(base, rows, base, torch.zeros_like(rows))
-    return float(f"{changes.max():.2g}")
+def _leakage(base: Weights, merged: Weights, rows: torch.Tensor) -> torch.Tensor:
+    """Return the relative change of all layers' outputs for prompts with rows (P, tokens, d), (P,)."""
+    changed, norms = torch.zeros(len(rows)), torch.zeros(len(rows))
+    for name, weight in base.items():
+        norms += (rows @ weight.float().T).square().sum((1, 2))
+        changed += (rows @ (merged[name].float() - weight.float()).T).square().sum((1, 2))
+    return (changed / norms).sqrt()
