@@ -42,8 +42,8 @@ class GatedPipelineEraser(PipelineEraser):
         super().__init__(pipe)
         self.config = GateConfig()
         self._attribute_before: Any = None  # an `encode_prompt` that the user gave this very pipeline
-        # by the state of the text encoders, `clip_skip` and what is protected
-        self._edits: dict[tuple[Hashable, int | None, tuple[str, ...]], Edits] = {}
+        # by the state of the text encoders and `clip_skip`, and by what is protected and the `config`
+        self._edits: dict[tuple[tuple[Hashable, int | None], Hashable], Edits] = {}
         self._known: tuple[Hashable, KnownStates] = None, KnownStates()  # of text encoders in one state
         self._returned: dict[str, None] = {}  # digests of the embeddings of prompts
         self._active: tuple[list[Concept], list[str]] = [], []  # and what is protected, in these embeddings
@@ -74,7 +74,7 @@ class GatedPipelineEraser(PipelineEraser):
 
         Raises ValueError where no gate tells a concept from other prompts, or leaves a protected one alone.
         """
-        state = fingerprint, encoder.clip_skip, tuple(protected)
+        state = (fingerprint, encoder.clip_skip), (tuple(protected), self.config)
         edits = self._edits.get(state, {})
         lacking = [concept for concept in concepts.values() if concept not in edits]
         if lacking:
@@ -115,8 +115,8 @@ class GatedPipelineEraser(PipelineEraser):
 
     def _notify_of_refit(self, lacking: Sequence[Concept], clip_skip: int | None, protected: Sequence[str]) -> None:
         fitted: set[Concept] = set()
-        for (_, _, known), edits in self._edits.items():
-            if known == tuple(protected):
+        for (_, settings), edits in self._edits.items():
+            if settings == (tuple(protected), self.config):
                 fitted.update(edits)
         names = [concept.name for concept in lacking if concept in fitted]
         if names:
