@@ -25,6 +25,7 @@ from ldm import ConceptEraser
 from ldm.config.concepts import always_protected_prompts, find_by_name
 from ldm.config.everyday import everyday_captions
 from ldm.config.methods import NullSpaceConfig
+from ldm.diffusion import in_place
 from ldm.diffusion.load import silence_hf_logging
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.erase import initial_shift
@@ -159,19 +160,19 @@ def test_original_is_the_unedited_pipeline_nested_and_under_exceptions(pipe, era
 def test_an_error_or_an_interrupt_leaves_all_as_it_was(pipe, eraser, monkeypatch):
     eraser.erase("Picasso")
     edited = weights(pipe)
-    first, written = next(iter(text_layers(pipe.unet))), []
+    first, written, copy = next(iter(text_layers(pipe.unet))), [], in_place._copy
 
     def interrupted(merged, layers):
         layers[first].weight.data.copy_(merged[first])
         written.append(first)
         if len(written) == 1:
             raise KeyboardInterrupt
-        for name, layer in layers.items():
-            layer.weight.data.copy_(merged[name])
+        copy(merged, layers)
 
-    monkeypatch.setattr("ldm.diffusion.in_place._copy", interrupted)
+    monkeypatch.setattr(in_place, "_copy", interrupted)
     with pytest.raises(KeyboardInterrupt):
         eraser.restore("Picasso")
+    monkeypatch.undo()
     assert same(weights(pipe), edited) and eraser.erased == ["Picasso"]
     with pytest.raises(ValueError, match="protect fewer"):
         eraser.erase("VanGogh", protect=everyday_captions(20))
@@ -332,6 +333,22 @@ def test_long_prompts_and_embeddings_of_any_origin_are_erased_too(pipe, eraser):
     assert not any(torch.equal(one, other) for one, other in zip(own, erased, strict=True))
 
 
+def test_a_lora_that_is_fused_while_nothing_is_erased_counts_as_the_pipelines_own(pipe, eraser):
+    with pytest.raises(ValueError, match="protect fewer"):
+        eraser.erase("VanGogh", protect=everyday_captions(20))
+    add_lora(pipe)
+    pipe.fuse_lora()
+    fused = weights(pipe)
+    with eraser.original():
+        eraser.erase("Picasso")
+        eraser.restore("Picasso")
+    pipe.unfuse_lora()
+    eraser.erase("Picasso")
+    eraser.restore("Picasso")
+    pipe.fuse_lora()
+    assert all(torch.allclose(weights(pipe)[name], fused[name], atol=1e-5) for name in fused)
+
+
 def test_shifts_are_made_anew_where_the_text_encoder_is_another(pipe, eraser):
     eraser.erase("Picasso")
     first = weights(pipe)
@@ -377,6 +394,10 @@ def quantize(pipe) -> None:
     layer.weight = nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
 
 
+def offload_groups(pipe) -> None:
+    pipe.unet.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+
+
 def learn(pipe) -> None:
     pipe.eraser.config = pipe.eraser.config.with_changes(mode="learn")
 
@@ -386,6 +407,7 @@ def learn(pipe) -> None:
     [
         (quantize, "are quantized, and cannot be changed: use the form gated"),
         (lambda pipe: pipe.fuse_qkv_projections(vae=False), "call `pipe.unfuse_qkv_projections"),
+        (offload_groups, "not where they could be changed, as by .* `enable_group_offload`"),
         (learn, "set `mode` closed_form"),
     ],
 )

@@ -36,9 +36,7 @@ class InPlaceWeights:
                 f"the U-Net of this {name} has no layers attn2.to_k and attn2.to_v, which alone are edited"
             )
         weights = [layer.weight for layer in layers.values()]
-        if any(weight.is_meta for weight in weights) or self._pipe._maybe_raise_error_if_group_offload_active(
-            module=unet
-        ):
+        if any(weight.is_meta for weight in weights) or _is_group_offloaded(unet):
             raise ValueError(
                 f"the weights of this {name} are not where they could be changed, as by "
                 "`enable_sequential_cpu_offload` or `enable_group_offload`: call `pipe.remove_all_hooks()` before, or "
@@ -95,6 +93,12 @@ class InPlaceWeights:
                     "erased, or use it without fusing"
                 )
         return layers
+
+
+def _is_group_offloaded(unet: nn.Module) -> bool:
+    """Return whether diffusers brings weights from copies of their own, in which a change would be lost."""
+    registries = [getattr(module, "_diffusers_hook", None) for module in unet.modules()]
+    return any(registry is not None and registry.get_hook("group_offloading") is not None for registry in registries)
 
 
 @torch.no_grad()

@@ -58,6 +58,8 @@ class LinearPipelineEraser(PipelineEraser):
         if self.config.trains:
             raise ValueError("a pipeline's weights are changed in closed form: set `mode` closed_form in `config`")
         self._check_own()
+        if not self._concepts:
+            self._weights.forget()  # what they were at an earlier time
         fingerprint = PipelineEncoder.of(self._pipe).fingerprint()
         made_for = fingerprint, tuple(protected), self.config, self.null_space
         if made_for != self._made_for or not set(concepts.values()) <= set(self._shifts):
@@ -72,12 +74,13 @@ class LinearPipelineEraser(PipelineEraser):
         if active != self._active:
             self._weights.write(self._merge(active) if active else None)
             self._active = active
+            if not self._concepts:
+                self._weights.forget()
+                self._merged = [], {}, {}
         unet = unwrapped(self._pipe.unet)
         if self._concepts:
             setattr(unet, _MARK, tuple(self._concepts))
         else:
-            self._weights.forget()
-            self._merged = [], {}, {}
             vars(unet).pop(_MARK, None)
 
     def _check_own(self) -> None:
