@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,6 +22,8 @@ from ldm.erasure.erase import ErasureSummary, erase
 from ldm.erasure.export import Export, export
 from ldm.erasure.merge import edited
 from ldm.erasure.pipeline_eraser import PipelineEraser
+from ldm.erasure.pipeline_gated import GatedPipelineEraser
+from ldm.erasure.pipeline_linear import LinearPipelineEraser
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
 from ldm.io.paths import ArtifactPaths, merge_name
@@ -38,11 +40,15 @@ class ConceptEraser:
     watermarks. In the `form` gated they act on the
     prompts that say the concepts and on no other, in the form linear on the weights; by default as the model's config.
 
-    Given a pipeline of diffusers instead of a model, this is the `PipelineEraser` of it.
+    Given a pipeline of diffusers instead of a model, this is the `PipelineEraser` of it: the one that has erased
+    something from it now, or a new one, whose `form` is gated where none is given.
     """
 
     @overload
-    def __new__(cls, model: DiffusionPipeline) -> PipelineEraser: ...
+    def __new__(cls, model: DiffusionPipeline, *, form: Literal["linear"]) -> LinearPipelineEraser: ...
+
+    @overload
+    def __new__(cls, model: DiffusionPipeline, *, form: Literal["gated"] = "gated") -> GatedPipelineEraser: ...
 
     @overload
     def __new__(
@@ -58,11 +64,11 @@ class ConceptEraser:
         """Return an eraser of the kind that goes with what it is given, which is nothing where one is copied."""
         if not isinstance(model, DiffusionPipeline):
             return super().__new__(cls)
-        if args or kwargs:
+        if args or kwargs.keys() - {"form"}:
             raise ValueError(
-                "with a pipeline `ConceptEraser` takes nothing else: concepts are named when they are erased"
+                "with a pipeline `ConceptEraser` takes nothing but a `form`: concepts are named when they are erased"
             )
-        return PipelineEraser.of(model)
+        return _pipeline_eraser(model, kwargs.get("form"))
 
     def __init__(  # pyright: ignore[reportInconsistentConstructor] - which never sees a pipeline
         self,
@@ -183,3 +189,20 @@ class ConceptEraser:
         if concept is not None and concept.is_watermark:
             raise ValueError(f"'{name}' is a watermark, which every shift protects: erase another concept")
         return concept
+
+
+def _pipeline_eraser(pipe: DiffusionPipeline, form: str | None) -> PipelineEraser:
+    """Return the eraser of a pipeline: the one that has erased something from it now, or a new one.
+
+    Raises ValueError for one of another form, and for a pipeline that does not encode prompts as Stable Diffusion do.
+    """
+    form = form if form is None else EditConfig(form).form
+    existing = PipelineEraser.of(pipe)
+    if existing is None:
+        return LinearPipelineEraser(pipe) if form == "linear" else GatedPipelineEraser(pipe)
+    if form not in (None, existing.form):
+        raise ValueError(
+            f"{', '.join(existing.erased)} are erased from this pipeline in the `form` {existing.form}: restore them "
+            f"before you erase in the `form` {form}"
+        )
+    return existing
