@@ -23,14 +23,16 @@ def main() -> None:
     arguments.add_device(parser)
     args = parser.parse_args()
     from ldm.cli import devices, session
-    from ldm.config.models import load_model_config
+    from ldm.config.models import describe_sources, load_model_config
     from ldm.erasure.protection import Protection, solve_null_spaces
 
     targets = parse_erase_targets(args.erased_index, args.category)
     protected = parse_indexes(args.em_indexes, args.category)
     device, shard = devices.init_distributed(session.first_device(args))
     model = session.load_model(args, device)
-    config = session.fill_settings(args, load_model_config(model.config_name).null_space)
+    model_config = load_model_config(model)
+    print(describe_sources(model_config, ["null_space"], arguments.spelled))
+    config = session.fill_settings(args, model_config.null_space)
     artifacts = session.artifact_paths(args, model.name, "SRS-ME")
     for summary in solve_null_spaces(
         model, artifacts, targets, Protection([get_concept(args.category, index) for index in protected], config), shard

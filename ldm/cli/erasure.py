@@ -14,7 +14,7 @@ from ldm.cli.devices import init_distributed, parse_devices
 from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config
 from ldm.config.concepts import parse_erase_targets
 from ldm.config.methods import NO_GATE, ExecutionConfig, MethodConfig, SRSMEConfig
-from ldm.config.models import load_model_config
+from ldm.config.models import describe_sources, load_model_config
 from ldm.diffusion import load
 from ldm.metrics.tables import to_markdown
 
@@ -31,8 +31,10 @@ def run_erasure(args: Namespace, method: str) -> None:
     device, shard = init_distributed(device)
     execution = ExecutionConfig(str(frozen_device) if frozen_device else None, args.gradient_checkpointing)
     model = load_model(args, device, getattr(args, "unet_dtype", "float32"))  # which SRS_ME.py alone asks for
-    model_config = load_model_config(model.config_name)
+    model_config = load_model_config(model)
     config = method_config(args, model_config, method)
+    sections = [f"methods.{method}", *(["gate"] if isinstance(config, SRSMEConfig) else [])]
+    print(describe_sources(model_config, sections, spelled))
     _report_unused(args, config)
     artifacts = artifact_paths(args, model.name, method)
     gate = fill_settings(args, model_config.gate) if isinstance(config, SRSMEConfig) else NO_GATE
@@ -72,7 +74,8 @@ def memory_table(args: Namespace, method: str) -> pd.DataFrame:
     source = args.ckpt_path or args.model
     try:
         folder = load.resolve_config_dir(source, args.config_path, args.variant)
-        config = method_config(args, load_model_config(load.resolve_names(source, args.config_path)[1]), method)
+        model_config = load_model_config(load.settings_source(source, args.config_path, args.variant))
+        config = method_config(args, model_config, method)
         assert isinstance(config, SRSMEConfig)
         return estimate_memory(folder, _devices(args)[0], config.train_batch_size, config.max_directions)
     except (OSError, KeyError) as error:
