@@ -54,7 +54,7 @@ def main() -> None:
     from ldm.metrics.tables import to_markdown
 
     model = session.load_model(args, session.first_device(args))
-    config = load_model_config(model.config_name)
+    config = load_model_config(model)
     null_space = session.fill_settings(args, config.null_space)
     tolerances = sorted(tolerances) or DEFAULT_TOLERANCES
     evaluation = session.fill_settings(args, config.evaluation)

@@ -46,7 +46,7 @@ def main() -> None:
     if not demo.state.shifts:
         advice = f"python train-scripts/ledger.py erase CONCEPT --ledger_dir {args.ledger}"
         raise ValueError(f"nothing was ever erased in {args.ledger}: {advice}")
-    serve(demo, load_model_config(model.config_name).sampling, args.port, auth, args.share)
+    serve(demo, load_model_config(model).sampling, args.port, auth, args.share)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def load_encoder(args):
             raise ValueError("`text_encoder` is given instead of a model: leave out `model` and `ckpt_path`")
         return load_text_encoder(args.text_encoder, device), session.fill_settings(args, GateConfig())
     model = session.load_model(args, device)
-    return model, session.fill_settings(args, load_model_config(model.config_name).gate)
+    return model, session.fill_settings(args, load_model_config(model).gate)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def main() -> None:
     from PIL import Image
 
     from ldm.cli import session
-    from ldm.config.models import config_path, load_model_config, read_yaml
+    from ldm.config.models import load_model_config, read_settings
     from ldm.diffusion.image_folder import generate_to_folder
     from ldm.io.images import image_filename, save_image
     from ldm.io.prompts import read_prompt_csv
@@ -40,8 +40,8 @@ def main() -> None:
 
     device = session.first_device(args)
     model = session.load_model(args, device)
-    sampling = session.fill_settings(args, load_model_config(model.config_name).sampling)
-    config = read_yaml(config_path(model.config_name))
+    sampling = session.fill_settings(args, load_model_config(model).sampling)
+    config = read_settings(model.settings_path) if model.settings_path else {}
     if "dataset" not in config:
         raise ValueError(f"{args.model} was not trained here: pass as `model` a folder that train-mini-sd.py wrote")
 

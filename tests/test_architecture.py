@@ -381,7 +381,9 @@ def test_texts_and_comments_are_in_todays_words(path):
     assert not [line for text in texts if not NO_PROSE.fullmatch(text) for line in old_words(text)]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=relative)
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("models/mini-*/*.yaml")]), ids=relative
+)
 def test_configs_are_in_todays_words(path):
     text = path.read_text()
     own = [] if relative(path) in CAPTION_FILES else yaml_texts(yaml.safe_load(text))

@@ -30,7 +30,7 @@ from starlette.testclient import TestClient
 
 from ldm.config.concepts import get_concept
 from ldm.config.methods import SamplingConfig
-from ldm.config.models import load_model_config
+from ldm.config.models import bundled_config
 from ldm.diffusion.load import load_model
 from ldm.diffusion.sampling import generate
 from ldm.erasure.merge import applied, merge
@@ -50,7 +50,7 @@ def ledger(mini_path, tmp_path_factory):
     source = {"model": str(mini_path), "ckpt_path": None, "config_path": None}
     root = tmp_path_factory.mktemp("ledger")
     ledger = Ledger.create(root / HISTORY_FILE, make_header(model, "style", styles, [], source))
-    config = load_model_config("mini-sd")
+    config = bundled_config("mini-sd")
     method = config.methods["SRS-ME"].with_changes(ridge_weight=1e-6, seed=0)
     ledger.append(create_shifts(ledger, model, styles[1:], method, config.null_space, root / "none"))
     ledger.append({}, [2])
@@ -201,7 +201,7 @@ def test_a_shift_that_was_made_again_is_exported_anew(ledger, mini_path, tmp_pat
     own = Ledger(tmp_path / "ledger" / HISTORY_FILE)
     demo = DemoSession(own, load_model(mini_path, CPU), lambda: load_model(mini_path, CPU))
     before = demo.export_zip(["VanGogh"], "unet", tmp_path / "exports")
-    config = load_model_config("mini-sd")
+    config = bundled_config("mini-sd")
     method = config.methods["SRS-ME"].with_changes(ridge_weight=0.5, seed=0)
     own.append({}, [1])
     styles = [get_concept("style", 1)]

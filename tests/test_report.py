@@ -12,7 +12,7 @@ from PIL import Image
 from ldm.cli.reproduce import reproduction_commands
 from ldm.config.concepts import get_concept
 from ldm.config.methods import SamplingConfig
-from ldm.config.models import load_model_config
+from ldm.config.models import bundled_config
 from ldm.diffusion.load import load_model
 from ldm.erasure.merge import applied
 from ldm.experiments.experiment import Experiment
@@ -35,7 +35,7 @@ def ledger(model, mini_path, tmp_path):
     source = {"model": str(mini_path), "ckpt_path": None, "config_path": None}
     header = make_header(model, "style", styles, ["a <b>cat & dog"], source)
     ledger = Ledger.create(tmp_path / "ledger" / HISTORY_FILE, header)
-    config = load_model_config("mini-sd")
+    config = bundled_config("mini-sd")
     method = config.methods["SRS-ME"].with_changes(seed=0)
     training = {"mode": "learn", "max_steps": 2, "ridge_weight": 0.5, "train_batch_size": 1}
     for index, changes in ((1, {}), (2, training)):

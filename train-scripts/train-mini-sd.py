@@ -40,7 +40,7 @@ def main() -> None:
     from omegaconf import OmegaConf
 
     from ldm.cli.devices import fabric_device
-    from ldm.config.models import TRAINING_KEYS, read_yaml
+    from ldm.config.models import TRAINING_KEYS, SettingsSource, load_model_config, read_yaml, save_settings
     from ldm.diffusion.load import load_model
     from ldm.io.files import METADATA_FILE, atomic_write_dir, check_metadata, write_dir_metadata, write_json
     from ldm.io.tensors import CREATED_BY
@@ -53,6 +53,8 @@ def main() -> None:
     missing = [key for key in TRAINING_KEYS if key not in config]
     if missing:
         raise ValueError(f"{args.config} lacks {', '.join(missing)}: `config` is a file such as configs/mini-sd.yaml")
+    settings = SettingsSource("StableDiffusionPipeline", args.config)
+    load_model_config(settings)  # refuses before the training what could not be read after it
     trained_config = OmegaConf.to_container(OmegaConf.masked_copy(config, list(TRAINING_KEYS)))
     metadata = {"created_by": CREATED_BY, "base_model": args.config.stem, "config": trained_config}
     kind = check_captions(config.dataset.get("captions", "listed"))
@@ -101,6 +103,7 @@ def main() -> None:
     with atomic_write_dir(args.save_path) as partial:
         kept: Any = ema.module
         train.save_pipeline(config, vae, kept.unet, text_encoder or kept.text_encoder, tokenizer, partial)
+        save_settings(settings, partial)
         write_dir_metadata(partial, metadata)
     print(f"saved {args.save_path}")
 

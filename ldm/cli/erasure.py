@@ -14,7 +14,7 @@ from ldm.cli import output
 from ldm.cli.arguments import Namespace, spelled, typed, typed_settings
 from ldm.cli.concepts import category_of, named_concepts, named_protection
 from ldm.cli.devices import init_distributed, parse_devices
-from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config, print_export
+from ldm.cli.session import LEARNING_FLAGS, artifact_paths, fill_settings, load_model, method_config, print_export
 from ldm.config.concept_lists import read_prompts
 from ldm.config.concepts import Concept
 from ldm.config.methods import (
@@ -27,7 +27,7 @@ from ldm.config.methods import (
     NullSpaceConfig,
     SRSMEConfig,
 )
-from ldm.config.models import ModelConfig, load_model_config
+from ldm.config.models import ModelConfig, describe_sources, load_model_config
 from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.null_space import BASIS_FILE_TYPE
@@ -55,8 +55,10 @@ def run_erasure(args: Namespace, method: str) -> None:
     device, shard = init_distributed(device)
     execution = ExecutionConfig(str(frozen_device) if frozen_device else None, args.gradient_checkpointing)
     model = load_model(args, device, getattr(args, "unet_dtype", "float32"))  # which SRS_ME.py alone asks for
-    model_config = load_model_config(model.config_name)
+    model_config = load_model_config(model)
     config = method_config(args, model_config, method)
+    sections = [f"methods.{method}", *(["gate"] if isinstance(config, SRSMEConfig) else [])]
+    print(describe_sources(model_config, sections, spelled | _implied(config, model_config.methods[method])))
     _report_unused(args, config)
     artifacts = artifact_paths(args, model.name, method, category_of(args, concepts))
     if config.needs_null_space:
@@ -70,6 +72,17 @@ def run_erasure(args: Namespace, method: str) -> None:
         output.show_table(summary_table(summaries), "shifts")
     if getattr(args, "export", None) and shard.rank == 0:
         _export(args, model, artifacts, concepts)
+
+
+def _implied(config: MethodConfig, base: MethodConfig) -> dict[str, str]:
+    """Return, by name, the settings that another flag asked for, with that flag: --lr asks for the mode learn."""
+    asking = [flag for name, flag in spelled.items() if name in (*LEARNING_FLAGS, "init")]
+    names = ("mode", "init") if asking else ()
+    return {
+        name: asking[0]
+        for name in names
+        if name not in spelled and getattr(config, name, None) != getattr(base, name, None)
+    }
 
 
 def _export(args: Namespace, model: DiffusionModel, artifacts: ArtifactPaths, concepts: Sequence[Concept]) -> None:
@@ -165,7 +178,8 @@ def memory_table(args: Namespace, method: str) -> pd.DataFrame:
     source = args.ckpt_path or args.model
     try:
         folder = load.resolve_config_dir(source, args.config_path, args.variant)
-        config = method_config(args, load_model_config(load.resolve_names(source, args.config_path)[1]), method)
+        model_config = load_model_config(load.settings_source(source, args.config_path, args.variant))
+        config = method_config(args, model_config, method)
         assert isinstance(config, SRSMEConfig)
         return estimate_memory(folder, _devices(args)[0], config.train_batch_size, config.max_directions)
     except (OSError, KeyError) as error:

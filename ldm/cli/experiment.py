@@ -85,7 +85,7 @@ def make_experiment(args: Namespace) -> Experiment:
         advice = "pass FID's Inception weights as `inception_weights`, or leave it out"
         raise ValueError(f"no file {args.inception_weights}: {advice}")
     model = session.load_model(args, device)
-    config = load_model_config(model.config_name)
+    config = load_model_config(model)
     sampling = session.fill_settings(args, config.sampling)
     evaluation = session.fill_settings(args, config.evaluation)
     folder = args.save_path / args.category
@@ -124,7 +124,7 @@ def method_configs(args: Namespace, experiment: Experiment) -> dict[str, MethodC
     from ldm.cli import session
     from ldm.config.models import load_model_config
 
-    methods = session.changed_methods(load_model_config(experiment.model.config_name), args.set)
+    methods = session.changed_methods(load_model_config(experiment.model), args.set)
     return {name: config.with_changes(seed=args.seed) for name, config in methods.items()}
 
 

@@ -54,7 +54,7 @@ def erase(args: Namespace) -> None:
         records, missing = ledger.plan_erasure(concepts, bool(typed or args.method))
         if missing:
             from ldm.cli import session
-            from ldm.config.models import load_model_config
+            from ldm.config.models import describe_sources, load_model_config
             from ldm.ledger.operations import create_shifts
 
             method = args.method or "SRS-ME"
@@ -63,8 +63,10 @@ def erase(args: Namespace) -> None:
             if unexpected:
                 raise ValueError(f"`{unexpected[0]}` is no setting of {method}, which has {', '.join(known)}")
             ledger, model = session.open_ledger(args, args.ledger_dir)
-            model_config = load_model_config(model.config_name)
+            model_config = load_model_config(model)
             config = session.method_config(args, model_config, method)
+            sections = [f"methods.{method}", "null_space", "gate"]
+            print(describe_sources(model_config, sections, arguments.spelled))
             gate = model_config.gate if model_config.edit.form == "gated" else NO_GATE
             settings = config, model_config.null_space, args.training_image_dir, gate
             records |= create_shifts(ledger, model, missing, *settings)

@@ -74,7 +74,7 @@ def make_own_shifts(
     check_apart_from(prompts, named)
     labels = {concept.label for concept in named}
     others = [other for other in given if isinstance(other, Concept) and other.label not in labels]
-    model_config = load_model_config(model.config_name)
+    model_config = load_model_config(model)
     configs = [model_config.methods[method], model_config.null_space, model_config.gate]
     config, null_space, gate = _with_changes(configs, settings)
     if "gate" not in settings and model_config.edit.form != "gated":
@@ -118,7 +118,7 @@ def applied(model: DiffusionModel, shifts: Mapping[str, WeightShift], form: str 
     """
     for shift in shifts.values():
         shift.check(model.digests, model.unet)
-    with edited(model, shifts, EditConfig(form or load_model_config(model.config_name).edit.form).form):
+    with edited(model, shifts, EditConfig(form or load_model_config(model).edit.form).form):
         yield
 
 
@@ -127,7 +127,7 @@ def generate(
 ) -> list[Image.Image]:
     """Return an image of the prompt for each seed, by the model as it stands: within `applied`, the edited one."""
     requests = [(PromptCase(prompt, seed, number), 0) for number, seed in enumerate(seeds)]
-    sampling = sampling or load_model_config(model.config_name).sampling
+    sampling = sampling or load_model_config(model).sampling
     return [image for _, _, image in sample(model, requests, sampling)]
 
 

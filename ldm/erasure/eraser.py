@@ -81,7 +81,7 @@ class ConceptEraser:
         device = torch.device(device) if device else None
         self.model = model if isinstance(model, DiffusionModel) else load_model(model, device)
         self.category = category
-        self.config: ModelConfig = load_model_config(self.model.config_name)
+        self.config: ModelConfig = load_model_config(self.model)
         self.form = EditConfig(form or self.config.edit.form).form
         self.artifacts_dir = Path(artifacts_dir)
         self.shifts: dict[str, WeightShift] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import SRSMEConfig
-from ldm.config.models import DEFAULT_CONFIG, make_model_config, read_yaml
+from ldm.config.models import SettingsSource, load_model_config
 from ldm.config.templates import fill_anchor, load_template_set
 from ldm.diffusion.in_place import InPlaceWeights, Weights
 from ldm.diffusion.pipeline_encoder import PipelineEncoder
@@ -24,6 +25,7 @@ from ldm.erasure.protection import check_apart
 from ldm.erasure.retain import RetainSet
 from ldm.erasure.shift import SeparableShift, WeightShift
 from ldm.erasure.targets import anchor_embeds, held_out_prompts, replaces_name, target_prompts
+from ldm.io.files import SETTINGS_FILE
 
 _MARK = "_erased_concepts"  # of a U-Net, whose weights are edited: by what texts
 _QUIET_SECONDS = 1.5  # before a progress bar shows
@@ -42,7 +44,9 @@ class LinearPipelineEraser(PipelineEraser):
 
     def __init__(self, pipe: DiffusionPipeline):
         super().__init__(pipe)
-        defaults = make_model_config(read_yaml(DEFAULT_CONFIG), DEFAULT_CONFIG)
+        own = Path(str(getattr(pipe, "name_or_path", "") or "")) / SETTINGS_FILE  # of the folder that it was read from
+        source = SettingsSource(type(pipe).__name__, own if own.is_file() else None)
+        defaults = load_model_config(source)
         settings = defaults.methods[SRSMEConfig.name]
         assert isinstance(settings, SRSMEConfig)
         self.config, self.null_space = settings, defaults.null_space

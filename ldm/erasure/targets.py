@@ -36,9 +36,9 @@ def _anchor_prompt(concept: Concept, config: SRSMEConfig, template: str, neutral
     """Return what a prompt becomes that says a concept in a template: the concept's own anchor comes before all."""
     if concept.anchor is not None:
         return fill_anchor(template, concept.anchor, neutral)
-    return {"empty": "", "category": concept.anchor_prompt, "neutral": fill_anchor(template, None, neutral)}[
-        config.anchor
-    ]
+    if config.anchor == "neutral":
+        return fill_anchor(template, None, neutral)
+    return concept.anchor_prompt if config.anchor == "category" else ""
 
 
 def replaces_name(concept: Concept, config: SRSMEConfig) -> bool:

@@ -100,7 +100,7 @@ class DemoSession:
 
     def __init__(self, ledger: Ledger, model: DiffusionModel, load_fresh_model: Callable[[], DiffusionModel]):
         self.model, self.load_fresh_model = model, load_fresh_model
-        self.form = load_model_config(model.config_name).edit.form
+        self.form = load_model_config(model).edit.form
         self.state = LedgerState.read(ledger.path)
         self._originals: OrderedDict[tuple[str, int, int, float], Image.Image] = OrderedDict()
         self._exports: OrderedDict[tuple[Path, str], Path] = OrderedDict()
