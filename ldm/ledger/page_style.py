@@ -1,7 +1,8 @@
 """How the live page looks: large images beside each other, below each other on a phone, and a focus that is seen."""
 
 STYLE = """
-.gradio-container { max-width: 1320px !important; margin: auto; overflow-x: hidden; }
+.gradio-container { max-width: min(1320px, 100vw) !important; margin: auto; }
+.gradio-container .column, .gradio-container main { min-width: 0 !important; }
 #overview h1 { font-size: 1.6rem; margin: 0.5rem 0; }
 #overview p { max-width: none; margin: 0.5rem 0; }
 #overview dl { display: grid; gap: 0.25rem; margin: 0.5rem 0; }
@@ -19,10 +20,12 @@ STYLE = """
 #message, #others, #equal { font-size: 1.05rem; }
 #others li { margin-left: 1.25rem; list-style: disc; }
 #others summary { cursor: pointer; }
-#table { overflow-x: auto; }
+#table { overflow-x: auto; max-width: 100%; contain: inline-size; }
 #table table { border-collapse: collapse; width: 100%; }
-#table th, #table td { text-align: left; padding: 0.3rem 0.6rem; border-width: 0 0 1px !important; }
+#table :is(table, thead, tbody, tr, th, td) { border: 0 !important; }
+#table tr { border-bottom: 1px solid rgb(128 128 128 / 35%) !important; }
+#table th, #table td { text-align: left; padding: 0.3rem 0.6rem; }
 #download .empty { min-height: 60px; height: 60px; }
-#confirmation { border: 2px solid var(--error-border-color); }
-:focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 2px; }
+#confirmation { border: 2px solid #c0392b; }
+:focus-visible { outline: 3px solid #3b82f6 !important; outline-offset: 2px; }
 """
