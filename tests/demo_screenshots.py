@@ -11,12 +11,13 @@ import urllib.request
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, ViewportSize, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "http://127.0.0.1:7860"
 COLORS = 256  # of a screenshot's palette
-DESKTOP, PHONE = {"width": 1280, "height": 1230}, {"width": 390, "height": 1690}
+DESKTOP: ViewportSize = {"width": 1280, "height": 1230}
+PHONE: ViewportSize = {"width": 390, "height": 1690}
 
 
 def save(screenshot: bytes, name: str) -> None:

@@ -215,13 +215,13 @@ def test_other_prompts_say_no_erased_concept_and_are_measured_once_for_each_choi
 
 
 def test_the_example_is_made_once_for_each_state_of_the_ledger(own_demo):
-    prompt, first = own_demo.example()
+    prompt, first = own_demo.example(own_demo.state)
     assert prompt == "VanGogh" and first.max_difference > 0
     own_demo.reload()
-    assert own_demo.example()[1] is first
+    assert own_demo.example(own_demo.state)[1] is first
     Ledger(own_demo.state.ledger.path).append({}, [1])
     own_demo.reload()
-    prompt, restored = own_demo.example()
+    prompt, restored = own_demo.example(own_demo.state)
     assert prompt == "VanGogh" and restored.max_difference == 0 and own_demo.state.erased == []
 
 

@@ -173,30 +173,31 @@ class DemoSession:
             leakage = max(leakage, embedding_leakage(layers, before, self.model.drop_pooled(edited_embeds)[0]))
         yield Comparison(original, edited, leakage)
 
-    def example(self) -> tuple[str, Comparison]:
-        """Return a prompt, and what the ledger's erasures change for it: made once for each state of the ledger."""
-        state = self.state
+    def example(self, state: LedgerState) -> tuple[str, Comparison]:
+        """Return a prompt, and what a ledger's erasures change for it: made once for each state of the ledger."""
         prompt = next(iter(example_prompts(state).values()))
         key = prompt, state.digests_of(state.erased)
-        with self._measuring:
-            if self._example is None or self._example[0] != key:
-                self._example = key, self._compare_by_default(prompt, state.erased)
-            return prompt, self._example[1]
+        example = self._example
+        if example is None or example[0] != key:
+            with self._measuring:
+                example = self._example
+                if example is None or example[0] != key:  # which nobody made while this waited
+                    example = self._example = key, self._compare_by_default(prompt, state.erased)
+        return prompt, example[1]
 
     def measure_others(self, names: Collection[str]) -> Sequence[OtherPrompt]:
         """Return what erasing the concepts `names` does to some `other_prompts`, none for no concept.
 
-        It is measured once for each of the last choices.
-
-        Raises RequestError as `select_shifts`.
+        It is measured once for each of the last choices. Raises RequestError as `select_shifts`.
         """
         state = self.state
         state.select_shifts(names)
         key = state.digests_of(names)
-        if not names:
-            return []
+        measured = self._others.get(key) if names else []
+        if measured is not None:
+            return measured
         with self._measuring:
-            if key in self._others:
+            if key in self._others:  # by who was waited for
                 return self._others[key]
             measured = []
             for prompt, is_protected in other_prompts(state, names).items():

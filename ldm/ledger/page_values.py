@@ -21,7 +21,8 @@ def has_many_concepts(state: LedgerState) -> bool:
 
 def ledger_values(demo: DemoSession) -> Values:
     """Return what the page shows as the ledger stands: what it is, what can be chosen, and an example."""
-    state, (prompt, comparison) = demo.state, demo.example()
+    state = demo.state  # read once: another visitor may read the ledger anew meanwhile
+    prompt, comparison = demo.example(state)
     examples = example_prompts(state)
     values: Values = {
         "overview": {"value": words.overview(state)},
