@@ -242,6 +242,7 @@ def test_the_page_says_which_model_it_is_and_what_is_erased(demo):
         assert table.count(f"<td>{word}</td>") == 1
     names = [f"concept {k}" for k in range(MAX_LISTED_NAMES + 3)]
     assert list_names(names).endswith(f"concept {MAX_LISTED_NAMES - 1} and 3 more") and list_names([]) == "nothing"
+    assert list_names(names, 1) == f"concept 0 and {len(names) - 1} more"
 
 
 def widgets_of(page, name: str) -> list:

@@ -12,6 +12,7 @@ from ldm.metrics.compare import UNCHANGED_MAX_DIFF
 from ldm.metrics.tables import format_cell
 
 MAX_LISTED_NAMES = 12  # of concepts in a sentence; the table has all
+MAX_TITLE_NAMES = 3  # in a title, and in what stands above an image
 # A difference up to this is called not visible: one step of 8 bits, which rounding alone makes, and no screen shows.
 MAX_INVISIBLE_DIFFERENCE = UNCHANGED_MAX_DIFF
 EQUAL = "<p>No difference: the two images are equal in every pixel.</p>"
@@ -26,18 +27,20 @@ _COLUMNS = {
 }
 
 
-def list_names(names: Sequence[str]) -> str:
+def list_names(names: Sequence[str], limit: int = MAX_LISTED_NAMES) -> str:
     """Return names as a sentence has them: the first, and how many more there are; nothing for none."""
     if not names:
         return "nothing"
-    more = len(names) - MAX_LISTED_NAMES
-    return ", ".join(names[:MAX_LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def page_title(state: LedgerState) -> str:
     """Return what a page about a ledger is called."""
     model = state.ledger.header["base_model"]
-    return f"{model} without {list_names(state.erased)}" if state.erased else f"{model}, of which nothing is erased"
+    if not state.erased:
+        return f"{model}, of which nothing is erased"
+    return f"{model} without {list_names(state.erased, MAX_TITLE_NAMES)}"
 
 
 def overview(state: LedgerState) -> str:
@@ -101,7 +104,7 @@ def describe_others(others: Sequence[OtherPrompt], names: Sequence[str]) -> str:
     return (
         f"<p><strong>Changes on other prompts: {_sum_up(others)}.</strong></p>"
         f"<details><summary>The {len(others)} prompts that were measured, "
-        f"without {escape(list_names(names))}</summary><ul>{items}</ul></details>"
+        f"without {escape(list_names(names, MAX_TITLE_NAMES))}</summary><ul>{items}</ul></details>"
     )
 
 

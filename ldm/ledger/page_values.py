@@ -37,7 +37,7 @@ def ledger_values(demo: DemoSession) -> Values:
 
 def comparison_values(comparison: Comparison, prompt: str, names: Sequence[str]) -> Values:
     """Return what the page shows for a prompt's images by the original model and without the concepts `names`."""
-    without, said = words.list_names(names), prompt or "the empty prompt"
+    without, said = words.list_names(names, words.MAX_TITLE_NAMES), prompt or "the empty prompt"
     differs = comparison.max_difference > 0
     return {
         "original": {
