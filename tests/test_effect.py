@@ -30,7 +30,7 @@ def closed_form_shift(model, config: SRSMEConfig, protected: list[str]) -> Separ
 
 def test_prompts_are_the_name_first_then_fitted_and_held_out_ones_with_their_anchors(tiny):
     anchors = effect_prompts(VANGOGH, NEUTRAL, tiny.tokenizers[0])
-    assert list(anchors)[0] == "VanGogh" and anchors["VanGogh"] == "an artist"
+    assert next(iter(anchors)) == "VanGogh" and anchors["VanGogh"] == "an artist"
     assert anchors["a painting by VanGogh"] == "a painting by an artist"
     assert anchors["a landscape by VanGogh"] == "a landscape by an artist"
     assert len(anchors) == 8 and all("VanGogh" in prompt for prompt in anchors)

@@ -25,6 +25,7 @@ _CLEARANCE = 0.1  # above every prompt that says no concept
 _NUM_CAPTIONS = 40  # of those prompts, beside the neutral ones
 _RIDGE = 0.1  # of the covariance, relative to its mean eigenvalue
 _SHOWN = 3
+_PROMPTS_AT_ONCE = 64  # that the text encoder embeds in one pass
 
 
 def find_by_text(concept: Concept, protected: Iterable[str]) -> list[str]:
@@ -85,4 +86,8 @@ class _Whitening:
 
 def _rows(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
     """Return the rows of prompts (N, T - 1, d), float64, without the first, which says nothing of them."""
-    return model.drop_pooled(model.encode_prompt(list(prompts)))[:, 1:].cpu().double()
+    batches: list[torch.Tensor] = []
+    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+        embeds, _ = model.encode_with_states(list(prompts[start : start + _PROMPTS_AT_ONCE]), {})
+        batches.append(model.drop_pooled(embeds)[:, 1:].cpu().double())
+    return torch.cat(batches)

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
 
 from ldm.io.images import load_batches
-
-if TYPE_CHECKING:
-    from transformers import CLIPModel, CLIPProcessor
 
 _ADVICE = "give `clip_path` a folder with a CLIP model and its processor, as transformers saves them"
 
@@ -24,9 +21,10 @@ _ADVICE = "give `clip_path` a folder with a CLIP model and its processor, as tra
 class ClipScorer(nn.Module):
     """A CLIP model and its processor, which score pairs of images and prompts."""
 
-    def __init__(self, network: CLIPModel, processor: CLIPProcessor):
+    def __init__(self, network: nn.Module, processor: Any):
         super().__init__()
-        self.network, self.processor = network, processor
+        self.network: Any = network  # transformers declares neither what its models nor what its processors take
+        self.processor = processor
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> ClipScorer:
@@ -40,7 +38,7 @@ class ClipScorer(nn.Module):
             processor = CLIPProcessor.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} holds no CLIP model ({str(error).splitlines()[0]}): {_ADVICE}") from error
-        return cls(network.eval().to(device), processor)
+        return cls(network.eval(), processor).to(device)
 
     @torch.no_grad()
     def forward(self, paths: Sequence[Path], prompts: Sequence[str], batch_size: int = 32) -> torch.Tensor:
