@@ -1,4 +1,4 @@
-"""A check of an erasure by images: which prompts it draws, what it measures, and its CLIP scores."""
+"""A check of an erasure by images: which prompts it takes, what it measures, and its CLIP scores."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +60,7 @@ def test_ten_prompts_are_chosen_the_first_of_each_group_first():
     assert choose_prompts({"erased": ["a"], "protected": ["a", ""]}) == ([("erased", "a"), ("protected", "")], [])
 
 
-def test_a_check_writes_its_images_a_sheet_and_a_table(mini, tmp_path):
+def test_a_check_writes_its_images_a_grid_and_a_table(mini, tmp_path):
     prompts, request = {"erased": ["VanGogh"], "protected": [""]}, CheckRequest(2, tmp_path / "check", SAMPLING)
     before = {name: weight.clone() for name, weight in mini.unet.state_dict().items()}
     table = check_erasure(mini, {"1": strong_shift(mini)}, "linear", prompts, request)

@@ -1,4 +1,4 @@
-"""A check of an erasure by a few images: drawn before and after, side by side on a sheet, with numbers beside them."""
+"""A check of an erasure by a few images: generated before and after, side by side in a grid, with numbers beside them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from ldm.io.prompts import PromptCase, write_prompt_csv
 from ldm.metrics.clip_score import ClipScorer
 from ldm.metrics.lpips import MIN_IMAGE_SIZE, pairwise_metrics
 
-MAX_PROMPTS = 10  # that a check draws
-TABLE_FILE, SHEET_FILE = "check.csv", "check.png"
+MAX_PROMPTS = 10  # that a check generates images of
+TABLE_FILE, GRID_FILE = "check.csv", "check.png"
 _SIDES = ("before", "after")
-_IN_CELL, _CELL_SIZE = 4, 128  # images of a cell of the sheet, and at most so many pixels on a side
+_IN_CELL, _CELL_SIZE = 4, 128  # images of a cell of the grid, and at most so many pixels on a side
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class CheckRequest:
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
-            raise ValueError(f"`check` {self.num_images} draws nothing: give the images of each prompt, such as 4")
+            raise ValueError(f"`check` {self.num_images} generates nothing: give the images of each prompt, such as 4")
         if self.output_dir.exists() and not (self.output_dir / TABLE_FILE).is_file():
             raise ValueError(f"{self.output_dir} holds something else than a check: choose another folder, or move it")
 
@@ -71,30 +71,30 @@ def check_erasure(
     prompts: Mapping[str, Sequence[str]],
     request: CheckRequest,
 ) -> pd.DataFrame:
-    """Draw images of prompts by the model and by the one edited by `shifts`, and return a row for each prompt.
+    """Generate images of prompts by the model and by the one edited by `shifts`; return a row for each prompt.
 
-    `prompts` are those of the groups `erased` and `protected`, of which ten are drawn, with the seeds 0, 1, ... The
-    folder gets the images, the table, and a sheet of the first images of each prompt. Columns: group, prompt, images,
+    `prompts` are those of the groups `erased` and `protected`, of which ten are taken, with the seeds 0, 1, ... The
+    folder gets the images, the table, and a grid of the first images of each prompt. Columns: group, prompt, images,
     lpips (mean), max_abs_diff (the largest of a pixel, of 255), and with a CLIP model clip_before and clip_after, which
     the empty prompt has none of. Raises ValueError for no prompt, and before any image for what cannot be measured.
     """
     chosen, left_out = choose_prompts(prompts)
     if not chosen:
-        raise ValueError("`check` has no prompt to draw: name a concept")
+        raise ValueError("`check` has no prompt: name a concept")
     if model.image_size < MIN_IMAGE_SIZE:
         raise ValueError(f"`check` compares by LPIPS, which needs images of {MIN_IMAGE_SIZE} pixels on a side")
     scorer = ClipScorer.load(request.clip_path, model.device) if request.clip_path else None
     if left_out:
-        notify(f"`check` draws {len(chosen)} prompts, and leaves out {len(left_out)}: {', '.join(left_out)}")
+        notify(f"`check` takes {len(chosen)} prompts, and leaves out {len(left_out)}: {', '.join(left_out)}")
     cases = _make_cases([prompt for _, prompt in chosen], request.num_images)
     metadata = {**shifts_metadata(shifts, form), **model.generation_metadata, **request.sampling.to_dict()}
     with atomic_write_dir(request.output_dir) as folder:
-        _draw(model, cases, request.sampling, folder / _SIDES[0])
+        _generate(model, cases, request.sampling, folder / _SIDES[0])
         with edited(model, shifts, form):
-            _draw(model, cases, request.sampling, folder / _SIDES[1])
+            _generate(model, cases, request.sampling, folder / _SIDES[1])
         table = _measure(chosen, cases, folder, model.device, scorer)
         table.to_csv(folder / TABLE_FILE, index=False)
-        save_image(folder / SHEET_FILE, _sheet(chosen, cases, folder))
+        save_image(folder / GRID_FILE, _grid(chosen, cases, folder))
         write_prompt_csv(folder / "prompts.csv", cases)
         write_json(folder / "metadata.json", metadata)
     return table
@@ -106,7 +106,7 @@ def _make_cases(prompts: Sequence[str], num_images: int) -> list[PromptCase]:
     return [PromptCase(prompt, seed, number) for number, (prompt, seed) in enumerate(pairs)]
 
 
-def _draw(model: DiffusionModel, cases: Sequence[PromptCase], sampling: SamplingConfig, folder: Path) -> None:
+def _generate(model: DiffusionModel, cases: Sequence[PromptCase], sampling: SamplingConfig, folder: Path) -> None:
     """Write the image of each case into a folder."""
     folder.mkdir()
     for case, _, image in generate(model, [(case, 0) for case in cases], sampling):
@@ -140,7 +140,7 @@ def _measure(
     return table
 
 
-def _sheet(chosen: Sequence[tuple[str, str]], cases: Sequence[PromptCase], folder: Path) -> Image.Image:
+def _grid(chosen: Sequence[tuple[str, str]], cases: Sequence[PromptCase], folder: Path) -> Image.Image:
     """Return a grid with a row for each prompt and a column for each side, with a few small images in each cell."""
     rows = []
     for group, prompt in chosen:
