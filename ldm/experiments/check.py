@@ -1,4 +1,4 @@
-"""A check of an erasure by a few images: generated before and after, side by side in a grid, with numbers beside them."""
+"""A check of an erasure by a few images: generated before and after, side by side in a grid, with numbers beside it."""
 
 from __future__ import annotations
 
