@@ -15,7 +15,7 @@ def main() -> None:
     arguments.add_category(parser)
     arguments.add_artifacts(parser)
     arguments.add_shifts(parser)
-    arguments.add_settings(parser, EditConfig)
+    arguments.add_settings(parser, EditConfig, "form")
     arguments.add_prompt_list(parser)
     arguments.add_sampling(parser, images_per_seed=1)
     arguments.add_compile(parser)

@@ -11,7 +11,7 @@ from ldm.cli.arguments import Namespace, Parser, typed
 from ldm.cli.flags import RENAMED_VALUES
 from ldm.config.concept_lists import KIND_NAMES, check_apart_from, read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, get_concept, parse_erase_targets, parse_indexes
-from ldm.config.methods import ANCHORS, MethodConfig
+from ldm.config.methods import ANCHORS, EditConfig, MethodConfig
 from ldm.config.spellings import says
 
 _OLD_PROTECT = (["exact"], ["spectrum"])  # values of --protect when it was another flag
@@ -50,6 +50,7 @@ def add_erasure(parser: Parser, kind: type[MethodConfig]) -> None:
     arguments.add_category(parser)
     arguments.add_artifacts(parser)
     arguments.add_settings(parser, kind)
+    arguments.add_settings(parser, EditConfig, "least_effect")
     arguments.add_training_images(parser)
     parser.option("gradient_checkpointing", action="store_true", help="less memory for a third more time")
     arguments.add_device(parser)

@@ -19,6 +19,7 @@ from ldm.config.concept_lists import read_prompts
 from ldm.config.concepts import Concept
 from ldm.config.methods import (
     NO_GATE,
+    EditConfig,
     ExecutionConfig,
     ExportConfig,
     GateConfig,
@@ -30,13 +31,16 @@ from ldm.config.methods import (
 from ldm.config.models import ModelConfig, describe_sources, load_model_config
 from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
+from ldm.erasure.effect import judge
 from ldm.erasure.null_space import BASIS_FILE_TYPE
 from ldm.erasure.protection import BasisSummary, Protection, solve_null_spaces
-from ldm.erasure.shift import WeightShift
-from ldm.io.errors import notify
+from ldm.erasure.shift import SHIFT_FILE_TYPE, WeightShift
+from ldm.io.errors import NotErasedError, notify
 from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.sharding import Shard
 from ldm.io.tensors import read_metadata
+
+_SHOWN = 3  # concepts that a message names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,8 +74,35 @@ def run_erasure(args: Namespace, method: str) -> None:
     summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, others)
     if summaries:
         output.show_table(summary_table(summaries), "shifts")
+    made = concepts if config.is_joint else shard.select(concepts)
+    edit = fill_settings(args, model_config.edit).with_changes(form="gated" if gate.gate else "linear")
+    _check_erased(artifacts, made, config, edit)
     if getattr(args, "export", None) and shard.rank == 0:
         _export(args, model, artifacts, concepts)
+
+
+def _check_erased(
+    artifacts: ArtifactPaths, concepts: Sequence[Concept], config: MethodConfig, edit: EditConfig
+) -> None:
+    """Raise NotErasedError where a shift has not the effect by which its concept may be called erased."""
+    weak: list[str] = []
+    for concept in concepts:
+        metadata = read_metadata(artifacts.shift(concept.label), SHIFT_FILE_TYPE)
+        is_erased, said = judge(metadata, edit.form, edit.least_effect)
+        if is_erased is False:
+            weak.append(f"{concept.name} ({said['mean']:.2f}, and {said['least']:.2f} on '{said['lowest_prompt']}')")
+    if not weak:
+        return
+    remedy = "protect less (`protect`, `em_indexes`), or take a larger `rank_rtol` or a smaller `ridge_weight`"
+    if config.trains:
+        remedy = (
+            "train with a larger `lr` or `basis_scale` or more `max_steps`, or protect less (`protect`, `em_indexes`)"
+        )
+    more = f" and {len(weak) - _SHOWN} more" if len(weak) > _SHOWN else ""
+    raise NotErasedError(
+        f"{', '.join(weak[:_SHOWN])}{more}: the fraction of the way to a neutral word that prompts go which say it, of "
+        f"which {edit.least_effect:g} (`least_effect`) is called erased. The shifts are kept: {remedy}"
+    )
 
 
 def _implied(config: MethodConfig, base: MethodConfig) -> dict[str, str]:

@@ -50,7 +50,7 @@ def add_evaluation(parser: Parser, folder: str) -> None:
     parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / folder, help="where to write")
     arguments.add_classifier(parser)
     arguments.add_imagenet(parser)
-    arguments.add_settings(parser, EditConfig)
+    arguments.add_settings(parser, EditConfig, "form")
     arguments.add_sampling(parser)
     arguments.add_inception(parser)
     arguments.add_device(parser)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ldm.config.concepts import Concept
-from ldm.config.methods import SRSMEConfig
+from ldm.config.methods import EditConfig, SRSMEConfig
 from ldm.config.templates import load_template_set
 from ldm.diffusion.edits import edit_embeddings
 from ldm.diffusion.model import DiffusionModel
@@ -32,7 +32,7 @@ from ldm.erasure.targets import target_prompts
 # Of 137 linear shifts of five concepts, weak and strong, of mini-sd and mini-sd-minilm, 20 images each: of 70 that left
 # more than 15 % of the images the concept's these limits call 2 erased (20 and 45 % left: mini-sd, a neutral anchor and
 # a ridge of 0.2), and of 67 that left less they call 20 not erased, of which the defaults made 1.
-LEAST_EFFECT = 0.55
+LEAST_EFFECT = EditConfig().least_effect  # 0.55
 LEAST_PROMPT_EFFECT = 0.3
 _NUM_FITTED, _NUM_HELD_OUT = 6, 6  # templates, beside the name alone
 _SPARED = 0.15  # of the prompts that do not count for the least effect, but never the name alone
@@ -70,6 +70,29 @@ class Effect:
         if math.isnan(self.mean):
             return None
         return self.mean >= LEAST_EFFECT and self.least >= LEAST_PROMPT_EFFECT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a shift's metadata say of its effect; nothing where it is not known."""
+        if self.is_erased is None:
+            return {}
+        return {"mean": self.mean, "least": self.least, "lowest_prompt": self.lowest_prompt}
+
+
+def judge(
+    metadata: Mapping[str, Any], form: str, least_effect: float = LEAST_EFFECT
+) -> tuple[bool | None, dict[str, Any]]:
+    """Return whether what a shift's metadata say of its effect in a form lets its concept be called erased, and that.
+
+    None where they say nothing of it. A shift without a gate acts on the weights in the form gated too. `least_effect`
+    is the least mean, with which the least effect on a prompt goes up and down.
+    """
+    effects = metadata.get("effects", {})
+    said = effects.get(form) or effects.get("linear")
+    if not isinstance(said, Mapping):
+        return None, {}
+    mean, least = said.get("mean", math.nan), said.get("least", math.nan)
+    least_on_prompt = LEAST_PROMPT_EFFECT / LEAST_EFFECT * least_effect
+    return mean >= least_effect and least >= least_on_prompt, dict(said)
 
 
 def effect_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dict[str, str]:

@@ -23,7 +23,8 @@ def target_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dic
     of_kind = config.template_set == "kind" or (concept.is_own and not concept.templates)
     templates = [text for text in (kind.templates if of_kind else concept.templates) if text != "{}"]
     anchors: dict[str, str] = {}
-    for template in ["{}", *templates[: config.target_templates]]:
+    of_own = concept.is_own and config.template_set != "kind"  # whose number is not that of a category's templates
+    for template in ["{}", *(templates if of_own else templates[: config.target_templates])]:
         anchor = _anchor_prompt(concept, config, template, kind.neutral)
         for spelling in concept.spellings if of_kind or concept.is_own else (concept.prompt,):
             prompt = fill_phrase(template, spelling)
@@ -66,7 +67,9 @@ def anchor_embeds(model: DiffusionModel, anchors: Mapping[str, str], is_aligned:
 
     `anchors` has the anchor of each prompt, which is aligned with it token by token where `replaces_name`.
     """
-    embeds = model.embed_prompts(dict.fromkeys(anchors.values()))  # (tokens, d) each
+    embeds: dict[str, torch.Tensor] = {}
+    for text in dict.fromkeys(anchors.values()):  # of which nobody is told that they are cut
+        embeds[text] = model.drop_pooled(model.encode_with_states([text], {})[0])[0]  # (tokens, d)
     if not is_aligned:
         return next(iter(embeds.values()))[None]
     tokenizer = model.tokenizers[0]
