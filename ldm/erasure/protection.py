@@ -139,11 +139,16 @@ def concept_metadata(concept: Concept) -> dict[str, Any]:
 
 
 def check_apart(model: DiffusionModel, concepts: Sequence[Concept], protected: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError when a concept's name is protected too, as the model reads it: then nothing can erase it.
+    """Raise ValueError when a concept's name is protected too, as the model reads it, or is nothing to it.
 
     `protected` are the embeddings (tokens, d) of the protected prompts.
     """
+    tokenizer = model.tokenizers[0]
     for concept in concepts:
+        if not set(tokenizer(concept.prompt).input_ids) - set(tokenizer.all_special_ids):
+            raise ValueError(
+                f"'{concept.prompt}' is nothing to the model, whose tokenizer keeps none of it: name it in other words"
+            )
         own = model.embed_prompts([concept.prompt])[concept.prompt]  # (tokens, d)
         for prompt, rows in protected.items():
             if torch.equal(rows, own):
