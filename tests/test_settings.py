@@ -142,7 +142,9 @@ def test_scripts_say_where_their_settings_come_from(script, folder):
     model = ["--model", folder, "--artifacts_dir", folder / "shifts", "--device", "cpu"]
     code, out, err = script(SOLVE, *model, "--erased_index", "1", "--em_indexes", "0,2")
     assert code == 0 and f"settings: {folder / SETTINGS_FILE}: rank_rtol; all others: their defaults" in out, err
-    code, out, err = script(SRS_ME, *model, "--erased_index", "1", "--ridge", "0.1", "--iter_break", "0")
+    code, out, err = script(
+        SRS_ME, *model, "--erased_index", "1", "--ridge", "0.1", "--iter_break", "0", "--least_effect", "-9"
+    )
     assert code == 0 and "settings: --iter_break, --ridge typed; configs/stable-diffusion/" in out, err
     prompts = folder / "prompts.csv"
     prompts.write_text("case_number,prompt,evaluation_seed\n0,VanGogh,3\n")

@@ -36,7 +36,9 @@ def main() -> None:
     model = session.load_model(args, session.first_device(args))
     shifts, name = load_shifts(session.artifact_paths(args, model.name, args.method), args.shifts)
     if not shifts:
-        raise ValueError("`shifts` names no shift: give names such as 'Greg Rutkowski', indexes, or shift files")
+        raise ValueError(
+            "`shifts` names no shift: give names such as 'Greg Rutkowski', indexes such as 0,1,2, or files"
+        )
     for shift in shifts.values():
         shift.check(model.digests, model.unet)
     named = [str(shift.metadata.get("prompt", "")) for shift in shifts.values()]

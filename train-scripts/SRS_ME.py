@@ -4,8 +4,8 @@ Concepts are texts or files (--concepts 'Greg Rutkowski' 'a red fox' --protect '
 null space is solved here, but where SRSME_Solution.py has made it. Writes shift-CONCEPT.safetensors with its learning
 curve beside it, measured: the table says how far each changes its own prompt and what is protected. The base model is
 never changed; merge shifts with generate-images-merge.py, Merge_model.py or --export, and restore a concept by leaving
-its shift out. By default the shift is a closed form; a flag of learning (--lr, --threshold, --iter_break, --init zero)
-trains it as the paper does. --joint trains all of them at once, their losses balanced (SRS-ME-dagger).
+its shift out. By default the shift is a closed form; a flag of training (--lr, --stop_threshold, --max_steps,
+--init zero) trains it as the paper does. --joint trains all of them at once, their losses balanced (SRS-ME-dagger).
 """
 
 from pathlib import Path

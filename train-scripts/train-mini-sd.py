@@ -30,8 +30,7 @@ def main() -> None:
     parser = arguments.make_parser(__doc__)
     parser.option("config", type=Path, default=REPO_ROOT / "configs" / "mini-sd.yaml", help="what to train, and how")
     parser.option("save_path", type=Path, default=REPO_ROOT / "models" / "own-mini-sd", help="the model")
-    checkpoint_dir = REPO_ROOT / "models" / "mini-sd-training"
-    parser.option("checkpoint_dir", type=Path, default=checkpoint_dir, help="where a stopped training resumes from")
+    parser.option("checkpoint_dir", type=Path, default=REPO_ROOT / "models/mini-sd-training", help="to resume from")
     parser.option("text_encoder", type=Path, help="the frozen text encoder of a config that has one, if not its own")
     arguments.add_device(parser)
     args = parser.parse_args()
@@ -54,7 +53,7 @@ def main() -> None:
     if missing:
         raise ValueError(f"{args.config} lacks {', '.join(missing)}: `config` is a file such as configs/mini-sd.yaml")
     settings = SettingsSource("StableDiffusionPipeline", args.config)
-    load_model_config(settings)  # refuses before the training what could not be read after it
+    load_model_config(settings)  # refuses it before the training
     trained_config = OmegaConf.to_container(OmegaConf.masked_copy(config, list(TRAINING_KEYS)))
     metadata = {"created_by": CREATED_BY, "base_model": args.config.stem, "config": trained_config}
     kind = check_captions(config.dataset.get("captions", "listed"))

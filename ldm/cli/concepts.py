@@ -63,7 +63,7 @@ def add_erasure(parser: Parser, kind: type[MethodConfig]) -> None:
 def add_protection(parser: Parser) -> None:
     """Add what an erasure leaves alone: --protect by text or file, and --em_indexes."""
     text = "prompts that stay as they are, each a text such as 'a dog', or a file: .txt with one a line, .csv, .yaml"
-    parser.option("protect", nargs="+", default=[], metavar="TEXT|FILE", help=text)
+    parser.option("protect", nargs="*", default=[], metavar="TEXT|FILE", help=text)
     text = "concepts to protect by index in --category, such as 1,2; those that are erased together protect each other"
     parser.option("em_indexes", default="", help=text)
 
@@ -83,6 +83,11 @@ def named_concepts(args: Namespace) -> list[Concept]:
 
     Raises ValueError for none, for both, and for what is no concept.
     """
+    protect = getattr(args, "protect", [])
+    if protect in _OLD_PROTECT or ("protect" in typed and not protect):
+        raise ValueError(
+            "`protect` names prompts: give texts or files (what it was before is `rank_rtol` exact, or none)"
+        )
     anchor = None
     if args.anchor is not None and args.anchor not in ANCHORS:
         anchor, args.anchor = args.anchor, None
@@ -117,10 +122,6 @@ def named_protection(args: Namespace, concepts: Sequence[Concept]) -> tuple[list
     for a protected prompt that says one of them.
     """
     protect, indexes = getattr(args, "protect", []), getattr(args, "em_indexes", "")
-    if protect in _OLD_PROTECT:
-        raise ValueError(
-            "`protect` exact is `rank_rtol` exact, and `protect` spectrum is the model's own: give `rank_rtol`"
-        )
     prompts = read_prompts(protect)
     check_apart_from(prompts, concepts)
     named = [get_concept(args.category, index) for index in parse_indexes(indexes, args.category)]

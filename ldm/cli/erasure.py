@@ -75,7 +75,8 @@ def run_erasure(args: Namespace, method: str) -> None:
     image_dir = args.training_image_dir
     summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, others)
     if summaries:
-        output.show_table(summary_table(summaries), "shifts")
+        has_others = getattr(args, "export", None) or getattr(args, "check", None)  # tables, which JSON tells apart
+        output.show_table(summary_table(summaries), "shifts" if has_others else "")
     made = concepts if config.is_joint else shard.select(concepts)
     edit = fill_settings(args, model_config.edit).with_changes(form="gated" if gate.gate else "linear")
     if getattr(args, "check", None) and shard.rank == 0:

@@ -10,19 +10,16 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError
 from torch import nn
 from transformers import BertModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
-from ldm.config.methods import did_you_mean
 from ldm.config.models import DEFAULT_CONFIG, SettingsSource, bundled_settings, component_dir, named_settings
 from ldm.config.yaml_files import read_mapping
 from ldm.diffusion.components import (
@@ -44,7 +41,7 @@ from ldm.diffusion.compvis import (
 )
 from ldm.diffusion.consistency import check_parts
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.weights import read_tensors, variants_of, weight_files
+from ldm.diffusion.weights import download, read_tensors, variants_of, weight_files
 from ldm.io.errors import notify
 from ldm.io.files import (
     SETTINGS_FILE,
@@ -234,38 +231,13 @@ def resolve_config_dir(source: str | Path, config: str | Path | None = None, var
     """
     path = Path(source)
     if not is_checkpoint(path):
-        return path if _is_folder(path) else _download(str(source), variant)
+        return path if _is_folder(path) else download(str(source), variant)
     config_path = Path(config) if config else DEFAULT_CONFIG
     try:
         return component_dir(config_path, upgrade(read_mapping(config_path)))
     except ValueError as error:
         advice = f"give `config_path` {DEFAULT_CONFIG.relative_to(REPO_ROOT)}"
         raise UnusableModelError(f"cannot read the config {config_path}: {advice}: {error}") from error
-
-
-def _download(source: str, variant: str | None) -> Path:
-    """Return the folder of a hub's model. Raises UnusableModelError for what is a path, or cannot be reached."""
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or _is_folder(Path(source).parent):
-        near = did_you_mean(Path(source).name, _folders_beside(Path(source)))
-        raise UnusableModelError(
-            f"there is no model at {source}: give `model` the path of a diffusers folder, or a hub id such as "
-            f"CompVis/stable-diffusion-v1-4{near}"
-        )
-    try:
-        return Path(DiffusionPipeline.download(source, use_safetensors=True, variant=variant))
-    except (OSError, ValueError) as error:
-        reason = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else " ".join(str(error).split())[:300]
-        raise UnusableModelError(
-            f"'{source}' is neither a folder here nor a model of the hub that can be reached: give `model` the path of "
-            f"a diffusers folder, or see to the network: {reason}"
-        ) from error
-
-
-def _folders_beside(path: Path) -> list[str]:
-    try:
-        return [sibling.name for sibling in path.parent.iterdir() if sibling.is_dir()]
-    except OSError:  # of a folder that is not there either
-        return []
 
 
 def _check_configs(folder: Path) -> type[Pipeline]:

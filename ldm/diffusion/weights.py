@@ -1,4 +1,4 @@
-"""The weight files of a model's parts: which are read, and what is said where they are not there."""
+"""The weight files of a model's parts: which are read, what is said where they are not there, and a hub's download."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import safe_open
 
+from ldm.config.methods import did_you_mean
 from ldm.diffusion.components import WHOLE_MODEL, UnusableModelError, read_config
 
 # The beginning of the names of weight files, and whether an index with shards is taken before a single file beside it,
@@ -86,3 +89,28 @@ def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
             for name in opened.keys():  # noqa: SIM118  # it is no mapping
                 tensors[name] = opened.get_tensor(name).float()
     return tensors
+
+
+def download(source: str, variant: str | None) -> Path:
+    """Return the folder of a hub's model. Raises UnusableModelError for what is a path, or cannot be reached."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or Path(source).parent.is_dir():
+        near = did_you_mean(Path(source).name, _folders_beside(Path(source)))
+        raise UnusableModelError(
+            f"there is no model at {source}: give `model` the path of a diffusers folder, or a hub id such as "
+            f"CompVis/stable-diffusion-v1-4{near}"
+        )
+    try:
+        return Path(DiffusionPipeline.download(source, use_safetensors=True, variant=variant))
+    except (OSError, ValueError) as error:
+        reason = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else " ".join(str(error).split())[:300]
+        raise UnusableModelError(
+            f"'{source}' is neither a folder here nor a model of the hub that can be reached: give `model` the path of "
+            f"a diffusers folder, or see to the network: {reason}"
+        ) from error
+
+
+def _folders_beside(path: Path) -> list[str]:
+    try:
+        return [sibling.name for sibling in path.parent.iterdir() if sibling.is_dir()]
+    except OSError:  # of a folder that is not there either
+        return []

@@ -1,6 +1,6 @@
 """The functions of the Python API: `from ldm import load_model, erase, applied, generate, export`.
 
-Five lines from a model to a picture and to a file. They call what the scripts call.
+Five lines from a model to an image and to a file. They call what the scripts call.
 """
 
 from __future__ import annotations
