@@ -91,6 +91,17 @@ def category_of(args: Namespace, concepts: Sequence[Concept]) -> str:
     return OWN if concepts[0].is_own else args.category
 
 
+def check_not_said(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
+    """Raise ValueError for a protected prompt that says one of the concepts to erase."""
+    for concept in concepts:
+        for prompt in prompts:
+            if says(prompt, concept.spellings):
+                raise ValueError(
+                    f"the protected prompt '{prompt}' says {concept.name}, which cannot be erased and protected at "
+                    "once: leave it out of `protect`"
+                )
+
+
 def named_protection(args: Namespace, concepts: Sequence[Concept]) -> tuple[list[Concept], list[str]]:
     """Return the concepts and the prompts that an erasure of `concepts` leaves alone by --protect and --em_indexes.
 
@@ -103,13 +114,7 @@ def named_protection(args: Namespace, concepts: Sequence[Concept]) -> tuple[list
             "`protect` exact is `rank_rtol` exact, and `protect` spectrum is the model's own: give `rank_rtol`"
         )
     prompts = read_prompts(protect)
-    for prompt in prompts:
-        for concept in concepts:
-            if says(prompt, concept.spellings):
-                raise ValueError(
-                    f"the protected prompt '{prompt}' says {concept.name}, which cannot be erased and protected at "
-                    "once: leave it out of `protect`"
-                )
+    check_not_said(prompts, concepts)
     named = [get_concept(args.category, index) for index in parse_indexes(indexes, args.category)]
     if indexes and not concepts[0].is_own:
         return named, prompts

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldm.cli.arguments import MODEL_ARGUMENTS
-from ldm.config.concepts import always_protected_prompts
-from ldm.config.methods import complete_settings
+from ldm.config.concept_lists import make_concept, names_file
+from ldm.config.concepts import Concept, always_protected_prompts
+from ldm.config.methods import METHODS, SRSMEConfig, complete_settings
 from ldm.config.models import load_model_config
-from ldm.ledger.ledger import Ledger, LedgerEntry
+from ldm.ledger.ledger import Ledger
+from ldm.ledger.lines import LedgerEntry
 
 SCENE_LEDGER_RE = re.compile(r"scene(?P<number>\d+)-[a-z]+-(?P<method>.+)\.jsonl")  # as `run_scene` calls them
 
@@ -25,12 +28,15 @@ def reproduction_commands(ledger: Ledger, source: Mapping[str, Any] | None = Non
     scene = SCENE_LEDGER_RE.fullmatch(ledger.path.name)
     if scene:
         return [_scene_command(ledger, source or {}, scene["number"], scene["method"])]
-    names = {concept.index: concept.name for concept in ledger.concepts}
-    commands = [_init_command(ledger)]
+    names = {concept.label: concept.name for concept in ledger.concepts}
+    added = {concept.label for entry in ledger.entries for concept in entry.add}
+    commands = _naming_commands(ledger, "init", [concept for concept in ledger.concepts if concept.label not in added])
     known: set[str] = set()  # the digests of shifts that are there by now, and only activated again
     for entry in ledger.entries:
+        if entry.add:
+            commands += _naming_commands(ledger, "add", entry.add, entry.index)
         if entry.restore:
-            commands.append(_command(ledger, "restore", *(names[index] for index in entry.restore)))
+            commands.append(_command(ledger, "restore", *(names[label] for label in entry.restore)))
         for flags, erased in _erased_alike(ledger, entry, known).items():
             commands.append(_command(ledger, "erase", *erased, *flags))
     return commands
@@ -38,7 +44,7 @@ def reproduction_commands(ledger: Ledger, source: Mapping[str, Any] | None = Non
 
 def _scene_command(ledger: Ledger, source: Mapping[str, Any], number: str, method: str) -> str:
     """Return the command that runs a scene by one method, with the settings that its shifts were made with."""
-    arguments = [*_model_arguments(source), "--category", ledger.header["category"], "--scene", number]
+    arguments = [*_model_arguments(source), "--category", ledger.category, "--scene", number]
     arguments += ["--methods", method]
     if ledger.root.name == "all":  # where scenes.py keeps shifts that protect the whole category
         arguments += ["--protect_scope", "all"]
@@ -66,15 +72,43 @@ def _command(ledger: Ledger, name: str, *arguments: str) -> str:
     return shlex.join([*script, *arguments])
 
 
-def _init_command(ledger: Ledger) -> str:
-    """Return the command that begins the ledger: its model, its concepts and what else is protected."""
-    header = ledger.header
-    arguments = [*_model_arguments(header), "--category", header["category"]]
-    arguments += ["--erased_index", ",".join(map(str, header["concepts"]))]
-    extra_prompts = [prompt for prompt in header["protected"] if prompt not in always_protected_prompts()]
-    if extra_prompts:
-        arguments += ["--protect", *extra_prompts]
-    return _command(ledger, "init", *arguments)
+def _naming_commands(ledger: Ledger, name: str, concepts: Sequence[Concept], index: int = 0) -> list[str]:
+    """Return the commands that begin a ledger with concepts, or add them by its entry `index`.
+
+    Those that are more than their texts say are written into a file first.
+    """
+    header, commands = ledger.header, []
+    arguments: list[str] = []
+    if name == "init":
+        extra_prompts = [prompt for prompt in header["protected"] if prompt not in always_protected_prompts()]
+        arguments = _model_arguments(header) + (["--protect", *extra_prompts] if extra_prompts else [])
+    if not concepts[0].is_own:
+        indexes = ",".join(str(concept.index) for concept in concepts)
+        category = ["--category", ledger.category] if name == "init" else []
+        arguments += [*category, "--erased_index", indexes]
+    elif all(_is_plain(concept) for concept in concepts):
+        arguments += ["--concepts", *(concept.name for concept in concepts)]
+    else:
+        file = f"concepts-{index}.yaml"
+        written = shlex.join(["printf", "%s\\n", *_file_lines(concepts)])
+        commands.append(f"{written} > {file}")
+        arguments += ["--concepts", file]
+    return [*commands, _command(ledger, name, *arguments)]
+
+
+def _is_plain(concept: Concept) -> bool:
+    """Return whether a concept is all that its name, given as an argument, says."""
+    return concept == make_concept(concept.name) and not names_file(concept.name) and not concept.name.startswith("-")
+
+
+def _file_lines(concepts: Sequence[Concept]) -> list[str]:
+    """Return the lines of a YAML file of concepts, each of them in JSON, which is YAML too."""
+    lines = ["concepts:"]
+    for concept in concepts:
+        entry = {"concept": concept.name, "kind": concept.kind, "aliases": concept.aliases, "anchor": concept.anchor}
+        entry |= {"templates": concept.templates, "held_out_templates": concept.held_out_templates}
+        lines.append(f"- {json.dumps({name: value for name, value in entry.items() if value}, ensure_ascii=False)}")
+    return lines
 
 
 def _erased_alike(ledger: Ledger, entry: LedgerEntry, known: set[str]) -> dict[tuple[str, ...], list[str]]:
@@ -97,9 +131,15 @@ def _settings(ledger: Ledger, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _method_flags(ledger: Ledger, record: Mapping[str, Any]) -> list[str]:
-    """Return the flags that give a shift's method and settings."""
-    flags = ["--method", record["method"]]
-    for name, value in _settings(ledger, record).items():
-        if value is not None:
+    """Return the flags that give a shift's method and settings, and those of its null space and its gate."""
+    method, metadata = record["method"], ledger.load(record).metadata
+    settings = _settings(ledger, record) | dict(record.get("null_space", {}))
+    if issubclass(METHODS[method], SRSMEConfig):
+        settings |= metadata.get("gate_config", {"gate": False})
+    flags = ["--method", method]
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
             flags += [f"--{name}", str(value)]
     return flags

@@ -45,6 +45,8 @@ RENAMED_KEYS = {
     "extends": "base_config",
     "num_pictures": "num_training_images",
 }
+# What `kind` said in the headers of older versions. Today it is the kind of a concept.
+_FILE_TYPES = ("weight shift", "null space basis", "classifier")
 # What older versions did not write down about folders and shifts.
 ADDED_KEYS = ("content_digest", "decoder_config", "image_size", "gate_config", "prompts_digest")
 # Keys whose new name depends on what they stand in.
@@ -79,7 +81,7 @@ def upgrade(value: Any, inside: str = "") -> Any:
     renamed = RENAMED_KEYS | _RENAMED_IN.get(inside, {})
     result = {}
     for key, item in value.items():
-        new = renamed.get(key, key)
+        new = key if key == "kind" and item not in _FILE_TYPES else renamed.get(key, key)
         result[new] = upgrade(item, str(new))
     if inside == "config":
         _upgrade_config(result)

@@ -71,7 +71,7 @@ class LedgerState:
         records, active = ledger.last_shifts(), ledger.active_shifts()
         shifts = {name: ledger.load(record) for name, record in records.items()}
         digests = {name: record["digest"] for name, record in records.items()}
-        return cls(ledger, shifts, digests, [concept.name for concept in ledger.concepts if concept.index in active])
+        return cls(ledger, shifts, digests, [concept.name for concept in ledger.concepts if concept.label in active])
 
     @property
     def table(self) -> pd.DataFrame:
@@ -79,7 +79,7 @@ class LedgerState:
         return status_table(self.ledger)
 
     def select_shifts(self, names: Collection[str]) -> dict[str, WeightShift]:
-        """Return the shifts of the concepts `names`, by index. Raises RequestError for a name that has none."""
+        """Return the shifts of the concepts `names`, by label. Raises RequestError for a name that has none."""
         if not isinstance(names, (list, tuple, set)):
             raise RequestError("give a list of concepts' names")
         for name in names:
@@ -87,7 +87,7 @@ class LedgerState:
                 choices = ", ".join(self.shifts)
                 raise RequestError(f"'{str(name)[:50]}' is no concept that can be erased here: choose from {choices}")
         concepts = [concept for concept in self.ledger.concepts if concept.name in names]
-        return {str(concept.index): self.shifts[concept.name] for concept in concepts}
+        return {concept.label: self.shifts[concept.name] for concept in concepts}
 
 
 class DemoSession:
