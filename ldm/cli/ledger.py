@@ -93,7 +93,8 @@ def add(args: Namespace) -> None:
         check_apart(model, concepts, model.embed_prompts(ledger.header["protected"]))
         table = leakage_on_added(ledger, model, concepts)
         largest = table.sort_values("leakage", ascending=False, kind="stable")
-        ledger.add(concepts, dict(largest.drop_duplicates("label")[["label", "leakage"]].to_numpy().tolist()))
+        of_each = largest.drop_duplicates("label")
+        ledger.add(concepts, dict(zip(of_each["label"], of_each["leakage"], strict=True)))
         model.notify_of_cuts(concept.prompt for concept in concepts)
     print(f"{len(concepts)} concepts added: {some_of(concept.name for concept in concepts)}")
     for row in largest.head(_NUM_SHOWN).to_dict("records"):
@@ -127,8 +128,8 @@ def erase(args: Namespace) -> None:
             model_config = load_model_config(model.config_name)
             config = session.method_config(args, model_config, method)
             null_space = session.fill_settings(args, model_config.null_space)
-            is_gated = model_config.edit.form == "gated" or arguments.typed_settings(args, GateConfig)
-            gate = session.fill_settings(args, model_config.gate if is_gated else NO_GATE)
+            is_gated = model_config.edit.form == "gated" or args.gate
+            gate = session.fill_settings(args, model_config.gate) if is_gated else NO_GATE
             records |= create_shifts(ledger, model, missing, config, null_space, args.training_image_dir, gate)
         if records:
             ledger.append(records)

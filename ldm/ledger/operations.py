@@ -16,6 +16,7 @@ from torch import nn
 
 from ldm.config.concepts import OWN, Concept, erasable_concepts
 from ldm.config.methods import METHODS, NO_GATE, GateConfig, MethodConfig, NullSpaceConfig
+from ldm.diffusion.edits import remember_embeddings
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.erase import erase
@@ -53,19 +54,21 @@ def create_shifts(
     start = time.perf_counter()
     protection = Protection(ledger.concepts, null_space, extra_prompts=ledger.header["protected"])
     placed: dict[str, ArtifactPaths] = {}
-    for category in dict.fromkeys([ledger.category, OWN]):
-        together = [concept for concept in concepts if concept.is_own == (category == OWN)]
-        artifacts = ArtifactPaths(ledger.root / "shifts", config.name, model.name, category, 0, len(ledger.entries) + 1)
-        if together:
-            erase(model, artifacts, together, config, protection, image_dir, gate, others=_retained(ledger))
-        placed |= dict.fromkeys((concept.label for concept in together), artifacts)
-    seconds, peak_gib = round(time.perf_counter() - start, 1), round(peak_memory() / 2**30, 2)
-    measure = _Measure(model, ledger.prompts)
+    with remember_embeddings(model):
+        for category in dict.fromkeys([ledger.category, OWN]):
+            together = [concept for concept in concepts if concept.is_own == (category == OWN)]
+            artifacts = ArtifactPaths(
+                ledger.root / "shifts", config.name, model.name, category, 0, len(ledger.entries) + 1
+            )
+            if together:
+                erase(model, artifacts, together, config, protection, image_dir, gate, others=_retained(ledger))
+            placed |= dict.fromkeys((concept.label for concept in together), artifacts)
+        seconds, peak_gib = round(time.perf_counter() - start, 1), round(peak_memory() / 2**30, 2)
+        measure = _Measure(model, ledger.prompts)
     records: dict[str, dict[str, Any]] = {}
     for concept in concepts:
         shift, record = shift_record(ledger, placed[concept.label], concept)
-        changes = measure.changes(shift)
-        record["max_leakage_others"] = _largest(changes, leave_out=concept.prompt)
+        record["max_leakage_others"] = _largest(measure.changes(shift), leave_out=concept.prompt)
         if config.needs_null_space:
             record["null_space"] = null_space.to_dict()
         records[concept.label] = record | {"seconds": seconds, "peak_gib": peak_gib}
