@@ -53,7 +53,7 @@ def ledger(mini_path, tmp_path_factory):
     config = load_model_config("mini-sd")
     method = config.methods["SRS-ME"].with_changes(ridge_weight=1e-6, seed=0)
     ledger.append(create_shifts(ledger, model, styles[1:], method, config.null_space, root / "none"))
-    ledger.append({}, [2])
+    ledger.append({}, ["2"])
     return ledger
 
 
@@ -203,7 +203,7 @@ def test_a_shift_that_was_made_again_is_exported_anew(ledger, mini_path, tmp_pat
     before = demo.export_zip(["VanGogh"], "unet", tmp_path / "exports")
     config = load_model_config("mini-sd")
     method = config.methods["SRS-ME"].with_changes(ridge_weight=0.5, seed=0)
-    own.append({}, [1])
+    own.append({}, ["1"])
     styles = [get_concept("style", 1)]
     own.append(create_shifts(own, load_model(mini_path, CPU), styles, method, config.null_space, tmp_path / "none"))
     old = demo.state.shifts

@@ -43,7 +43,7 @@ def ledger(model, mini_path, tmp_path):
         Image.new("RGB", (32, 32), "blue").save(tmp_path / "data" / styles[index].name / "0_0.png")
         settings = method.with_changes(**changes)
         ledger.append(create_shifts(ledger, model, [styles[index]], settings, config.null_space, tmp_path / "data"))
-    ledger.append({}, [1])
+    ledger.append({}, ["1"])
     ledger.append(ledger.plan_erasure([styles[1]], False)[0])
     return ledger
 

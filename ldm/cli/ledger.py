@@ -195,12 +195,10 @@ def restore(args: Namespace) -> None:
 
 
 def status(args: Namespace) -> None:
-    """Print what each concept is, and how many are erased."""
+    """Print what each concept is."""
     from ldm.metrics.tables import to_markdown
 
-    ledger = Ledger(history_path(args.ledger_dir))
-    print(to_markdown(status_table(ledger)))
-    print(f"\n{len(ledger.active_shifts())} of {len(ledger.concepts)} concepts are erased")
+    print(to_markdown(status_table(Ledger(history_path(args.ledger_dir)))))
 
 
 def migrate(args: Namespace) -> None:

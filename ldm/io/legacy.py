@@ -45,8 +45,6 @@ RENAMED_KEYS = {
     "extends": "base_config",
     "num_pictures": "num_training_images",
 }
-# What `kind` said in the headers of older versions. Today it is the kind of a concept.
-_FILE_TYPES = ("weight shift", "null space basis", "classifier")
 # What older versions did not write down about folders and shifts.
 ADDED_KEYS = ("content_digest", "decoder_config", "image_size", "gate_config", "prompts_digest")
 # Keys whose new name depends on what they stand in.
@@ -79,9 +77,10 @@ def upgrade(value: Any, inside: str = "") -> Any:
     if inside == "methods":
         return {name: upgrade(settings, "config") for name, settings in value.items()}
     renamed = RENAMED_KEYS | _RENAMED_IN.get(inside, {})
+    is_header = "recipe" in value or "metadata" in value  # where `kind` is the file's, and no concept's
     result = {}
     for key, item in value.items():
-        new = key if key == "kind" and item not in _FILE_TYPES else renamed.get(key, key)
+        new = key if key == "kind" and not is_header else renamed.get(key, key)
         result[new] = upgrade(item, str(new))
     if inside == "config":
         _upgrade_config(result)
