@@ -310,6 +310,8 @@ def _norms(factors: Sequence[torch.Tensor], embeds: Mapping[str, torch.Tensor]) 
         rows = torch.cat([embeds[prompt].cpu() for prompt in some]).double()  # (all tokens, d)
         for factor in factors:
             rows = rows @ factor.T
-        squares = rows.square().sum(dim=1).split([len(embeds[prompt]) for prompt in some])
-        norms |= {prompt: part.sum().sqrt().item() for prompt, part in zip(some, squares, strict=True)}
+        lengths = torch.tensor([len(embeds[prompt]) for prompt in some])
+        owners = torch.arange(len(some)).repeat_interleave(lengths)
+        squares = torch.zeros(len(some), dtype=rows.dtype).index_add(0, owners, rows.square().sum(dim=1))
+        norms |= dict(zip(some, squares.sqrt().tolist(), strict=True))
     return norms
