@@ -271,6 +271,34 @@ def test_an_old_ledger_is_continued(script, old_concepts, model_path, old):
     assert len(table) == 2 + 3 + 2 and table.loc["no shift", "sha256"]
 
 
+def test_an_old_ledger_is_migrated_to_one_that_no_list_can_change(script, old_concepts, model_path, old):
+    root, model = ["--ledger_dir", old / "ledger"], ["--model", model_path, "--device", "cpu"]
+    path = old / "ledger" / HISTORY_FILE
+    before, content = Ledger(path), path.read_bytes()
+    is_error(script(LEDGER, "add", "--concepts", "violin", *root, *model), "older version", "migrate it first")
+    code, out, err = script(LEDGER, "migrate", *root)
+    sha256 = hashlib.sha256(content).hexdigest()
+    kept = path.with_name(f"{HISTORY_FILE}.v1-{sha256[:8]}")
+    assert code == 0 and str(kept) in out and kept.read_bytes() == content, err
+    after = Ledger(path)
+    assert after.header["migrated_from"] == {"file": kept.name, "sha256": sha256} and after.version == 2
+    assert after.concepts == before.concepts and after.prompts == before.prompts and after.entries == before.entries
+    assert after.active_shifts() == before.active_shifts() and after.header["time"] == before.header["time"]
+    with pytest.MonkeyPatch.context() as patch:  # whatever becomes of the lists of concepts
+        patch.setattr(concept_lists, "_load_config", lambda: ({}, ()))
+        assert Ledger(path).concepts == before.concepts
+    code, out, err = script(LEDGER, "verify", *root, *model)
+    assert code == 0 and kept.name in out, err
+    is_error(script(LEDGER, "migrate", *root), "today's version already")
+    assert script(LEDGER, "erase", "Cezanne", *root, *model, "--mode", "closed_form", "--init", "closed_form")[0] == 0
+    assert script(LEDGER, "add", "--concepts", "a violin", *root, *model)[0] == 0
+    assert [concept.label for concept in Ledger(path).concepts] == ["0", "1", "2", "violin"]
+    kept.write_bytes(content + b" ")
+    is_error(script(LEDGER, "verify", *root, *model), "is not the ledger that was migrated")
+    kept.unlink()
+    assert "no longer there" in script(LEDGER, "verify", *root, *model)[1]
+
+
 def test_the_commands_that_make_an_old_ledger_again_work(script, old_concepts, model_path, old, tmp_path):
     ledger = Ledger(old / "ledger" / HISTORY_FILE)
     for line in reproduction_commands(ledger):

@@ -224,6 +224,7 @@ def test_its_commands_make_the_same_weights_again(owner, script, mini_path, tmp_
     for command, name in (("restore", "violin"), ("erase", "violin"), ("erase", "all")):
         assert owner(command, name, at=root)[0] == 0
     ledger = Ledger(root / HISTORY_FILE)
+    assert any(line.startswith("printf") for line in reproduction_commands(ledger)) != plain
     for line in reproduction_commands(ledger):
         line = line.replace(str(root), str(again))
         if line.startswith("printf"):

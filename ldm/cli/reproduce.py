@@ -13,6 +13,7 @@ from ldm.config.concept_lists import make_concept, names_file
 from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import METHODS, SRSMEConfig, complete_settings
 from ldm.config.models import load_model_config
+from ldm.config.templates import with_article
 from ldm.ledger.ledger import Ledger
 from ldm.ledger.lines import LedgerEntry
 
@@ -78,6 +79,7 @@ def _naming_commands(ledger: Ledger, name: str, concepts: Sequence[Concept], ind
     Those that are more than their texts say are written into a file first.
     """
     header, commands = ledger.header, []
+    texts = [_text_of(concept) for concept in concepts]
     arguments: list[str] = []
     if name == "init":
         extra_prompts = [prompt for prompt in header["protected"] if prompt not in always_protected_prompts()]
@@ -86,8 +88,8 @@ def _naming_commands(ledger: Ledger, name: str, concepts: Sequence[Concept], ind
         indexes = ",".join(str(concept.index) for concept in concepts)
         category = ["--category", ledger.category] if name == "init" else []
         arguments += [*category, "--erased_index", indexes]
-    elif all(_is_plain(concept) for concept in concepts):
-        arguments += ["--concepts", *(concept.name for concept in concepts)]
+    elif None not in texts:
+        arguments += ["--concepts", *filter(None, texts)]
     else:
         file = f"concepts-{index}.yaml"
         written = shlex.join(["printf", "%s\\n", *_file_lines(concepts)])
@@ -96,9 +98,12 @@ def _naming_commands(ledger: Ledger, name: str, concepts: Sequence[Concept], ind
     return [*commands, _command(ledger, name, *arguments)]
 
 
-def _is_plain(concept: Concept) -> bool:
-    """Return whether a concept is all that its name, given as an argument, says."""
-    return concept == make_concept(concept.name) and not names_file(concept.name) and not concept.name.startswith("-")
+def _text_of(concept: Concept) -> str | None:
+    """Return the text that names a concept, given as an argument; None where no text says all that it is."""
+    for text in (concept.name, with_article(concept.name)):
+        if make_concept(text) == concept and not names_file(text) and not text.startswith("-"):
+            return text
+    return None
 
 
 def _file_lines(concepts: Sequence[Concept]) -> list[str]:
