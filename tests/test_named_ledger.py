@@ -112,7 +112,7 @@ def test_what_is_added_later_is_not_protected_by_what_was_made_before(owner):
     assert owner("erase", "violin")[0] == 0
     before = owner.ledger().max_leakage_others("violin")
     code, out, err = owner("add", "--concepts", "a viola", "Solpano", "--anchor", "a thing")
-    assert code == 0 and "2 concepts added: viola, Solpano" in out, err
+    assert code == 0 and "added: viola, Solpano" in out, err
     ledger = owner.ledger()
     (measured,) = ledger.entries[-1].leakage.items()
     assert measured[0] == "violin" and ledger.find("viola").anchor == "a thing"

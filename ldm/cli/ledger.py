@@ -83,12 +83,13 @@ def add(args: Namespace) -> None:
 
     path = history_path(args.ledger_dir)
     with ledger_lock(path.parent):
-        args.category = Ledger(path).category
+        ledger = Ledger(path)
+        args.category = ledger.category
         if args.erased_index and args.category == OWN:
             raise ValueError("this ledger's concepts have no indexes: give `concepts` texts or files")
         concepts = _concepts_to_know(args)
-        Ledger(path).check_addition(concepts)
-        check_not_said(Ledger(path).header["protected"], concepts)
+        ledger.check_addition(concepts)
+        check_not_said(ledger.header["protected"], concepts)
         ledger, model = session.open_ledger(args, args.ledger_dir)
         check_apart(model, concepts, model.embed_prompts(ledger.header["protected"]))
         table = leakage_on_added(ledger, model, concepts)
@@ -96,7 +97,7 @@ def add(args: Namespace) -> None:
         of_each = largest.drop_duplicates("label")
         ledger.add(concepts, dict(zip(of_each["label"], of_each["leakage"], strict=True)))
         model.notify_of_cuts(concept.prompt for concept in concepts)
-    print(f"{len(concepts)} concepts added: {some_of(concept.name for concept in concepts)}")
+    print(f"added: {some_of(concept.name for concept in concepts)}")
     for row in largest.head(_NUM_SHOWN).to_dict("records"):
         print(
             f"the shift of {row['shift']} was made before {row['added']} was added: it changes its prompt by "
