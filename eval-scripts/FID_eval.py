@@ -4,7 +4,7 @@ It is FID where --inception_weights has the weights of its network; else the dis
 fd_alexnet. Writes it into EDITED_DIR as a CSV of that name.
 """
 
-from ldm.cli import arguments
+from ldm.cli import arguments, habits, output
 from ldm.cli.run import run
 
 
@@ -13,13 +13,13 @@ def main() -> None:
     arguments.add_image_pair(parser)
     arguments.add_inception(parser)
     arguments.add_device(parser)
+    habits.add_json(parser)
     args = parser.parse_args()
     from ldm.cli.devices import parse_devices
     from ldm.io.errors import notify
     from ldm.io.files import atomic_write
     from ldm.metrics.compare import frechet_by_prompt, image_labels, match_images
     from ldm.metrics.frechet import distance_column
-    from ldm.metrics.tables import to_markdown
 
     device = parse_devices(args.device)[0]
     matched = match_images(args.original_dir, args.edited_dir)
@@ -35,7 +35,7 @@ def main() -> None:
     path = args.edited_dir / f"{name}.csv"
     with atomic_write(path) as partial:
         table.to_csv(partial, index=False)
-    print(to_markdown(table))
+    output.show_table(table)
     print(f"{len(matched)} pairs of images -> {path}")
 
 

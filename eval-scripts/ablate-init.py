@@ -6,7 +6,7 @@ concept of the category; the original model's own images without a concept, of t
 with. Writes init.csv and init.md into SAVE_PATH/CATEGORY.
 """
 
-from ldm.cli import arguments
+from ldm.cli import arguments, output
 from ldm.cli.experiment import add_experiment, add_targets, artifacts_dir, make_experiment, srsme_config, target_indexes
 from ldm.cli.run import run
 from ldm.config.concepts import get_concept
@@ -28,7 +28,9 @@ def main() -> None:
     table, means = compare_initializations(experiment, artifacts_dir(args), erased, config, args.num_rendered)
     path = args.save_path / args.category / "init"
     names = ", ".join(get_concept(args.category, index).name for index in erased)
-    print(f"{names}:\n{save_tables(table, means, path)}\n-> {path}.md, .csv")
+    save_tables(table, means, path)
+    output.show_table(means, title=f"{names}:")
+    print(f"-> {path}.md, .csv")
 
 
 if __name__ == "__main__":

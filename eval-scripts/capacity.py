@@ -8,7 +8,7 @@ everyday captions, words, kin names, near misses and compositions.
 
 from pathlib import Path
 
-from ldm.cli import arguments
+from ldm.cli import arguments, habits, output
 from ldm.cli.run import run
 from ldm.config.concepts import EMPTY_PROMPT_LABEL, always_protected_prompts, erasable_concepts, parse_erase_targets
 from ldm.config.everyday import sample_unprotected
@@ -40,6 +40,7 @@ def main() -> None:
     arguments.add_settings(parser, EvaluationConfig, "unprotected_prompts")
     parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / "capacity", help="where to write")
     arguments.add_device(parser)
+    habits.add_json(parser)
     args = parser.parse_args()
     concepts = parse_erase_targets(args.erased_index, args.category)
     tolerances = arguments.parse_numbers(args.tolerances, "tolerances", 1) if args.tolerances is not None else []
@@ -53,7 +54,7 @@ def main() -> None:
     from ldm.metrics.tables import to_markdown
 
     model = session.load_model(args, session.first_device(args))
-    config = load_model_config(model.config_name)
+    config = load_model_config(model)
     null_space = session.fill_settings(args, config.null_space)
     tolerances = sorted(tolerances) or DEFAULT_TOLERANCES
     evaluation = session.fill_settings(args, config.evaluation)
@@ -68,8 +69,10 @@ def main() -> None:
         with atomic_write(args.save_path / f"{name}.csv") as partial:
             table.to_csv(partial, index=False)
     plot_spectrum(values, report.table, args.save_path / "capacity.png")
-    summaries = [report.table, leakage_summary(report.leakage), summarize_groups(report.leakage)]
-    print("\n\n".join(to_markdown(summary) for summary in summaries))
+    output.show_table(report.table, "capacity")
+    output.show_table(leakage_summary(report.leakage), "prompts")
+    by_group = report.leakage.groupby(["group", "tolerance"], sort=False)["leakage"].agg(["median", "max"])
+    output.show_tables(to_markdown(summarize_groups(report.leakage)), {"groups": by_group.reset_index()})
     print(f"-> capacity.csv, capacity.png and leakage.csv in {args.save_path}")
 
 

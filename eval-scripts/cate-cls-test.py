@@ -4,7 +4,7 @@ It is the object classifier of artist-cls-train.py, or, with --imagenet_weights,
 paper's classes (491, 497, 571, 0, 569, 217, 574, 701, 566), as for Stable Diffusion.
 """
 
-from ldm.cli import arguments
+from ldm.cli import arguments, habits, output
 from ldm.cli.run import run
 
 
@@ -16,11 +16,11 @@ def main() -> None:
     arguments.add_imagenet(parser)
     arguments.add_device(parser)
     parser.set_defaults(category="object")
+    habits.add_json(parser)
     args = parser.parse_args()
     from ldm.cli.devices import parse_devices
     from ldm.metrics.classify import ImageNetObjects, classifier_path, load_classifier
     from ldm.metrics.compare import accuracy_table, describe_accuracy
-    from ldm.metrics.tables import to_markdown
 
     device = parse_devices(args.device)[0]
     if args.imagenet_weights:
@@ -28,7 +28,7 @@ def main() -> None:
     else:
         classifier, _ = load_classifier(args.classifier or classifier_path(args.category), device)
     table = accuracy_table(classifier, args.image_dir, args.category, args.prompts_path)
-    print(to_markdown(table))
+    output.show_table(table)
     print(describe_accuracy(table))
 
 

@@ -9,7 +9,7 @@ compositions with them, kin, captions, words, watermarks. Writes methods.csv, .m
 
 from pathlib import Path
 
-from ldm.cli import arguments
+from ldm.cli import arguments, output
 from ldm.cli.arguments import Namespace
 from ldm.cli.experiment import add_experiment, artifacts_dir, make_experiment, method_configs, parse_methods
 from ldm.cli.run import run
@@ -35,7 +35,8 @@ def write(args: Namespace, table, comparison, path: Path) -> None:
         summary[summary["line"] != "original"], ("left", "erased concepts left, %"), plotted, path.with_suffix(".png")
     )
     save_image(path.with_name("methods-grid.png"), comparison.grid())
-    print(f"{text}\n-> {path}.png, .md, .csv, -grid.png")
+    output.show_tables(text, {"": summary})
+    print(f"-> {path}.png, .md, .csv, -grid.png")
 
 
 def main() -> None:

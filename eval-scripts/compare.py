@@ -8,7 +8,7 @@ one that says a style and an object; else erased, restored, protected or regular
 
 from pathlib import Path
 
-from ldm.cli import arguments
+from ldm.cli import arguments, habits, output
 from ldm.cli.arguments import Namespace
 from ldm.cli.run import run
 from ldm.config.concepts import parse_indexes
@@ -44,12 +44,12 @@ def main() -> None:
     arguments.add_classifier(parser)
     arguments.add_inception(parser)
     arguments.add_device(parser)
+    habits.add_json(parser)
     args = parser.parse_args()
     from ldm.cli.devices import parse_devices
     from ldm.io.files import atomic_write
     from ldm.metrics.classify import find_classifier
     from ldm.metrics.compare import compare, summarize_by
-    from ldm.metrics.tables import to_markdown
 
     device, prompts_path = parse_devices(args.device)[0], args.prompts_path or args.edited_dir / "prompts.csv"
     groups = find_groups(args, prompts_path)  # before the slow part, so that a mistake is told at once
@@ -66,7 +66,8 @@ def main() -> None:
     path = args.edited_dir / f"compare-{args.original_dir.resolve().name}.csv"
     with atomic_write(path) as partial:
         table.to_csv(partial, index=False)
-    print(f"{to_markdown(table)}\n\n{to_markdown(summarize_by(table, 'group'))}")
+    output.show_table(table, "prompts")
+    output.show_table(summarize_by(table, "group"), "groups")
     print(f"{table.images.sum()} pairs of images -> {path}")
 
 

@@ -9,7 +9,7 @@ detectors.csv and gates.json.
 
 from pathlib import Path
 
-from ldm.cli import arguments
+from ldm.cli import arguments, habits, output
 from ldm.cli.run import run
 from ldm.config.concept_lists import read_concepts
 from ldm.config.methods import GateConfig
@@ -30,16 +30,14 @@ NUM_EXAMPLES = 20  # of false alarms, and of misses, that are printed
 
 def print_report(report, detectors):
     """Print the tables of a report, the detectors, and examples of errors."""
-    from ldm.metrics.tables import to_markdown
-
-    print(f"{to_markdown(report.counts)}\n\n{to_markdown(report.precision)}")
-    print(f"\n{to_markdown(detectors.set_index('detector').T.rename_axis('detector').reset_index())}")
-    print(f"\nthe worst of {len(report.concepts)} concepts:\n\n{to_markdown(report.concepts[:NUM_WORST])}")
+    output.show_table(report.counts, "counts")
+    output.show_table(report.precision, "precision")
+    output.show_table(detectors.set_index("detector").T.rename_axis("detector").reset_index(), "detectors")
+    output.show_table(report.concepts[:NUM_WORST], "worst", f"the worst of {len(report.concepts)} concepts:")
     for concept, reason in report.summary["refused"].items():
         print(f"\n{concept} has no gate: {reason}")
-    for title, examples in (("false alarms", report.false_alarms), ("misses", report.misses)):
-        if len(examples):
-            print(f"\n{title}, {len(examples)} in all:\n\n{to_markdown(examples[:NUM_EXAMPLES])}")
+    for name, examples in (("false alarms", report.false_alarms), ("misses", report.misses)):
+        output.show_table(examples[:NUM_EXAMPLES], name, f"{name}, {len(examples)} in all:")
     summary = report.summary
     print(
         f"\nbefore the first gate {summary['seconds_before_gates']:.0f} s, each {summary['seconds_per_gate']:.1f} s, "
@@ -60,7 +58,7 @@ def load_encoder(args):
             raise ValueError("`text_encoder` is given instead of a model: leave out `model` and `ckpt_path`")
         return load_text_encoder(args.text_encoder, device), session.fill_settings(args, GateConfig())
     model = session.load_model(args, device)
-    return model, session.fill_settings(args, load_model_config(model.config_name).gate)
+    return model, session.fill_settings(args, load_model_config(model).gate)
 
 
 def main() -> None:
@@ -76,6 +74,7 @@ def main() -> None:
     arguments.add_settings(parser, GateConfig, *GATE_SETTINGS)
     parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / "gates", help="where to write")
     arguments.add_device(parser)
+    habits.add_json(parser)
     args = parser.parse_args()
     concepts = read_concepts([str(args.concepts)])
     import time

@@ -7,7 +7,7 @@ the rendered ones, and encodes rendered images that training never saw. The same
 import time
 from pathlib import Path
 
-from ldm.cli import arguments
+from ldm.cli import arguments, habits, output
 from ldm.cli.run import run
 from ldm.io.paths import REPO_ROOT
 
@@ -21,27 +21,27 @@ def main() -> None:
     parser.option("num_held_out", type=arguments.positive_int, default=1000, help=text)
     arguments.add_sampling(parser, images_per_seed=1)
     arguments.add_device(parser)
+    habits.add_json(parser)
     args = parser.parse_args()
     import pandas as pd
     from PIL import Image
 
     from ldm.cli import session
-    from ldm.config.models import config_path, load_model_config, read_yaml
+    from ldm.config.models import load_model_config, read_settings
     from ldm.diffusion.image_folder import generate_to_folder
     from ldm.io.images import image_filename, save_image
     from ldm.io.prompts import read_prompt_csv
     from ldm.metrics.classify import classifier_path, load_classifier
     from ldm.metrics.compare import accuracy_table
     from ldm.metrics.lpips import pairwise_metrics
-    from ldm.metrics.tables import to_markdown
     from ldm.toy.dataset import render_dataset
     from ldm.toy.render import render_watermark
     from ldm.toy.train import reconstruction_psnr
 
     device = session.first_device(args)
     model = session.load_model(args, device)
-    sampling = session.fill_settings(args, load_model_config(model.config_name).sampling)
-    config = read_yaml(config_path(model.config_name))
+    sampling = session.fill_settings(args, load_model_config(model).sampling)
+    config = read_settings(model.settings_path) if model.settings_path else {}
     if "dataset" not in config:
         raise ValueError(f"{args.model} was not trained here: pass as `model` a folder that train-mini-sd.py wrote")
 
@@ -59,10 +59,10 @@ def main() -> None:
     for category in ("style", "object"):
         classifier, metadata = load_classifier(classifier_path(category), device)
         table = accuracy_table(classifier, generate(f"{category}_classify"), category)
-        print(to_markdown(table))
+        output.show_table(table, category)
         print(
             f"mean {table.accuracy.mean():.2f} %, min {table.accuracy.min():.2f} %; the classifier itself: "
-            f"{100 * metadata['accuracy']:.2f} % on held-out rendered images\n"
+            f"{100 * metadata['accuracy']:.2f} % on held-out rendered images"
         )
 
     folder, rows = generate("watermark"), []
@@ -75,7 +75,7 @@ def main() -> None:
             rows.append((case.prompt, metrics["psnr"].item(), metrics["lpips"].item()))
     table = pd.DataFrame(rows, columns=["watermark", "psnr", "lpips"]).groupby("watermark", sort=False)
     table = table.agg(min_psnr=("psnr", "min"), mean_psnr=("psnr", "mean"), mean_lpips=("lpips", "mean"))
-    print(to_markdown(table.reset_index()))
+    output.show_table(table.reset_index(), "watermark")
 
     # Training's images are those of the seed itself.
     dataset = config["dataset"]

@@ -51,7 +51,7 @@ def make_images(args: Namespace, model, concept: Concept | None) -> list[Path]:
         render_to_folder(name, args.category, cases, folder, metadata, args.images_per_seed)
     else:
         metadata |= model.generation_metadata
-        sampling = session.fill_settings(args, load_model_config(model.config_name).sampling)
+        sampling = session.fill_settings(args, load_model_config(model).sampling)
         generate_to_folder(model, cases, folder, metadata, sampling, args.images_per_seed)
     for part in ("train", "eval"):  # what an earlier run with another number of seeds left there
         shutil.rmtree(data_dir / part / str(label), ignore_errors=True)

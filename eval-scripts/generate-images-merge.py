@@ -15,27 +15,27 @@ def main() -> None:
     arguments.add_category(parser)
     arguments.add_artifacts(parser)
     arguments.add_shifts(parser)
-    arguments.add_settings(parser, EditConfig)
+    arguments.add_settings(parser, EditConfig, "form")
     arguments.add_prompt_list(parser)
     arguments.add_sampling(parser, images_per_seed=1)
     arguments.add_compile(parser)
     arguments.add_device(parser)
     args = parser.parse_args()
     from ldm.cli import devices, session
-    from ldm.config.models import load_model_config
+    from ldm.config.models import describe_sources, load_model_config
     from ldm.diffusion.image_folder import generate_to_folder
     from ldm.erasure.merge import describe_forms, edited, load_shifts, shifts_metadata
     from ldm.io.images import find_images
-    from ldm.io.prompts import read_prompt_csv
 
-    cases = [case for case in read_prompt_csv(args.prompts_path) if case.case_number >= args.start_case]
+    cases = session.prompt_cases(args)
     device, shard = devices.init_distributed(session.first_device(args))
     model = session.load_model(args, device)
-    config = load_model_config(model.config_name)
+    config = load_model_config(model)
     sampling, form = session.fill_settings(args, config.sampling), session.fill_settings(args, config.edit).form
     shifts, name = load_shifts(session.artifact_paths(args, model.name, args.method), args.shifts)
     for shift in shifts.values():
         shift.check(model.digests, model.unet)
+    print(describe_sources(config, ["sampling", "edit"], arguments.spelled))
     print(describe_forms(shifts, form))
     metadata = {**model.generation_metadata, **shifts_metadata(shifts, form)}
     folder = args.save_path / f"{name}-merge"

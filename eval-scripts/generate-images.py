@@ -31,14 +31,13 @@ def main() -> None:
     from ldm.diffusion.image_folder import generate_to_folder
     from ldm.diffusion.load import load_model
     from ldm.io.images import find_images
-    from ldm.io.prompts import read_prompt_csv
 
-    cases = [case for case in read_prompt_csv(args.prompts_path) if case.case_number >= args.start_case]
+    cases = session.prompt_cases(args)
     merged = args.models_dir / args.model_name
     device, shard = devices.init_distributed(session.first_device(args))
     source = merged if merged.is_dir() else args.model_name
     model = load_model(source, device, dtype=getattr(torch, args.unet_dtype), variant=args.variant)
-    sampling = session.fill_settings(args, load_model_config(model.config_name).sampling)
+    sampling = session.fill_settings(args, load_model_config(model).sampling)
     folder = args.save_path / model.name
     num_generated = generate_to_folder(
         model, cases, folder, model.generation_metadata, sampling, args.images_per_seed, shard, args.compile

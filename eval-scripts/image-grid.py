@@ -6,7 +6,7 @@ last folder's LPIPS, PSNR and largest pixel difference to the first.
 
 from pathlib import Path
 
-from ldm.cli import arguments
+from ldm.cli import arguments, habits, output
 from ldm.cli.arguments import Namespace
 from ldm.cli.run import run
 from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES, parse_indexes
@@ -76,6 +76,7 @@ def main() -> None:
     parser.option("scale", type=arguments.positive_int, default=1, help="how much larger each image is shown")
     parser.option("save_path", type=Path, required=True, help="the grid; the table goes beside it as .csv and .md")
     arguments.add_device(parser)
+    habits.add_json(parser)
     args = parser.parse_args()
     titles = args.column_titles or [path.name for path in args.image_dirs]
     if len(titles) != len(args.image_dirs) or len(titles) < 2:
@@ -93,7 +94,7 @@ def main() -> None:
     with atomic_write(args.save_path.with_suffix(".csv")) as partial:
         table.to_csv(partial, index=False)
     write_text(args.save_path.with_suffix(".md"), to_markdown(table) + "\n")
-    print(to_markdown(table))
+    output.show_table(table)
     print(f"{num_images} images in each folder -> {args.save_path}")
 
 

@@ -3,7 +3,7 @@
 Writes lpips.csv into EDITED_DIR.
 """
 
-from ldm.cli import arguments
+from ldm.cli import arguments, habits, output
 from ldm.cli.run import run
 
 
@@ -12,6 +12,7 @@ def main() -> None:
     arguments.add_image_pair(parser)
     parser.option("image_size", type=arguments.positive_int, default=None, help="scale the images to it first")
     arguments.add_device(parser)
+    habits.add_json(parser)
     args = parser.parse_args()
     import pandas as pd
 
@@ -19,7 +20,6 @@ def main() -> None:
     from ldm.io.files import atomic_write
     from ldm.metrics.compare import image_labels, match_images
     from ldm.metrics.lpips import pairwise_metrics
-    from ldm.metrics.tables import to_markdown
 
     matched = match_images(args.original_dir, args.edited_dir)
     originals, images = [original for original, _ in matched], [edited for _, edited in matched]
@@ -34,7 +34,7 @@ def main() -> None:
     path = args.edited_dir / "lpips.csv"
     with atomic_write(path) as partial:
         table.to_csv(partial, index=False)
-    print(to_markdown(table.groupby("prompt", sort=False).lpips.agg(["size", "mean"]).reset_index()))
+    output.show_table(table.groupby("prompt", sort=False).lpips.agg(["size", "mean"]).reset_index())
     print(f"mean LPIPS {table.lpips.mean():.6f} over {len(table)} pairs -> {path}")
 
 

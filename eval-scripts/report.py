@@ -24,6 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     from ldm.cli import session
     from ldm.cli.reproduce import reproduction_commands
+    from ldm.config.models import load_model_config
     from ldm.experiments.report import render_report
     from ldm.io.files import write_text
 
@@ -32,7 +33,8 @@ def main() -> None:
     experiment = make_experiment(args)
     experiment.extra_prompts = ledger.prompts
     path = args.save_path / "report.html"
-    write_text(path, render_report(ledger, experiment, args.num_shown, reproduction_commands(ledger, vars(args))))
+    commands = reproduction_commands(ledger, vars(args), load_model_config(experiment.model))
+    write_text(path, render_report(ledger, experiment, args.num_shown, commands))
     print(f"-> {path}")
 
 

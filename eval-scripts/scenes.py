@@ -7,7 +7,7 @@ that nothing protects: everyday captions, words, kin names, near misses and comp
 SRS-ME protect every concept of the category, not only those that the scene ever erases (sceneN-all.csv and so on).
 """
 
-from ldm.cli import arguments
+from ldm.cli import arguments, output
 from ldm.cli.arguments import Namespace
 from ldm.cli.experiment import (
     add_experiment,
@@ -58,7 +58,8 @@ def run_and_write(args: Namespace, experiment, scene: int, methods: list[str]) -
     plot = LinePlot("time", "method", metrics, "status", STATUSES, title=f"Scene {scene}, {args.category}")
     plot_lines(plotted, plot, f"{path}-averages.png")
     save_image(f"{path}.png", scene_grid(experiment, steps, folders))
-    print(f"\nScene {scene}. {text}\n-> {path}.png, .md, .csv, -averages.csv, -averages.png")
+    output.show_tables(f"Scene {scene}. {text}", {path.name: table, f"{path.name}-averages": means})
+    print(f"-> {path}.png, .md, .csv, -averages.csv, -averages.png")
 
 
 def main() -> None:

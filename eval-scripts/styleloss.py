@@ -3,7 +3,7 @@
 Prints the mean for each concept and in all, and writes style.csv into EDITED_DIR.
 """
 
-from ldm.cli import arguments
+from ldm.cli import arguments, habits, output
 from ldm.cli.run import run
 
 
@@ -11,6 +11,7 @@ def main() -> None:
     parser = arguments.make_parser(__doc__)
     arguments.add_image_pair(parser)
     arguments.add_device(parser)
+    habits.add_json(parser)
     args = parser.parse_args()
     import pandas as pd
 
@@ -18,7 +19,6 @@ def main() -> None:
     from ldm.io.files import atomic_write
     from ldm.metrics.compare import image_labels, match_images
     from ldm.metrics.style import style_distances
-    from ldm.metrics.tables import to_markdown
 
     matched = match_images(args.original_dir, args.edited_dir)
     originals, images = [original for original, _ in matched], [edited for _, edited in matched]
@@ -33,7 +33,7 @@ def main() -> None:
     path = args.edited_dir / "style.csv"
     with atomic_write(path) as partial:
         table.to_csv(partial, index=False)
-    print(to_markdown(table.groupby("prompt", sort=False)["style"].agg(["size", "mean"]).reset_index()))
+    output.show_table(table.groupby("prompt", sort=False)["style"].agg(["size", "mean"]).reset_index())
     print(f"mean style distance {table['style'].mean():.6f} over {len(table)} pairs -> {path}")
 
 

@@ -1,6 +1,7 @@
 """SRS-ME: make a text-to-image diffusion model forget concepts, one by one, and restore them.
 
-The Python API, imported when it is used: `load_model`, `erase`, `applied`, `export`, `ConceptEraser` and `Ledger`.
+The Python API, imported when it is used: `load_model`, `erase`, `applied`, `generate`, `export`,
+`ConceptEraser` and `Ledger`.
 """
 
 from __future__ import annotations
@@ -10,19 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ldm.diffusion.load import load_model
-    from ldm.erasure.erase import erase
+    from ldm.erasure.api import applied, erase, export, generate
     from ldm.erasure.eraser import ConceptEraser
-    from ldm.erasure.export import export
-    from ldm.erasure.merge import applied
     from ldm.ledger.ledger import Ledger
 
-__all__ = ["ConceptEraser", "Ledger", "applied", "erase", "export", "load_model"]
+__all__ = ["ConceptEraser", "Ledger", "applied", "erase", "export", "generate", "load_model"]
 
 _HOMES = {
     "load_model": "ldm.diffusion.load",
-    "erase": "ldm.erasure.erase",
-    "applied": "ldm.erasure.merge",
-    "export": "ldm.erasure.export",
+    "erase": "ldm.erasure.api",
+    "applied": "ldm.erasure.api",
+    "generate": "ldm.erasure.api",
+    "export": "ldm.erasure.api",
     "ConceptEraser": "ldm.erasure.eraser",
     "Ledger": "ldm.ledger.ledger",
 }

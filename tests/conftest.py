@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import json
 import multiprocessing
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ldm.cli.arguments import spelled
 from ldm.config.concepts import Concept, get_concept
 from ldm.diffusion.load import load_model
+from ldm.io.files import SETTINGS_FILE
 from ldm.io.tensors import METADATA_KEY
 from ldm.toy.captions import build_tokenizer
 from ldm.toy.train import Denoiser, save_pipeline
@@ -122,9 +124,11 @@ def other_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def mini_path(tmp_path_factory) -> Path:
-    """Return a tiny model with images just large enough for LPIPS, and by its name with the settings of mini-sd."""
+    """Return a tiny model with images just large enough for LPIPS, and with the name and settings of mini-sd."""
     larger = OmegaConf.merge(TINY, {"unet": {"sample_size": 16}, "vae": {"sample_size": 32}})
-    return make_model(tmp_path_factory.mktemp("models") / "mini-sd", 3, larger)
+    folder = make_model(tmp_path_factory.mktemp("models") / "mini-sd", 3, larger)
+    shutil.copy(ROOT / "models" / "mini-sd" / SETTINGS_FILE, folder)
+    return folder
 
 
 @pytest.fixture

@@ -54,8 +54,8 @@ def test_erase_merge_restore_and_measure(script, flags, solved, tmp_path, tiny_p
     before = file_digest(tiny_path)
     scales = [f"--{name}preserve_scale=0" for name in ("", "captions_", "neutral_", "others_")]
     paper = ["--init", "zero", "--template_set", "category", "--target_templates", "0", *scales]
-    code, out, _err = script(ERASE, *solved, *paper, "--max_directions", "691")
-    assert code == 0 and "all are used" in out and "was not reached" in out and "| VanGogh | 12 |" in out
+    code, out, err = script(ERASE, *solved, *paper, "--max_directions", "691")
+    assert code == 0 and "all are used" in out and "was not reached" in err and "| VanGogh | 12 |" in out
     assert script(SOLVE, *flags, "--erased_index", "1", "--em_indexes", "1,2", "--device", "cpu")[0] == 0
     assert "there already" in script(ERASE, *solved, *paper, "--max_directions", "691")[1]
     curve = pd.read_csv(next(tmp_path.rglob("shift-1.csv")))

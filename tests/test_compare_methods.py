@@ -5,7 +5,7 @@ import pytest
 
 from ldm.config.concepts import erasable_concepts, match_concept
 from ldm.config.methods import METHODS, SRSMEConfig
-from ldm.config.models import load_model_config
+from ldm.config.models import bundled_config
 from ldm.experiments.methods import (
     CHANGED,
     LEFT,
@@ -20,7 +20,7 @@ ERASED = [0, 1, 3, 4, 5, 6, 7, 8]
 
 
 def test_every_method_takes_part_and_srs_me_in_all_its_forms():
-    configs = load_model_config("mini-sd-minilm").methods
+    configs = bundled_config("mini-sd-minilm").methods
     contenders = list_contenders(list(METHODS), configs, [0.5, 2.0])
     assert len({contender.name for contender in contenders}) == len(contenders) == 5 + len(METHODS) - 1
     by_name = {contender.name: contender for contender in contenders}

@@ -107,8 +107,8 @@ def test_an_article_is_no_part_of_a_name_and_makes_it_an_object():
 def test_an_anchor_has_one_article_at_most():
     expected = {"a toy {}": "a toy dog", "a photo of {a}": "a photo of a dog", "{} painting": "a dog painting"}
     for template, prompt in expected.items():
-        assert fill_anchor(template, "a dog") == prompt
-    assert fill_anchor("a photo of {a}", "owl") == "a photo of an owl" and fill_anchor("{}", "an artist") == "an artist"
+        assert fill_anchor(template, "a dog", "an object") == prompt
+    assert fill_anchor("a photo of {a}", "owl", "") == "a photo of an owl" and fill_anchor("{}", None, "art") == "art"
 
 
 def test_labels_are_the_same_for_the_same_concept_alone_and_are_file_names():

@@ -17,7 +17,7 @@ from ldm.config.methods import (
     SRSMEConfig,
     setting,
 )
-from ldm.config.models import ModelConfig, load_model_config, make_model_config, read_yaml
+from ldm.config.models import DEFAULT_CONFIG, ModelConfig, bundled_config, named_settings, read_model_config, read_yaml
 from ldm.io.paths import REPO_ROOT
 
 # What the original repository and the paper use for Stable Diffusion v1 (arXiv 2402.05947).
@@ -92,7 +92,7 @@ erasure:
 def load_yaml(tmp_path, text) -> ModelConfig:
     path = tmp_path / "model.yaml"
     path.write_text(text)
-    return make_model_config(read_yaml(path), path)
+    return read_model_config(path)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -119,9 +119,9 @@ def test_the_defaults_around_the_methods_are_the_papers():
     assert ExportConfig() == ExportConfig(("diffusers",), "float32", None, 0.85)
 
 
-def test_an_unknown_models_config_is_stable_diffusions_whose_closed_form_has_a_retain_set():
-    config = load_model_config("anything")
-    assert config == load_model_config("stable-diffusion/v1-inference")
+def test_the_familys_config_is_stable_diffusions_whose_closed_form_has_a_retain_set():
+    config = bundled_config("anything")
+    assert config == read_model_config(DEFAULT_CONFIG)
     closed_form = config.methods["SRS-ME"]
     assert (closed_form.mode, closed_form.anchor, closed_form.template_set) == ("closed_form", "neutral", "kind")
     assert min(closed_form.captions_preserve_scale, closed_form.others_preserve_scale) > 0
@@ -231,7 +231,7 @@ def test_without_a_gradient_the_closed_forms_settings_act_alone():
 
 
 def test_the_bundled_models_settings():
-    mini_sd, logos = load_model_config("mini-sd"), load_model_config("mini-sd-logos")
+    mini_sd, logos = bundled_config("mini-sd"), bundled_config("mini-sd-logos")
     assert mini_sd.sampling == SamplingConfig(20, 1.5, 64) == logos.sampling
     assert mini_sd.null_space == NullSpaceConfig(rank_rtol=5e-4)
     assert logos.null_space == NullSpaceConfig(rank_rtol=1e-2, protected_templates=4, always_protected_weight=30)
@@ -246,7 +246,7 @@ def test_the_bundled_models_settings():
     assert logos.methods["SRS-ME"] == config.with_changes(**changes)
     others = [name for name in METHODS if name != "SRS-ME"]
     assert all(logos.methods[name] == mini_sd.methods[name] for name in others)
-    assert load_model_config("mini-many") == logos  # the older name
+    assert bundled_config("mini-many") == logos  # the older name
     assert read_yaml(REPO_ROOT / "configs" / "mini-sd.yaml").unet.cross_attention_dim == 256
 
 
@@ -261,7 +261,7 @@ def with_default_steps(config: ModelConfig) -> ModelConfig:
 
 @pytest.mark.parametrize(("old", "name"), [(OLD_MINI_SD, "mini-sd"), (OLD_MINI_MANY, "mini-sd-logos")])
 def test_an_older_yaml_is_read_to_the_same_settings(tmp_path, old, name):
-    today = load_model_config(name)
+    today = bundled_config(name)
     read = dataclasses.replace(load_yaml(tmp_path, old), gate=today.gate, edit=today.edit)  # of which it says nothing
     assert with_default_steps(read) == with_default_steps(today)
     assert load_yaml(tmp_path, old).methods["SRS-ME"].mode == "closed_form"
@@ -299,8 +299,8 @@ def test_a_yaml_with_a_typo_or_an_impossible_value_is_refused(tmp_path, text, wo
 
 def test_a_yaml_is_merged_over_the_config_that_it_names(tmp_path):
     config = load_yaml(tmp_path, "base_config: mini-sd\nmethods: {FMN: {lr: 7}}")
-    assert config.methods["FMN"] == load_model_config("mini-sd").methods["FMN"].with_changes(lr=7.0)
-    assert config.methods["ESD"] == load_model_config("mini-sd").methods["ESD"]
+    assert config.methods["FMN"] == bundled_config("mini-sd").methods["FMN"].with_changes(lr=7.0)
+    assert config.methods["ESD"] == bundled_config("mini-sd").methods["ESD"]
     assert load_yaml(tmp_path, "methods: {FMN: {lr: 7}}").methods["FMN"] == METHODS["FMN"](lr=7.0)
 
 
@@ -352,12 +352,13 @@ def test_a_base_config_that_leads_back_to_itself_is_refused(tmp_path, monkeypatc
         (tmp_path / "configs" / f"{name}.yaml").write_text(f"base_config: {base}")
     for name in "abc":
         with pytest.raises(ValueError, match=r"base_config \w leads back to itself"):
-            load_model_config(name)
+            read_model_config(tmp_path / "configs" / f"{name}.yaml")
 
 
 @pytest.mark.parametrize("name", ["concepts", "logos", "scenes", "../pyproject", "a\nb", "a" * 300, "\x00", "", ".."])
 def test_a_models_name_is_no_path_and_no_other_file(name):
-    assert load_model_config(name) == load_model_config("stable-diffusion/v1-inference")
+    assert bundled_config(name) == read_model_config(DEFAULT_CONFIG)
+    assert named_settings(name, "") is None
 
 
 def test_a_field_says_its_limits():

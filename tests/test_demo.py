@@ -22,7 +22,7 @@ import psutil
 import pytest
 import torch
 from accelerate import init_empty_weights
-from conftest import CPU, FORK, ROOT
+from conftest import CPU, FORK, ROOT, is_error
 from gradio.server_messages import EstimationMessage
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
@@ -30,15 +30,27 @@ from starlette.testclient import TestClient
 
 from ldm.config.concepts import get_concept
 from ldm.config.methods import SamplingConfig
-from ldm.config.models import load_model_config
+from ldm.config.models import bundled_config
 from ldm.diffusion.load import load_model
 from ldm.diffusion.sampling import generate
 from ldm.erasure.merge import applied, merge
 from ldm.io.prompts import PromptCase
-from ldm.ledger.demo import MAX_EXPORTS, DemoSession, RequestError
+from ldm.ledger.demo import MAX_EXPORTS, Comparison, DemoSession, OtherPrompt
+from ldm.ledger.demo_state import LedgerState, RequestError, example_prompts, other_prompts
+from ldm.ledger.demo_words import (
+    MAX_LISTED_NAMES,
+    concepts_table,
+    describe_difference,
+    describe_others,
+    list_names,
+    overview,
+)
 from ldm.ledger.ledger import HISTORY_FILE, Ledger, make_header
 from ldm.ledger.operations import create_shifts, weights_hash
-from ldm.ledger.page import MAX_BODY_BYTES, MAX_SESSIONS, PageGuard, build
+from ldm.ledger.owner import Owner
+from ldm.ledger.page import MAX_SESSIONS, build, serve
+from ldm.ledger.page_guard import MAX_BODY_BYTES, PageGuard
+from ldm.ledger.page_values import MAX_CHECKBOXES, comparison_values, has_many_concepts, ledger_values
 
 CHROMIUM = shutil.which("chromium")
 
@@ -50,7 +62,7 @@ def ledger(mini_path, tmp_path_factory):
     source = {"model": str(mini_path), "ckpt_path": None, "config_path": None}
     root = tmp_path_factory.mktemp("ledger")
     ledger = Ledger.create(root / HISTORY_FILE, make_header(model, "style", styles, [], source))
-    config = load_model_config("mini-sd")
+    config = bundled_config("mini-sd")
     method = config.methods["SRS-ME"].with_changes(ridge_weight=1e-6, seed=0)
     ledger.append(create_shifts(ledger, model, styles[1:], method, config.null_space, root / "none"))
     ledger.append({}, ["2"])
@@ -60,6 +72,13 @@ def ledger(mini_path, tmp_path_factory):
 @pytest.fixture
 def demo(ledger, mini_path):
     return DemoSession(ledger, load_model(mini_path, CPU), lambda: load_model(mini_path, CPU))
+
+
+@pytest.fixture
+def own_demo(ledger, mini_path, tmp_path):
+    """Return a demo of a copy of the ledger, which a test may write to."""
+    root = shutil.copytree(ledger.root, tmp_path / "own")
+    return DemoSession(Ledger(root / HISTORY_FILE), load_model(mini_path, CPU), lambda: load_model(mini_path, CPU))
 
 
 def last(results):
@@ -121,6 +140,192 @@ def test_a_comparison_while_a_model_is_loaded_is_the_right_one(demo, mini_path):
         meanwhile = last(demo.compare("Picasso", 5, 2, 2.0, ["Picasso"]))
         exporting.join()
     assert meanwhile.edited.tobytes() == alone.edited.tobytes() and results
+
+
+def pair(*values: int) -> Comparison:
+    """Return a comparison of a black image with one whose pixels have these values."""
+    edited = Image.new("RGB", (len(values), 1))
+    for x, value in enumerate(values):
+        edited.putpixel((x, 0), (value, 0, 0))
+    return Comparison(Image.new("RGB", edited.size), edited, 0.0)
+
+
+@pytest.mark.parametrize(("values", "scale"), [((0, 1), 255), ((3, 20), 12), ((128, 255), 1)])
+def test_a_difference_is_scaled_as_far_as_nothing_is_cut_off_and_the_scale_is_said(values, scale):
+    comparison = pair(*values)
+    assert comparison.max_difference == max(values) and comparison.scale == scale
+    shown = [comparison.scaled_difference.getpixel((x, 0)) for x in range(2)]
+    assert shown == [(scale * value, 0, 0) for value in values]
+    difference = comparison_values(comparison, "x", ["VanGogh"])["difference"]
+    assert difference["label"] == f"Difference x {scale}" and difference["visible"]
+
+
+def test_an_equal_pair_says_so_instead_of_a_difference():
+    values = comparison_values(pair(0, 0), "", [])
+    assert not values["difference"]["visible"] and values["difference"]["value"] is None and values["equal"]["visible"]
+    assert "unchanged, equal in every pixel" in values["message"]["value"]
+    assert values["original"]["alt_text"] == "Image of the original model for: the empty prompt"
+
+
+def test_words_say_what_was_measured():
+    """A difference is called invisible up to one step of 8 bits, and no further."""
+    differences = {0: "unchanged, equal", 1: "no visible change", 2: "changed", 255: "changed"}
+    for difference, word in differences.items():
+        assert describe_difference(difference).startswith(word)
+        assert difference == 0 or f"largest pixel difference {difference} of 255" in describe_difference(difference)
+
+
+OTHERS = {  # largest pixel differences of two protected prompts and another, and what is said of them
+    "none": ((0, 1, 1), "none visible, largest pixel difference 1 of 255"),
+    "unprotected": (
+        (0, 1, 9),
+        "none visible on the 2 that the ledger protects; visible on 1 of 1 that nothing protects",
+    ),
+    "protected": ((0, 2, 0), "visible on 1 of 3, largest pixel difference 2 of 255"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_changes_on_other_prompts_are_said_as_they_are(case):
+    differences, sentence = OTHERS[case]
+    names = ("", "<b>", "a dog")
+    others = [OtherPrompt(names[k], k < 2, difference, 0.5) for k, difference in enumerate(differences)]
+    text = describe_others(others, ["VanGogh"])
+    assert f"Changes on other prompts: {sentence}" in text
+    assert "the empty prompt (protected)" in text and "&lt;b&gt;" in text and "<b>" not in text
+    assert "a dog” (not protected)" in text and "leakage 0.5" in text
+
+
+def test_other_prompts_say_no_erased_concept_and_are_measured_once_for_each_choice(demo):
+    state, drawn, compare = demo.state, [], demo.compare
+    for names in (["VanGogh"], ["VanGogh", "Picasso"]):
+        others = other_prompts(state, names)
+        assert not [prompt for prompt in others for name in names if name.lower() in prompt.lower()]
+        assert list(others.values()).count(False) == 2 and others["CCS 2024"]
+    demo.compare = lambda *request: drawn.append(request[0]) or compare(*request)
+    measured = demo.measure_others(["VanGogh"])
+    assert [other.prompt for other in measured] == drawn and len(drawn) == len(set(drawn)) >= 4
+    prompt = measured[1].prompt
+    again = last(compare(prompt, 0, demo.sampling.num_inference_steps, demo.sampling.guidance_scale, ["VanGogh"]))
+    assert measured[1].max_difference == again.max_difference and measured[1].leakage == again.leakage
+    assert demo.measure_others(["VanGogh"]) is measured and len(drawn) == len(measured)
+    assert demo.measure_others([]) == [] and len(drawn) == len(measured)
+    with pytest.raises(RequestError, match="no concept"):
+        demo.measure_others(["../x"])
+
+
+def test_the_example_is_made_once_for_each_state_of_the_ledger(own_demo):
+    prompt, first = own_demo.example(own_demo.state)
+    assert prompt == "VanGogh" and first.max_difference > 0
+    own_demo.reload()
+    assert own_demo.example(own_demo.state)[1] is first
+    Ledger(own_demo.state.ledger.path).append({}, [1])
+    own_demo.reload()
+    prompt, restored = own_demo.example(own_demo.state)
+    assert prompt == "VanGogh" and restored.max_difference == 0 and own_demo.state.erased == []
+
+
+def test_examples_are_of_each_state_of_a_composition_and_of_no_concept(demo):
+    prompts = example_prompts(demo.state)
+    labels = ["VanGogh (erased)", "Picasso (restored)", "Cezanne (never erased)", "a church by VanGogh"]
+    assert list(prompts)[:4] == labels and list(prompts.values())[:3] == ["VanGogh", "Picasso", "Cezanne"]
+    *_, plain = prompts.values()
+    assert not [name for name in ("vangogh", "picasso", "cezanne") if name in plain.lower()]
+
+
+def test_the_page_says_which_model_it_is_and_what_is_erased(demo):
+    text = overview(demo.state)
+    for said in ("mini-sd without VanGogh", demo.model.digest[:12], "<dd>Picasso</dd>", "<dd>Cezanne</dd>"):
+        assert said in text
+    table = concepts_table(demo.state)
+    for word in ("Erased", "Restored", "Never erased"):
+        assert table.count(f"<td>{word}</td>") == 1
+    names = [f"concept {k}" for k in range(MAX_LISTED_NAMES + 3)]
+    assert list_names(names).endswith(f"concept {MAX_LISTED_NAMES - 1} and 3 more") and list_names([]) == "nothing"
+    assert list_names(names, 1) == f"concept 0 and {len(names) - 1} more"
+
+
+def widgets_of(page, name: str) -> list:
+    """Return the widgets of a page by their class' name."""
+    return [block for block in page.blocks.values() if type(block).__name__ == name]
+
+
+def test_many_concepts_are_chosen_in_a_list_that_can_be_searched(demo, tmp_path, monkeypatch):
+    assert not has_many_concepts(demo.state)
+    assert [box.elem_id for box in widgets_of(build(demo, tmp_path), "CheckboxGroup")] == ["names"]
+    monkeypatch.setattr("ldm.ledger.page_values.MAX_CHECKBOXES", 2)
+    page = build(demo, tmp_path)
+    (names,) = [widget for widget in widgets_of(page, "Dropdown") if widget.elem_id == "names"]
+    assert names.multiselect and names.filterable and names.value == ["VanGogh"]
+    assert not widgets_of(page, "CheckboxGroup") and MAX_CHECKBOXES > 2
+
+
+def test_whoever_opens_the_page_gets_the_example_with_it(demo, tmp_path):
+    """It is in what the server sends first, before any request of the page."""
+    page = build(demo, tmp_path)
+    images = {image.elem_id: image for image in widgets_of(page, "Image")}
+    assert images["original"].value["path"] and images["edited"].value["path"] and images["edited"].label
+    expected = ledger_values(demo)
+    assert images["difference"].label == expected["difference"]["label"]
+    assert Image.open(images["edited"].value["path"]).convert("RGB").tobytes() == expected["edited"]["value"].tobytes()
+
+
+def test_only_an_owners_page_has_functions_that_write(demo, tmp_path):
+    def functions(page):
+        return {function.api_name for function in page.fns.values()}
+
+    visitors, owners = build(demo, tmp_path), build(demo, tmp_path, Owner(demo, tmp_path))
+    writing = functions(owners) - functions(visitors)
+    assert writing == {"ask_erase", "ask_restore", "write", "closed"}
+    assert functions(visitors) == {"load", "generate", "generate_1", "measure", "measure_1", "choose", "export"}
+
+
+def test_an_owner_erases_and_restores_and_old_shifts_are_used_again(own_demo, tmp_path):
+    owner, path, before = Owner(own_demo, tmp_path), own_demo.state.ledger.path, weights_hash(own_demo.model.unet)
+    loads = count_loads(own_demo)
+    assert "Erase Cezanne by a new shift" in owner.foretell("erase", "Cezanne")
+    owner.write("erase", "Cezanne")
+    assert own_demo.state.erased == ["Cezanne", "VanGogh"] and len(loads) == 1
+    owner.write("restore", "VanGogh")
+    assert own_demo.state.restored == ["VanGogh", "Picasso"]
+    assert "by the shift that erased it before" in owner.foretell("erase", "VanGogh")
+    owner.write("erase", "VanGogh")
+    assert len(loads) == 1 and weights_hash(own_demo.model.unet) == before
+    assert LedgerState.read(path).erased == ["Cezanne", "VanGogh"] and len(Ledger(path).entries) == 5
+    assert last(own_demo.compare("Cezanne", 0, 2, 2.0, ["Cezanne"])).max_difference > 0
+
+
+def test_an_owner_cannot_write_what_the_ledger_does_not_allow(own_demo, tmp_path):
+    owner, path = Owner(own_demo, tmp_path), own_demo.state.ledger.path
+    before = path.read_bytes()
+    refused = {
+        ("erase", "VanGogh"): "is erased already",
+        ("restore", "Picasso"): "is not erased",
+        ("restore", "Cezanne"): "is not erased",
+        ("erase", "../../x"): "choose one of the concepts",
+        ("export", "VanGogh"): "erase or restore",
+    }
+    for (action, name), words in refused.items():
+        for call in (owner.foretell, owner.write):
+            with pytest.raises(RequestError, match=words):
+                call(action, name)
+
+    def fails(*_):
+        raise ValueError("`rank_rtol` is too large")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RequestError, match="nothing was written"):
+        patch.setattr("ldm.ledger.owner.create_shifts", fails)
+        owner.write("erase", "Cezanne")
+    assert path.read_bytes() == before
+
+
+def test_another_process_changes_the_ledger_first(own_demo, tmp_path):
+    """What is written is checked against the ledger as it is then, and not as it was when the owner was asked."""
+    owner = Owner(own_demo, tmp_path)
+    owner.foretell("restore", "VanGogh")
+    Ledger(own_demo.state.ledger.path).append({}, [1])
+    with pytest.raises(RequestError, match="VanGogh is not erased"):
+        owner.write("restore", "VanGogh")
 
 
 def test_nobody_sees_half_a_ledger(demo):
@@ -201,7 +406,7 @@ def test_a_shift_that_was_made_again_is_exported_anew(ledger, mini_path, tmp_pat
     own = Ledger(tmp_path / "ledger" / HISTORY_FILE)
     demo = DemoSession(own, load_model(mini_path, CPU), lambda: load_model(mini_path, CPU))
     before = demo.export_zip(["VanGogh"], "unet", tmp_path / "exports")
-    config = load_model_config("mini-sd")
+    config = bundled_config("mini-sd")
     method = config.methods["SRS-ME"].with_changes(ridge_weight=0.5, seed=0)
     own.append({}, ["1"])
     styles = [get_concept("style", 1)]
@@ -316,7 +521,7 @@ def test_only_what_the_page_asks_for_is_answered(case):
 
 def test_windows_that_were_forgotten_end_no_queue_and_take_no_memory(demo, tmp_path):
     """Their waiting requests get messages still: without a place for these Gradio's queue would end for all."""
-    queue = build(demo, SamplingConfig(), tmp_path)._queue
+    queue = build(demo, tmp_path)._queue
     for number in range(MAX_SESSIONS + 50):
         queue.pending_messages_per_session[f"window {number}"] = asyncio.Queue()
         queue.pending_event_ids_session[f"window {number}"] = {"request"}
@@ -337,9 +542,12 @@ def test_what_is_shared_asks_for_a_password(monkeypatch, capsys):
     assert len(first) > 20 and first != second and f"user {user}, password {first}" in capsys.readouterr().out
     monkeypatch.setenv("SRSME_PAGE_PASSWORD", "correct horse")
     assert login(True) == login(False) == (user, "correct horse") and not capsys.readouterr().out
+    assert login(True, owner=True) == ("owner", "correct horse")
     monkeypatch.setenv("SRSME_PAGE_PASSWORD", "short")
     with pytest.raises(ValueError, match="SRSME_PAGE_PASSWORD has 5 characters: give at least 12"):
         login(True)
+    with pytest.raises(ValueError, match="asks for a password"):
+        serve(SimpleNamespace(), 7860, None, True)
 
 
 def serve_page(command: list, log, temporary, environment: dict, most) -> None:
@@ -369,14 +577,14 @@ def serve_page(command: list, log, temporary, environment: dict, most) -> None:
 class Server:
     """The page as a user starts it, and the requests that a browser makes."""
 
-    def __init__(self, ledger, folder, **environment):
+    def __init__(self, ledger, folder, *flags, **environment):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.address, self.log = f"http://127.0.0.1:{self.port}", folder / "log"
         self.temporary, self.most = folder / "temporary", FORK.Value("i", 0)
         self.temporary.mkdir()
-        command = ["eval-scripts/demo.py", ledger.root, "--port", self.port, "--device", "cpu"]
+        command = ["eval-scripts/demo.py", ledger.root, "--port", self.port, "--device", "cpu", *flags]
         arguments = command, self.log, self.temporary, environment, self.most
         self.process = FORK.Process(target=serve_page, args=arguments)
         self.process.start()
@@ -395,10 +603,9 @@ class Server:
         self.process.join()
 
     def functions(self) -> dict[str, int]:
-        """Return the page's functions by what they are, which the number of their inputs says."""
-        names = {0: "load", 5: "generate", 2: "export"}
+        """Return the page's functions by their names."""
         dependencies = self.client.get("/config").json()["dependencies"]
-        return {names[len(dependency["inputs"])]: dependency["id"] for dependency in dependencies}
+        return {dependency["api_name"]: dependency["id"] for dependency in dependencies}
 
     def join(self, function: int, data: list, session: str) -> int:
         """Join the queue, and return the status."""
@@ -406,9 +613,9 @@ class Server:
         headers = {"Content-Type": "application/json"}
         return self.client.post(JOIN, content=json.dumps(body), headers=headers).status_code  # NaN too
 
-    def call(self, function: int, data: list) -> dict:
+    def call(self, function: int, data: list, session: str = "") -> dict:
         """Return what the page gets: `success`, and `output` with `data` or `error`; or the `status` of a refusal."""
-        session = uuid.uuid4().hex
+        session = session or uuid.uuid4().hex
         status = self.join(function, data, session)
         if status != 200:
             return {"success": False, "status": status}
@@ -466,7 +673,7 @@ def test_hostile_requests_are_refused_and_the_server_lives(server, tmp_path):
     with suppress(httpx.RemoteProtocolError):  # by which Gradio ends what it says to a session that there is not
         server.client.get("/gradio_api/queue/data", params={"session_hash": "never"})
     answer = server.call(functions["generate"], list(GOOD.values()))
-    assert answer["success"] and "Erased: VanGogh." in answer["output"]["data"][3]
+    assert answer["success"] and "Erased here: VanGogh." in answer["output"]["data"][4]["value"]
     flood, long = uuid.uuid4().hex, list((GOOD | {"num_inference_steps": 200}).values())
     with ThreadPoolExecutor(16) as pool:
         joined = list(pool.map(lambda _: server.join(functions["generate"], long, flood), range(160)))
@@ -497,9 +704,9 @@ def test_many_at_once_wait_and_each_gets_the_right_result(server, demo, mini_pat
     digests = {}
     for seed, (_, answer) in enumerate(draws):
         assert answer["success"], answer
-        digests.setdefault(seed % 10, set()).add(answer["output"]["data"][1]["path"])  # named by its content
+        digests.setdefault(seed % 10, set()).add(answer["output"]["data"][1]["value"]["path"])  # named by its content
     assert all(len(paths) == 1 for paths in digests.values()) and len(digests) == 10
-    image = server.download(draws[3][1]["output"]["data"][1], tmp_path / "edited.png")
+    image = server.download(draws[3][1]["output"]["data"][1]["value"], tmp_path / "edited.png")
     expected = last(demo.compare(**GOOD | {"seed": 3})).edited
     assert not ImageChops.difference(Image.open(image).convert("RGB"), expected).getbbox()
     for names, answer in zip(choices[:3], exports[:3], strict=True):
@@ -545,6 +752,67 @@ def test_a_page_with_a_password_answers_no_one_else_and_names_no_file(ledger, tm
         server.stop()
 
 
+@pytest.mark.slow
+def test_no_request_of_a_visitor_writes_to_the_ledger(server, ledger):
+    """Whatever is sent to whatever function, of this page or of an owner's."""
+    before = {path: path.read_bytes() for path in ledger.root.rglob("*") if path.is_file()}
+    functions = server.functions()
+    assert not [name for name in functions if name.startswith(("ask", "write"))]
+    for number in range(30):
+        for data in ([], ["Cezanne"], [None], list(GOOD.values()), [["VanGogh"], "unet"], [["erase", "Cezanne"]]):
+            answer = server.call(number, data)
+            assert answer.get("status") == 404 or number in functions.values()
+    assert server.process.is_alive()
+    assert before == {path: path.read_bytes() for path in ledger.root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_an_owner_is_asked_before_anything_is_written_and_others_see_it_at_their_next_load(ledger, tmp_path):
+    root = shutil.copytree(ledger.root, tmp_path / "ledger")
+    path = root / HISTORY_FILE
+    server = Server(Ledger(path), tmp_path, "--owner")
+    try:
+        functions, before = server.functions(), path.read_bytes()
+        for session in ("", "someone", "s"):
+            for data in ([None], [["erase", "Cezanne"]], []):
+                assert not server.call(functions["write"], data, session)["success"]
+        asked = server.call(functions["ask_erase"], ["Cezanne"], "mine")["output"]["data"]
+        assert "Erase Cezanne by a new shift" in asked[1]["value"]
+        assert not server.call(functions["write"], [None], "another")["success"]  # which nobody asked
+        server.call(functions["ask_restore"], ["VanGogh"], "hesitant")
+        server.call(functions["closed"], [], "hesitant")
+        assert not server.call(functions["write"], [None], "hesitant")["success"]
+        other_site = {"Origin": "https://evil.example"}
+        body = {"data": [None], "fn_index": functions["write"], "session_hash": "mine"}
+        assert server.client.post(JOIN, json=body, headers=other_site).status_code == 403
+        assert not server.call(functions["ask_erase"], ["VanGogh"], "mine too")["success"]  # erased already
+        assert path.read_bytes() == before
+        assert server.call(functions["write"], [None], "mine")["success"]
+        assert LedgerState.read(path).erased == ["Cezanne", "VanGogh"] and path.read_bytes().startswith(before)
+        assert not server.call(functions["write"], [None], "mine")["success"]  # once for each question
+        seen = json.dumps(server.call(functions["load"], [])["output"]["data"])
+        assert "mini-sd without Cezanne, VanGogh" in seen
+    finally:
+        server.stop()
+
+
+@pytest.mark.slow
+def test_an_owner_begins_with_a_ledger_of_which_nothing_was_ever_erased(ledger, script, tmp_path):
+    (tmp_path / "new").mkdir()
+    history = tmp_path / "new" / HISTORY_FILE
+    history.write_text((ledger.root / HISTORY_FILE).read_text().splitlines()[0] + "\n")
+    is_error(script("eval-scripts/demo.py", tmp_path / "new", "--device", "cpu"), "nothing was ever erased")
+    server = Server(Ledger(history), tmp_path, "--owner")
+    try:
+        functions = server.functions()
+        assert "nothing is erased" in json.dumps(server.call(functions["load"], [])["output"]["data"])
+        server.call(functions["ask_erase"], ["Picasso"], "mine")
+        assert server.call(functions["write"], [None], "mine")["success"]
+        assert LedgerState.read(history).erased == ["Picasso"]
+    finally:
+        server.stop()
+
+
 WHOLE_IMAGES = "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
 
 
@@ -567,15 +835,17 @@ def test_the_page_and_the_report_in_a_browser(server, ledger, script, mini_path,
 
         pages = [visit(server.address) for _ in range(2)]
         for page in pages:
-            page.get_by_label("prompt").fill("VanGogh")
-            page.get_by_role("button", name="generate").click()
+            page.get_by_label("Prompt", exact=True).fill("VanGogh")
+            page.get_by_role("button", name="Generate").click()
         erased = [page.wait_for_selector("#edited img").get_attribute("src") for page in pages]
         pages[0].get_by_label("VanGogh", exact=True).click()  # restored in one window
         pages[0].wait_for_function("old => document.querySelector('#edited img').src != old", arg=erased[0])
-        pages[1].get_by_role("button", name="generate").click()  # and not in the other
-        pages[1].wait_for_selector("#message >> text=Erased: VanGogh")
-        assert "Erased: nothing" in pages[0].inner_text("#message")
-        pages[1].get_by_role("button", name="export").click()
+        pages[1].get_by_role("button", name="Generate").click()  # and not in the other
+        pages[1].wait_for_selector("#message >> text=Erased here: VanGogh")
+        assert "Erased here: nothing" in pages[0].inner_text("#message")
+        assert pages[0].inner_text("#equal").startswith("No difference")
+        pages[1].get_by_role("button", name="Download the model").click()
+        pages[1].get_by_role("button", name="Export").click()
         link = pages[1].wait_for_selector("#download a")
         with pages[1].expect_download() as download:
             link.click()
@@ -585,3 +855,77 @@ def test_the_page_and_the_report_in_a_browser(server, ledger, script, mini_path,
         page.set_viewport_size({"width": 390, "height": 800})  # a phone's
         assert page.evaluate("document.documentElement.scrollWidth <= 390") and not errors
         browser.close()
+
+
+FOCUS = "[document.activeElement.innerText || document.activeElement.value, document.activeElement.tagName]"
+OUTLINE = "getComputedStyle(document.activeElement).outlineStyle"
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine: apt-get install chromium")
+def test_the_page_on_a_desktop_on_a_phone_and_by_keyboard(server):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+        page.goto(server.address)
+        page.wait_for_selector("#difference img")  # the example, before anything is asked for
+        page.wait_for_selector("#others >> text=Changes on other prompts")
+        page.wait_for_function(WHOLE_IMAGES)
+        assert "VanGogh" in page.inner_text("h1")
+        widths = page.evaluate("[...document.images].map(image => image.getBoundingClientRect().width)")
+        assert len(widths) == 3 and min(widths) >= 384
+        assert all(page.evaluate("[...document.images].map(image => image.alt)"))
+        reached = []
+        for _ in range(11):
+            page.keyboard.press("Tab")
+            assert page.evaluate(OUTLINE) == "solid"
+            reached.append(page.evaluate(FOCUS))
+        assert [tag for _, tag in reached[:2]] == ["INPUT", "BUTTON"] and reached[1][0] == "Generate"
+        assert reached[2][0] == "VanGogh (erased)" and reached[3][0] == "Picasso (restored)"
+        page.get_by_label("Prompt", exact=True).fill("Picasso")
+        before = page.get_attribute("#original img", "src")
+        page.keyboard.press("Enter")
+        page.wait_for_function("old => document.querySelector('#original img').src != old", arg=before)
+        page.get_by_role("button", name="a church by VanGogh").press("Enter")
+        page.wait_for_selector("#original img[alt$='a church by VanGogh']")
+        assert page.get_by_label("Prompt", exact=True).input_value() == "a church by VanGogh"
+        page.set_viewport_size({"width": 390, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth <= 390")
+        boxes = [page.locator(f"#{name} img").bounding_box() for name in ("original", "edited", "difference")]
+        assert [box["y"] for box in boxes] == sorted({box["y"] for box in boxes}) and boxes[0]["width"] >= 300
+        for name in ("Seed and sampler", "All concepts", "Download the model"):
+            page.get_by_role("button", name=name).click()
+        page.wait_for_selector("#table td")
+        assert page.evaluate("document.documentElement.scrollWidth <= 390")
+        browser.close()
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine: apt-get install chromium")
+def test_an_owner_writes_by_a_second_click(ledger, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = shutil.copytree(ledger.root, tmp_path / "ledger") / HISTORY_FILE
+    server = Server(Ledger(path), tmp_path, "--owner")
+    try:
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            page, other = browser.new_page(), browser.new_page()
+            for opened in (page, other):
+                opened.goto(server.address)
+                opened.wait_for_selector("#edited img")
+            page.get_by_label("Concept", exact=True).click()
+            page.get_by_role("option", name="Cezanne (never erased)").click()
+            page.get_by_role("button", name="Erase for good…").click()
+            page.wait_for_function("document.querySelector('#question textarea')?.value.includes('Cezanne')")
+            assert LedgerState.read(path).erased == ["VanGogh"]
+            page.get_by_role("button", name="Yes, write it to the ledger").click()
+            page.wait_for_selector("h1 >> text=Cezanne, VanGogh")
+            assert LedgerState.read(path).erased == ["Cezanne", "VanGogh"]
+            page.wait_for_selector("#confirmation", state="hidden")
+            assert "Cezanne" not in other.inner_text("h1")
+            other.reload()
+            other.wait_for_selector("h1 >> text=Cezanne, VanGogh")
+            browser.close()
+    finally:
+        server.stop()

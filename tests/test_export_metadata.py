@@ -18,7 +18,7 @@ from ldm.diffusion.compvis import UNET_PREFIX, convert_to_compvis, unet_key_map
 from ldm.diffusion.load import load_model
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.export import export, save_compvis, save_kohya, save_lora
-from ldm.erasure.export_metadata import Family, family_of, save_with_metadata
+from ldm.erasure.export_metadata import Family, family_of, lora_metadata, save_with_metadata
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
 from ldm.io.tensors import METADATA_KEY
 
@@ -67,6 +67,8 @@ def test_a_kohya_file_says_what_sd_scripts_would(tiny, shifts, tmp_path):
     save_kohya(tiny, shifts, tmp_path, torch.float32)
     written = metadata_of(tmp_path / "1-VanGogh.safetensors")
     own = json.loads(written.pop(METADATA_KEY))
+    content = (tmp_path / "1-VanGogh.safetensors").read_bytes()
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()  # without the header
     assert written == {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
@@ -74,7 +76,11 @@ def test_a_kohya_file_says_what_sd_scripts_would(tiny, shifts, tmp_path):
         "modelspec.implementation": "diffusers",
         "modelspec.title": "VanGogh erased from tiny",
         "modelspec.description": "A LoRA of rank 12 that erases VanGogh from tiny, made by srs-me.",
+        "modelspec.category": "Concept erasure",
+        "modelspec.tags": "VanGogh",
         "modelspec.usage_hint": "Strength 1 erases the concept, strength 0 restores it.",
+        "modelspec.hash_sha256": f"0x{digest}",
+        "sshs_model_hash": digest,
         "modelspec.resolution": "16x16",
         "modelspec.prediction_type": "epsilon",
         "ss_base_model_version": "sd_v1",
@@ -83,6 +89,7 @@ def test_a_kohya_file_says_what_sd_scripts_would(tiny, shifts, tmp_path):
         "ss_network_alpha": "12",
         "ss_output_name": "1-VanGogh",
         "ss_sd_model_name": "tiny",
+        "ss_training_comment": "erases VanGogh. Strength 1 erases the concept, strength 0 restores it.",
         "ss_v2": "False",
     }
     assert own == {
@@ -160,6 +167,13 @@ def test_every_single_file_says_what_was_merged_and_repeats_its_bytes(tiny, tiny
         assert said["content_digest"] == shifts["1"].content_digest and said["concept"] == "VanGogh"
     spec = metadata_of(tmp_path / "first" / "out-compvis/model.safetensors")
     assert spec["modelspec.architecture"] == "stable-diffusion-v1" and "VanGogh" in spec["modelspec.description"]
+    assert spec["modelspec.merged_from"] == "tiny" and len(spec["modelspec.hash_sha256"]) == 2 + 64
+
+
+def test_no_program_would_write_an_erased_concept_into_a_prompt(tiny, shifts):
+    for is_kohya in (True, False):
+        keys = set(lora_metadata(tiny, "1", shifts["1"], "a", is_kohya))
+        assert not keys & {"modelspec.trigger_phrase", "ss_tag_frequency"}
 
 
 def test_metadata_is_in_one_order_whatever_it_says(tmp_path):

@@ -25,7 +25,7 @@ from ldm.cli.run import run
 from ldm.config import concepts as concept_lists
 from ldm.config.concepts import get_concept
 from ldm.config.methods import ExportConfig, SamplingConfig
-from ldm.config.models import load_model_config, make_model_config, read_yaml
+from ldm.config.models import bundled_config, read_model_config, read_yaml
 from ldm.config.scenes import load_scene
 from ldm.diffusion.compvis import convert_to_compvis
 from ldm.diffusion.load import load_model
@@ -45,7 +45,7 @@ from ldm.ledger.operations import create_shifts
 
 pytestmark = pytest.mark.slow
 TIMES = int(os.environ.get("FUZZ", "1"))
-CONFIG = load_model_config("mini-sd")
+CONFIG = bundled_config("mini-sd")
 METHOD = CONFIG.methods["SRS-ME"].with_changes(mode="closed_form", init="closed_form")
 
 
@@ -387,7 +387,7 @@ def test_yaml_files(tmp_path, monkeypatch):
     def use(name: str) -> None:
         path = tmp_path / "configs" / name
         if name == "mini-sd.yaml":
-            make_model_config(read_yaml(path), path)
+            read_yaml(path), read_model_config(path)
         elif name == "scenes.yaml":
             load_scene(4)
         else:

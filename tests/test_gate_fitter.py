@@ -1,5 +1,6 @@
 """Gates fitted on the bundled model: what trips them, what their report says, and which names are refused."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,9 @@ from ldm.config.templates import fill, load_template_set
 from ldm.diffusion.load import load_model
 from ldm.diffusion.tokenizer import align_tokens, last_token
 from ldm.erasure import gate_fitter
-from ldm.erasure.gate_fitter import GateFitter, InseparableError, rate
+from ldm.erasure.gate_fitter import GateFitter, InseparableError, mean_distance_left, rate
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
+from ldm.erasure.known_states import KnownStates
 from ldm.io.errors import Notice
 from ldm.io.paths import REPO_ROOT
 
@@ -171,3 +173,52 @@ def test_a_rate_has_wilsons_interval():
     assert rate(0, 500) == [0, 500, 0.0, 0.00762]
     count, total, low, high = rate(5, 10)
     assert (count, total) == (5, 10) and low == pytest.approx(1 - high, abs=1e-4) and 0.23 < low < 0.24
+
+
+def test_known_states_encode_what_is_new_and_forget_what_is_not_asked_for():
+    known, encoded = KnownStates(), []
+
+    def encode(prompts):
+        encoded.append(list(prompts))
+        return {("text_encoder", 1): torch.tensor([[[float(len(text))]] for text in prompts])}
+
+    for prompts, new in (
+        (["a", "bb"], [["a", "bb"]]),
+        (["bb", "ccc", "a"], [["ccc"]]),
+        (["ccc", "a"], []),
+        (["bb"], [["bb"]]),
+    ):
+        encoded.clear()
+        states = known.states("group", prompts, encode)
+        assert states["text_encoder", 1].flatten().tolist() == [len(text) for text in prompts] and encoded == new
+    known.states("other group", ["bb"], encode)
+    assert encoded == [["bb"]] * 2
+
+
+def test_a_fitter_goes_on_with_what_an_earlier_one_knows(model, monkeypatch):
+    monkeypatch.setattr(gate_fitter, "_NUM_UNSEEN", 20)
+    monkeypatch.setattr(gate_fitter, "_MAX_TRIED", 2)
+    known = KnownStates()
+    first = GateFitter(model, [PICASSO], RETAINED, SMALL, known)
+    monkeypatch.setattr(GateFitter, "_choose_layers", None)  # which then is not asked again
+    second = GateFitter(model, [PICASSO], RETAINED, SMALL, known)
+    assert second.layers == first.layers and second.fit(PICASSO).report == first.fit(PICASSO).report
+
+
+@pytest.mark.parametrize("gate_anchor", ["neutral", "empty"])
+def test_an_anchor_of_its_own_is_what_a_concepts_prompts_become(model, monkeypatch, fitter, gate_anchor):
+    monkeypatch.setattr(fitter, "config", SMALL.with_changes(gate_anchor=gate_anchor))
+    own = Concept(0, "a fox", "a fox", ("fox",), kind="object", anchor="a dog")
+    anchors = fitter._own_prompts(own).anchors
+    expected = {"a fox": "a dog", "fox": "a dog", "a toy fox": "a toy dog", "a fox and a chair": "a dog and a chair"}
+    assert {prompt: anchors[prompt] for prompt in expected} == expected
+    neutral = {"neutral": "a toy object", "empty": ""}[gate_anchor]
+    assert fitter._own_prompts(replace(own, anchor=None)).anchors["a toy fox"] == neutral
+
+
+def test_the_way_left_is_what_is_missing_along_the_line_to_the_aim():
+    before, aims = torch.zeros(2, 1, 2), torch.tensor([[[2.0, 0.0]], [[0.0, 4.0]]])
+    half = torch.tensor([[[1.0, 5.0]], [[3.0, 3.0]]])  # a half, and a quarter, whatever is across
+    assert mean_distance_left(before, before, aims) == 1 and mean_distance_left(before, aims, aims) == 0
+    assert mean_distance_left(before, half, aims) == pytest.approx((1 / 2 + 1 / 4) / 2)
+    assert mean_distance_left(before, half, before) == 1

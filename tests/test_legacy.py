@@ -17,7 +17,7 @@ from PIL import Image
 from ldm.cli.reproduce import reproduction_commands
 from ldm.config import concepts as concept_lists
 from ldm.config.methods import complete_settings
-from ldm.config.models import ModelConfig, load_model_config, make_model_config, read_yaml
+from ldm.config.models import ModelConfig, bundled_config, read_model_config, read_yaml
 from ldm.diffusion.load import load_model
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
@@ -338,7 +338,7 @@ def test_old_concept_files_are_read(old_concepts):
 @pytest.mark.parametrize("name", ["mini-sd", "mini-many", "stable-diffusion/v1-inference"])
 def test_old_model_configs_mean_what_they_meant(name):
     path = V01 / "configs" / f"{name}.yaml"
-    read, todays = make_model_config(read_yaml(path), path), load_model_config(name)
+    read, todays = read_model_config(path), bundled_config(name)
     if name.startswith("stable-diffusion"):
         todays = ModelConfig()  # the paper's, which a closed form with a retain set has replaced since
     assert (read.sampling, read.null_space, read.evaluation) == (todays.sampling, todays.null_space, todays.evaluation)
@@ -347,7 +347,7 @@ def test_old_model_configs_mean_what_they_meant(name):
 
 
 def test_the_renamed_model_keeps_its_settings():
-    assert load_model_config("mini-many") == load_model_config("mini-sd-logos") != load_model_config("mini-sd")
+    assert bundled_config("mini-many") == bundled_config("mini-sd-logos") != bundled_config("mini-sd")
 
 
 def test_old_dataset_and_training_settings_are_read():

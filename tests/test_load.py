@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, TINY, compvis_config, make_xl, styles
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from conftest import CPU, TINY, compvis_config, is_error, make_xl, styles
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer, modeling_utils
@@ -20,13 +26,14 @@ from ldm.diffusion.components import check_configs, check_index, read_config
 from ldm.diffusion.compvis import convert_to_compvis, is_safetensors, unet_key_map
 from ldm.diffusion.load import is_checkpoint, load_model, resolve_names
 from ldm.diffusion.sampling import generate, initial_noise
+from ldm.diffusion.text_layers import text_layers
 from ldm.diffusion.tokenizer import vocabulary_words
 from ldm.erasure.erase import erase
 from ldm.erasure.export import export
 from ldm.erasure.memory import estimate_memory
 from ldm.erasure.merge import applied, merge
 from ldm.erasure.protection import Protection
-from ldm.erasure.shift import WeightShift
+from ldm.erasure.shift import SeparableShift, WeightShift
 from ldm.io.paths import REPO_ROOT, ArtifactPaths
 from ldm.io.prompts import PromptCase
 from ldm.io.tensors import save_tensors
@@ -768,3 +775,56 @@ def test_a_checkpoint_of_a_model_with_a_bert_is_refused_by_its_config(checkpoint
     save_file(tensors, tmp_path / "a.safetensors")
     OmegaConf.save({"component_configs": str(bert_path)}, config)
     refused(tmp_path / "a.safetensors", str(bert_path), "`ckpt_path`", config=config)
+
+
+@pytest.mark.parametrize(
+    "source", ["./nope", "models/nope", "/x/y", "nope", "a/b/c", "~/nope", "no pe", "models/nope/"]
+)
+def test_a_path_where_no_model_is_is_told_as_one(source, monkeypatch, tmp_path):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"^there is no model at {source}: give `model` the path of a diffusers folder"
+    ):
+        load_model(source)
+
+
+def test_a_path_that_is_misspelt_names_the_folder_beside_it(tiny_path):
+    with pytest.raises(ValueError, match=r"there is no model at .*, did you mean tiny\?$"):
+        load_model(tiny_path.with_name("tinny"))
+
+
+def test_a_hub_id_without_a_network_is_told_as_one():
+    words = "^'CompVis/stable-diffusion-v1-4' is neither a folder here nor a model of the hub.*HF_HUB_OFFLINE is set$"
+    with pytest.raises(ValueError, match=words):
+        load_model("CompVis/stable-diffusion-v1-4")
+
+
+@pytest.mark.parametrize("name", ["./nope", "CompVis/stable-diffusion-v1-4"])
+def test_a_script_tells_the_same_in_one_line(script, name):
+    words = {"./nope": "there is no model at ./nope: give --model"}.get(name, "is neither a folder here nor a model")
+    is_error(script("train-scripts/SRS_ME.py", "--model", name, "--estimate_memory"), words)
+    is_error(script("train-scripts/Merge_model.py", "--model", name, "--shifts", "1"), words)
+
+
+def generate_plainly(folder: Path) -> None:
+    """Load a folder by diffusers without any argument, and generate: all parts have one dtype."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(parts) >= 3 and {weight.dtype for part in parts for weight in part.parameters()} == {torch.float32}
+    image = pipeline("a photo of a church", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape[2] == 3 and image.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["mini-sd", "mini-sd-logos", "mini-sd-minilm"])
+def test_a_bundled_model_generates_by_diffusers_alone(name):
+    generate_plainly(REPO_ROOT / "models" / name)
+
+
+def test_what_is_saved_in_half_precision_generates_by_diffusers_alone(tiny, tiny_path, xl_path, tmp_path):
+    generate_plainly(tiny_path)  # which the training of the bundled models saves so
+    for model, folder in ((tiny, tmp_path / "tiny"), (load_model(xl_path, CPU), tmp_path / "xl")):
+        shift = SeparableShift.zeros(text_layers(model.unet), torch.eye(96)[:3], 1.0)
+        export(model, {"1": shift}, folder, ExportConfig(("diffusers",), "float16"), [""])
+        assert load_file(folder / "unet" / WEIGHTS["unet"])["conv_in.weight"].dtype == torch.float16
+        generate_plainly(folder)

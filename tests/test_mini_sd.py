@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm.config.concepts import erasable_concepts, get_concept, watermark_prompts
-from ldm.config.models import load_model_config
+from ldm.config.models import bundled_config, load_model_config
 from ldm.diffusion.latents import noised_batches
 from ldm.diffusion.load import load_model
 from ldm.diffusion.sampling import SeededNoise, generate, initial_noise, sample_latents
@@ -55,7 +55,7 @@ def generate_images(model, prompts, folder, seeds_per_prompt=3):
         cases = [PromptCase(prompt, 100 + n, k * seeds_per_prompt + n) for n in range(seeds_per_prompt)]
         requests += [(case, 0) for case in cases]
     images = {}
-    for case, _, image in generate(model, requests, load_model_config(model.config_name).sampling):
+    for case, _, image in generate(model, requests, load_model_config(model).sampling):
         path = folder / f"{case.case_number}_0.png"
         save_image(path, image)
         images.setdefault(case.prompt, []).append(path)
@@ -90,7 +90,7 @@ def test_it_generates_its_watermarks_and_reconstructs_images(model, tmp_path):
 
 def erase_style(model, index, protected_indices, changes) -> SeparableShift:
     """Return the shift that erases a style by the bundled model's own settings, from images that it generates."""
-    config, concept = load_model_config("mini-sd"), get_concept("style", index)
+    config, concept = bundled_config("mini-sd"), get_concept("style", index)
     method = config.methods["SRS-ME"].with_changes(**changes)
     others = [get_concept("style", other).prompt for other in protected_indices if other != index]
     prompts = ["", *watermark_prompts(), *others]

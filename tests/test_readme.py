@@ -19,6 +19,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm.config.methods import METHODS
+from ldm.io.files import SETTINGS_FILE
 
 pytestmark = pytest.mark.readme
 
@@ -173,11 +174,14 @@ def copy_repository(copy: Path) -> Path:
     config = OmegaConf.load(path)
     config.dataset.num_images, config.dataset.num_held_out = 64, 8
     config.train.autoencoder.iterations, config.train.save_every = 2, 1
-    config.sampling.num_inference_steps = 2
-    config.evaluation.seeds_per_prompt = config.evaluation.num_training_images = 2
-    for method in config.methods.values():
-        method.max_steps = min(method.get("max_steps", 12), 12)
     OmegaConf.save(config, path)
+    for path in (copy / "models").glob(f"*/{SETTINGS_FILE}"):
+        config = OmegaConf.load(path)
+        config.sampling.num_inference_steps = 2
+        config.evaluation.seeds_per_prompt = config.evaluation.num_training_images = 2
+        for method in config.methods.values():
+            method.max_steps = min(method.get("max_steps", 12), 12)
+        OmegaConf.save(config, path)
     return copy
 
 

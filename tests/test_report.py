@@ -13,7 +13,7 @@ from ldm.cli.reproduce import reproduction_commands
 from ldm.config.concept_lists import make_concept
 from ldm.config.concepts import OWN, get_concept
 from ldm.config.methods import SamplingConfig
-from ldm.config.models import load_model_config
+from ldm.config.models import bundled_config
 from ldm.diffusion.load import load_model
 from ldm.erasure.merge import applied
 from ldm.experiments.experiment import Experiment
@@ -36,7 +36,7 @@ def ledger(model, mini_path, tmp_path):
     source = {"model": str(mini_path), "ckpt_path": None, "config_path": None}
     header = make_header(model, "style", styles, ["a <b>cat & dog"], source)
     ledger = Ledger.create(tmp_path / "ledger" / HISTORY_FILE, header)
-    config = load_model_config("mini-sd")
+    config = bundled_config("mini-sd")
     method = config.methods["SRS-ME"].with_changes(seed=0)
     training = {"mode": "learn", "max_steps": 2, "ridge_weight": 0.5, "train_batch_size": 1}
     for index, changes in ((1, {}), (2, training)):
@@ -95,7 +95,7 @@ def test_a_ledger_of_concepts_by_text_has_a_page_too(model, script, mini_path, t
     concepts = [make_concept("a red fox"), make_concept("Velmira")]
     source = {"model": str(mini_path), "ckpt_path": None, "config_path": None}
     ledger = Ledger.create(tmp_path / HISTORY_FILE, make_header(model, OWN, concepts, ["a cat"], source))
-    config = load_model_config("mini-sd")
+    config = bundled_config("mini-sd")
     method = config.methods["SRS-ME"]
     ledger.append(create_shifts(ledger, model, concepts[:1], method, config.null_space, tmp_path))
     size = ["--seeds_per_prompt", "1", "--num_inference_steps", "1", "--unprotected_prompts", "2", "--num_shown", "1"]

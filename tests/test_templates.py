@@ -4,7 +4,15 @@ import pytest
 
 from ldm.config import templates
 from ldm.config.concepts import erasable_concepts
-from ldm.config.templates import KINDS, fill, load_template_set, with_article
+from ldm.config.templates import (
+    KINDS,
+    fill,
+    fill_anchor,
+    fill_phrase,
+    load_template_set,
+    with_article,
+    without_article,
+)
 from ldm.config.yaml_files import read_mapping
 from ldm.io.paths import REPO_ROOT
 
@@ -121,3 +129,49 @@ def test_files_that_are_no_sets_are_one_line(write_templates, text):
 def test_a_file_that_is_not_there_is_one_line(write_templates):
     with pytest.raises(ValueError, match=r"cannot read .*templates\.yaml"):
         load_template_set("style")
+
+
+@pytest.mark.parametrize(
+    ("template", "phrase", "expected"),
+    [
+        ("a photo of {}", "a cat", "a photo of a cat"),
+        ("{a} and a chair", "a cat", "a cat and a chair"),
+        ("{a}", "the moon", "the moon"),
+        ("the {} in the middle", "an old cat", "the old cat in the middle"),
+        ("a small {} in the park", "A cat", "a small cat in the park"),
+        ("a {} store", "an apple", "an apple store"),
+        ("a {} store", "The Gap", "a Gap store"),
+        ("look at this {}", "a cat", "look at this cat"),
+        ("a dog in the rain, {}", "a cat", "a dog in the rain, a cat"),
+        ("two dogs on the beach by {}", "a cat", "two dogs on the beach by a cat"),
+        ("a {} store", "cat", "a cat store"),
+        ("{}", "the", "the"),
+    ],
+)
+def test_a_phrase_keeps_its_article_where_the_template_has_none(template, phrase, expected):
+    assert fill_phrase(template, phrase) == expected
+    assert fill_anchor(template, phrase, "an artist") == expected
+    assert fill_anchor(template, None, "word") == fill(template, "word")
+
+
+def test_articles_are_put_and_left_out_once():
+    assert [with_article(noun) for noun in ("cat", "a cat", "old cat", "The cat")] == [
+        "a cat",
+        "a cat",
+        "an old cat",
+        "The cat",
+    ]
+    assert [without_article(noun) for noun in ("a cat", "An old cat", "another cat", "the a", "a")] == [
+        "cat",
+        "old cat",
+        "another cat",
+        "a",
+        "a",
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_without_an_article_is_said_as_ever(kind):
+    group = load_template_set(kind)
+    for template in (*group.templates, *group.composed_templates, *group.held_out_templates):
+        assert fill_phrase(template, "Anna") == fill(template, "Anna")

@@ -102,9 +102,3 @@ def test_values_are_no_keys(value):
 def test_what_is_upgraded_is_a_copy():
     inner = {"steps": 1}
     assert upgrade({"recipe": inner}) == {"metadata": {"iterations": 1}} and inner == {"steps": 1}
-
-
-def test_the_kind_of_a_concept_is_no_files():
-    header = {"file_type": "weight shift", "metadata": {"concept": "Cezanne", "kind": "style"}}
-    assert upgrade(header) == header and upgrade({"kind": "style"}) == {"kind": "style"}
-    assert upgrade({"kind": "weight shift", "recipe": {"kind": "style"}})["metadata"] == {"kind": "style"}

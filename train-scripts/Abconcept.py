@@ -10,8 +10,7 @@ from ldm.config.methods import AblatingConceptsConfig
 
 def main() -> None:
     parser = arguments.make_parser(__doc__)
-    concepts.add_concepts(parser)
-    arguments.add_erasure(parser, AblatingConceptsConfig)
+    concepts.add_erasure(parser, AblatingConceptsConfig)
     args = parser.parse_args()
     from ldm.cli import erasure
 

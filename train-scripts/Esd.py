@@ -11,8 +11,7 @@ from ldm.config.methods import ESDConfig
 
 def main() -> None:
     parser = arguments.make_parser(__doc__)
-    concepts.add_concepts(parser)
-    arguments.add_erasure(parser, ESDConfig)
+    concepts.add_erasure(parser, ESDConfig)
     args = parser.parse_args()
     from ldm.cli import erasure
 

@@ -10,8 +10,7 @@ from ldm.config.methods import ForgetMeNotConfig
 
 def main() -> None:
     parser = arguments.make_parser(__doc__)
-    concepts.add_concepts(parser)
-    arguments.add_erasure(parser, ForgetMeNotConfig)
+    concepts.add_erasure(parser, ForgetMeNotConfig)
     args = parser.parse_args()
     from ldm.cli import erasure
 

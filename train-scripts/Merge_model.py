@@ -7,10 +7,9 @@ or which gates these trip. A concept left out of --shifts is restored.
 
 from pathlib import Path
 
-from ldm.cli import arguments
+from ldm.cli import arguments, habits
 from ldm.cli.run import run
 from ldm.config.concepts import load_concepts
-from ldm.io.paths import REPO_ROOT
 
 
 def main() -> None:
@@ -21,9 +20,13 @@ def main() -> None:
     arguments.add_shifts(parser, required=True)
     arguments.add_export(parser)
     parser.option(
-        "save_path", type=Path, default=REPO_ROOT / "models" / "merged", help="the folder NAME or NAME-FORMAT goes here"
+        "save_path",
+        type=Path,
+        default=None,
+        help="the folder NAME or NAME-FORMAT goes here (default: ARTIFACTS_DIR/merged)",
     )
     arguments.add_device(parser)
+    habits.add_json(parser)
     args = parser.parse_args()
     from ldm.cli import session
     from ldm.erasure.export import export
@@ -33,11 +36,13 @@ def main() -> None:
     model = session.load_model(args, session.first_device(args))
     shifts, name = load_shifts(session.artifact_paths(args, model.name, args.method), args.shifts)
     if not shifts:
-        raise ValueError("`shifts` names no shift: give indexes such as 0,1,2, or shift files")
+        raise ValueError("`shifts` names no shift: give names such as 'Greg Rutkowski', indexes, or shift files")
     for shift in shifts.values():
         shift.check(model.digests, model.unet)
-    prompts = ["", *(concept.prompt for concept in load_concepts(args.category))]
-    session.print_export(export(model, shifts, args.save_path / f"{model.name}-{name}", config, prompts))
+    named = [str(shift.metadata.get("prompt", "")) for shift in shifts.values()]
+    prompts = list(dict.fromkeys(["", *(concept.prompt for concept in load_concepts(args.category)), *named]))
+    folder = args.save_path or args.artifacts_dir / "merged"
+    session.print_export(export(model, shifts, folder / f"{model.name}-{name}", config, prompts))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ an older version as one of today's, which no list of concepts can change.
 
 from pathlib import Path
 
-from ldm.cli import arguments, ledger
+from ldm.cli import arguments, habits, ledger
 from ldm.cli.concepts import add_concepts
 from ldm.cli.run import run
 from ldm.config.methods import METHODS, GateConfig
@@ -35,6 +35,8 @@ def main() -> None:
     for name in ("init", "add", "erase", "verify", "export"):
         arguments.add_model(commands[name], str(arguments.DEFAULT_MODEL) if name == "init" else None)
         arguments.add_device(commands[name])
+    for name in ("erase", "restore", "status", "verify", "export"):
+        habits.add_json(commands[name])
     arguments.add_category(commands["init"])
     add_concepts(commands["init"], erased_index="0-8")
     add_concepts(commands["add"])

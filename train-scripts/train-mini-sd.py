@@ -33,12 +33,14 @@ def main() -> None:
     checkpoint_dir = REPO_ROOT / "models" / "mini-sd-training"
     parser.option("checkpoint_dir", type=Path, default=checkpoint_dir, help="where a stopped training resumes from")
     parser.option("text_encoder", type=Path, help="the frozen text encoder of a config that has one, if not its own")
+    arguments.add_device(parser)
     args = parser.parse_args()
     from diffusers import AutoencoderKL
     from lightning_fabric import Fabric, seed_everything
     from omegaconf import OmegaConf
 
-    from ldm.config.models import TRAINING_KEYS, read_yaml
+    from ldm.cli.devices import fabric_device
+    from ldm.config.models import TRAINING_KEYS, SettingsSource, load_model_config, read_yaml, save_settings
     from ldm.diffusion.load import load_model
     from ldm.io.files import METADATA_FILE, atomic_write_dir, check_metadata, write_dir_metadata, write_json
     from ldm.io.tensors import CREATED_BY
@@ -51,6 +53,8 @@ def main() -> None:
     missing = [key for key in TRAINING_KEYS if key not in config]
     if missing:
         raise ValueError(f"{args.config} lacks {', '.join(missing)}: `config` is a file such as configs/mini-sd.yaml")
+    settings = SettingsSource("StableDiffusionPipeline", args.config)
+    load_model_config(settings)  # refuses before the training what could not be read after it
     trained_config = OmegaConf.to_container(OmegaConf.masked_copy(config, list(TRAINING_KEYS)))
     metadata = {"created_by": CREATED_BY, "base_model": args.config.stem, "config": trained_config}
     kind = check_captions(config.dataset.get("captions", "listed"))
@@ -62,7 +66,7 @@ def main() -> None:
         raise ValueError(f"{args.config} trains a text encoder of its own: leave `text_encoder` out")
     check_metadata(work, metadata)
     write_json(work / METADATA_FILE, metadata)
-    fabric = Fabric(accelerator="auto", devices=1, precision=config.train.precision)
+    fabric = Fabric(**fabric_device(args.device), precision=config.train.precision)
     seed_everything(config.seed)
     start = load_model(REPO_ROOT / "models" / config.train.start, fabric.device) if "start" in config.train else None
 
@@ -99,6 +103,7 @@ def main() -> None:
     with atomic_write_dir(args.save_path) as partial:
         kept: Any = ema.module
         train.save_pipeline(config, vae, kept.unet, text_encoder or kept.text_encoder, tokenizer, partial)
+        save_settings(settings, partial)
         write_dir_metadata(partial, metadata)
     print(f"saved {args.save_path}")
 

@@ -11,6 +11,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ldm.cli import habits
 from ldm.cli.flags import OLDER, OLDER_VALUES, ORIGINAL, RENAMED_VALUES
 from ldm.config.concepts import CATEGORIES
 from ldm.config.methods import (
@@ -18,7 +19,6 @@ from ldm.config.methods import (
     FORMATS,
     METHODS,
     ExportConfig,
-    MethodConfig,
     NullSpaceConfig,
     SamplingConfig,
     Settings,
@@ -26,6 +26,7 @@ from ldm.config.methods import (
     check_value,
     did_you_mean,
 )
+from ldm.io.errors import notify
 from ldm.io.paths import REPO_ROOT
 
 Namespace = argparse.Namespace
@@ -52,6 +53,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         options.setdefault("formatter_class", _HelpFormatter)
         super().__init__(allow_abbrev=False, **options)
+        habits.add_quiet(self)
 
     def option(self, name: str, original: Sequence[str] = (), **options: Any) -> None:
         """Add `--name`, spelled as in `ldm.cli.flags` too: the original's spellings, or those here, are shown."""
@@ -65,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
         class Unused(argparse.Action):
             def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
-                print(f"{given[-1]}: not used, and without effect here")
+                notify(f"{given[-1]}: not used, and without effect here")
 
         for name in names:
             self.option(name, action=Unused, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -108,7 +110,7 @@ def make_parser(description: str | None) -> Parser:
     """Return a parser for a script whose docstring is `description`; what an earlier one was given is forgotten."""
     spelled.clear()
     typed.clear()
-    return Parser(description=description)
+    return habits.add_habits(Parser(description=description))
 
 
 def add_commands(parser: Parser, ledger_dir: Path, **runs: Callable[[Namespace], None]) -> dict[str, Parser]:
@@ -116,7 +118,7 @@ def add_commands(parser: Parser, ledger_dir: Path, **runs: Callable[[Namespace],
     subparsers = parser.add_subparsers(required=True, metavar="{" + ",".join(runs) + "}")
     commands: dict[str, Parser] = {}
     for name, run in runs.items():
-        commands[name] = subparsers.add_parser(name)
+        commands[name] = subparsers.add_parser(name, help=run.__doc__)
         commands[name].option("ledger_dir", type=Path, default=ledger_dir, help="the ledger's folder")
         commands[name].set_defaults(run=run)
     return commands
@@ -285,8 +287,9 @@ def add_artifacts(parser: Parser) -> None:
 
 def add_shifts(parser: Parser, required: bool = False) -> None:
     """Add --shifts and the method whose shifts its indexes mean."""
-    text = "shifts to merge: indexes such as 0,1,2, or shift files" + ("" if required else "; none: the original model")
-    parser.option("shifts", default="", required=required, help=text)
+    text = "shifts to merge: names such as 'Greg Rutkowski', indexes such as 0,1,2, or shift files"
+    text += "" if required else "; none: the original model"
+    parser.option("shifts", nargs="*", default=[], required=required, help=text)
     parser.option("method", choices=METHODS, default="SRS-ME", help="whose shifts the indexes mean")
 
 
@@ -303,21 +306,6 @@ def add_export(parser: Parser) -> None:
 def export_config(args: Namespace) -> ExportConfig:
     """Return what `add_export`'s arguments say."""
     return ExportConfig(args.format, args.save_dtype, args.rank, args.effect_fraction)
-
-
-def add_erasure(parser: Parser, kind: type[MethodConfig]) -> None:
-    """Add what every erasure takes beside the concepts, and the settings of a method."""
-    add_model(parser)
-    add_category(parser)
-    add_artifacts(parser)
-    add_settings(parser, kind)
-    add_training_images(parser)
-    parser.option("gradient_checkpointing", action="store_true", help="less memory for a third more time")
-    add_device(parser)
-    parser.option("frozen_device", default=None, help="another device for the passes without gradient")
-    parser.option(
-        "devices", default=None, help="--device and --frozen_device in one, such as 0,1 (the original's flag)"
-    )
 
 
 def add_training_images(parser: Parser) -> None:
@@ -362,8 +350,11 @@ def add_compile(parser: Parser) -> None:
 
 
 def add_prompt_list(parser: Parser) -> None:
-    """Add the prompt list of a generation, and where its images go."""
-    parser.option("prompts_path", type=Path, required=True, help="CSV: prompt,evaluation_seed,case_number")
+    """Add the prompts of a generation, and where its images go."""
+    parser.option("prompts_path", type=Path, default=None, help="CSV: prompt,evaluation_seed,case_number")
+    parser.option("prompts", nargs="+", default=[], help="instead, prompts themselves, such as 'a red fox' 'a dog'")
+    text = "images of each of --prompts, from as many seeds"
+    parser.option("seeds_per_prompt", type=positive_int, default=1, help=text)
     parser.option("save_path", type=Path, required=True, help="folder for the image folders")
     parser.option("start_case", type=nonnegative_int, default=0, help="leave out lower case numbers")
 

@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ldm.cli import arguments, habits
 from ldm.cli.arguments import Namespace, Parser, typed
 from ldm.cli.flags import RENAMED_VALUES
-from ldm.config.concept_lists import KIND_NAMES, read_concepts, read_prompts
+from ldm.config.concept_lists import KIND_NAMES, check_apart_from, read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, get_concept, parse_erase_targets, parse_indexes
-from ldm.config.methods import ANCHORS
+from ldm.config.methods import ANCHORS, EditConfig, MethodConfig
 from ldm.config.spellings import says
 
 _OLD_PROTECT = (["exact"], ["spectrum"])  # values of --protect when it was another flag
@@ -39,6 +40,24 @@ def add_concepts(parser: Parser, erased_index: str = "") -> None:
     )
     text = "instead of --concepts, by index in --category, such as 0, 0,1,2 or 0-8"
     parser.option("erased_index", default=erased_index, help=text)
+
+
+def add_erasure(parser: Parser, kind: type[MethodConfig]) -> None:
+    """Add what every erasure takes, and the settings of a method."""
+    add_concepts(parser)
+    habits.add_json(parser)
+    arguments.add_model(parser)
+    arguments.add_category(parser)
+    arguments.add_artifacts(parser)
+    arguments.add_settings(parser, kind)
+    arguments.add_settings(parser, EditConfig, "least_effect")
+    arguments.add_training_images(parser)
+    parser.option("gradient_checkpointing", action="store_true", help="less memory for a third more time")
+    arguments.add_device(parser)
+    parser.option("frozen_device", default=None, help="another device for the passes without gradient")
+    parser.option(
+        "devices", default=None, help="--device and --frozen_device in one, such as 0,1 (the original's flag)"
+    )
 
 
 def add_protection(parser: Parser) -> None:
@@ -91,17 +110,6 @@ def category_of(args: Namespace, concepts: Sequence[Concept]) -> str:
     return OWN if concepts[0].is_own else args.category
 
 
-def check_not_said(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
-    """Raise ValueError for a protected prompt that says one of the concepts to erase."""
-    for concept in concepts:
-        for prompt in prompts:
-            if says(prompt, concept.spellings):
-                raise ValueError(
-                    f"the protected prompt '{prompt}' says {concept.name}, which cannot be erased and protected at "
-                    "once: leave it out of `protect`"
-                )
-
-
 def named_protection(args: Namespace, concepts: Sequence[Concept]) -> tuple[list[Concept], list[str]]:
     """Return the concepts and the prompts that an erasure of `concepts` leaves alone by --protect and --em_indexes.
 
@@ -114,7 +122,7 @@ def named_protection(args: Namespace, concepts: Sequence[Concept]) -> tuple[list
             "`protect` exact is `rank_rtol` exact, and `protect` spectrum is the model's own: give `rank_rtol`"
         )
     prompts = read_prompts(protect)
-    check_not_said(prompts, concepts)
+    check_apart_from(prompts, concepts)
     named = [get_concept(args.category, index) for index in parse_indexes(indexes, args.category)]
     if indexes and not concepts[0].is_own:
         return named, prompts

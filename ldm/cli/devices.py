@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from typing import Any
 
 import torch
 
@@ -34,6 +35,18 @@ def _parse_device(text: str) -> torch.device:
             f"{torch.cuda.device_count()}: use cpu"
         )
     return device
+
+
+def require_cpu(text: str | None, what: str) -> None:
+    """Raise ValueError where a device is named that is not the CPU, on which alone `what` runs."""
+    if text is not None and parse_devices(text)[0].type != "cpu":
+        raise ValueError(f"`device` {text}: {what} runs on the CPU alone: give cpu, or leave it out")
+
+
+def fabric_device(text: str | None) -> dict[str, Any]:
+    """Return what Lightning's Fabric calls the one device that `text` names."""
+    device = parse_devices(text)[0]
+    return {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
 
 
 def init_distributed(device: torch.device) -> tuple[torch.device, Shard]:

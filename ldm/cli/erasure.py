@@ -10,29 +10,38 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ldm.cli import output
 from ldm.cli.arguments import Namespace, spelled, typed, typed_settings
 from ldm.cli.concepts import category_of, named_concepts, named_protection
 from ldm.cli.devices import init_distributed, parse_devices
-from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config
-from ldm.config.concepts import Concept
+from ldm.cli.session import LEARNING_FLAGS, artifact_paths, fill_settings, load_model, method_config, print_export
+from ldm.config.concept_lists import read_prompts
+from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import (
     NO_GATE,
+    EditConfig,
     ExecutionConfig,
+    ExportConfig,
     GateConfig,
     JointSRSMEConfig,
     MethodConfig,
     NullSpaceConfig,
     SRSMEConfig,
 )
-from ldm.config.models import ModelConfig, load_model_config
+from ldm.config.models import ModelConfig, describe_sources, load_model_config
 from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
+from ldm.erasure.contradictions import check_contradictions
+from ldm.erasure.effect import judge
 from ldm.erasure.null_space import BASIS_FILE_TYPE
 from ldm.erasure.protection import BasisSummary, Protection, solve_null_spaces
-from ldm.io.paths import ArtifactPaths
+from ldm.erasure.shift import SHIFT_FILE_TYPE, WeightShift
+from ldm.io.errors import NotErasedError, notify
+from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.sharding import Shard
 from ldm.io.tensors import read_metadata
-from ldm.metrics.tables import to_markdown
+
+_SHOWN = 3  # concepts that a message names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,10 +60,13 @@ def run_erasure(args: Namespace, method: str) -> None:
     device, shard = init_distributed(device)
     execution = ExecutionConfig(str(frozen_device) if frozen_device else None, args.gradient_checkpointing)
     model = load_model(args, device, getattr(args, "unet_dtype", "float32"))  # which SRS_ME.py alone asks for
-    model_config = load_model_config(model.config_name)
+    model_config = load_model_config(model)
     config = method_config(args, model_config, method)
+    sections = [f"methods.{method}", *(["gate"] if isinstance(config, SRSMEConfig) else [])]
+    print(describe_sources(model_config, sections, spelled | _implied(config, model_config.methods[method])))
     _report_unused(args, config)
     artifacts = artifact_paths(args, model.name, method, category_of(args, concepts))
+    check_contradictions(model, concepts, prompts)
     if config.needs_null_space:
         protection = Protection(protected, fill_settings(args, model_config.null_space), prompts)
         _solve_null_spaces(args, model, artifacts, concepts, protection, shard)
@@ -63,7 +75,118 @@ def run_erasure(args: Namespace, method: str) -> None:
     image_dir = args.training_image_dir
     summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, others)
     if summaries:
-        print(to_markdown(summary_table(summaries)))
+        output.show_table(summary_table(summaries), "shifts")
+    made = concepts if config.is_joint else shard.select(concepts)
+    edit = fill_settings(args, model_config.edit).with_changes(form="gated" if gate.gate else "linear")
+    if getattr(args, "check", None) and shard.rank == 0:
+        _check_images(args, model, artifacts, concepts, edit.form)
+    _check_erased(artifacts, made, config, edit)
+    if getattr(args, "export", None) and shard.rank == 0:
+        _export(args, model, artifacts, concepts)
+
+
+def _check_erased(
+    artifacts: ArtifactPaths, concepts: Sequence[Concept], config: MethodConfig, edit: EditConfig
+) -> None:
+    """Raise NotErasedError where a shift has not the effect by which its concept may be called erased."""
+    weak: list[str] = []
+    for concept in concepts:
+        metadata = read_metadata(artifacts.shift(concept.label), SHIFT_FILE_TYPE)
+        is_erased, said = judge(metadata, edit.form, edit.least_effect)
+        if is_erased is False:
+            weak.append(f"{concept.name} ({said['mean']:.2f}, and {said['least']:.2f} on '{said['lowest_prompt']}')")
+    if not weak:
+        return
+    remedy = "protect less (`protect`, `em_indexes`), or take a larger `rank_rtol` or a smaller `ridge_weight`"
+    if config.trains:
+        remedy = (
+            "train with a larger `lr` or `basis_scale` or more `max_steps`, or protect less (`protect`, `em_indexes`)"
+        )
+    more = f" and {len(weak) - _SHOWN} more" if len(weak) > _SHOWN else ""
+    raise NotErasedError(
+        f"{', '.join(weak[:_SHOWN])}{more}: the fraction of the way to a neutral word that prompts go which say it, of "
+        f"which {edit.least_effect:g} (`least_effect`) is called erased. The shifts are kept: {remedy}"
+    )
+
+
+def _implied(config: MethodConfig, base: MethodConfig) -> dict[str, str]:
+    """Return, by name, the settings that another flag asked for, with that flag: --lr asks for the mode learn."""
+    asking = [flag for name, flag in spelled.items() if name in (*LEARNING_FLAGS, "init")]
+    names = ("mode", "init") if asking else ()
+    return {
+        name: asking[0]
+        for name in names
+        if name not in spelled and getattr(config, name, None) != getattr(base, name, None)
+    }
+
+
+def _export(args: Namespace, model: DiffusionModel, artifacts: ArtifactPaths, concepts: Sequence[Concept]) -> None:
+    """Write the model without the concepts in the formats of --export, and print what was measured of that."""
+    from ldm.erasure.export import export
+
+    shifts = _load_made(artifacts, concepts)
+    folder = args.export_dir or args.artifacts_dir / "merged"
+    prompts = ["", *(concept.prompt for concept in concepts), *read_prompts(args.protect)]
+    config = ExportConfig(formats=args.export)
+    print_export(export(model, shifts, folder / f"{model.name}-{merge_name(shifts)}", config, prompts))
+
+
+def _load_made(artifacts: ArtifactPaths, concepts: Sequence[Concept]) -> dict[str, WeightShift]:
+    """Return the shifts of concepts by label. Raises ValueError for one that another process has not made yet."""
+    shifts: dict[str, WeightShift] = {}
+    for concept in concepts:
+        path = artifacts.shift(concept.label)
+        if not path.is_file():
+            raise ValueError(f"{path} is not there yet: run this again when all processes have ended")
+        shifts[concept.label] = WeightShift.load(path)
+    return shifts
+
+
+def _check_images(
+    args: Namespace, model: DiffusionModel, artifacts: ArtifactPaths, concepts: Sequence[Concept], form: str
+) -> None:
+    """Generate images before and after, into a grid and a table beside the shifts."""
+    from ldm.experiments.check import CheckRequest, check_erasure
+
+    shifts = _load_made(artifacts, concepts)
+    sampling = load_model_config(model).sampling
+    folder = args.artifacts_dir / "checks" / f"{model.name}-{merge_name(shifts)}"
+    request = CheckRequest(args.check, folder, sampling, args.clip_path)
+    protected, prompts = named_protection(args, concepts)
+    others = [concept.prompt for concept in protected if concept not in concepts]
+    groups = {"erased": [concept.prompt for concept in concepts], "protected": [*prompts, *others, ""]}
+    output.show_table(check_erasure(model, shifts, form, groups, request), "check")
+    print(f"-> {folder}")
+
+
+def show_plan(args: Namespace, method: str) -> None:
+    """Print what an erasure would make, from what and in how much memory. Nothing is loaded or written."""
+    import pandas as pd
+
+    concepts = named_concepts(args)
+    protected, prompts = named_protection(args, concepts)
+    name = load.resolve_names(args.ckpt_path or args.model, args.config_path)[0]
+    artifacts = artifact_paths(args, name, method, category_of(args, concepts))
+    rows = []
+    for concept in concepts:
+        path = artifacts.shift(concept.label)
+        rows.append(
+            {
+                "concept": concept.name,
+                "kind": concept.kind,
+                "spellings": ", ".join(dict.fromkeys(concept.spellings)),
+                "anchor": concept.anchor or "",
+                "shift": str(path),
+                "there": "yes, and kept if from the same inputs" if path.is_file() else "",
+            }
+        )
+    output.show_table(pd.DataFrame(rows), "shifts")
+    always = [repr(prompt) for prompt in always_protected_prompts()]
+    others = [concept.name for concept in protected]
+    print(
+        f"protected: {', '.join([*always, *map(repr, prompts)])}; the concepts {', '.join(others)}, each but by its own"
+    )
+    output.show_table(memory_table(args, method), "memory", title="predicted peak memory, GiB:")
 
 
 def _solve_null_spaces(
@@ -133,7 +256,7 @@ def _report_unused(args: Namespace, config: MethodConfig) -> None:
     names += [name for name in ("training_image_dir", "gradient_checkpointing", "frozen_device") if name in spelled]
     unused = [spelled.get(name, f"--{name}") for name in names]
     if unused:
-        print(f"{', '.join(unused)}: not used, since nothing is trained: --mode is closed_form")
+        notify(f"{', '.join(unused)}: not used, since nothing is trained: --mode is closed_form")
 
 
 def memory_table(args: Namespace, method: str) -> pd.DataFrame:
@@ -143,7 +266,8 @@ def memory_table(args: Namespace, method: str) -> pd.DataFrame:
     source = args.ckpt_path or args.model
     try:
         folder = load.resolve_config_dir(source, args.config_path, args.variant)
-        config = method_config(args, load_model_config(load.resolve_names(source, args.config_path)[1]), method)
+        model_config = load_model_config(load.settings_source(source, args.config_path, args.variant))
+        config = method_config(args, model_config, method)
         assert isinstance(config, SRSMEConfig)
         return estimate_memory(folder, _devices(args)[0], config.train_batch_size, config.max_directions)
     except (OSError, KeyError) as error:
@@ -160,7 +284,7 @@ def explain_oom(args: Namespace, method: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        print(f"predicted peak memory, GiB:\n{to_markdown(memory_table(args, method))}")
+        output.show_table(memory_table(args, method), title="predicted peak memory, GiB:")
         raise ValueError(
             "out of memory, and nothing was lost: choose a smaller row of the table, such as `unet_dtype` bfloat16 "
             "with `gradient_checkpointing`, or a smaller `train_batch_size`, or another `device`"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import arguments
+from ldm.cli import arguments, habits, output
 from ldm.cli.arguments import Namespace, Parser
 from ldm.config.concepts import parse_erase_targets
 from ldm.config.methods import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 def add_experiment(parser: Parser, folder: str) -> None:
     """Add what is erased and how, and what `add_evaluation` adds."""
+    habits.add_json(parser)
     arguments.add_category(parser)
     text = "where shifts are kept (default: SAVE_PATH/shifts)"
     parser.option("artifacts_dir", type=Path, default=None, help=text)
@@ -49,7 +50,7 @@ def add_evaluation(parser: Parser, folder: str) -> None:
     parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / folder, help="where to write")
     arguments.add_classifier(parser)
     arguments.add_imagenet(parser)
-    arguments.add_settings(parser, EditConfig)
+    arguments.add_settings(parser, EditConfig, "form")
     arguments.add_sampling(parser)
     arguments.add_inception(parser)
     arguments.add_device(parser)
@@ -84,7 +85,7 @@ def make_experiment(args: Namespace) -> Experiment:
         advice = "pass FID's Inception weights as `inception_weights`, or leave it out"
         raise ValueError(f"no file {args.inception_weights}: {advice}")
     model = session.load_model(args, device)
-    config = load_model_config(model.config_name)
+    config = load_model_config(model)
     sampling = session.fill_settings(args, config.sampling)
     evaluation = session.fill_settings(args, config.evaluation)
     folder = args.save_path / args.category
@@ -123,7 +124,7 @@ def method_configs(args: Namespace, experiment: Experiment) -> dict[str, MethodC
     from ldm.cli import session
     from ldm.config.models import load_model_config
 
-    methods = session.changed_methods(load_model_config(experiment.model.config_name), args.set)
+    methods = session.changed_methods(load_model_config(experiment.model), args.set)
     return {name: config.with_changes(seed=args.seed) for name, config in methods.items()}
 
 
@@ -166,7 +167,8 @@ def print_ablation(args: Namespace, table: pd.DataFrame, name: str, by: str, x: 
     from ldm.metrics.frechet import distance_column
 
     path = args.save_path / args.category / name
-    print(save_ablation(table, path, AblationSummary(by, x, distance_column(args.inception_weights), log_x)))
+    summary = AblationSummary(by, x, distance_column(args.inception_weights), log_x)
+    output.show_table(save_ablation(table, path, summary))
     print(f"-> {path}.png, .md, .csv")
 
 

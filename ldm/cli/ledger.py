@@ -8,10 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import arguments
+from ldm.cli import arguments, output
 from ldm.cli.arguments import MODEL_ARGUMENTS, Namespace
-from ldm.cli.concepts import category_of, check_not_said, named_concepts
-from ldm.config.concept_lists import names_file, read_concepts, read_prompts
+from ldm.cli.concepts import category_of, named_concepts
+from ldm.config.concept_lists import check_apart_from, names_file, read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, parse_indexes
 from ldm.config.methods import METHODS, NO_GATE, GateConfig, NullSpaceConfig, SRSMEConfig
 from ldm.io.errors import MissingFileError, notify
@@ -33,7 +33,7 @@ def init(args: Namespace) -> None:
 
     concepts = _concepts_to_know(args)
     prompts = read_prompts(args.protect)
-    check_not_said(prompts, concepts)
+    check_apart_from(prompts, concepts)
     path = history_path(args.ledger_dir)
     with ledger_lock(path.parent):
         if path.exists():
@@ -89,7 +89,7 @@ def add(args: Namespace) -> None:
             raise ValueError("this ledger's concepts have no indexes: give `concepts` texts or files")
         concepts = _concepts_to_know(args)
         ledger.check_addition(concepts)
-        check_not_said(ledger.header["protected"], concepts)
+        check_apart_from(ledger.header["protected"], concepts)
         ledger, model = session.open_ledger(args, args.ledger_dir)
         check_apart(model, concepts, model.embed_prompts(ledger.header["protected"]))
         table = leakage_on_added(ledger, model, concepts)
@@ -120,15 +120,17 @@ def erase(args: Namespace) -> None:
         records, missing = ledger.plan_erasure(concepts, _asks_for_another_way(args))
         if missing:
             from ldm.cli import session
-            from ldm.config.models import load_model_config
+            from ldm.config.models import describe_sources, load_model_config
             from ldm.ledger.operations import create_shifts
 
             method = args.method or SRSMEConfig.name
             _check_settings(args, method)
             ledger, model = session.open_ledger(args, args.ledger_dir)
-            model_config = load_model_config(model.config_name)
+            model_config = load_model_config(model)
             config = session.method_config(args, model_config, method)
             null_space = session.fill_settings(args, model_config.null_space)
+            sections = [f"methods.{method}", "null_space", "gate"]
+            print(describe_sources(model_config, sections, arguments.spelled))
             is_gated = model_config.edit.form == "gated" or args.gate
             gate = session.fill_settings(args, model_config.gate) if is_gated else NO_GATE
             records |= create_shifts(ledger, model, missing, config, null_space, args.training_image_dir, gate)
@@ -197,9 +199,7 @@ def restore(args: Namespace) -> None:
 
 def status(args: Namespace) -> None:
     """Print what each concept is."""
-    from ldm.metrics.tables import to_markdown
-
-    print(to_markdown(status_table(Ledger(history_path(args.ledger_dir)))))
+    output.show_table(status_table(Ledger(history_path(args.ledger_dir))))
 
 
 def migrate(args: Namespace) -> None:
@@ -217,17 +217,16 @@ def migrate(args: Namespace) -> None:
 
 def history(args: Namespace) -> None:
     """Print the history, a sentence for each entry."""
-    print("\n".join(Ledger(history_path(args.ledger_dir)).history_lines()))
+    output.show_answer("\n".join(Ledger(history_path(args.ledger_dir)).history_lines()))
 
 
 def verify(args: Namespace) -> None:
     """Recompute every digest and effect, and print what was checked, and what that cannot prove."""
     from ldm.cli import session
     from ldm.ledger import operations
-    from ldm.metrics.tables import to_markdown
 
     ledger, model = session.open_ledger(args, args.ledger_dir)
-    print(to_markdown(operations.verify(ledger, model)))
+    output.show_table(operations.verify(ledger, model))
     print(
         "A chain of digests cannot prove that no entry was cut off at its end, that the whole history was not written "
         f"anew, or who wrote it: keep the history's last digest where others cannot change it: {ledger.last_hash}"

@@ -11,8 +11,8 @@ from typing import Any
 from ldm.cli.arguments import MODEL_ARGUMENTS
 from ldm.config.concept_lists import make_concept, names_file
 from ldm.config.concepts import Concept, always_protected_prompts
-from ldm.config.methods import METHODS, SRSMEConfig, complete_settings
-from ldm.config.models import load_model_config
+from ldm.config.methods import METHODS, MethodConfig, SRSMEConfig, complete_settings
+from ldm.config.models import ModelConfig, bundled_config
 from ldm.config.templates import with_article
 from ldm.ledger.ledger import Ledger
 from ldm.ledger.lines import LedgerEntry
@@ -20,15 +20,19 @@ from ldm.ledger.lines import LedgerEntry
 SCENE_LEDGER_RE = re.compile(r"scene(?P<number>\d+)-[a-z]+-(?P<method>.+)\.jsonl")  # as `run_scene` calls them
 
 
-def reproduction_commands(ledger: Ledger, source: Mapping[str, Any] | None = None) -> list[str]:
+def reproduction_commands(
+    ledger: Ledger, source: Mapping[str, Any] | None = None, config: ModelConfig | None = None
+) -> list[str]:
     """Return the commands that make a ledger of the same history, in order: of a scene's, the one that runs the scene.
 
     `source` has the arguments of the model, `MODEL_ARGUMENTS`, among others: a scene's ledger does not say them.
+    `config` has the model's settings, which the commands need not repeat; by default those of the model's name.
     Raises ValueError for a shift that is not the one that was activated.
     """
     scene = SCENE_LEDGER_RE.fullmatch(ledger.path.name)
     if scene:
-        return [_scene_command(ledger, source or {}, scene["number"], scene["method"])]
+        settings = config or bundled_config(ledger.header["base_model"])
+        return [_scene_command(ledger, source or {}, scene["number"], settings.methods[scene["method"]])]
     names = {concept.label: concept.name for concept in ledger.concepts}
     added = {concept.label for entry in ledger.entries for concept in entry.add}
     commands = _naming_commands(ledger, "init", [concept for concept in ledger.concepts if concept.label not in added])
@@ -43,19 +47,21 @@ def reproduction_commands(ledger: Ledger, source: Mapping[str, Any] | None = Non
     return commands
 
 
-def _scene_command(ledger: Ledger, source: Mapping[str, Any], number: str, method: str) -> str:
-    """Return the command that runs a scene by one method, with the settings that its shifts were made with."""
-    arguments = [*_model_arguments(source), "--category", ledger.category, "--scene", number]
-    arguments += ["--methods", method]
+def _scene_command(ledger: Ledger, source: Mapping[str, Any], number: str, config: MethodConfig) -> str:
+    """Return the command that runs a scene by one method, with the settings that its shifts were made with.
+
+    `config` has those that the method has where the command is silent.
+    """
+    arguments = [*_model_arguments(source), "--category", ledger.header["category"], "--scene", number]
+    arguments += ["--methods", config.name]
     if ledger.root.name == "all":  # where scenes.py keeps shifts that protect the whole category
         arguments += ["--protect_scope", "all"]
     record = next(iter(ledger.last_shifts().values()), None)
     if record:
-        settings = load_model_config(ledger.header["base_model"]).methods[method].to_dict()
-        used = _settings(ledger, record)
+        settings, used = config.to_dict(), _settings(ledger, record)
         arguments += ["--seed", str(used["seed"])] if used.get("seed") else []
         changed = [name for name in used if name != "seed" and used[name] not in (None, settings.get(name))]
-        arguments += ["--set", *(f"{method}.{name}={used[name]}" for name in changed)] if changed else []
+        arguments += ["--set", *(f"{config.name}.{name}={used[name]}" for name in changed)] if changed else []
     return shlex.join(["python", "eval-scripts/scenes.py", *arguments])
 
 

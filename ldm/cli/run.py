@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ldm.cli.arguments import MODEL_ARGUMENTS, spelled, typed
+from ldm.cli.output import printing
 from ldm.config.concepts import CATEGORIES
-from ldm.io.errors import MissingFileError, Notice
+from ldm.io.errors import MissingFileError, NotErasedError, Notice
 
 METHOD_SCRIPTS = {
     "SRS-ME": "SRS_ME.py",
@@ -51,6 +52,7 @@ _TAKEN_OVER = {
 def run(main: Callable[[], None]) -> None:
     """Run a script's main. Bad input ends in one line on stderr and exit code 2; SRSME_TRACEBACK=1 shows where.
 
+    What is made, and does not do what may be called erased, ends in one line and exit code 3.
     A batch system's SIGTERM ends it like Ctrl-C, so that half-written files are removed.
     """
     _received.clear()
@@ -58,7 +60,7 @@ def run(main: Callable[[], None]) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not one that ignores it, as under nohup
         signal.signal(signal.SIGINT, _stop)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), printing():
             warnings.simplefilter("always", Notice)  # each text once, which `_show_notices` sees to
             _show_notices()
             main()
@@ -69,6 +71,9 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # who reads the output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except NotErasedError as error:
+        print(f"{Path(sys.argv[0]).name}: not erased: {as_typed(str(error))}", file=sys.stderr)
+        sys.exit(3)
     except Exception as error:
         if _received:  # a library that was being imported made another error of it
             _exit_stopped()

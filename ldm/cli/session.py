@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ldm.cli import output
 from ldm.cli.arguments import (
     DEFAULT_MODEL,
     MODEL_ARGUMENTS,
@@ -26,9 +27,9 @@ from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
 from ldm.io.legacy import renamed_setting
 from ldm.io.paths import ArtifactPaths
+from ldm.io.prompts import PromptCase, make_cases, read_prompt_csv
 from ldm.io.tensors import check_base_model
 from ldm.ledger.ledger import Ledger, history_path
-from ldm.metrics.tables import to_markdown
 
 LEARNING_FLAGS = {"lr", "stop_threshold", "l1_weight", "max_steps"}  # which ask SRS-ME to learn
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -136,12 +137,22 @@ def open_ledger(args: Namespace, path: Path) -> tuple[Ledger, DiffusionModel]:
     return ledger, model
 
 
+def prompt_cases(args: Namespace) -> list[PromptCase]:
+    """Return the cases of --prompts_path, or of --prompts, from --start_case on. Raises ValueError for neither."""
+    if bool(args.prompts) == bool(args.prompts_path):
+        raise ValueError("give the prompts: `prompts` 'a red fox' 'a dog', or `prompts_path` a CSV file")
+    if args.prompts_path:
+        cases = read_prompt_csv(args.prompts_path)
+    else:
+        cases = make_cases(list(dict.fromkeys(args.prompts)), args.seeds_per_prompt, 0)
+    return [case for case in cases if case.case_number >= args.start_case]
+
+
 def print_export(result: Any) -> None:
     """Print what `ldm.erasure.export.export` measured and wrote."""
     import pandas as pd
 
-    print(to_markdown(result.leakage.reset_index()))
-    if result.truncated:
-        print(f"\n{to_markdown(pd.DataFrame(result.truncated))}")
+    output.show_table(result.leakage.reset_index(), "leakage")
+    output.show_table(pd.DataFrame(result.truncated), "truncated")
     for target in result.targets:
         print(f"-> {target}")

@@ -21,7 +21,7 @@ from ldm.config.concepts import (
 )
 from ldm.config.methods import did_you_mean
 from ldm.config.spellings import says
-from ldm.config.templates import KINDS, without_article
+from ldm.config.templates import KINDS
 from ldm.config.yaml_files import check_keys, read_mapping
 from ldm.io.errors import notify
 from ldm.io.prompts import read_rows
@@ -90,6 +90,17 @@ def read_prompts(values: Sequence[str]) -> list[str]:
     return list(prompts)
 
 
+def check_apart_from(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:
+    """Raise ValueError for a protected prompt that says one of the concepts to erase."""
+    for prompt in prompts:
+        for concept in concepts:
+            if says(prompt, concept.spellings):
+                raise ValueError(
+                    f"the protected prompt '{prompt}' says {concept.name}, which cannot be erased and protected at "
+                    "once: leave it out of `protect`"
+                )
+
+
 def make_concept(
     text: str, kind: str | None = None, aliases: Sequence[str] = (), anchor: str | None = None, place: str = ""
 ) -> Concept:
@@ -101,13 +112,13 @@ def make_concept(
     """
     place = place or f"the concept {text!r}"
     whole = " ".join(text.split())
-    name = without_article(check_text(whole, place))
+    name = _without_article(check_text(whole, place))
     if not re.search(r"\w", name) or len(name) > MAX_CHARS:
         raise ValueError(f"{place} names nothing: give a text of at most {MAX_CHARS} characters with a letter in it")
     if kind is not None:
         _check_kind(kind, place)
         kind = _OTHER_KINDS.get(kind, kind)
-    others = [without_article(" ".join(check_text(alias, f"{place}, aliases").split())) for alias in aliases]
+    others = [_without_article(" ".join(check_text(alias, f"{place}, aliases").split())) for alias in aliases]
     if not all(others):
         raise ValueError(f"{place} has an empty alias: give a text, or leave it out")
     concept = _known(name) or Concept(OWN_INDEX, name, name, kind="generic" if name == whole else "object")
@@ -122,6 +133,11 @@ def make_concept(
     if anchor is not None:
         _check_anchor(concept, place)
     return concept
+
+
+def _without_article(text: str) -> str:
+    """Return a text without the article before it, but for that of a title: 'red fox', and 'A Bigger Splash'."""
+    return re.sub(r"^(a|an) (?=\S)", "", text)
 
 
 def _known(name: str) -> Concept | None:

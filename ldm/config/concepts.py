@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from string import Formatter
 from typing import Any, Self
 
-from ldm.config.templates import KINDS, fill, load_template_set, without_article
+from ldm.config.templates import KINDS, fill, load_template_set
 from ldm.config.yaml_files import check_keys, read_mapping
 from ldm.io.paths import REPO_ROOT
 
@@ -76,8 +76,7 @@ class Concept:
 
     def is_named(self, text: str) -> bool:
         """Return whether `text` is one of the spellings, whatever its case and white space."""
-        texts = {identity_of(text), identity_of(without_article(" ".join(text.split())))}
-        return not texts.isdisjoint(identity_of(spelling) for spelling in self.spellings)
+        return is_one_of(text, self.spellings)
 
     @property
     def captions(self) -> list[str]:
@@ -128,6 +127,13 @@ class Concept:
 def identity_of(text: str) -> str:
     """Return what is the same for all texts that differ only in case and white space."""
     return "".join(text.casefold().split())
+
+
+def is_one_of(text: str, names: Iterable[str]) -> bool:
+    """Return whether a text is one of the names, whatever its case and white space, and with an article or without."""
+    tidied = " ".join(text.split())
+    texts = {identity_of(tidied), identity_of(re.sub("^(a|an) ", "", tidied, flags=re.IGNORECASE))}
+    return not texts.isdisjoint(identity_of(name) for name in names)
 
 
 def check_text(value: Any, place: str) -> str:

@@ -302,6 +302,9 @@ class EditConfig(Settings):
         "let shifts act on the prompts that trip their gates, or on the weights",
         choices=("gated", "linear"),
     )
+    least_effect: float = setting(
+        0.55, "how far prompts that say a concept go to a neutral word, 0 to 1, where it is called erased"
+    )
 
 
 @dataclass(frozen=True)

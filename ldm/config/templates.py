@@ -13,18 +13,21 @@ from ldm.io.paths import REPO_ROOT
 KINDS = ("style", "object", "person", "brand", "generic")
 
 _FIELDS = ("{}", "{a}")
-_ARTICLE_RE = re.compile(r"(a|an|the) (?=\S)", re.IGNORECASE)
-_AFTER_ARTICLE_RE = re.compile(r"\b(a|an|the|this|new)( \w+)? \{\}", re.IGNORECASE)
-
-
-def with_article(noun: str) -> str:
-    """Return a noun with its article."""
-    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+_ARTICLE = re.compile(r"(?:an?|the)\s+(?=\S)", re.IGNORECASE)
+# What a name has no article of its own after: "the", "an old", but not "a photo of".
+_DETERMINER = re.compile(r"\b(?:an?|the|this|my)\s+(?:\w+\s+)?$", re.IGNORECASE)
 
 
 def without_article(name: str) -> str:
-    """Return a name without the article before it, but for that of a title: "a red fox", not "A Bigger Splash"."""
-    return re.sub(r"^(a|an) (?=\S)", "", name)
+    """Return a name without the article that it begins with, such as 'cat' of 'a cat'."""
+    return _ARTICLE.sub("", name, count=1) if _ARTICLE.match(name) else name
+
+
+def with_article(noun: str) -> str:
+    """Return a noun with its article, which it may have already."""
+    if _ARTICLE.match(noun):
+        return noun
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def fill(template: str, name: str) -> str:
@@ -32,15 +35,20 @@ def fill(template: str, name: str) -> str:
     return template.replace("{a}", with_article(name)).replace("{}", name)
 
 
-def fill_anchor(template: str, anchor: str) -> str:
-    """Return a template with an anchor in place of a concept's name.
+def fill_phrase(template: str, phrase: str) -> str:
+    """Return what `fill` does for a name that may have an article of its own, such as 'a cat'.
 
-    One that has an article ("a dog") keeps it where the template has none: "a photo of a dog", but "a toy dog".
+    It is left out where the template has one: 'the cat', 'an old cat'.
     """
-    noun = _ARTICLE_RE.sub("", anchor)
-    if noun == anchor:
-        return fill(template, anchor)
-    return template.replace("{a}", anchor).replace("{}", noun if _AFTER_ARTICLE_RE.search(template) else anchor)
+    noun = without_article(phrase)
+    if noun == phrase or not _DETERMINER.search(template.partition("{}")[0]):
+        return fill(template, phrase)
+    return fill(re.sub(r"\ban? \{\}", "{a}", template), noun)
+
+
+def fill_anchor(template: str, anchor: str | None, neutral: str) -> str:
+    """Return a template that says a concept's own anchor instead of its name, or the neutral word of its kind."""
+    return fill(template, neutral) if anchor is None else fill_phrase(template, anchor)
 
 
 @dataclass(frozen=True)

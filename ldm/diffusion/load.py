@@ -16,12 +16,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError
 from torch import nn
 from transformers import BertModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
-from ldm.config.models import DEFAULT_CONFIG
+from ldm.config.methods import did_you_mean
+from ldm.config.models import DEFAULT_CONFIG, SettingsSource, bundled_settings, component_dir, named_settings
 from ldm.config.yaml_files import read_mapping
 from ldm.diffusion.components import (
     OPTIONAL_PARTS,
@@ -44,7 +46,14 @@ from ldm.diffusion.consistency import check_parts
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.weights import read_tensors, variants_of, weight_files
 from ldm.io.errors import notify
-from ldm.io.files import changed_files, find_metadata_file, is_damaged, read_dir_metadata, unlisted_files
+from ldm.io.files import (
+    SETTINGS_FILE,
+    changed_files,
+    find_metadata_file,
+    is_damaged,
+    read_dir_metadata,
+    unlisted_files,
+)
 from ldm.io.legacy import upgrade
 from ldm.io.paths import REPO_ROOT
 
@@ -112,7 +121,15 @@ def load_model(
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             _check_weights(component, source)
-    model = DiffusionModel(name, config_name, pipeline, device, dtype, Path(source) if from_checkpoint else None)
+    model = DiffusionModel(
+        name,
+        config_name,
+        pipeline,
+        device,
+        dtype,
+        checkpoint=Path(source) if from_checkpoint else None,
+        settings_path=find_settings(source, config),
+    )
     _try_parts(model, source)
     return model
 
@@ -161,9 +178,9 @@ def silence_hf_logging() -> None:
 
 
 def resolve_names(source: str | Path, config: str | Path | None = None) -> tuple[str, str]:
-    """Return what a model is called, and the name of the model whose settings it takes.
+    """Return what a model is called, and what exports call their base.
 
-    The settings are its own, those of the model that it was merged from, or those of its config.
+    That is the model itself, the one that it was merged from, or for a checkpoint its config.
     Raises ValueError when a folder's metadata cannot be read.
     """
     path = Path(source)
@@ -182,27 +199,73 @@ def resolve_names(source: str | Path, config: str | Path | None = None) -> tuple
         ) from error
 
 
+def settings_source(source: str | Path, config: str | Path | None = None, variant: str | None = None) -> SettingsSource:
+    """Return what decides the settings of a model, without loading it; raises as `resolve_config_dir`."""
+    index = read_config(resolve_config_dir(source, config, variant) / "model_index.json")
+    return SettingsSource(str(index.get("_class_name")), find_settings(source, config))
+
+
+def find_settings(source: str | Path, config: str | Path | None = None) -> Path | None:
+    """Return the file with a model's own settings, which stand over those of its family; None where it has none.
+
+    In a model's folder that is `srs-me.yaml`, and for a checkpoint it is `config`. A model that an older version merged
+    or trained has the settings of the bundled model that its metadata names. By the model's name alone a file
+    `configs/NAME.yaml` is found as older versions did, with a notice unless it is a hub id, which has no folder.
+    """
+    path = Path(source)
+    _, config_name = resolve_names(source, config)
+    if is_checkpoint(path):
+        return Path(config) if config else named_settings(config_name, "give it as `config_path`")
+    if not _is_folder(path):
+        return named_settings(config_name, "")
+    own = path / SETTINGS_FILE
+    if own.is_file():
+        return own
+    bundled = bundled_settings(config_name) if "base_model" in read_dir_metadata(path) else None
+    return bundled or named_settings(config_name, f"move it to {own}")
+
+
 def resolve_config_dir(source: str | Path, config: str | Path | None = None, variant: str | None = None) -> Path:
     """Return the folder with the configs of a model's components: of a checkpoint the one that its config names.
 
     That is relative to the config, and may lie anywhere: the config is the user's own file, as the folder is.
-    Raises ValueError for a config that cannot be read, OSError for a hub id that cannot be reached.
+    Raises UnusableModelError for a config that cannot be read, a folder that is not there, and a hub id that cannot be
+    reached.
     """
     path = Path(source)
     if not is_checkpoint(path):
-        if path.is_dir():
-            return path
-        return Path(DiffusionPipeline.download(str(source), use_safetensors=True, variant=variant))
+        return path if _is_folder(path) else _download(str(source), variant)
     config_path = Path(config) if config else DEFAULT_CONFIG
     try:
-        component_configs = upgrade(read_mapping(config_path)).get(
-            "component_configs", "v1"
-        )  # CompVis' has no such key
+        return component_dir(config_path, upgrade(read_mapping(config_path)))
     except ValueError as error:
         advice = f"give `config_path` {DEFAULT_CONFIG.relative_to(REPO_ROOT)}"
         raise UnusableModelError(f"cannot read the config {config_path}: {advice}: {error}") from error
-    folder = DEFAULT_CONFIG.parent if component_configs == "v1" else config_path.parent
-    return folder / str(component_configs)
+
+
+def _download(source: str, variant: str | None) -> Path:
+    """Return the folder of a hub's model. Raises UnusableModelError for what is a path, or cannot be reached."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or _is_folder(Path(source).parent):
+        near = did_you_mean(Path(source).name, _folders_beside(Path(source)))
+        raise UnusableModelError(
+            f"there is no model at {source}: give `model` the path of a diffusers folder, or a hub id such as "
+            f"CompVis/stable-diffusion-v1-4{near}"
+        )
+    try:
+        return Path(DiffusionPipeline.download(source, use_safetensors=True, variant=variant))
+    except (OSError, ValueError) as error:
+        reason = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else " ".join(str(error).split())[:300]
+        raise UnusableModelError(
+            f"'{source}' is neither a folder here nor a model of the hub that can be reached: give `model` the path of "
+            f"a diffusers folder, or see to the network: {reason}"
+        ) from error
+
+
+def _folders_beside(path: Path) -> list[str]:
+    try:
+        return [sibling.name for sibling in path.parent.iterdir() if sibling.is_dir()]
+    except OSError:  # of a folder that is not there either
+        return []
 
 
 def _check_configs(folder: Path) -> type[Pipeline]:
@@ -346,10 +409,14 @@ def _check_weights(module: nn.Module, source: str | Path) -> None:
 def save_pipeline(model: DiffusionModel, folder: Path) -> None:
     """Write the model, as its weights stand now, as a diffusers folder in its own precision.
 
-    Where its parts came from, which diffusers writes down, is left out: paths of this machine.
+    Where its parts came from, which diffusers writes down, is left out: paths of this machine. A text encoder's config
+    asks for float32, as diffusers loads other parts where no dtype is asked for.
     """
     model.pipeline.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("_name_or_path", None) is not None:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        content = {name: value for name, value in written.items() if name != "_name_or_path"}
+        if path.name == "config.json" and "dtype" in content:
+            content["dtype"] = "float32"
+        if content != written:
             path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -76,13 +76,14 @@ class DiffusionModel:
     """
 
     name: str
-    config_name: str  # whose settings it takes: its own name, or that of the model it was merged from
+    config_name: str  # what exports call their base: itself, the model it was merged from, or its config
     pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
     device: torch.device
     dtype: torch.dtype = torch.float32
     checkpoint: Path | None = None  # the single file that it was loaded from
     embedding_edit: EmbeddingEdit | None = None  # what becomes of prompts' embeddings, by `edits.edit_embeddings`
     remembered: dict[str, torch.Tensor] | None = None  # embeddings of prompts, by `edits.remember_embeddings`
+    settings_path: Path | None = None  # the file with its own settings
 
     def __post_init__(self) -> None:
         # Any: diffusers declares the entries of its configs nowhere, and torch.compile replaces the U-Net
@@ -106,6 +107,11 @@ class DiffusionModel:
         for module in (self.unet, self.vae):  # made of convolutions
             module.to(memory_format=torch.channels_last)
         self._alphas_cumprod: torch.Tensor = self.scheduler.alphas_cumprod.to(self.device)  # (num_train_timesteps,)
+
+    @property
+    def family(self) -> str:
+        """Return the class of its pipeline, by which `ldm.config.models` knows the settings of its kind of model."""
+        return type(self.pipeline).__name__
 
     @property
     def image_size(self) -> int:

@@ -29,6 +29,7 @@ from ldm.diffusion.latents import latents_from_folder, sampled_batches
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.closed_form import Costs, ErasureSpace, closed_form_map, erasure_space
+from ldm.erasure.effect import measure_effect
 from ldm.erasure.gate_fitter import GateFitter, InseparableError
 from ldm.erasure.gated_edit import GatedEdit
 from ldm.erasure.leakage import base_norms, leakage
@@ -47,20 +48,20 @@ from ldm.io.paths import ArtifactPaths
 from ldm.io.sharding import Shard
 from ldm.io.tensors import CREATED_BY, read_metadata
 
-_SMALL_CHANGE = 0.05  # of a concept's own prompt, where erasing changes it by about 1
-
 
 @dataclass(frozen=True)
 class ErasureSummary:
-    """What an erasure took, and the leakage of its shift on the concept's own prompt and on what is protected.
+    """What an erasure took, its effect, and the leakage of its shift on its own prompt and on what is protected.
 
-    Of a gate it is the gap that its threshold lies in, and how many everyday captions trip it.
+    The effect is `effect.Effect.mean`, of its gate where it has one. Of a gate it is the gap that its threshold lies
+    in, and how many everyday captions trip it.
     """
 
     concept: str
     iterations: int
     seconds: float
     momentum: float
+    effect: float
     target_change: float
     max_leakage_protected: float
     gate_gap: float = math.nan
@@ -136,7 +137,8 @@ def erase_concepts(
     if config.is_joint and missing:
         rounds = [list(concepts)]
     summaries: list[ErasureSummary] = []
-    for together in tqdm(rounds, desc="shifts", unit="shift", disable=config.trains):
+    progress = rounds if config.trains else tqdm(rounds, desc="shifts", unit="shift")
+    for together in progress:
         summaries += erasure.run(together, metadata)
     return summaries
 
@@ -347,19 +349,27 @@ class _Erasure:
         changes = self._measure(concept, shift)
         target_change = changes.pop(concept.prompt)
         max_leakage = max(changes.values())
-        if target_change < max(_SMALL_CHANGE, max_leakage):
-            notify(
-                f"{concept.name}: the shift {path} changes its own prompt by {target_change:.1e} only, and a "
-                f"protected one by up to {max_leakage:.1e}: measure whether it erases"
-            )
+        effects = self._effects(concept, shift)
         measured = {"target_change": target_change, "max_leakage_protected": max_leakage}
-        shift.save(path, metadata | {name: value for name, value in measured.items() if math.isfinite(value)})
+        metadata |= {name: value for name, value in measured.items() if math.isfinite(value)}
+        shift.save(path, metadata | ({"effects": effects} if effects else {}))
         momentum = float(curve.momentum.iloc[-1]) if len(curve) else math.nan
         report = shift.gated.report if shift.gated else {}
         gap, alarms = report.get("gap", math.nan), report.get("false_alarms", [])[:2]
         counts = " of ".join(map(str, alarms))
         took = concept.name, len(curve), round(seconds, 1), momentum
-        return ErasureSummary(*took, target_change, max_leakage, gap, counts)
+        effect = (effects.get("gated") or effects.get("linear") or {}).get("mean", math.nan)
+        return ErasureSummary(*took, effect, target_change, max_leakage, gap, counts)
+
+    def _effects(self, concept: Concept, shift: WeightShift) -> dict[str, dict[str, Any]]:
+        """Return the effect of a shift in each form in which it can act; nothing where that is not known."""
+        config = self.config if isinstance(self.config, SRSMEConfig) else SRSMEConfig()
+        effects: dict[str, dict[str, Any]] = {}
+        for form in ("linear", "gated") if shift.gated else ("linear",):
+            said = measure_effect(self.model, concept, shift, config, form).to_dict()
+            if said:
+                effects[form] = said
+        return effects
 
     def _measure(self, concept: Concept, shift: WeightShift) -> dict[str, float]:
         """Return the leakage of a shift on its own and the protected prompts; NaN where text layers do not say all."""

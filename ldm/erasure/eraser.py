@@ -6,25 +6,27 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from diffusers import DiffusionPipeline
 
+from ldm.config.concept_lists import make_concept
 from ldm.config.concepts import Concept, erasable_concepts, find_by_name
-from ldm.config.methods import METHODS, EditConfig, ExportConfig, SamplingConfig, did_you_mean
+from ldm.config.methods import METHODS, NO_GATE, EditConfig, ExportConfig, SamplingConfig, did_you_mean
 from ldm.config.models import ModelConfig, load_model_config
 from ldm.diffusion.load import load_model
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.sampling import generate
+from ldm.erasure.api import find_label, generate, make_own_shifts
 from ldm.erasure.erase import ErasureSummary, erase
 from ldm.erasure.export import Export, export
 from ldm.erasure.merge import edited
 from ldm.erasure.pipeline_eraser import PipelineEraser
+from ldm.erasure.pipeline_gated import GatedPipelineEraser
+from ldm.erasure.pipeline_linear import LinearPipelineEraser
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
 from ldm.io.paths import ArtifactPaths, merge_name
-from ldm.io.prompts import PromptCase
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,14 +36,19 @@ class ConceptEraser:
     """A model and the concepts of a category that are erased from it. The base weights are never changed.
 
     Shifts are kept below `artifacts_dir` and made once: a concept that is erased again gets the same one. Each leaves
-    all other concepts of the category alone, the empty prompt and the watermarks. In the `form` gated they act on the
+    all other concepts of the category alone, or of the user's own the others of these, the empty prompt and the
+    watermarks. In the `form` gated they act on the
     prompts that say the concepts and on no other, in the form linear on the weights; by default as the model's config.
 
-    Given a pipeline of diffusers instead of a model, this is the `PipelineEraser` of it.
+    Given a pipeline of diffusers instead of a model, this is the `PipelineEraser` of it: the one that has erased
+    something from it now, or a new one, whose `form` is gated where none is given.
     """
 
     @overload
-    def __new__(cls, model: DiffusionPipeline) -> PipelineEraser: ...
+    def __new__(cls, model: DiffusionPipeline, *, form: Literal["linear"]) -> LinearPipelineEraser: ...
+
+    @overload
+    def __new__(cls, model: DiffusionPipeline, *, form: Literal["gated"] = "gated") -> GatedPipelineEraser: ...
 
     @overload
     def __new__(
@@ -57,11 +64,11 @@ class ConceptEraser:
         """Return an eraser of the kind that goes with what it is given, which is nothing where one is copied."""
         if not isinstance(model, DiffusionPipeline):
             return super().__new__(cls)
-        if args or kwargs:
+        if args or kwargs.keys() - {"form"}:
             raise ValueError(
-                "with a pipeline `ConceptEraser` takes nothing else: concepts are named when they are erased"
+                "with a pipeline `ConceptEraser` takes nothing but a `form`: concepts are named when they are erased"
             )
-        return PipelineEraser.of(model)
+        return _pipeline_eraser(model, kwargs.get("form"))
 
     def __init__(  # pyright: ignore[reportInconsistentConstructor] - which never sees a pipeline
         self,
@@ -74,7 +81,7 @@ class ConceptEraser:
         device = torch.device(device) if device else None
         self.model = model if isinstance(model, DiffusionModel) else load_model(model, device)
         self.category = category
-        self.config: ModelConfig = load_model_config(self.model.config_name)
+        self.config: ModelConfig = load_model_config(self.model)
         self.form = EditConfig(form or self.config.edit.form).form
         self.artifacts_dir = Path(artifacts_dir)
         self.shifts: dict[str, WeightShift] = {}
@@ -82,38 +89,64 @@ class ConceptEraser:
     @property
     def erased(self) -> list[str]:
         """The names of the concepts that are erased now."""
-        names = {str(concept.index): concept.name for concept in erasable_concepts(self.category)}
-        return [names[label] for label in self.shifts]
+        return [str(shift.metadata["concept"]) for shift in self.shifts.values()]
 
-    def erase(self, *names: str, method: str = "SRS-ME", image_dir: Path | str = "data") -> list[ErasureSummary]:
+    def erase(
+        self,
+        *names: str,
+        method: str = "SRS-ME",
+        image_dir: Path | str = "data",
+        protect: Sequence[str] | str = (),
+        **options: Any,
+    ) -> list[ErasureSummary]:
         """Erase concepts by name, and return what each new shift took and its measured leakage.
 
-        `image_dir` has a folder of images per concept, for a method that trains on them. Raises ValueError for a name
-        that is no concept of the category, and for an unknown method.
+        A name of the category is its concept, whose shift leaves all others of the category alone. Any other is a
+        concept of the user's own, which is erased as by `ldm.erase`, with its `protect` and further `options`.
+        `image_dir` has a folder of images per concept, for a method that trains on them. Raises ValueError for an
+        unknown method, and for a watermark.
         """
         if method not in METHODS:
             known = ", ".join(METHODS)
             raise ValueError(f"'{method}' is no method{did_you_mean(method, list(METHODS))}: choose from {known}")
-        concepts = list(dict.fromkeys(self._concept(name) for name in names))
+        listed = [concept for concept in map(self._listed, names) if concept is not None]
+        own = [name for name in names if self._listed(name) is None]
+        summaries: list[ErasureSummary] = []
+        if listed:
+            summaries += self._erase_listed(list(dict.fromkeys(listed)), method, Path(image_dir))
+        if own:
+            options = {"gate": self.form == "gated", **options}
+            options |= {"method": method, "artifacts_dir": self.artifacts_dir, "training_image_dir": image_dir}
+            protected = [protect] if isinstance(protect, str) else list(protect)
+            shifts, took = make_own_shifts(self.model, own, [*protected, *self._own_concepts()], **options)
+            self.shifts |= shifts
+            summaries += took
+        return summaries
+
+    def _erase_listed(self, concepts: Sequence[Concept], method: str, image_dir: Path) -> list[ErasureSummary]:
+        """Erase concepts of the category, and return what each new shift took."""
         artifacts = ArtifactPaths(self.artifacts_dir, method, self.model.name, self.category, 1, 0)  # as the scripts do
         protection = Protection(erasable_concepts(self.category), self.config.null_space)
-        settings = self.config.methods[method], protection, Path(image_dir), self.config.gate
+        gate = self.config.gate if self.form == "gated" else NO_GATE
+        settings = self.config.methods[method], protection, image_dir, gate
         summaries = erase(self.model, artifacts, concepts, *settings)
         for concept in concepts:
-            shift = WeightShift.load(artifacts.shift(concept.index))
+            shift = WeightShift.load(artifacts.shift(concept.label))
             shift.check(self.model.digests, self.model.unet)
-            self.shifts[str(concept.index)] = shift
-        self.shifts = dict(sorted(self.shifts.items(), key=lambda item: int(item[0])))
+            self.shifts[concept.label] = shift
+        listed = sorted((label for label in self.shifts if label.isdigit()), key=int)
+        own = [label for label in self.shifts if not label.isdigit()]
+        self.shifts = {label: self.shifts[label] for label in [*listed, *own]}
         return summaries
 
     def restore(self, *names: str) -> None:
         """Restore concepts by name: their shifts are left out. Raises ValueError for one that is not erased."""
-        labels = {str(self._concept(name).index): name for name in names}
+        labels = {find_label(self.shifts, name): name for name in names}
         for label, name in labels.items():
-            if label not in self.shifts:
-                raise ValueError(f"{name} is not erased: erased are {', '.join(self.erased) or 'none'}")
-        for label in labels:
-            del self.shifts[label]
+            if label is None:
+                near = did_you_mean(name, self.erased)
+                raise ValueError(f"{name} is not erased{near}: erased are {', '.join(self.erased) or 'none'}")
+        self.shifts = {label: shift for label, shift in self.shifts.items() if label not in labels}
 
     @contextmanager
     def applied(self) -> Generator[None]:
@@ -125,9 +158,8 @@ class ConceptEraser:
         self, prompt: str, seeds: Sequence[int] = (0,), sampling: SamplingConfig | None = None
     ) -> list[Image.Image]:
         """Return an image of the prompt for each seed, by the model as it stands."""
-        requests = [(PromptCase(prompt, seed, number), 0) for number, seed in enumerate(seeds)]
         with self.applied():
-            return [image for _, _, image in generate(self.model, requests, sampling or self.config.sampling)]
+            return generate(self.model, prompt, seeds, sampling or self.config.sampling)
 
     def export(self, output_dir: Path | str, config: ExportConfig = ExportConfig()) -> Export:
         """Write the model as it stands below `output_dir`, in the formats of `config`.
@@ -136,14 +168,43 @@ class ConceptEraser:
         """
         if not self.shifts:
             raise ValueError("nothing is erased: the weights are the base model's")
-        prompts = ["", *(concept.prompt for concept in erasable_concepts(self.category))]
+        names = [str(shift.metadata.get("prompt", "")) for shift in self.shifts.values()]
+        prompts = list(dict.fromkeys(["", *(concept.prompt for concept in erasable_concepts(self.category)), *names]))
         target = Path(output_dir) / f"{self.model.name}-{merge_name(self.shifts)}"
         rounds = config.save_dtype != "float32"  # which an export does to the model that it is given
         return export(deepcopy(self.model) if rounds else self.model, self.shifts, target, config, prompts)
 
-    def _concept(self, name: str) -> Concept:
+    def _own_concepts(self) -> list[Concept]:
+        """Return the user's own concepts that are erased, which the shifts of further ones leave alone."""
+        concepts = []
+        for label, shift in self.shifts.items():
+            if not label.isdigit():
+                metadata = shift.metadata
+                concepts.append(
+                    make_concept(metadata["concept"], metadata.get("concept_kind"), metadata.get("aliases", ()))
+                )
+        return concepts
+
+    def _listed(self, name: str) -> Concept | None:
+        """Return the concept of the category that a text names; None for none. Raises ValueError for a watermark."""
         concept = find_by_name(self.category, str(name))
-        if concept is None or concept.is_watermark:
-            names = ", ".join(known.name for known in erasable_concepts(self.category))
-            raise ValueError(f"'{name}' is no {self.category} concept: choose from {names}")
+        if concept is not None and concept.is_watermark:
+            raise ValueError(f"'{name}' is a watermark, which every shift protects: erase another concept")
         return concept
+
+
+def _pipeline_eraser(pipe: DiffusionPipeline, form: str | None) -> PipelineEraser:
+    """Return the eraser of a pipeline: the one that has erased something from it now, or a new one.
+
+    Raises ValueError for one of another form, and for a pipeline that does not encode prompts as Stable Diffusion do.
+    """
+    form = form if form is None else EditConfig(form).form
+    existing = PipelineEraser.of(pipe)
+    if existing is None:
+        return LinearPipelineEraser(pipe) if form == "linear" else GatedPipelineEraser(pipe)
+    if form not in (None, existing.form):
+        raise ValueError(
+            f"{', '.join(existing.erased)} are erased from this pipeline in the `form` {existing.form}: restore them "
+            f"before you erase in the `form` {form}"
+        )
+    return existing

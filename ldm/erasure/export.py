@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_kohy
 from torch import nn
 from tqdm import tqdm
 
+from ldm.config.concepts import OWN
 from ldm.config.methods import FORMATS, GATED_FORMATS, LINEAR_FORMATS, LORA_FORMATS, ExportConfig
+from ldm.config.models import load_model_config, save_settings
 from ldm.diffusion.compvis import (
     EMA_PREFIX,
     convert_to_compvis,
@@ -35,7 +38,7 @@ from ldm.erasure.export_metadata import checkpoint_metadata, lora_metadata, save
 from ldm.erasure.leakage import leakage, leakage_after_rounding, leakage_table, truncation_error
 from ldm.erasure.merge import merge, merged_weight
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
-from ldm.io.files import atomic_write_dir, is_written, write_dir_metadata
+from ldm.io.files import SETTINGS_FILE, atomic_write_dir, is_written, write_dir_metadata
 from ldm.io.tensors import CREATED_BY, check_finite, named_writes
 
 Weights = dict[str, torch.Tensor]
@@ -66,8 +69,9 @@ def export(
 
     What is there already from the same shifts stays. Of the model's weights only rounded ones are left. Each shift's
     leakage on `prompts` is reported. LoRAs are always cut to a rank, other weights only if `config.rank` is set, gates
-    never. What is refused is refused before anything is written. Raises ValueError for a model of which an earlier
-    export left rounded weights.
+    never. A whole model in diffusers' layout carries the settings of `model`, but a settings file that is there stays.
+    What is refused is refused before anything is written. Raises ValueError for a model of which an earlier export left
+    rounded weights.
     """
     if model.is_rounded:
         raise ValueError(f"an earlier export rounded the weights of {model.name}: load the model again")
@@ -81,6 +85,8 @@ def export(
             raise ValueError(
                 f"{shift.path} is there twice, as {known[shift.content_digest]} and as {label}: give it once"
             )
+    if "diffusers" in config.formats:
+        load_model_config(model)  # refuses settings that could not be read from the export
     dtype = getattr(torch, config.save_dtype)
     report: list[dict[str, Any]] = []
     truncated = dict(shifts)
@@ -125,6 +131,10 @@ def export(
         for name, target, used, metadata in tqdm(pending, desc="write", unit="format"):
             with atomic_write_dir(target) as folder:
                 _WRITERS[name](model, used, folder, dtype)
+                if (target / SETTINGS_FILE).is_file():  # which the user may have changed
+                    shutil.copyfile(target / SETTINGS_FILE, folder / SETTINGS_FILE)
+                elif name == "diffusers":
+                    save_settings(model, folder)
                 write_dir_metadata(folder, metadata)
     return Export(table, report, targets)
 
@@ -260,8 +270,10 @@ def _lora_tensors(shift: WeightShift, dtype: torch.dtype) -> Weights:
 
 
 def _file_stem(label: str, shift: WeightShift) -> str:
-    """Return such as 3-Jackson-Pollock; nothing in a shift's metadata leads out of the folder."""
-    return re.sub(r"\W+", "-", f"{label}-{shift.metadata.get('concept', 'shift')}")
+    """Return such as 3-Jackson-Pollock, or red-fox where a user named it; nothing in it leads out of the folder."""
+    name = shift.metadata.get("concept", "shift")
+    is_own = shift.metadata.get("category") == OWN
+    return re.sub(r"\W+", "-", name if is_own else f"{label}-{name}").strip("-") or label
 
 
 def _check_file_names(shifts: Mapping[str, WeightShift]) -> None:

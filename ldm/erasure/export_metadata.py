@@ -1,11 +1,13 @@
 """What the header of an exported file says to other programs and to ours, and the file in the same bytes each time.
 
-The keys `modelspec.*` are ModelSpec's (github.com/Stability-AI/ModelSpec), the keys `ss_*` those that sd-scripts writes
-and that A1111 and ComfyUI read. Only what is true of a shift is said: nothing of images, and no date.
+The keys `modelspec.*` are ModelSpec's (github.com/Stability-AI/ModelSpec), the keys `ss_*` and `sshs_*` those that
+sd-scripts writes and that A1111 and ComfyUI read. Only what is true of a shift is said: nothing of images (so no
+`ss_tag_frequency`), no date, and no `modelspec.trigger_phrase`, which programs add to a prompt: an erasure needs none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from ldm.io.tensors import CREATED_BY, METADATA_KEY, named_writes
 _SPEC_VERSION = "1.0.0"
 _STABILITY = "https://github.com/Stability-AI/generative-models"  # what sd-scripts names for these layouts
 _DIFFUSERS = "diffusers"
+_STRENGTH = "Strength 1 erases the concept, strength 0 restores it."
+_HASHES = {"modelspec.hash_sha256": "0x", "sshs_model_hash": ""}  # of the tensors' bytes, each with its prefix
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,16 @@ def lora_metadata(model: DiffusionModel, label: str, shift: WeightShift, name: s
         f"{concept} erased from {model.config_name}",
         f"A LoRA of rank {shift.rank} that erases {concept} from {model.config_name}, made by {CREATED_BY}.",
     )
-    spec["modelspec.usage_hint"] = "Strength 1 erases the concept, strength 0 restores it."
+    spec["modelspec.usage_hint"] = _STRENGTH
+    spec["modelspec.category"] = "Concept erasure"  # and not "Style", where programs list what adds one
+    spec["modelspec.tags"] = str(concept)
     kohya = {
         "ss_base_model_version": family.version,
         "ss_network_alpha": str(shift.rank),
         "ss_network_dim": str(shift.rank),
         "ss_output_name": name,
         "ss_sd_model_name": model.config_name,
+        "ss_training_comment": f"erases {concept}. {_STRENGTH}",
         "ss_v2": str(family.is_v2),
     }
     if is_kohya:
@@ -97,13 +104,14 @@ def checkpoint_metadata(model: DiffusionModel, shifts: Mapping[str, WeightShift]
         f"{model.config_name} with {len(shifts)} erased",
         f"{model.config_name}, from which {CREATED_BY} erased: {concepts or 'nothing'}.",
     )
+    spec["modelspec.merged_from"] = model.config_name
     return {METADATA_KEY: _own_metadata(model, shifts, "merged checkpoint")} | spec
 
 
 def _model_spec(
     model: DiffusionModel, architecture: str, implementation: str, title: str, description: str
 ) -> dict[str, str]:
-    """Return ModelSpec's keys. A date would change the bytes of a repeated export."""
+    """Return ModelSpec's keys, and hashes that `save_with_metadata` fills in; a date would change a repeated export."""
     return {
         "modelspec.sai_model_spec": _SPEC_VERSION,
         "modelspec.architecture": architecture,
@@ -112,6 +120,7 @@ def _model_spec(
         "modelspec.description": description,
         "modelspec.resolution": f"{model.image_size}x{model.image_size}",
         "modelspec.prediction_type": family_of(model).prediction_type,
+        **_HASHES,
     }
 
 
@@ -131,15 +140,19 @@ def _own_metadata(model: DiffusionModel, shifts: Mapping[str, WeightShift], file
 def save_with_metadata(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write safetensors with several entries of metadata: the same content gives the same bytes.
 
-    safetensors writes the entries in random order, and everything else in one: here they are put in order afterwards.
+    safetensors writes the entries in random order, and everything else in one: here they are put in order afterwards,
+    and the hashes among them filled in.
     """
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    hashes = {key: prefix + "0" * 64 for key, prefix in _HASHES.items() if key in metadata}
     with named_writes(path):
-        save_file(contents, path, metadata={"format": "pt", **metadata})
+        save_file(contents, path, metadata={"format": "pt", **metadata, **hashes})
     with open(path, "r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()  # of what follows the header
+        hashes = {key: _HASHES[key] + digest for key in hashes}
+        header["__metadata__"] = dict(sorted((header["__metadata__"] | hashes).items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > size:
             raise RuntimeError(f"the header of {path} has not the size that safetensors gave it")

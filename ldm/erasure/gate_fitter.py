@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from scipy.stats import binomtest
+from tqdm import tqdm
 
 from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.everyday import everyday_captions, kin_names, plural, retain_captions
 from ldm.config.methods import GateConfig
 from ldm.config.spellings import compounds, lookalikes, misspellings, partial_names, says
-from ldm.config.templates import fill, load_template_set
+from ldm.config.templates import fill, fill_anchor, fill_phrase, load_template_set, without_article
 from ldm.diffusion.model import States
 from ldm.diffusion.text_encoder import PromptEncoder
 from ldm.diffusion.text_states import LAST_STATE, text_encoder_layers
 from ldm.diffusion.tokenizer import align_tokens, last_piece, last_token, read_part, vocabulary_words
 from ldm.erasure.embedding_map import EmbeddingMap, fit_map
 from ldm.erasure.gate import Gate, Negatives, NoGateError, Positives, fit_gate, join_gates
-from ldm.erasure.gated_edit import GatedEdit
+from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
+from ldm.erasure.known_states import KnownStates
+from ldm.erasure.targets import held_out_prompts
 from ldm.io.errors import notify
 
 Item = TypeVar("Item")
@@ -37,6 +40,7 @@ _NUM_LOOKALIKES = 60  # made-up words for each spelling
 _SMALL_GAP = 0.05  # in units of the distance between a concept and all else
 _MAX_SAYING = 0.2  # the largest fraction of captions that may say a concept
 _FALSE_ALARMS_SHOWN = 5
+_QUIET_SECONDS = 1.5  # before a progress bar shows
 _SURNAMES = ("Miller", "Jones", "Silva", "Petrov", "Larsen", "Kim", "Rossi", "Novak")  # of people who are no concept
 
 
@@ -72,10 +76,19 @@ class _Trial:
 class GateFitter:
     """What the gates of all concepts of a model share: the prompts that trip none of them, and the state they read.
 
-    `others` are concepts that a gate leaves alone unless it is its own, `retained` further prompts.
+    `others` are concepts that a gate leaves alone unless it is its own, `retained` further prompts. What `known` has of
+    an earlier fitter for the same text encoders is not encoded again, and the gates read the states that it chose.
     """
 
-    def __init__(self, model: PromptEncoder, others: Sequence[Concept], retained: Sequence[str], config: GateConfig):
+    def __init__(
+        self,
+        model: PromptEncoder,
+        others: Sequence[Concept],
+        retained: Sequence[str],
+        config: GateConfig,
+        known: KnownStates | None = None,
+    ):
+        known = known or KnownStates()
         self.model, self.config, self.tokenizer = model, config, model.tokenizers[0]
         self.captions = retain_captions(config.retain_captions)
         words = vocabulary_words(self.tokenizer)
@@ -87,11 +100,11 @@ class GateFitter:
         for concept in others:
             prompts += _other_prompts(concept, self.common)
         self.prompts = list(dict.fromkeys(prompts))
-        self.layers = self._choose_layers(others, unseen)
-        states = self._encode(self.prompts, self.layers)
+        known.layers = self.layers = known.layers or self._choose_layers(others, unseen)
+        states = known.states("negatives", self.prompts, self._encode_chosen)
         self.negatives = {name: Negatives(states[name, layer]) for name, layer in self.layers.items()}
         self.judged = everyday_captions(_NUM_JUDGED)
-        self.judged_states = self._encode(self.judged, self.layers)
+        self.judged_states = known.states("judged", self.judged, self._encode_chosen)
 
     def fit(self, concept: Concept) -> GatedEdit:
         """Return the edit that erases a concept.
@@ -130,18 +143,24 @@ class GateFitter:
         groups: list[dict[str, str]] = [{}, {}]
         for group, pairs in zip(groups, (said, misspelt), strict=True):
             for template, name in pairs:
-                prompt = fill(template, name)
+                prompt = fill_phrase(template, name)
                 if prompt not in anchors and read_part(tokenizer, prompt) is None:
                     group[prompt] = name
-                    anchors[prompt] = fill(template, kind.neutral) if self.config.gate_anchor == "neutral" else ""
+                    anchors[prompt] = self._anchor_prompt(concept, template)
         if not groups[0]:
             raise ValueError(
                 f"'{concept.prompt}' is longer than the model's {tokenizer.model_max_length} tokens: give the "
                 "concept a shorter name"
             )
         plain, wrongly = list(groups[0].items()), list(groups[1].items())
-        positions = [last_token(tokenizer, prompt, name) or 0 for prompt, name in (*plain, *wrongly)]
+        positions = [last_token(tokenizer, prompt, without_article(name)) or 0 for prompt, name in (*plain, *wrongly)]
         return _OwnPrompts(plain, wrongly, anchors, torch.tensor(positions))
+
+    def _anchor_prompt(self, concept: Concept, template: str) -> str:
+        """Return what the prompt becomes that says a concept in a template."""
+        if concept.anchor is None and self.config.gate_anchor == "empty":
+            return ""
+        return fill_anchor(template, concept.anchor, load_template_set(concept.kind).neutral)
 
     def _lookalike_prompts(self, concept: Concept) -> list[str]:
         """Return prompts that say nearly a concept: made-up words spelled much alike, and parts of its names."""
@@ -149,7 +168,7 @@ class GateFitter:
         for spelling in dict.fromkeys(spelling.lower() for spelling in concept.spellings):
             tail = last_piece(self.tokenizer, spelling)
             made += lookalikes(spelling, self.words, _NUM_LOOKALIKES, tail)
-        alike = [fill(templates[number % len(templates)], word) for number, word in enumerate(made)]
+        alike = [fill_phrase(templates[number % len(templates)], word) for number, word in enumerate(made)]
         return [text for text in (*alike, *_partial_prompts(concept, self.common)) if not says(text, concept.spellings)]
 
     def _choose_layers(self, others: Sequence[Concept], unseen: Sequence[str]) -> dict[str, int]:
@@ -193,6 +212,10 @@ class GateFitter:
         """Return the hidden states of prompts (N, T, d), by text encoder and layer, on the CPU."""
         return self._embed(prompts, layers)[1]
 
+    def _encode_chosen(self, prompts: Sequence[str]) -> States:
+        """Return the hidden states of prompts that gates read."""
+        return self._encode(prompts, self.layers)
+
     def _embed(
         self, prompts: Sequence[str], layers: Mapping[str, int | Collection[int]]
     ) -> tuple[torch.Tensor, States]:
@@ -200,7 +223,8 @@ class GateFitter:
         needed = {name: [found] if isinstance(found, int) else found for name, found in layers.items()}
         embeds: list[torch.Tensor] = []
         batches: dict[tuple[str, int], list[torch.Tensor]] = {}
-        for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+        starts = range(0, len(prompts), _PROMPTS_AT_ONCE)
+        for start in tqdm(starts, desc="prompts for gates", unit="batch", delay=_QUIET_SECONDS, leave=False):
             found, states = self.model.encode_with_states(list(prompts[start : start + _PROMPTS_AT_ONCE]), needed)
             embeds.append(found.cpu())
             for key, state in states.items():
@@ -210,7 +234,8 @@ class GateFitter:
     def _left_out(self, concept: Concept, own: _OwnPrompts, prompts: Sequence[str]) -> torch.Tensor:
         """Return which of the prompts say a concept, or a part of its names, and so are none of its negatives, (N,)."""
         own_texts = {*own.anchors, *_partial_prompts(concept, self.common)}
-        words = {word.lower() for spelling in concept.spellings for word in spelling.split() if len(word) > 2}
+        names = [without_article(spelling) for spelling in concept.spellings]
+        words = {word.lower() for name in names for word in name.split() if len(word) > 2}
         own_texts |= {text for text in self.words if text.lower() in words}  # a small vocabulary, or one with capitals
         own_texts |= {text for text in self.rare_words if any(word[:4] in text.lower() for word in words)}
         return torch.tensor([text in own_texts or says(text, concept.spellings) for text in prompts])
@@ -246,15 +271,7 @@ class GateFitter:
 
     def _fit_maps(self, own: _OwnPrompts, embeds: torch.Tensor) -> dict[str, EmbeddingMap]:
         """Return the maps of a concept's prompts, whose embeddings are (N, rows, d), onto their anchors, by stream."""
-        texts = list(dict.fromkeys(own.anchors.values()))
-        anchors = dict(zip(texts, self._embed(texts, {})[0], strict=True))
-        aims = []
-        for prompt in own.all:
-            anchor = own.anchors[prompt]
-            alignment = align_tokens(self.tokenizer, prompt, anchor)
-            pooled = range(len(alignment), embeds.shape[1])  # XL's last row
-            aims.append(anchors[anchor][[*alignment, *pooled]])
-        number, aim = self.tokenizer.model_max_length, torch.stack(aims)
+        number, aim = self.tokenizer.model_max_length, self._aims(own.all, own.anchors)
         streams = {"tokens": slice(0, number), "pooled": slice(number, None)}
         maps = {}
         for stream, part in streams.items():
@@ -264,16 +281,31 @@ class GateFitter:
                 maps[stream] = fit_map(targets, goals, self.config.map_ridge, self.config.map_rank)
         return maps
 
+    def _aims(self, prompts: Iterable[str], anchors: Mapping[str, str]) -> torch.Tensor:
+        """Return the embeddings that prompts should get, (N, rows, d): those of their anchors, token by token."""
+        texts = list(dict.fromkeys(anchors.values()))
+        embeds = dict(zip(texts, self._embed(texts, {})[0], strict=True))
+        aims = []
+        for prompt in prompts:
+            rows = embeds[anchors[prompt]]
+            alignment = align_tokens(self.tokenizer, prompt, anchors[prompt])
+            pooled = range(len(alignment), len(rows))  # XL's last row
+            aims.append(rows[[*alignment, *pooled]])
+        return torch.stack(aims)
+
     def _report(self, concept: Concept, own: _OwnPrompts, edit: GatedEdit, states: States) -> dict[str, Any]:
-        """Return what is known of an edit: its gap, false alarms, misses, and the least distance to its threshold."""
-        templates = [*load_template_set(concept.kind).held_out_templates, *concept.held_out_templates]
-        held_out: dict[str, None] = {}
-        for name in concept.spellings:
-            prompts = [fill(template, name) for template in templates]
-            held_out |= dict.fromkeys(text for text in prompts if last_token(self.tokenizer, text, name) is not None)
+        """Return what is known of an edit: its gap, false alarms, misses, and the least distance to its threshold.
+
+        `distance_left` is how much of the way to the anchor is left of held-out prompts, by `mean_distance_left`.
+        """
+        held_out = held_out_prompts(concept, self.tokenizer)
+        anchors = {prompt: self._anchor_prompt(concept, template) for prompt, template in held_out.items()}
         alarms, found = edit.margins(self.judged_states), torch.zeros(0)
-        if held_out:  # which a long name is cut in, all of them
-            found = edit.margins(self._encode(list(held_out), edit.layers))
+        measured = anchors or own.anchors  # a long name is cut in all of the former
+        embeds, seen = self._embed(list(measured), edit.layers)
+        if anchors:
+            found = edit.margins(seen)
+        left = mean_distance_left(embeds, GatedPrompts({"": edit})(embeds, seen), self._aims(measured, measured))
         misspelt = edit.margins(states)[len(own.plain) :]
         others = [number for number, text in enumerate(self.judged) if not says(text, concept.spellings)]
         named = [self.judged[number] for number in others if alarms[number] > 0]
@@ -290,7 +322,20 @@ class GateFitter:
             "false_alarm_prompts": named[:_FALSE_ALARMS_SHOWN],
             "misses": rate(int((found <= 0).sum()), len(found)),
             "misspelt_misses": rate(int((misspelt <= 0).sum()), len(misspelt)),
+            "distance_left": round(left, 3),
         }
+
+
+def mean_distance_left(before: torch.Tensor, after: torch.Tensor, aims: torch.Tensor) -> float:
+    """Return how much of the way to their aims is left for prompts, on average: 0 for none, 1 for all of it.
+
+    Of a prompt with embedding e that becomes e' and should become y, all (N, rows, d), it is `<y - e', y - e> / |y -
+    e|^2`. Those that should not change do not count; where none should, it is 1.
+    """
+    way, remaining = (aims - before).flatten(1).double(), (aims - after).flatten(1).double()
+    lengths = way.square().sum(1)
+    left = (way * remaining).sum(1)[lengths > 0] / lengths[lengths > 0]
+    return float(left.mean()) if len(left) else 1.0
 
 
 def rate(count: int, total: int) -> list[float]:
@@ -319,7 +364,7 @@ def _with_plurals(concept: Concept) -> Concept:
     if concept.kind != "object":
         return concept
     plurals: list[str] = []
-    for spelling in dict.fromkeys(concept.spellings):
+    for spelling in dict.fromkeys(without_article(spelling) for spelling in concept.spellings):
         *others, last = spelling.split()
         plurals.append(" ".join([*others, plural(last)]))
     return replace(concept, aliases=(*concept.aliases, *(text for text in plurals if not concept.is_named(text))))
@@ -346,14 +391,14 @@ def _other_prompts(concept: Concept, common: Collection[str]) -> list[str]:
     kind = load_template_set(concept.kind)
     prompts = [fill(template, kind.neutral) for template in kind.templates]
     for name in concept.spellings:
-        prompts += [fill(template, name) for template in kind.templates[:_OTHER_TEMPLATES]]
+        prompts += [fill_phrase(template, name) for template in kind.templates[:_OTHER_TEMPLATES]]
     return prompts + _partial_prompts(concept, common)
 
 
 def _partial_prompts(concept: Concept, common: Collection[str]) -> list[str]:
     """Return prompts that say parts of a concept's names, such as first names, alone and of somebody else."""
     templates, prompts = load_template_set(concept.kind).templates, []
-    for part in partial_names(concept.spellings, common):
+    for part in partial_names([without_article(spelling) for spelling in concept.spellings], common):
         prompts += [fill(template, part) for template in templates[:_OTHER_TEMPLATES]]
         prompts += [fill(template, f"{part} {name}") for name, template in zip(_SURNAMES, templates, strict=False)]
     return prompts

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ldm.config.concept_lists import make_concept
-from ldm.config.concepts import CATEGORIES, INDEX_RANGE_RE, OWN, find_by_name, get_concept, parse_indexes
+from ldm.config.concepts import CATEGORIES, INDEX_RANGE_RE, OWN, find_by_name, get_concept, is_one_of, parse_indexes
 from ldm.config.methods import METHODS, SRSMEConfig, did_you_mean
 from ldm.diffusion.edits import edit_embeddings, replace_parameters
 from ldm.diffusion.model import DiffusionModel
@@ -131,6 +131,12 @@ def load_shifts(artifacts: ArtifactPaths, named: str | Sequence[str]) -> tuple[d
     return shifts, prefix + merge_name(shifts) or "ori"
 
 
+def spellings_of(metadata: Mapping[str, Any]) -> list[str]:
+    """Return what names the concept of a shift, as its metadata say."""
+    names = [metadata.get("concept"), metadata.get("prompt"), *metadata.get("aliases", ())]
+    return [name for name in names if isinstance(name, str)]
+
+
 def _shift_paths(artifacts: ArtifactPaths, named: Sequence[str]) -> list[tuple[Path, int | None]]:
     """Return the file of each shift that texts name, with the index where it is named by that."""
     paths: list[tuple[Path, int | None]] = []
@@ -164,9 +170,8 @@ def _find_named(artifacts: ArtifactPaths, text: str) -> tuple[Path, int | None]:
     known: list[str] = []
     for path in own.all_shifts():
         metadata = read_metadata(path, SHIFT_FILE_TYPE)
-        spellings = [metadata.get("concept"), *metadata.get("aliases", ())]
-        names = [name for name in spellings if isinstance(name, str)]
-        if any(concept.is_named(name) for name in names):
+        names = spellings_of(metadata)
+        if is_one_of(text, names):
             return path, None
         known += names
     listed = find_by_name(artifacts.category, text)

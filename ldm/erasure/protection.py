@@ -109,7 +109,7 @@ def solve_null_spaces(
     rows = ProtectedRows(embeds, fixed, prompts, config.always_protected_weight)
     local_targets = shard.select(targets)
     summaries = []
-    progress = tqdm(targets, desc="null spaces", unit="basis", disable=len(targets) < 10)
+    progress = targets if len(targets) < 10 else tqdm(targets, desc="null spaces", unit="basis")
     for concept, factor in zip(progress, rows.leave_one_out(targets), strict=True):
         if concept not in local_targets:
             continue
@@ -135,7 +135,7 @@ def concept_metadata(concept: Concept) -> dict[str, Any]:
     """Return what a basis and a shift say of the concept that they are for: its index, or else its other spellings."""
     if not concept.is_own:
         return {"concept_index": concept.index, "concept": concept.name}
-    return {"concept": concept.name, "aliases": list(concept.aliases), "kind": concept.kind}
+    return {"concept": concept.name, "aliases": list(concept.aliases), "concept_kind": concept.kind}
 
 
 def check_apart(model: DiffusionModel, concepts: Sequence[Concept], protected: Mapping[str, torch.Tensor]) -> None:

@@ -29,7 +29,7 @@ _HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, w
     **dict.fromkeys(("captions", "protected", "aliases"), is_texts),
     **dict.fromkeys(("concept_index", "iterations", "rank"), is_count),
     **dict.fromkeys(("scale", "rank_rtol", "target_change", "max_leakage_protected"), is_number),
-    **dict.fromkeys(("config", "gate"), is_mapping),
+    **dict.fromkeys(("config", "gate", "effects"), is_mapping),
 }
 
 

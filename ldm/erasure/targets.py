@@ -9,9 +9,9 @@ import torch
 
 from ldm.config.concepts import Concept
 from ldm.config.methods import SRSMEConfig
-from ldm.config.templates import fill, fill_anchor, load_template_set
+from ldm.config.templates import fill_anchor, fill_phrase, load_template_set, without_article
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.tokenizer import align_tokens, read_part
+from ldm.diffusion.tokenizer import align_tokens, last_token, read_part
 
 
 def target_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dict[str, str]:
@@ -23,10 +23,11 @@ def target_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dic
     of_kind = config.template_set == "kind" or (concept.is_own and not concept.templates)
     templates = [text for text in (kind.templates if of_kind else concept.templates) if text != "{}"]
     anchors: dict[str, str] = {}
-    for template in ["{}", *templates[: config.target_templates]]:
+    of_own = concept.is_own and config.template_set != "kind"  # whose number is not that of a category's templates
+    for template in ["{}", *(templates if of_own else templates[: config.target_templates])]:
         anchor = _anchor_prompt(concept, config, template, kind.neutral)
         for spelling in concept.spellings if of_kind or concept.is_own else (concept.prompt,):
-            prompt = fill(template, spelling)
+            prompt = fill_phrase(template, spelling)
             if template == "{}" or not of_kind or read_part(tokenizer, prompt) is None:
                 anchors[prompt] = anchor
     return anchors
@@ -35,8 +36,10 @@ def target_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dic
 def _anchor_prompt(concept: Concept, config: SRSMEConfig, template: str, neutral: str) -> str:
     """Return what a prompt becomes that says a concept in a template: the concept's own anchor comes before all."""
     if concept.anchor is not None:
-        return fill_anchor(template, concept.anchor)
-    return {"empty": "", "category": concept.anchor_prompt, "neutral": fill(template, neutral)}[config.anchor]
+        return fill_anchor(template, concept.anchor, neutral)
+    if config.anchor == "neutral":
+        return fill_anchor(template, None, neutral)
+    return concept.anchor_prompt if config.anchor == "category" else ""
 
 
 def replaces_name(concept: Concept, config: SRSMEConfig) -> bool:
@@ -44,12 +47,29 @@ def replaces_name(concept: Concept, config: SRSMEConfig) -> bool:
     return concept.anchor is not None or config.anchor == "neutral"
 
 
+def held_out_prompts(concept: Concept, tokenizer: Any) -> dict[str, str]:
+    """Return the prompts that say a concept by which an erasure is judged, and never fitted; with each its template.
+
+    Those are left out in which its name is cut.
+    """
+    templates = [*load_template_set(concept.kind).held_out_templates, *concept.held_out_templates]
+    found: dict[str, str] = {}
+    for spelling in concept.spellings:
+        for template in templates:
+            prompt = fill_phrase(template, spelling)
+            if last_token(tokenizer, prompt, without_article(spelling)) is not None:
+                found.setdefault(prompt, template)
+    return found
+
+
 def anchor_embeds(model: DiffusionModel, anchors: Mapping[str, str], is_aligned: bool) -> torch.Tensor:
     """Return the embeddings that prompts should get, (P, tokens, d), or (1, tokens, d) for all of them alike.
 
     `anchors` has the anchor of each prompt, which is aligned with it token by token where `replaces_name`.
     """
-    embeds = model.embed_prompts(dict.fromkeys(anchors.values()))  # (tokens, d) each
+    embeds: dict[str, torch.Tensor] = {}
+    for text in dict.fromkeys(anchors.values()):  # of which nobody is told that they are cut
+        embeds[text] = model.drop_pooled(model.encode_with_states([text], {})[0])[0]  # (tokens, d)
     if not is_aligned:
         return next(iter(embeds.values()))[None]
     tokenizer = model.tokenizers[0]

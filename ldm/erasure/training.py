@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ldm.config.methods import MethodConfig
 from ldm.erasure.losses import TrainableLoss
+from ldm.io.errors import notify
 
 CURVE_COLUMNS = ["iteration", "loss", "monitor", "momentum"]  # of a learning curve
 
@@ -77,5 +78,5 @@ def fit(loss: TrainableLoss, batches: Iterable[Any], config: MethodConfig, title
             if reached:
                 break
     if threshold is not None and not reached:
-        tqdm.write(f"{title}: the threshold {threshold} was not reached within {config.max_steps} iterations")
+        notify(f"{title}: the threshold {threshold} was not reached within {config.max_steps} iterations")
     return pd.DataFrame(curve, columns=CURVE_COLUMNS)

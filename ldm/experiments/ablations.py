@@ -167,19 +167,17 @@ def compare_initializations(
     return table, pd.DataFrame(rows)
 
 
-def save_tables(table: pd.DataFrame, means: pd.DataFrame, path: Path) -> str:
-    """Write PATH.csv (every row) and PATH.md (the means). Return the means as Markdown."""
-    text = to_markdown(means)
+def save_tables(table: pd.DataFrame, means: pd.DataFrame, path: Path) -> None:
+    """Write PATH.csv (every row) and PATH.md (the means)."""
     with atomic_write(path.with_suffix(".csv")) as partial:
         table.to_csv(partial, index=False)
-    write_text(path.with_suffix(".md"), text + "\n")
-    return text
+    write_text(path.with_suffix(".md"), to_markdown(means) + "\n")
 
 
-def save_ablation(table: pd.DataFrame, path: Path, summary: AblationSummary) -> str:
+def save_ablation(table: pd.DataFrame, path: Path, summary: AblationSummary) -> pd.DataFrame:
     """Write the table of `run_ablation` and its means by `save_tables`, and PATH.png, their plot.
 
-    Return the means as Markdown.
+    Return the means.
     """
     labelled = table.assign(prompt=table["prompt"].replace("", EMPTY_PROMPT_LABEL))
     aggregations = {
@@ -195,8 +193,8 @@ def save_ablation(table: pd.DataFrame, path: Path, summary: AblationSummary) -> 
     }
     means = labelled.groupby(["value", summary.by], sort=False).agg(**aggregations)
     means = means.reset_index().rename(columns={"value": summary.x})
-    text = save_tables(table, means, path)
+    save_tables(table, means, path)
     labels = {"accuracy": "accuracy %", summary.distance: summary.distance, "lpips": "LPIPS"}
     metrics = {column: label for column, label in labels.items() if means[column].notna().any()}
     plot_lines(means, LinePlot(summary.x, summary.by, metrics, log_x=summary.log_x), path.with_suffix(".png"))
-    return text
+    return means

@@ -70,7 +70,7 @@ class Experiment:
 
         Raises ValueError when the protected prompts leave no free dimensions.
         """
-        model_config = load_model_config(self.model.config_name)
+        model_config = load_model_config(self.model)
         null_space = null_space or model_config.null_space
         gate = model_config.gate.with_changes(gate=model_config.gate.gate and self.form == "gated")
         protected = [get_concept(self.category, index) for index in protected_indices]

@@ -242,7 +242,7 @@ def _curves_section(ledger: Ledger) -> Section:
 
 def _capacity_section(ledger: Ledger, experiment: Experiment) -> Section:
     model = experiment.model
-    config = load_model_config(model.config_name)
+    config = load_model_config(model)
     method = config.methods[SRSMEConfig.name]
     assert isinstance(method, SRSMEConfig)
     others = erasable_concepts(ledger.category) or ledger.concepts

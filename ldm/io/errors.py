@@ -22,6 +22,10 @@ class MissingFileError(ValueError):
         self.details = details
 
 
+class NotErasedError(Exception):
+    """Say, when all is written, that a shift does not do to its concept what may be called erased."""
+
+
 class Notice(UserWarning):
     """Something that a user should know about and that stops nothing; the command line prints it as one line."""
 

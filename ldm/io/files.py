@@ -20,6 +20,7 @@ from ldm.io.errors import notify
 from ldm.io.legacy import ADDED_KEYS, upgrade, upgrade_digests
 
 METADATA_FILE = "metadata.json"  # in a folder: what made it
+SETTINGS_FILE = "srs-me.yaml"  # in a model's folder: its settings, which its user may change or add
 _OLD_METADATA_FILE = "recipe.json"
 
 
@@ -253,9 +254,9 @@ def unlisted_files(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the files below a folder but its metadata's, in order."""
-    metadata_files = {folder / METADATA_FILE, folder / _OLD_METADATA_FILE}
-    return sorted(part for part in folder.rglob("*") if part.is_file() and part not in metadata_files)
+    """Return the files below a folder but its metadata's and its settings', in order."""
+    others = {folder / METADATA_FILE, folder / _OLD_METADATA_FILE, folder / SETTINGS_FILE}
+    return sorted(part for part in folder.rglob("*") if part.is_file() and part not in others)
 
 
 def stream_digest(path: Path) -> str:

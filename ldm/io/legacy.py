@@ -77,10 +77,9 @@ def upgrade(value: Any, inside: str = "") -> Any:
     if inside == "methods":
         return {name: upgrade(settings, "config") for name, settings in value.items()}
     renamed = RENAMED_KEYS | _RENAMED_IN.get(inside, {})
-    is_header = "recipe" in value or "metadata" in value  # where `kind` is the file's, and no concept's
     result = {}
     for key, item in value.items():
-        new = key if key == "kind" and not is_header else renamed.get(key, key)
+        new = renamed.get(key, key)
         result[new] = upgrade(item, str(new))
     if inside == "config":
         _upgrade_config(result)

@@ -5,6 +5,7 @@ A shift made at one time of a scene serves all later ones: looking one up takes 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from ldm.io.errors import MissingFileError
 
 SHIFT_SUFFIX = ".safetensors"
+MAX_NAME_CHARS = 100  # of a merge, by which folders are called
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -68,10 +70,16 @@ class ArtifactPaths:
 
 
 def merge_name(labels: Iterable[str]) -> str:
-    """Return labels as one name: '012'; with longer ones '0-10', and more than three numbers in a row as '0..99'."""
+    """Return labels as one name: '012'; with longer ones '0-10', and more than three numbers in a row as '0..99'.
+
+    Of many names it is their number and a digest of them.
+    """
     labels = list(labels)
     if all(len(label) == 1 for label in labels):
         return "".join(labels)
+    if len("-".join(labels)) > MAX_NAME_CHARS and not all(label.isdigit() for label in labels):
+        digest = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:8]
+        return f"{len(labels)}-concepts-{digest}"
     pieces, start = [], 0
     for k, label in enumerate(labels):
         follows = k + 1 < len(labels) and label.isdigit() and labels[k + 1] == str(int(label) + 1)

@@ -8,12 +8,14 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import pandas as pd
+import numpy as np
 from PIL import Image, ImageChops
 
 from ldm.config.methods import FORMATS, ExportConfig
@@ -28,66 +30,61 @@ from ldm.erasure.merge import by_form, gated_prompts, merge
 from ldm.erasure.shift import WeightShift
 from ldm.io.images import tensor_to_images
 from ldm.io.paths import merge_name
-from ldm.ledger.ledger import Ledger, status_table
+from ldm.ledger.demo_state import LedgerState, RequestError, example_prompts, other_prompts
+from ldm.ledger.ledger import Ledger
 
 MAX_PROMPT_CHARS = 1000
 MAX_INFERENCE_STEPS = 200
 MAX_GUIDANCE_SCALE = 30.0
 MAX_CACHED_IMAGES = 32  # of the original model
+MAX_MEASURED_CHOICES = 64  # whose effect on other prompts is kept
 MAX_EXPORTS = 4  # that are kept
-
-
-class RequestError(ValueError):
-    """Say what a visitor can mend. Every visitor reads its text, which names no file."""
+EXAMPLE_SEED = 0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same seed by the original and by the edited model, how the images differ, and the leakage on the prompt."""
+    """The same seed by the original and by the edited model, and the leakage on the prompt."""
 
     original: Image.Image
     edited: Image.Image
-    difference: Image.Image
     leakage: float
+
+    @cached_property
+    def difference(self) -> Image.Image:
+        """How the two images differ, unscaled."""
+        return ImageChops.difference(self.original, self.edited)
+
+    @cached_property
+    def max_difference(self) -> int:
+        """The largest difference of any pixel's channel, of 255; 0 for equal images."""
+        return int(np.asarray(self.difference).max())
+
+    @property
+    def scale(self) -> int:
+        """The largest whole number by which the difference can be multiplied so that nothing is cut off at 255."""
+        return 255 // max(self.max_difference, 1)
+
+    @property
+    def scaled_difference(self) -> Image.Image:
+        """The difference multiplied by `scale`, so that it can be seen."""
+        return self.difference.point([min(value * self.scale, 255) for value in range(256)] * 3)
 
 
 @dataclass(frozen=True)
-class LedgerState:
-    """A ledger as it was read at one time.
+class OtherPrompt:
+    """A prompt that says no erased concept, whether the ledger protects it, and what the erasure does to it."""
 
-    `shifts` and `digests`, of their files, are by the concept's name: what was ever erased. `erased` are the names of
-    the concepts that are erased now.
-    """
+    prompt: str
+    is_protected: bool
+    max_difference: int
+    leakage: float
 
-    ledger: Ledger
-    shifts: dict[str, WeightShift]
-    digests: dict[str, str]
-    erased: list[str]
 
-    @classmethod
-    def read(cls, path: Path) -> LedgerState:
-        """Return the ledger in a file. Raises ValueError for a ledger or a shift that is not what was written."""
-        ledger = Ledger(path)
-        records, active = ledger.last_shifts(), ledger.active_shifts()
-        shifts = {name: ledger.load(record) for name, record in records.items()}
-        digests = {name: record["digest"] for name, record in records.items()}
-        return cls(ledger, shifts, digests, [concept.name for concept in ledger.concepts if concept.label in active])
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """Return the ledger's `status_table`."""
-        return status_table(self.ledger)
-
-    def select_shifts(self, names: Collection[str]) -> dict[str, WeightShift]:
-        """Return the shifts of the concepts `names`, by label. Raises RequestError for a name that has none."""
-        if not isinstance(names, (list, tuple, set)):
-            raise RequestError("give a list of concepts' names")
-        for name in names:
-            if not isinstance(name, str) or name not in self.shifts:
-                choices = ", ".join(self.shifts)
-                raise RequestError(f"'{str(name)[:50]}' is no concept that can be erased here: choose from {choices}")
-        concepts = [concept for concept in self.ledger.concepts if concept.name in names]
-        return {concept.label: self.shifts[concept.name] for concept in concepts}
+def _bounded(cache: OrderedDict, limit: int) -> None:
+    """Remove from a cache what came first, until no more than `limit` is in it."""
+    while len(cache) > limit:
+        cache.popitem(last=False)
 
 
 class DemoSession:
@@ -100,14 +97,19 @@ class DemoSession:
 
     def __init__(self, ledger: Ledger, model: DiffusionModel, load_fresh_model: Callable[[], DiffusionModel]):
         self.model, self.load_fresh_model = model, load_fresh_model
-        self.form = load_model_config(model.config_name).edit.form
+        config = load_model_config(model)
+        self.form, self.sampling = config.edit.form, config.sampling
         self.state = LedgerState.read(ledger.path)
         self._originals: OrderedDict[tuple[str, int, int, float], Image.Image] = OrderedDict()
         self._exports: OrderedDict[tuple[Path, str], Path] = OrderedDict()
+        self._example: tuple[tuple[str, tuple[str, ...]], Comparison] | None = None  # the last, with what it is of
+        self._others: OrderedDict[tuple[str, ...], list[OtherPrompt]] = OrderedDict()
         self._lock = threading.Lock()  # of `_originals`, and of the tokenizer, which pads for one at a time
         # Of making a U-Net: while diffusers loads one, parameters of every other that is made lose their values.
         self._making = threading.Lock()
-        self._exporting = threading.Lock()  # of `_exports`, and so that no more than one further model is in memory
+        self._exporting = threading.Lock()  # of `_exports`
+        self._fresh = threading.Lock()  # so that no more than one further model is in memory
+        self._measuring = threading.Lock()  # of `_example` and `_others`: what several wait for is made once
         model.encode_uncond()  # brings the text encoders to the device,
         model.vae.to(model.device)  # as this does the autoencoder, so that no two calls move them at once
 
@@ -115,6 +117,21 @@ class DemoSession:
         """Read the ledger as it stands now, and return it. Raises ValueError as `LedgerState.read`."""
         self.state = state = LedgerState.read(self.state.ledger.path)
         return state
+
+    @contextmanager
+    def fresh_model(self) -> Iterator[DiffusionModel]:
+        """Lend the model loaded anew, which the block may change; one at a time.
+
+        Raises ValueError if the model's files are no longer those of the model.
+        """
+        with self._fresh:
+            with self._making:
+                model = self.load_fresh_model()
+            if model.digest != self.model.digest:
+                raise ValueError(
+                    f"the files of {self.model.name} have changed since it was loaded: serve the page anew"
+                )
+            yield model
 
     def compare(
         self, prompt: str, seed: int, num_inference_steps: int, guidance_scale: float, names: Collection[str]
@@ -149,13 +166,55 @@ class DemoSession:
         original, edited = original or images[0], images[-1]
         with self._lock:
             self._originals[key] = original
-            while len(self._originals) > MAX_CACHED_IMAGES:
-                self._originals.popitem(last=False)
+            _bounded(self._originals, MAX_CACHED_IMAGES)
         layers, before = text_layers(self.model.unet), self.model.drop_pooled(prompt_embeds)[0]
         leakage = leakage_after_rounding(layers, merged, {prompt: before})[prompt]
         if gated:
             leakage = max(leakage, embedding_leakage(layers, before, self.model.drop_pooled(edited_embeds)[0]))
-        yield Comparison(original, edited, ImageChops.difference(original, edited), leakage)
+        yield Comparison(original, edited, leakage)
+
+    def example(self, state: LedgerState) -> tuple[str, Comparison]:
+        """Return a prompt, and what a ledger's erasures change for it: made once for each state of the ledger."""
+        prompt = next(iter(example_prompts(state).values()))
+        key = prompt, state.digests_of(state.erased)
+        example = self._example
+        if example is None or example[0] != key:
+            with self._measuring:
+                example = self._example
+                if example is None or example[0] != key:  # which nobody made while this waited
+                    example = self._example = key, self._compare_by_default(prompt, state.erased)
+        return prompt, example[1]
+
+    def measure_others(self, names: Collection[str]) -> Sequence[OtherPrompt]:
+        """Return what erasing the concepts `names` does to some `other_prompts`, none for no concept.
+
+        It is measured once for each of the last choices. Raises RequestError as `select_shifts`.
+        """
+        state = self.state
+        state.select_shifts(names)
+        key = state.digests_of(names)
+        measured = self._others.get(key) if names else []
+        if measured is not None:
+            return measured
+        with self._measuring:
+            if key in self._others:  # by who was waited for
+                return self._others[key]
+            measured = []
+            for prompt, is_protected in other_prompts(state, names).items():
+                comparison = self._compare_by_default(prompt, names)
+                measured.append(OtherPrompt(prompt, is_protected, comparison.max_difference, comparison.leakage))
+            if self.state.digests_of(names) == key:  # and not made again meanwhile
+                self._others[key] = measured
+                _bounded(self._others, MAX_MEASURED_CHOICES)
+            return measured
+
+    def _compare_by_default(self, prompt: str, names: Collection[str]) -> Comparison:
+        """Return what erasing the concepts `names` changes, at the first seed and with the model's own settings."""
+        settings = self.sampling.num_inference_steps, self.sampling.guidance_scale
+        for result in self.compare(prompt, EXAMPLE_SEED, *settings, names):
+            if isinstance(result, Comparison):
+                return result
+        raise AssertionError("a comparison ends with its result")
 
     def validate_request(self, prompt: str, seed: int, num_inference_steps: int, guidance_scale: float) -> None:
         """Raise RequestError, saying what to give instead, for what no image is generated from."""
@@ -188,8 +247,7 @@ class DemoSession:
             raise RequestError("choose a concept to erase first: without any this is the original")
         if file_format not in FORMATS:
             raise RequestError(f"'{str(file_format)[:50]}' is no format: choose from {', '.join(FORMATS)}")
-        digests = {name: digest for name, digest in state.digests.items() if name in names}
-        content = json.dumps([file_format, sorted(digests.items())])  # a concept's shift can be made again
+        content = json.dumps([file_format, state.digests_of(names)])  # a concept's shift can be made again
         key = folder, hashlib.sha256(content.encode()).hexdigest()
         with self._exporting:
             path = self._exports.pop(key, None)
@@ -205,13 +263,9 @@ class DemoSession:
         self, prompts: Collection[str], shifts: dict[str, WeightShift], file_format: str, folder: Path
     ) -> Path:
         """Write the model with `shifts` as a .zip in the new folder `folder`, which is there whole or not at all."""
-        with self._making:
-            model = self.load_fresh_model()
-        if model.digest != self.model.digest:
-            raise ValueError(f"the files of {self.model.name} have changed since it was loaded: serve the page anew")
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+        with self.fresh_model() as model, tempfile.TemporaryDirectory(dir=folder.parent) as partial:
             output_dir = Path(partial) / f"{self.model.name}-{merge_name(shifts)}"
             try:
                 result = export(model, shifts, output_dir, ExportConfig(formats=(file_format,)), list(prompts))

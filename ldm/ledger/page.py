@@ -1,42 +1,33 @@
-"""The live page itself: its widgets, and what requests its server answers at all."""
+"""The live page itself: its widgets, what their functions do, and its server."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
-import numpy as np
 from gradio.utils import LRUCache
-from pydantic import BaseModel, Field, ValidationError
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ldm.config.methods import FORMATS, SamplingConfig
-from ldm.ledger.demo import MAX_PROMPT_CHARS, Comparison, DemoSession, RequestError
-from ldm.metrics.tables import format_cell
+from ldm.config.methods import FORMATS
+from ldm.ledger.demo import EXAMPLE_SEED, MAX_PROMPT_CHARS, Comparison, DemoSession
+from ldm.ledger.demo_state import RequestError
+from ldm.ledger.demo_words import EQUAL, page_title
+from ldm.ledger.owner import Owner
+from ldm.ledger.page_guard import PageGuard
+from ldm.ledger.page_style import STYLE
+from ldm.ledger.page_values import Values, comparison_values, has_many_concepts, ledger_values, others_values
 
 MAX_QUEUE = 100  # requests that may wait; further ones are told so
-MAX_SESSIONS = 500  # visitors' windows whose checkboxes are remembered
+MAX_SESSIONS = 500  # visitors' windows whose choices are remembered
 PROGRESS_STEP = 0.05  # of an image, between two messages about it
-STYLE = "#original img, #edited img, #difference img { width: 100%; object-fit: contain; image-rendering: pixelated; }"
-MAX_BODY_BYTES = 64 * 1024  # of a request: a prompt of four bytes a character, and the names of many concepts
-MAX_SESSION_CHARS = 64  # of the name that a browser gives its window, which the server keeps
-# What a browser that shows the page asks for. Gradio's server has more: uploads, direct calls past the queue, proxies.
-_READ = re.compile(
-    r"((config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|logout)/?|(assets|static|svelte)/.*"
-    r"|gradio_api/(info|app_id|user|login_check|startup-events|theme\.css|queue/data)/?"
-    r"|gradio_api/heartbeat/\w{1,64}|gradio_api/file=(?!https?:).*)?",
-    re.IGNORECASE,
-)
-_JOIN = "gradio_api/queue/join"
-_WRITE = (_JOIN, "login")
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+IMAGES: dict[str, Any] = {"concurrency_id": "images", "concurrency_limit": 2, **PRIVATE}  # two at a time
 
 
 @contextmanager
@@ -50,67 +41,163 @@ def told_to_visitors() -> Iterator[None]:
         raise gr.Error("this failed: the reason is in the terminal of whoever serves this page") from error
 
 
-def describe(comparison: Comparison, names: Sequence[str]) -> str:
-    """Return a sentence about what erasing the concepts `names` changes."""
-    max_difference = np.asarray(comparison.difference).max()
-    return (
-        f"Erased: {', '.join(names) or 'nothing'}. Largest pixel difference {max_difference} of 255; leakage (the "
-        f"relative change of this prompt's keys and values) {comparison.leakage:.1e}."
-    )
+def build(demo: DemoSession, folder: Path, owner: Owner | None = None) -> gr.Blocks:
+    """Return the page of a `DemoSession`; `folder` is where exports are kept.
+
+    Only with an `owner` has it functions that write to the ledger.
+    """
+    gr.set_static_paths(folder)  # which are served from where they are, not copied
+    with gr.Blocks(title=page_title(demo.state), analytics_enabled=False, delete_cache=(600, 600)) as page:
+        widgets = _add_widgets(demo, ledger_values(demo))
+        settings = _add_settings(demo)
+        with gr.Accordion("All concepts of the ledger", open=False):
+            widgets["table"].render()
+        _add_export(demo, folder, widgets["names"])
+        if owner:
+            _add_owner(owner, widgets)
+        _add_functions(page, demo, widgets, settings)
+    page.queue(max_size=MAX_QUEUE, api_open=False)
+    page._queue.pending_messages_per_session = _Messages(page._queue.pending_event_ids_session)
+    return page
 
 
-def build(demo: DemoSession, sampling: SamplingConfig, folder: Path) -> gr.Blocks:
-    """Return the page of a `DemoSession`; `folder` is where exports are kept."""
+def _add_widgets(demo: DemoSession, values: Values) -> dict[str, Any]:
+    """Add what shows the ledger and a comparison, with their first values; return the widgets by name."""
+    widgets: dict[str, Any] = {"overview": gr.HTML(**values["overview"], elem_id="overview")}
+    with gr.Row(elem_id="request"):
+        box = {"label": "Prompt", "max_length": MAX_PROMPT_CHARS, "max_lines": 1}
+        widgets["prompt"] = gr.Textbox(**values["prompt"], **box, scale=4, elem_id="prompt")
+        widgets["generate"] = gr.Button("Generate", variant="primary", min_width=120)
+    options = {"components": [widgets["prompt"]], "label": "Prompts to try", "elem_id": "examples"}
+    widgets["examples"] = gr.Dataset(**values["examples"], **options, layout="gallery")
+    label = "Erased here: your own choice, of all that was ever erased"
+    if has_many_concepts(demo.state):
+        widgets["names"] = gr.Dropdown(**values["names"], label=label, multiselect=True, elem_id="names")
+    else:
+        widgets["names"] = gr.CheckboxGroup(**values["names"], label=label, elem_id="names")
+    with gr.Row(elem_id="images"):
+        for name in ("original", "edited", "difference"):
+            options = {"elem_id": name, "format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
+            widgets[name] = gr.Image(**values[name], **options)
+        widgets["equal"] = gr.HTML(EQUAL, **values["equal"], elem_id="equal")
+    for name in ("message", "others"):
+        widgets[name] = gr.HTML(**values[name], elem_id=name)
+    widgets["table"] = gr.HTML(**values["table"], elem_id="table", render=False)
+    return widgets
+
+
+def _add_settings(demo: DemoSession) -> list[gr.Number]:
+    """Add the settings of the sampler, and return them."""
+    with gr.Accordion("Seed and sampler", open=False), gr.Row():
+        seed = gr.Number(EXAMPLE_SEED, label="Seed", precision=0)
+        steps = gr.Number(demo.sampling.num_inference_steps, label="Inference steps", precision=0)
+        guidance = gr.Number(demo.sampling.guidance_scale, label="Guidance scale")
+    return [seed, steps, guidance]
+
+
+def _add_export(demo: DemoSession, folder: Path, names: Any) -> None:
+    """Add what writes the weights of a visitor's choice."""
+
+    def export(names, file_format):
+        with told_to_visitors():
+            return str(demo.export_zip(names, file_format, folder))
+
+    with gr.Accordion("Download the model without the concepts that are chosen above", open=False), gr.Row():
+        file_format = gr.Dropdown(list(FORMATS), value="unet", label="Format")
+        button = gr.Button("Export")
+        download = gr.File(label="The edited weights", height=90, elem_id="download")
+    button.click(export, [names, file_format], download, concurrency_limit=1, **PRIVATE)
+
+
+def _changes(widgets: dict[str, Any], values: Values) -> dict[Any, Any]:
+    """Return what a function of the page answers, to change widgets."""
+    return {widgets[name]: gr.update(**changes) for name, changes in values.items()}
+
+
+def _add_functions(page: gr.Blocks, demo: DemoSession, widgets: dict[str, Any], settings: list[gr.Number]) -> None:
+    """Let the page read the ledger whenever it is opened, and generate whenever something else is asked for."""
+
+    def load():
+        with told_to_visitors():
+            demo.reload()
+            return _changes(widgets, ledger_values(demo))
 
     def generate(prompt, seed, num_inference_steps, guidance_scale, names, progress=gr.Progress()):
         shown = 0.0
         with told_to_visitors():
             for result in demo.compare(prompt, seed, num_inference_steps, guidance_scale, names):
                 if isinstance(result, Comparison):
-                    return result.original, result.edited, result.difference, describe(result, names)
+                    return _changes(widgets, comparison_values(result, prompt, names))
                 if result - shown >= PROGRESS_STEP:
                     shown = result
                     progress(result, "generating")
 
-    def export(names, file_format):
+    def measure(names):
         with told_to_visitors():
-            return str(demo.export_zip(names, file_format, folder))
+            return _changes(widgets, others_values(demo, names))
 
-    def load():
+    def choose(example):
+        return example[0]
+
+    everything = [widgets[name] for name in ("overview", "prompt", "examples", "names", "table")]
+    shown = [widgets[name] for name in ("original", "edited", "difference", "equal", "message", "others")]
+    page.load(load, None, [*everything, *shown], show_progress="hidden", **PRIVATE)
+    inputs = [widgets["prompt"], *settings, widgets["names"]]
+    on_images: dict[str, Any] = {"show_progress_on": shown[:3], **IMAGES}
+    triggers = [widgets["generate"].click, widgets["prompt"].submit, widgets["names"].input]
+    examples = widgets["examples"]
+    chosen = examples.click(choose, examples, widgets["prompt"], show_progress="hidden", **PRIVATE)
+    asked = gr.on(triggers, generate, inputs, shown, **on_images)
+    for generated in (asked, chosen.success(generate, inputs, shown, **on_images)):
+        generated.success(measure, widgets["names"], widgets["others"], show_progress="hidden", **IMAGES)
+
+
+def _add_owner(owner: Owner, widgets: dict[str, Any]) -> None:
+    """Add what writes to the ledger: two buttons, each followed by a question that says what will be written."""
+
+    def ask(action):
+        def asked(name):
+            with told_to_visitors():
+                text = owner.foretell(action, name)
+            return (action, name), gr.update(value=text), gr.update(visible=True)
+
+        return asked
+
+    def write(asked):
         with told_to_visitors():
-            state = demo.reload()
-        return gr.CheckboxGroup(list(state.shifts), value=state.erased), state.table.map(format_cell)
+            if not asked:
+                raise RequestError("nothing waits for a yes: choose a concept, and what to do")
+            owner.write(*asked)
+            values = ledger_values(owner.demo)
+        return {**_changes(widgets, values), **closed(), choice: gr.update(choices=owner_choices())}
 
-    gr.set_static_paths(folder)  # which are served from where they are, not copied
-    shifts, erased = demo.state.shifts, demo.state.erased
-    title = f"{demo.model.name}: concepts erased"
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 600)) as page:
+    def closed():
+        return {waiting: None, confirmation: gr.update(visible=False)}
+
+    def owner_choices():
+        choices = []
+        for word, names in owner.demo.state.names_by_state.items():
+            choices += [(f"{name} ({word.lower()})", name) for name in names]
+        return choices
+
+    waiting = (
+        gr.State()
+    )  # what was asked for: kept by the server, so that no request writes what nobody was asked about
+    with gr.Accordion("For the owner: write to the ledger", elem_id="owner"):
         with gr.Row():
-            prompt = gr.Textbox(next(iter(shifts)), label="prompt", max_length=MAX_PROMPT_CHARS, scale=3)
-            seed = gr.Number(0, label="seed", precision=0)
-            steps = gr.Number(sampling.num_inference_steps, label="inference steps", precision=0)
-            guidance = gr.Number(sampling.guidance_scale, label="guidance scale")
-        names = gr.CheckboxGroup(list(shifts), value=erased, label="erased")
-        button = gr.Button("generate", variant="primary")
-        images = []
-        with gr.Row():
-            for name in ("original", "edited", "difference"):
-                options = {"label": name, "alt_text": name, "elem_id": name, "format": "png", "height": 300}
-                images.append(gr.Image(**options, interactive=False, buttons=["download"]))
-        message = gr.Markdown(elem_id="message")
-        status = gr.Dataframe(label="the ledger", interactive=False)
-        with gr.Row():
-            file_format = gr.Dropdown(list(FORMATS), value="unet", label="format")
-            export_button = gr.Button("export")
-            download = gr.File(label="the edited weights", height=90, elem_id="download")
-        page.load(load, None, [names, status], api_visibility="private")
-        inputs = [prompt, seed, steps, guidance, names]
-        triggers = [button.click, prompt.submit, names.input]
-        gr.on(triggers, generate, inputs, [*images, message], concurrency_limit=2, api_visibility="private")
-        export_button.click(export, [names, file_format], download, concurrency_limit=1, api_visibility="private")
-    page.queue(max_size=MAX_QUEUE, api_open=False)
-    page._queue.pending_messages_per_session = _Messages(page._queue.pending_event_ids_session)
-    return page
+            choice = gr.Dropdown(owner_choices(), label="Concept", elem_id="owned")
+            erase, restore = gr.Button("Erase for good…"), gr.Button("Restore…")
+        with gr.Group(visible=False, elem_id="confirmation") as confirmation:
+            question = gr.Textbox(label="This will be written", interactive=False, elem_id="question")
+            with gr.Row():
+                yes, no = gr.Button("Yes, write it to the ledger", variant="stop"), gr.Button("No, write nothing")
+    alone: dict[str, Any] = {"concurrency_id": "owner", "concurrency_limit": 1, **PRIVATE}
+    for action, button in (("erase", erase), ("restore", restore)):
+        outputs = [waiting, question, confirmation]
+        button.click(ask(action), choice, outputs, api_name=f"ask_{action}", **alone)
+    shown = [widget for name, widget in widgets.items() if name != "generate"]
+    yes.click(write, waiting, [*shown, choice, waiting, confirmation], **alone)
+    no.click(closed, None, [waiting, confirmation], **alone)
 
 
 class _Messages(LRUCache):
@@ -133,16 +220,23 @@ class _Messages(LRUCache):
 
 
 def serve(
-    demo: DemoSession, sampling: SamplingConfig, port: int, auth: tuple[str, str] | None = None, share: bool = False
+    demo: DemoSession,
+    port: int,
+    auth: tuple[str, str] | None = None,
+    share: bool = False,
+    owner: Owner | None = None,
 ) -> None:
     """Serve the page on this machine at `port`, and at an address of Gradio's with `share`, until it is stopped.
 
-    `auth` are the user and password that it asks for. All that is written is in a temporary folder.
+    `auth` are the user and password that it asks for, without which nothing is shared. All that is written is in a
+    temporary folder, but for what an `owner` writes to the ledger.
     """
+    if share and auth is None:
+        raise ValueError("what is shared asks for a password: give a user and a password")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "images")  # where Gradio writes what it shows
         os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # past requests, which it looks through after every one
-        page = build(demo, sampling, Path(folder) / "exports")
+        page = build(demo, Path(folder) / "exports", owner)
         page.launch(
             server_name="127.0.0.1",
             server_port=port,
@@ -161,81 +255,3 @@ def serve(
             enable_monitoring=False,
             num_workers=0,
         )
-
-
-class _Join(BaseModel):
-    """What a browser sends to join the queue. No input of the page is a mapping, which Gradio would take for a file."""
-
-    data: list[str | int | float | bool | list[str] | None]
-    fn_index: int
-    session_hash: str = Field(max_length=MAX_SESSION_CHARS)
-    trigger_id: int | None = None
-
-
-class PageGuard:
-    """Middleware that lets through what a browser asks which shows the page from its own address, and nothing else.
-
-    Refused are other names of this machine, which another site can point here (DNS rebinding), requests that another
-    site's page makes, what the page does not use, and large or malformed bodies: before anything is read or written.
-    `page` is what is served, at `port`. (Starlette's TrustedHostMiddleware knows no ports, and takes its hosts before
-    Gradio knows the shared address.)
-    """
-
-    def __init__(self, app: ASGIApp, page: gr.Blocks, port: int):
-        self.app, self.page, self.port = app, page, port
-
-    def hosts(self) -> set[str]:
-        """Return what the header Host may be: this machine's own names with the port, and the shared address."""
-        hosts = {f"{name}:{self.port}" for name in ("127.0.0.1", "localhost", "[::1]")}
-        if self.port == 80:  # which browsers leave out
-            hosts |= {host.removesuffix(":80") for host in hosts}
-        shared = self.page.share_url or ""  # Gradio's tunnel leaves Host as the browser sent it
-        return hosts | {shared.partition("://")[2].strip("/")} - {""}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # the page has no other, and Gradio's server answers none
-            await self.app(scope, receive, send)
-            return
-        status, text, body = 404, "not part of this page", b""
-        path = scope["path"].removeprefix("/")
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        host, origin = headers.get("host", "").lower(), headers.get("origin")
-        if host not in self.hosts():
-            status, text = 403, "this page has another address"
-        elif origin is not None and origin.partition("://")[2] != host:
-            status, text = 403, "this page is not for other sites"
-        elif scope["method"] in ("GET", "HEAD") and _READ.fullmatch(path):
-            status = 200
-        elif scope["method"] == "POST" and path in _WRITE:
-            status, text, body = await self._read(path, headers, receive)
-        if status != 200:
-            await PlainTextResponse(text, status)(scope, receive, send)
-            return
-        waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay() -> Message:
-            return waiting.pop() if waiting else await receive()
-
-        await self.app(scope, replay, send)
-
-    async def _read(self, path: str, headers: dict[str, str], receive: Receive) -> tuple[int, str, bytes]:
-        """Return 200 and a request's body, checked; or the status and text that it is refused with."""
-        too_large = 413, f"more than {MAX_BODY_BYTES} bytes", b""
-        if int(headers.get("content-length", 0)) > MAX_BODY_BYTES:
-            return too_large
-        body, more = b"", True
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > MAX_BODY_BYTES:
-                return too_large
-        if path != _JOIN:
-            return 200, "", body
-        try:
-            request = _Join.model_validate_json(body)
-        except ValidationError:
-            return 422, "not what this page sends", b""
-        if request.fn_index not in self.page.fns:
-            return 404, "not part of this page", b""
-        return 200, "", request.model_dump_json().encode()  # only what was checked goes on

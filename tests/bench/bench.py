@@ -173,7 +173,7 @@ def iteration(model: DiffusionModel) -> None:
     layers = text_layers(model.unet)
     target_embeds, uncond_embeds = model.encode_prompt(["VanGogh"]), model.encode_prompt([""])
     basis = fit_basis(model, ["", "watermark SRS-ME", "CCS 2024", "Picasso"], 5e-4)
-    config, concept = load_model_config(model.config_name).methods["SRS-ME"], get_concept("style", 1)
+    config, concept = load_model_config(model).methods["SRS-ME"], get_concept("style", 1)
     loss = SRSMELoss.from_config(
         model, concept, config, initial_shift(model, concept, config, basis, RetainSet(model, ()))
     )
@@ -238,7 +238,7 @@ def accuracies(
 
 def eighteen(model: DiffusionModel) -> None:
     """Print the time of eighteen closed forms, and what they erase."""
-    config = load_model_config(model.config_name)
+    config = load_model_config(model)
     concepts: list[Concept] = []
     for category in ("style", "object"):
         concepts += erasable_concepts(category)
@@ -278,7 +278,7 @@ def eighteen(model: DiffusionModel) -> None:
 
 def erasures(model: DiffusionModel) -> None:
     """Print the time of three erasures in closed form against training them."""
-    config, concepts = load_model_config(model.config_name), [get_concept("style", index) for index in range(3)]
+    config, concepts = load_model_config(model), [get_concept("style", index) for index in range(3)]
     names, uncond_embeds = [concept.prompt for concept in concepts], model.encode_uncond()
     bases, latents = {}, {}
     for concept in concepts:

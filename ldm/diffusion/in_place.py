@@ -1,0 +1,117 @@
+"""The weights of a pipeline's text layers, changed where they lie, and put back bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.diffusion.pipeline_model import unwrapped
+from ldm.diffusion.text_layers import text_layers
+
+Weights = dict[str, torch.Tensor]  # of text layers, by the layer's name
+
+
+class InPlaceWeights:
+    """The text layers of a pipeline's U-Net, whose tensors stay the very same while their values are changed.
+
+    So a LoRA around a layer goes on acting on it, and what `torch.compile` has made goes on being used. The values of
+    before are kept on the CPU.
+    """
+
+    def __init__(self, pipe: Any):
+        self._pipe = pipe
+        self._base: Weights = {}  # of before, empty where nothing is changed
+        self._left: Weights = {}  # what was written last
+
+    def layers(self) -> dict[str, nn.Linear]:
+        """Return the text layers by name. Raises ValueError, with what to do, where their weights are out of reach."""
+        unet = unwrapped(self._pipe.unet)
+        layers = text_layers(unet)
+        name = type(self._pipe).__name__
+        if not layers:
+            raise ValueError(
+                f"the U-Net of this {name} has no layers attn2.to_k and attn2.to_v, which alone are edited"
+            )
+        weights = [layer.weight for layer in layers.values()]
+        if any(weight.is_meta for weight in weights) or _is_group_offloaded(unet):
+            raise ValueError(
+                f"the weights of this {name} are not where they could be changed, as by "
+                "`enable_sequential_cpu_offload` or `enable_group_offload`: call `pipe.remove_all_hooks()` before, or "
+                "use `enable_model_cpu_offload`, or the form gated"
+            )
+        if not all(type(weight) is nn.Parameter and weight.is_floating_point() for weight in weights):
+            raise ValueError(f"the weights of this {name} are quantized, and cannot be changed: use the form gated")
+        if any(getattr(module, "fused_projections", False) for module in unet.modules()):
+            raise ValueError(
+                f"the projections of this {name} are fused, and its U-Net uses copies of the weights: call "
+                "`pipe.unfuse_qkv_projections()` before"
+            )
+        return layers
+
+    def base(self) -> Weights:
+        """Return the weights of before anything was changed, on the CPU. Raises ValueError as `write`."""
+        self._checked_layers()
+        return self._base
+
+    def write(self, weights: Mapping[str, torch.Tensor] | None) -> None:
+        """Let the layers have these weights, or, where they are None, those of before.
+
+        Raises ValueError, and changes nothing, where the weights are out of reach or not as they were left.
+        """
+        layers = self._checked_layers()
+        written = self._base if weights is None else dict(weights)
+        try:
+            _copy(written, layers)
+        except BaseException:  # an interrupt in the midst of it
+            _copy(self._left, layers)
+            raise
+        self._left = written
+
+    def forget(self) -> None:
+        """Forget what the weights were before, which are from now on whatever they are."""
+        self._base, self._left = {}, {}
+
+    def _checked_layers(self) -> dict[str, nn.Linear]:
+        """Return the text layers, whose weights are as they were left, or now are what they were before."""
+        layers = self.layers()
+        if not self._base:
+            self._base = {name: layer.weight.detach().cpu().clone() for name, layer in layers.items()}
+            self._left = self._base
+        dtype = next(iter(layers.values())).weight.dtype
+        if dtype != next(iter(self._base.values())).dtype:  # by `pipe.to`, which rounds both alike
+            is_base = self._left is self._base
+            self._base = {name: weight.to(dtype) for name, weight in self._base.items()}
+            self._left = self._base if is_base else {name: weight.to(dtype) for name, weight in self._left.items()}
+        for name, layer in layers.items():
+            if name not in self._left or not _is_same(layer.weight.detach().cpu(), self._left[name]):
+                raise ValueError(
+                    f"the weights of {name} are not as they were left when concepts were erased, as after "
+                    "`fuse_lora`, `unfuse_lora` or another U-Net: undo that first, and fuse a LoRA before anything is "
+                    "erased, or use it without fusing"
+                )
+        return layers
+
+
+def _is_group_offloaded(unet: nn.Module) -> bool:
+    """Return whether diffusers brings weights from copies of their own, in which a change would be lost."""
+    registries = [getattr(module, "_diffusers_hook", None) for module in unet.modules()]
+    return any(registry is not None and registry.get_hook("group_offloading") is not None for registry in registries)
+
+
+@torch.no_grad()
+def _copy(weights: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Linear]) -> None:
+    for name, layer in layers.items():
+        layer.weight.copy_(weights[name])
+
+
+def _is_same(weight: torch.Tensor, left: torch.Tensor) -> bool:
+    """Return whether a weight is what it was left as, up to the rounding of a LoRA that was fused and taken out."""
+    if torch.equal(weight, left):
+        return True
+    if weight.shape != left.shape or weight.dtype != left.dtype:
+        return False
+    difference = (weight.double() - left.double()).norm()
+    return bool(difference <= torch.finfo(weight.dtype).eps * left.double().norm())

@@ -1,0 +1,47 @@
+"""A pipeline of diffusers that a user holds, as the closed form reads a model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from ldm.diffusion.model import DiffusionModel, States
+from ldm.diffusion.pipeline_encoder import PipelineEncoder
+
+
+def unwrapped(module: Any) -> Any:
+    """Return a module without what `torch.compile` has put around it."""
+    return getattr(module, "_orig_mod", module)
+
+
+@dataclass
+class PipelineModel(DiffusionModel):
+    """The text encoders and the text layers of a pipeline. They are the pipeline's own, and stay where and as they are.
+
+    Prompts are embedded by the pipeline's own `encode_prompt`, so that whatever moves its parts between devices goes on
+    doing so. Nothing else that a `DiffusionModel` does is meant to be used.
+    """
+
+    @classmethod
+    def of(cls, pipe: Any) -> Self:
+        """Return the model that a pipeline is. Raises ValueError as `PipelineEncoder.of` does."""
+        name = type(pipe).__name__
+        return cls(name, name, pipe, pipe.device, unwrapped(pipe.unet).dtype)
+
+    def __post_init__(self) -> None:
+        self._encoder = PipelineEncoder.of(self.pipeline)
+        self.unet: Any = unwrapped(self.pipeline.unet)
+        self._text_encoders: dict[str, Any] = self._encoder.text_encoders
+        self._tokenizers: list[Any] = self._encoder.tokenizers
+        self._checked_prompts: set[str] = set()
+
+    def encode_with_states(
+        self, prompts: list[str], layers: Mapping[str, Collection[int]]
+    ) -> tuple[torch.Tensor, States]:
+        return self._encoder.encode_with_states(prompts, layers)
+
+    def notify_of_cuts(self, prompts: Any) -> None:
+        """Say nothing: the prompts are templates, whose names are looked for in what the model reads."""

@@ -1,0 +1,169 @@
+"""How far a shift takes the prompts that say its concept towards their anchors: whether it erases, told without images.
+
+With x (tokens, d) the rows of a prompt's embedding, y those of the same prompt with a neutral word instead of the name,
+W the weights of the text layers and z what a shift adds to their outputs for the prompt, the effect on the prompt is
+
+    <z, (y - x) W^T> / |(y - x) W^T|^2
+
+over all layers: 0 where nothing of the name is gone, 1 where as much is gone as of a prompt that never said it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ldm.config.concepts import Concept
+from ldm.config.methods import EditConfig, SRSMEConfig
+from ldm.config.templates import load_template_set
+from ldm.diffusion.edits import edit_embeddings
+from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.text_layers import text_layers
+from ldm.diffusion.tokenizer import align_tokens, read_part
+from ldm.erasure.leakage import changes_only
+from ldm.erasure.merge import by_form, gated_prompts
+from ldm.erasure.shift import WeightShift
+from ldm.erasure.targets import target_prompts
+
+# Of 137 linear shifts of five concepts, weak and strong, of mini-sd and mini-sd-minilm, 20 images each: of 70 that left
+# more than 15 % of the images the concept's these limits call 2 erased (20 and 45 % left: mini-sd, a neutral anchor and
+# a ridge of 0.2), and of 67 that left less they call 20 not erased, of which the defaults made 1.
+LEAST_EFFECT = EditConfig().least_effect  # 0.55
+LEAST_PROMPT_EFFECT = 0.3
+_NUM_FITTED, _NUM_HELD_OUT = 6, 6  # templates, beside the name alone
+_SPARED = 0.15  # of the prompts that do not count for the least effect, but never the name alone
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The effect of a shift on prompts that say its concept, the name alone first; NaN where text layers do not say it.
+
+    A concept is erased where the mean is at least `LEAST_EFFECT`, and the least of the name's and of all but the lowest
+    15 % of the prompts' is at least `LEAST_PROMPT_EFFECT`.
+    """
+
+    on_prompts: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over the prompts."""
+        return sum(self.on_prompts.values()) / len(self.on_prompts)
+
+    @property
+    def least(self) -> float:
+        """The effect on the name alone, or that which all but the lowest 15 % of the prompts have, if it is less."""
+        values = list(self.on_prompts.values())
+        return min(values[0], sorted(values)[math.floor(_SPARED * len(values))])
+
+    @property
+    def lowest_prompt(self) -> str:
+        """The prompt with the lowest effect."""
+        return min(self.on_prompts, key=lambda prompt: self.on_prompts[prompt])
+
+    @property
+    def is_erased(self) -> bool | None:
+        """Whether the concept may be called erased; None where this measure cannot tell, since other layers change."""
+        if math.isnan(self.mean):
+            return None
+        return self.mean >= LEAST_EFFECT and self.least >= LEAST_PROMPT_EFFECT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a shift's metadata say of its effect; nothing where it is not known."""
+        if self.is_erased is None:
+            return {}
+        return {"mean": self.mean, "least": self.least, "lowest_prompt": self.lowest_prompt}
+
+
+def judge(
+    metadata: Mapping[str, Any], form: str, least_effect: float = LEAST_EFFECT
+) -> tuple[bool | None, dict[str, Any]]:
+    """Return whether what a shift's metadata say of its effect in a form lets its concept be called erased, and that.
+
+    None where they say nothing of it. A shift without a gate acts on the weights in the form gated too. `least_effect`
+    is the least mean, with which the least effect on a prompt goes up and down.
+    """
+    effects = metadata.get("effects", {})
+    said = effects.get(form) or effects.get("linear")
+    if not isinstance(said, Mapping):
+        return None, {}
+    mean, least = said.get("mean", math.nan), said.get("least", math.nan)
+    least_on_prompt = LEAST_PROMPT_EFFECT / LEAST_EFFECT * least_effect
+    return mean >= least_effect and least >= least_on_prompt, dict(said)
+
+
+def effect_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dict[str, str]:
+    """Return prompts that say a concept by its name, and the anchor of each: the name alone, which comes first.
+
+    Then some that an erasure is fitted on, and held-out ones, as far as the model reads all of them. `config` says
+    whose templates say the concept.
+    """
+    plain = replace(concept, name=concept.prompt, aliases=())
+    neutral = config.with_changes(anchor="neutral", target_templates=len(_all_templates(concept)))
+    fitted = target_prompts(plain, neutral, tokenizer)
+    held_out: dict[str, str] = {}
+    templates = _held_out_templates(concept, config)
+    if templates:
+        as_own = neutral.with_changes(template_set="category", target_templates=len(templates))
+        held_out = target_prompts(replace(plain, templates=templates), as_own, tokenizer)
+    chosen = [concept.prompt, *_evenly(fitted, concept, tokenizer, _NUM_FITTED)]
+    chosen += _evenly(held_out, concept, tokenizer, _NUM_HELD_OUT)
+    anchors = held_out | fitted
+    return {prompt: anchors[prompt] for prompt in chosen}
+
+
+def _all_templates(concept: Concept) -> tuple[str, ...]:
+    return (*concept.templates, *load_template_set(concept.kind).templates)
+
+
+def _held_out_templates(concept: Concept, config: SRSMEConfig) -> tuple[str, ...]:
+    """Return the held-out templates of the concept's kind, or its own where the model is fitted on its own."""
+    if config.template_set == "kind":
+        return load_template_set(concept.kind).held_out_templates
+    return tuple(text.replace(concept.prompt, "{}", 1) for text in concept.held_out_prompts)
+
+
+def _evenly(prompts: Iterable[str], concept: Concept, tokenizer: Any, num: int) -> list[str]:
+    """Return at most `num` of the prompts that say more than the name and are not cut, evenly spaced."""
+    whole = [text for text in prompts if text != concept.prompt and read_part(tokenizer, text) is None]
+    return whole[:: max(1, -(-len(whole) // num))]
+
+
+def measure_effect(
+    model: DiffusionModel, concept: Concept, shift: WeightShift, config: SRSMEConfig, form: str = "linear"
+) -> Effect:
+    """Return the effect of a concept's shift, in the `form` in which it acts, on `effect_prompts`.
+
+    In the form gated a prompt that does not trip the gate has none. Takes well below a second for a bundled model: two
+    dozen prompts are embedded. Raises ValueError for a gate that does not fit the model.
+    """
+    anchors, layers = effect_prompts(concept, config, model.tokenizers[0]), text_layers(model.unet)
+    gated, linear = by_form({"": shift}, form)
+    if linear and not changes_only(shift, layers):
+        return Effect(dict.fromkeys(anchors, math.nan))
+    before = _tokens(model, model.encode_with_states(list(anchors), {})[0])
+    ways = _tokens(model, model.encode_with_states(list(anchors.values()), {})[0])  # (P, tokens, d), unaligned yet
+    for number, (prompt, anchor) in enumerate(anchors.items()):
+        ways[number] = ways[number, align_tokens(model.tokenizers[0], prompt, anchor)] - before[number]
+    changes = torch.zeros_like(before)
+    if gated:
+        with edit_embeddings(model, gated_prompts(model, gated)):
+            changes = _tokens(model, model.encode_prompt(list(anchors))) - before
+    products, squares = torch.zeros(2, len(anchors), dtype=torch.float64)
+    for name, layer in layers.items():
+        weight = layer.weight.detach().cpu().double()
+        way = ways @ weight.T  # (P, tokens, out)
+        change = changes @ weight.T
+        if linear and f"{name}.weight" in shift.parameter_names:
+            change = change + shift.delta_output(f"{name}.weight", before)
+        products += (change * way).sum((1, 2))
+        squares += way.square().sum((1, 2))
+    return Effect(dict(zip(anchors, (products / squares).tolist(), strict=True)))
+
+
+def _tokens(model: DiffusionModel, embeds: torch.Tensor) -> torch.Tensor:
+    """Return what cross-attention takes of prompts' embeddings (P, rows, d): (P, tokens, d), float64 on the CPU."""
+    return model.drop_pooled(embeds).cpu().double()

@@ -1,0 +1,202 @@
+"""The gated form of `ConceptEraser(pipe)`: concepts are erased in the prompts that say them, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ldm.config.concepts import Concept, always_protected_prompts
+from ldm.config.methods import GateConfig
+from ldm.diffusion.pipeline_encoder import OUTPUTS, SIDES, EncodedPrompts, PipelineEncoder
+from ldm.erasure.gate_fitter import GateFitter, InseparableError
+from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
+from ldm.erasure.known_states import KnownStates
+from ldm.erasure.pipeline_eraser import PipelineEraser, Reports
+from ldm.io.errors import notify
+from ldm.io.tensors import tensor_digest
+
+_PROMPTS_AT_ONCE = 64  # that the text encoders embed in one pass
+_MAX_STATES = 8  # of the text encoders, `clip_skip`s and protected prompts, for which edits are kept
+_MAX_RETURNED = 10_000  # prompts' embeddings that are known again
+
+Edits = dict[Concept, GatedEdit]
+
+
+class GatedPipelineEraser(PipelineEraser):
+    """A pipeline and the concepts that are erased from it, each by a gate and a map. No weight is changed.
+
+    While anything is erased, the pipeline's `encode_prompt` is this one's: prompts, negative ones too, that say an
+    erased concept become what they are with their anchor instead; all others keep every bit. Where the weights, tokens
+    or LoRAs of its text encoders change, the gates are fitted anew at the next call. `config` says how gates are
+    fitted. What is erased is not saved with the pipeline.
+    """
+
+    form: ClassVar[str] = "gated"
+    measured: ClassVar[tuple[str, ...]] = ("gap", "false_alarms", "misses", "distance_left")
+
+    def __init__(self, pipe: DiffusionPipeline):
+        super().__init__(pipe)
+        self.config = GateConfig()
+        self._attribute_before: Any = None  # an `encode_prompt` that the user gave this very pipeline
+        # by the state of the text encoders and `clip_skip`, and by what is protected and the `config`
+        self._edits: dict[tuple[tuple[Hashable, int | None], Hashable], Edits] = {}
+        self._known: tuple[Hashable, KnownStates] = None, KnownStates()  # of text encoders in one state
+        self._returned: dict[str, None] = {}  # digests of the embeddings of prompts
+        self._active: tuple[list[Concept], list[str]] = [], []  # and what is protected, in these embeddings
+
+    def _fit(self, concepts: Mapping[str, Concept], protected: Sequence[str]) -> Reports:
+        if not self._concepts:
+            self._encoder = PipelineEncoder.of(self._pipe)  # whose `encode_prompt` may be the user's own by now
+        edits = self._fitted(self._encoder, self._encoder.fingerprint(), concepts, protected)
+        return {text: edits[concept].report for text, concept in concepts.items()}
+
+    def _sync(self) -> None:
+        active = list(self._concepts.values()), self._protected
+        if active != self._active:
+            self._returned.clear()
+        if self._concepts and not self._active[0]:
+            self._attribute_before = vars(self._pipe).get("encode_prompt")
+            self._pipe.encode_prompt = self._encode_prompt
+        if not self._concepts and vars(self._pipe).get("encode_prompt") == self._encode_prompt:
+            del self._pipe.encode_prompt
+            if self._attribute_before is not None:
+                self._pipe.encode_prompt = self._attribute_before
+        self._active = active
+
+    def _fitted(
+        self, encoder: PipelineEncoder, fingerprint: Hashable, concepts: Mapping[str, Concept], protected: Sequence[str]
+    ) -> Edits:
+        """Return the edits of concepts for text encoders with a fingerprint, fitted where they are not yet.
+
+        Raises ValueError where no gate tells a concept from other prompts, or leaves a protected one alone.
+        """
+        state = (fingerprint, encoder.clip_skip), (tuple(protected), self.config)
+        edits = self._edits.get(state, {})
+        lacking = [concept for concept in concepts.values() if concept not in edits]
+        if lacking:
+            self._notify_of_refit(lacking, encoder.clip_skip, protected)
+            edits = {**edits, **self._fit_gates(encoder, fingerprint, lacking, list(concepts.values()), protected)}
+            _check_protected(encoder, {text: edits[concept] for text, concept in concepts.items()}, protected)
+            self._edits[state] = edits
+            for oldest in list(self._edits)[:-_MAX_STATES]:
+                del self._edits[oldest]
+        return {concept: edits[concept] for concept in concepts.values()}
+
+    def _fit_gates(
+        self,
+        encoder: PipelineEncoder,
+        fingerprint: Hashable,
+        lacking: Sequence[Concept],
+        concepts: Sequence[Concept],
+        protected: Sequence[str],
+    ) -> Edits:
+        """Return the edits of the concepts that are `lacking`, whose gates leave all of the `concepts` but their own.
+
+        They read the hidden states that were chosen when these text encoders were first read, or, where these do not
+        tell a concept from other prompts, ones that are chosen anew. Raises ValueError where none do.
+        """
+        state = fingerprint, self.config
+        if self._known[0] != state:
+            self._known = state, KnownStates()
+        is_first = not self._known[1].layers
+        try:
+            fitter = GateFitter(encoder, concepts, protected, self.config, self._known[1])
+            return {concept: fitter.fit(concept) for concept in lacking}
+        except InseparableError as error:
+            self._known = None, KnownStates()
+            if not is_first:
+                return self._fit_gates(encoder, fingerprint, lacking, concepts, protected)
+            reason = str(error).rpartition(": ")[0]  # without the advice to erase it by other means
+            raise ValueError(f"{reason}: name it more narrowly, or protect fewer prompts") from error
+
+    def _notify_of_refit(self, lacking: Sequence[Concept], clip_skip: int | None, protected: Sequence[str]) -> None:
+        fitted: set[Concept] = set()
+        for (_, settings), edits in self._edits.items():
+            if settings == (tuple(protected), self.config):
+                fitted.update(edits)
+        names = [concept.name for concept in lacking if concept in fitted]
+        if names:
+            why = "the text encoders are not as they were (weights, tokens or LoRA)"
+            if clip_skip is not None:
+                why = f"`clip_skip` {clip_skip} needs maps of its own"
+            notify(f"{why}: fitting anew what erases {', '.join(names)}")
+
+    def _gated(self, given: Mapping[str, Any]) -> dict[str, GatedPrompts]:
+        """Return what acts on the prompts of a call with these arguments, and on its negative ones, by side.
+
+        `clip_skip` is for prompts alone, and their maps: what gates read is the same with any.
+        """
+        encoder = replace(self._encoder, lora_scale=given.get("lora_scale"))
+        fingerprint = encoder.fingerprint()
+        edits = self._fitted(encoder, fingerprint, self._concepts, self._protected)
+        gated: dict[str, GatedPrompts] = dict.fromkeys(SIDES, self._together(edits))
+        if given.get("clip_skip") is not None:
+            skipping = replace(encoder, clip_skip=given["clip_skip"])
+            skipped = self._fitted(skipping, fingerprint, self._concepts, self._protected)
+            own = {concept: replace(edit, maps=skipped[concept].maps) for concept, edit in edits.items()}
+            gated[""] = self._together(own)
+        return gated
+
+    def _together(self, edits: Edits) -> GatedPrompts:
+        return GatedPrompts({text: edits[concept] for text, concept in self._concepts.items()})
+
+    def _encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+        """Return what the pipeline's own `encode_prompt` does, with the prompts edited that say erased concepts.
+
+        Raises ValueError for embeddings that this function did not return.
+        """
+        # nothing is erased where the user's own wrapper of this function keeps it in place
+        if self._originals or not self._concepts:
+            return self._encoder.encode_prompt(*args, **kwargs)
+        given = self._encoder.bind(*args, **kwargs)
+        for name in OUTPUTS:
+            if given.get(name) is not None and not self._is_returned(given[name]):
+                raise ValueError(
+                    f"`{name}` do not tell what prompts they are of, which may say {', '.join(self.erased)}: pass the "
+                    "prompts, or embeddings that the pipeline's `encode_prompt` returned since the last change of what "
+                    "is erased"
+                )
+        gated = self._gated(given)
+        encoded = self._encoder.run(given, gated[""].layers)
+        for side, states in encoded.states.items():
+            rows = encoded.rows(side)
+            edited = gated[side](rows, states)
+            if edited is not rows:
+                encoded.set_rows(side, edited)
+        self._remember(encoded)
+        return tuple(encoded.outputs.values())
+
+    def _is_returned(self, embeds: torch.Tensor) -> bool:
+        """Return whether embeddings (N, rows, d), or pooled ones (N, d), are known.
+
+        Those of a long prompt may be put together of several prompts', behind one another.
+        """
+        length = self._encoder.tokenizers[0].model_max_length if embeds.dim() == 3 else embeds.shape[-1]
+        parts = [part for rows in embeds for part in rows.split(length)]
+        return all(tensor_digest({"": part}) in self._returned for part in parts)
+
+    def _remember(self, encoded: EncodedPrompts) -> None:
+        """Note the embedding of each prompt, so that it is known again in any batch, on any device."""
+        for embeds in encoded.outputs.values():
+            for rows in embeds if embeds is not None else ():
+                self._returned[tensor_digest({"": rows})] = None
+        for oldest in list(self._returned)[:-_MAX_RETURNED]:
+            del self._returned[oldest]
+
+
+def _check_protected(encoder: PipelineEncoder, edits: Mapping[str, GatedEdit], protected: Sequence[str]) -> None:
+    """Raise ValueError where a gate fires on a protected prompt, as one that is a part of the concept's name."""
+    gated, prompts = GatedPrompts(edits), [*always_protected_prompts(), *protected]
+    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+        batch = prompts[start : start + _PROMPTS_AT_ONCE]
+        states = encoder.encode_with_states(batch, gated.layers)[1]
+        for prompt, labels in zip(batch, gated.fired(states), strict=True):
+            if labels:
+                raise ValueError(
+                    f"the gate of '{labels[0]}' takes the protected prompt {prompt!r} for it: leave that out of "
+                    "`protect`, or name the concept more narrowly"
+                )

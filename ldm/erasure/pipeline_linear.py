@@ -1,0 +1,169 @@
+"""The linear form of `ConceptEraser(pipe)`: concepts are erased in the weights of the pipeline's text layers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from ldm.config.concepts import Concept, always_protected_prompts
+from ldm.config.methods import SRSMEConfig
+from ldm.config.models import SettingsSource, load_model_config
+from ldm.config.templates import fill_anchor, load_template_set
+from ldm.diffusion.in_place import InPlaceWeights, Weights
+from ldm.diffusion.pipeline_encoder import PipelineEncoder
+from ldm.diffusion.pipeline_model import PipelineModel, unwrapped
+from ldm.erasure.erase import initial_shift
+from ldm.erasure.merge import merged_weight
+from ldm.erasure.null_space import NullSpaceBasis
+from ldm.erasure.pipeline_eraser import PipelineEraser, Reports
+from ldm.erasure.protection import check_apart
+from ldm.erasure.retain import RetainSet
+from ldm.erasure.shift import SeparableShift, WeightShift
+from ldm.erasure.targets import anchor_embeds, held_out_prompts, replaces_name, target_prompts
+from ldm.io.files import SETTINGS_FILE
+
+_MARK = "_erased_concepts"  # of a U-Net, whose weights are edited: by what texts
+_QUIET_SECONDS = 1.5  # before a progress bar shows
+
+
+class LinearPipelineEraser(PipelineEraser):
+    """A pipeline and the concepts that are erased from it by shifts of its text layers' weights, in closed form.
+
+    The weights are changed where they lie, under a LoRA too, and copies of them are kept on the CPU: `restore` puts
+    back the very bits. Whoever else uses the U-Net has the concepts erased too, and a pipeline is saved as it is.
+    Shifts leave the protected prompts alone; `config` says how they are made, and `null_space` how exactly.
+    """
+
+    form: ClassVar[str] = "linear"
+    measured: ClassVar[tuple[str, ...]] = ("target_change", "max_leakage_protected", "distance_left")
+
+    def __init__(self, pipe: DiffusionPipeline):
+        super().__init__(pipe)
+        own = Path(str(getattr(pipe, "name_or_path", "") or "")) / SETTINGS_FILE  # of the folder that it was read from
+        source = SettingsSource(type(pipe).__name__, own if own.is_file() else None)
+        defaults = load_model_config(source)
+        settings = defaults.methods[SRSMEConfig.name]
+        assert isinstance(settings, SRSMEConfig)
+        self.config, self.null_space = settings, defaults.null_space
+        self._weights = InPlaceWeights(pipe)
+        self._made_for: Hashable = None  # what the shifts depend on beside the concepts
+        self._shifts: dict[Concept, WeightShift] = {}
+        self._reports: dict[Concept, dict[str, float]] = {}
+        self._retain: tuple[Hashable, RetainSet] | None = None  # for text encoders in one state
+        self._active: list[WeightShift] = []
+        self._merged: tuple[list[WeightShift], Weights, Weights] = [], {}, {}  # shifts, weights without and with them
+
+    def _fit(self, concepts: Mapping[str, Concept], protected: Sequence[str]) -> Reports:
+        if self.config.trains:
+            raise ValueError("a pipeline's weights are changed in closed form: set `mode` closed_form in `config`")
+        self._check_own()
+        if not self._concepts:
+            self._weights.forget()  # what they were at an earlier time
+        fingerprint = PipelineEncoder.of(self._pipe).fingerprint()
+        made_for = fingerprint, tuple(protected), self.config, self.null_space
+        if made_for != self._made_for or not set(concepts.values()) <= set(self._shifts):
+            with self.original():
+                self._weights.base()  # before any work, so that weights out of reach cost none
+                self._make(PipelineModel.of(self._pipe), fingerprint, list(concepts.values()), protected)
+            self._made_for = made_for
+        return {text: self._reports[concept] for text, concept in concepts.items()}
+
+    def _sync(self) -> None:
+        active = [] if self._originals else [self._shifts[concept] for concept in self._concepts.values()]
+        if active != self._active:
+            self._weights.write(self._merge(active) if active else None)
+            self._active = active
+            if not self._concepts:
+                self._weights.forget()
+                self._merged = [], {}, {}
+        unet = unwrapped(self._pipe.unet)
+        if self._concepts:
+            setattr(unet, _MARK, tuple(self._concepts))
+        else:
+            vars(unet).pop(_MARK, None)
+
+    def _check_own(self) -> None:
+        """Raise ValueError where another pipeline's eraser has changed the U-Net that this one has too."""
+        found = vars(unwrapped(self._pipe.unet)).get(_MARK)
+        if found and not self._concepts:
+            raise ValueError(
+                f"the U-Net of this pipeline is another one's too, from which {', '.join(found)} are erased: erase "
+                "from that pipeline, or restore them there"
+            )
+
+    def _merge(self, shifts: list[WeightShift]) -> Weights:
+        """Return the weights with the shifts in them, rounded once to their dtype."""
+        base = self._weights.base()
+        if self._merged[0] != shifts or self._merged[1] is not base:
+            merged = {name: merged_weight(weight, f"{name}.weight", shifts) for name, weight in base.items()}
+            self._merged = shifts, base, merged
+        return self._merged[2]
+
+    def _make(
+        self, model: PipelineModel, fingerprint: Hashable, concepts: Sequence[Concept], protected: Sequence[str]
+    ) -> None:
+        """Make the shifts of all concepts, each of which leaves the others alone, and measure what they do together.
+
+        The pipeline is without any of them meanwhile.
+        """
+        prompts = list(dict.fromkeys([*always_protected_prompts(), *protected]))
+        kept = model.embed_prompts(prompts)  # (tokens, d) each
+        check_apart(model, concepts, kept)
+        settings = self.null_space.rank_rtol, self.null_space.null_space_method
+        basis = NullSpaceBasis.fit(list(kept.values()), prompts, *settings)
+        if self._retain is None or self._retain[0] != fingerprint:
+            self._retain = fingerprint, RetainSet(model, concepts)
+        retain = self._retain[1]
+        retain.others = concepts
+        shifts: dict[Concept, WeightShift] = {}
+        for concept in tqdm(concepts, desc="shifts", unit="shift", delay=_QUIET_SECONDS, leave=False):
+            shift = initial_shift(model, concept, self.config, basis, retain)
+            coefficients = {name: value.detach().cpu() for name, value in shift.coefficients.items()}
+            shifts[concept] = SeparableShift(coefficients, shift.directions, shift.scale)
+        merged = self._merge(list(shifts.values()))
+        leakage = float(_leakage(self._weights.base(), merged, torch.stack(list(kept.values())).cpu()).max())
+        reports: dict[Concept, dict[str, float]] = {}
+        for concept in concepts:
+            reports[concept] = self._measure(model, concept, merged) | {
+                "max_leakage_protected": float(f"{leakage:.2g}")
+            }
+        self._shifts, self._reports = shifts, reports
+
+    def _measure(self, model: PipelineModel, concept: Concept, merged: Weights) -> dict[str, float]:
+        """Return how much the outputs of a concept's held-out prompts change, and how much of the way to their anchors'
+        is left, as `gate_fitter.mean_distance_left` says it of embeddings: here it is of the text layers' outputs.
+        """
+        base, tokenizer, neutral = self._weights.base(), model.tokenizers[0], load_template_set(concept.kind).neutral
+        anchors = target_prompts(concept, self.config, tokenizer)
+        templates = held_out_prompts(concept, tokenizer)
+        if templates and replaces_name(concept, self.config):
+            anchors = {text: fill_anchor(template, concept.anchor, neutral) for text, template in templates.items()}
+        elif templates:
+            anchors = dict.fromkeys(templates, next(iter(anchors.values())))
+        embeds = torch.stack(list(model.embed_prompts(anchors).values())).cpu()  # (P, tokens, d)
+        aims = anchor_embeds(model, anchors, replaces_name(concept, self.config)).cpu().expand_as(embeds)
+        way, remaining = torch.zeros(len(embeds)), torch.zeros(len(embeds))  # of all layers, for each prompt
+        for name, weight in base.items():
+            before = (embeds - aims) @ weight.float().T  # (P, tokens, out)
+            after = embeds @ merged[name].float().T - aims @ weight.float().T
+            way += before.square().sum((1, 2))
+            remaining += (before * after).sum((1, 2))
+        left = remaining[way > 0] / way[way > 0]
+        return {
+            "target_change": round(float(_leakage(base, merged, embeds).mean()), 3),
+            "distance_left": round(float(left.mean()), 3) if len(left) else 1.0,
+        }
+
+
+def _leakage(base: Weights, merged: Weights, rows: torch.Tensor) -> torch.Tensor:
+    """Return the relative change of all layers' outputs for prompts with rows (P, tokens, d), (P,)."""
+    changed, norms = torch.zeros(len(rows)), torch.zeros(len(rows))
+    for name, weight in base.items():
+        norms += (rows @ weight.float().T).square().sum((1, 2))
+        changed += (rows @ (merged[name].float() - weight.float()).T).square().sum((1, 2))
+    return (changed / norms).sqrt()

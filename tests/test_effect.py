@@ -1,0 +1,120 @@
+"""The effect of shifts on the prompts that say their concepts: when a concept may be called erased."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ldm.config.concepts import always_protected_prompts, erasable_concepts, get_concept
+from ldm.config.methods import GateConfig, SRSMEConfig
+from ldm.diffusion.text_layers import text_layers
+from ldm.erasure.effect import LEAST_EFFECT, LEAST_PROMPT_EFFECT, Effect, effect_prompts, measure_effect
+from ldm.erasure.embedding_map import EmbeddingMap
+from ldm.erasure.erase import initial_shift
+from ldm.erasure.gate_fitter import GateFitter
+from ldm.erasure.null_space import NullSpaceBasis
+from ldm.erasure.retain import RetainSet
+from ldm.erasure.shift import DenseShift, SeparableShift
+
+VANGOGH = get_concept("style", 1)
+NEUTRAL = SRSMEConfig(mode="closed_form", init="closed_form", anchor="neutral", target_templates=6, basis_scale=1.0)
+
+
+def closed_form_shift(model, config: SRSMEConfig, protected: list[str]) -> SeparableShift:
+    """Return the closed form of VanGogh."""
+    embeds = list(model.embed_prompts(protected).values())
+    basis = NullSpaceBasis.fit(embeds, protected)
+    return initial_shift(model, VANGOGH, config, basis, RetainSet(model, erasable_concepts("style")))
+
+
+def test_prompts_are_the_name_first_then_fitted_and_held_out_ones_with_their_anchors(tiny):
+    anchors = effect_prompts(VANGOGH, NEUTRAL, tiny.tokenizers[0])
+    assert next(iter(anchors)) == "VanGogh" and anchors["VanGogh"] == "an artist"
+    assert anchors["a painting by VanGogh"] == "a painting by an artist"
+    assert anchors["a landscape by VanGogh"] == "a landscape by an artist"
+    assert len(anchors) == 8 and all("VanGogh" in prompt for prompt in anchors)
+    of_kind = effect_prompts(VANGOGH, NEUTRAL.with_changes(template_set="kind"), tiny.tokenizers[0])
+    assert len(of_kind) > 8 and not any("Vincent" in prompt for prompt in of_kind)
+
+
+def test_a_concept_without_templates_of_its_own_has_its_name(tiny):
+    concept = replace(VANGOGH, templates=(), held_out_templates=())
+    assert list(effect_prompts(concept, NEUTRAL, tiny.tokenizers[0])) == ["VanGogh"]
+
+
+def test_no_shift_has_no_effect_and_the_whole_way_has_one(tiny):
+    anchors = effect_prompts(VANGOGH, NEUTRAL, tiny.tokenizers[0])
+    layers = text_layers(tiny.unet)
+    zero = SeparableShift.zeros(layers, torch.eye(3, tiny.context_dim), 1.0)
+    effect = measure_effect(tiny, VANGOGH, zero, NEUTRAL)
+    assert list(effect.on_prompts) == list(anchors) and set(effect.on_prompts.values()) == {0.0}
+    assert effect.is_erased is False
+    full = closed_form_shift(tiny, NEUTRAL.with_changes(ridge_weight=1e-9), always_protected_prompts())
+    effect = measure_effect(tiny, VANGOGH, full, NEUTRAL)
+    assert effect.mean > 0.75 and effect.least > 0.5 and effect.is_erased
+
+
+def test_the_effect_is_proportional_to_the_shift(tiny):
+    shift = closed_form_shift(tiny, NEUTRAL, [""])
+    half = SeparableShift(shift.coefficients, shift.directions, shift.scale / 2)
+    whole, halved = (measure_effect(tiny, VANGOGH, each, NEUTRAL) for each in (shift, half))
+    for prompt, value in whole.on_prompts.items():
+        assert halved.on_prompts[prompt] == pytest.approx(value / 2, rel=1e-6)
+
+
+def test_a_huge_ridge_and_a_protected_name_do_not_erase(tiny):
+    weak = closed_form_shift(tiny, NEUTRAL.with_changes(ridge_weight=1e6), always_protected_prompts())
+    effect = measure_effect(tiny, VANGOGH, weak, NEUTRAL)
+    assert effect.mean < 1e-3 and effect.is_erased is False
+    contradictory = closed_form_shift(tiny, NEUTRAL.with_changes(ridge_weight=1e-9), ["", "VanGogh"])
+    effect = measure_effect(tiny, VANGOGH, contradictory, NEUTRAL)
+    assert effect.least == pytest.approx(0, abs=1e-5) and effect.lowest_prompt == "VanGogh"
+    assert effect.is_erased is False
+
+
+def test_the_shift_of_another_concept_does_not_erase_this_one(tiny):
+    shift = closed_form_shift(tiny, NEUTRAL, [""])
+    church = get_concept("object", 1)
+    assert measure_effect(tiny, church, shift, NEUTRAL).is_erased is False
+
+
+def test_what_changes_other_layers_is_not_judged(tiny):
+    name = next(name for name, _ in tiny.unet.named_parameters() if name.endswith("to_q.weight"))
+    shift = DenseShift({name: torch.ones_like(tiny.unet.get_parameter(name))})
+    effect = measure_effect(tiny, VANGOGH, shift, NEUTRAL)
+    assert math.isnan(effect.mean) and effect.is_erased is None
+
+
+def test_a_dense_shift_has_the_effect_of_the_separable_one(tiny):
+    shift = closed_form_shift(tiny, NEUTRAL, [""])
+    dense = DenseShift({name: shift.delta_weight(name) for name in shift.parameter_names})
+    expected = measure_effect(tiny, VANGOGH, shift, NEUTRAL).on_prompts
+    assert measure_effect(tiny, VANGOGH, dense, NEUTRAL).on_prompts == pytest.approx(expected)
+
+
+def test_of_a_gated_shift_the_map_counts_where_the_gate_fires(tiny):
+    shift = SeparableShift.zeros(text_layers(tiny.unet), torch.eye(3, tiny.context_dim), 1.0)
+    config = GateConfig(retain_captions=20, retain_words=10, compositions=5, misspellings=0, map_ridge=1e-6)
+    shift.gated = GateFitter(tiny, [VANGOGH, get_concept("style", 2)], [""], config).fit(VANGOGH)
+    assert measure_effect(tiny, VANGOGH, shift, NEUTRAL).mean == 0
+    assert measure_effect(tiny, VANGOGH, shift, NEUTRAL, "gated").is_erased
+    gates = {name: replace(gate, thresholds=gate.thresholds + 10) for name, gate in shift.gated.gates.items()}
+    silent = replace(shift.gated, gates=gates)
+    maps: dict[str, EmbeddingMap] = {}
+    for stream, found in shift.gated.maps.items():
+        maps[stream] = replace(found, outputs=0.3 * found.outputs)
+    for edit in (silent, replace(shift.gated, maps=maps)):
+        shift.gated = edit
+        assert measure_effect(tiny, VANGOGH, shift, NEUTRAL, "gated").is_erased is False
+    shift.gated = silent
+    assert measure_effect(tiny, VANGOGH, shift, NEUTRAL, "gated").mean == 0
+
+
+def test_one_low_prompt_of_many_is_spared_but_never_the_name():
+    high = {f"p{number}": 0.9 for number in range(7)}
+    assert Effect({"name": 0.9, **high, "p0": 0.0}).is_erased
+    assert not Effect({"name": 0.9, **high, "p0": 0.0, "p1": 0.0}).is_erased
+    assert not Effect({"name": 0.9 * LEAST_PROMPT_EFFECT, **high}).is_erased
+    assert not Effect({"name": 0.9 * LEAST_EFFECT, **dict.fromkeys(high, 0.9 * LEAST_EFFECT)}).is_erased
+    assert Effect({"name": LEAST_EFFECT}).is_erased
