@@ -267,7 +267,8 @@ def test_erase_restore_status_history_verify_and_export(owner, mini_path):
     out = owner("erase", "PICASSO")[1]
     assert {path: path.read_bytes() for path in owner.root.rglob("*.safetensors")} == made  # the shift of then
     rows = {row.split(" | ")[1]: row for row in out.splitlines()}
-    assert "| erased | SRS-ME |" in rows["Picasso"] and "| never_erased |" in rows["Cezanne"]
+    assert "| too_weak | SRS-ME |" in rows["Picasso"]  # by the effect of its shift on a random model
+    assert "| never_erased |" in rows["Cezanne"]
     assert "VanGogh" in owner("history")[1]
     assert owner("erase", "VanGogh")[0] == 0 and len(Ledger(owner.root / HISTORY_FILE).entries) == 3  # nothing to do
     assert "Cezanne is not erased, and stays as it is" in owner("restore", "Cezanne")[2]

@@ -253,7 +253,9 @@ def test_an_old_ledger_is_continued(script, old_concepts, model_path, old):
     path = old / "ledger" / HISTORY_FILE
     written = path.read_text()
     rows = {row.split(" | ")[1]: row for row in script(LEDGER, "status", *root)[1].splitlines()}
-    assert "| erased | SRS-ME | 2 | 3 | 0 |  | 3.483e-07 |" in rows["VanGogh"] and "| never_erased |" in rows["Cezanne"]
+    assert (
+        "| erased | SRS-ME | 2 | 3 | 0 |  |  | 3.483e-07 |" in rows["VanGogh"] and "| never_erased |" in rows["Cezanne"]
+    )
     assert "erased VanGogh by SRS-ME" in script(LEDGER, "history", *root)[1]
     assert script(LEDGER, "restore", "VanGogh", *root)[0] == 0
     assert script(LEDGER, "erase", "VanGogh", *root)[0] == 0  # by the shift that version 0.1 made

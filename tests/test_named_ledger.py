@@ -21,6 +21,8 @@ from ldm.ledger.operations import weights_hash
 LEDGER = "train-scripts/ledger.py"
 LIST = "concept,aliases,anchor,kind\nVelmira,Velmira Inc;velmi,a logo,brand\na violin,,,\nGreg Rutkowski,,,style\n"
 
+ACTING = ("erased", "too_weak")  # what a concept is whose shift acts, by its effect on a random model
+
 
 @pytest.fixture
 def owner(script, mini_path, tmp_path):
@@ -42,7 +44,8 @@ def owner(script, mini_path, tmp_path):
 
 def rows(out: str) -> dict[str, list[str]]:
     """Return the cells of each row of a status table, by the concept's name."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
+    lines = [line for line in out.splitlines() if line.startswith("|")][2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row for row in cells}
 
 
@@ -77,18 +80,20 @@ def test_concepts_go_by_name_by_file_and_all_together(owner, tmp_path):
     code, out, err = owner("erase", "greg  rutkowski", "a  violin")
     assert code == 0, err
     table = rows(out)
-    assert table["violin"][2] == table["Greg Rutkowski"][2] == "erased" and table["Velmira"][2] == "never_erased"
+    assert table["violin"][2] in ACTING and table["Greg Rutkowski"][2] in ACTING
+    assert table["Velmira"][2] == "never_erased"
     records = owner.ledger().active_shifts()
     assert list(records) == ["violin", "gregrutkowski"]  # as they stand in the ledger
     for name, record in (("violin", records["violin"]), ("Greg Rutkowski", records["gregrutkowski"])):
         shift = owner.ledger().load(record)
-        assert record["target_change"] == shift.metadata["target_change"] == pytest.approx(float(table[name][7]), 1e-3)
-        assert float(table[name][8]) == pytest.approx(record["max_leakage_others"], 1e-3)
+        assert record["target_change"] == shift.metadata["target_change"] == pytest.approx(float(table[name][8]), 1e-3)
+        assert float(table[name][9]) == pytest.approx(record["max_leakage_others"], 1e-3)
         assert {"a cat", "Velmira"} <= set(shift.metadata["protected"])
     assert rows(owner("restore", tmp_path / "mine.csv")[1])["violin"][2] == "restored"
-    assert [row[2] for row in rows(owner("erase", "all")[1]).values()] == ["erased"] * 3
+    assert all(row[2] in ACTING for row in rows(owner("erase", "all")[1]).values())
     (tmp_path / "two.txt").write_text("velmi\nViolin\n")
-    assert [row[2] for row in rows(owner("restore", "two.txt")[1]).values()] == ["restored", "restored", "erased"]
+    states = [row[2] for row in rows(owner("restore", "two.txt")[1]).values()]
+    assert states[:2] == ["restored"] * 2 and states[2] in ACTING
     assert not owner("restore", "all")[2].count("Traceback") and not owner.ledger().active_shifts()
     assert owner("verify")[0] == 0
 
@@ -187,6 +192,22 @@ def test_a_concept_cannot_be_changed_in_the_first_line(owner):
         is_error(owner("status"), "line 1, is not what was written there")
         path.write_text(written)
     assert owner("verify")[0] == 0
+
+
+def test_what_has_too_little_effect_is_not_called_erased(tiny, tmp_path):
+    concepts = [make_concept(name) for name in ("one", "two", "three")]
+    ledger = Ledger.create(tmp_path / HISTORY_FILE, make_header(tiny, "own", concepts, [], {}))
+    SeparableShift({"a": torch.ones(2, 1)}, torch.ones(1, 3), 1.0).save(tmp_path / "x.safetensors", {})
+    record = {"concept": "x", "method": "SRS-ME", "shift": "x.safetensors"}
+    judged = {"one": {"is_erased": True, "effect": 0.9}, "two": {"is_erased": False, "effect": 0.1}, "three": {}}
+    ledger.append({label: record | said for label, said in judged.items()})
+    table = status_table(ledger).set_index("concept")
+    assert table["state"].to_dict() == {
+        "one": "erased",
+        "two": "too_weak",
+        "three": "erased",
+    }  # the last by an older one
+    assert table["effect"].to_dict() == {"one": 0.9, "two": 0.1, "three": ""}
 
 
 def test_a_ledger_of_hundreds_names_some_in_an_error(tiny, tmp_path):

@@ -345,7 +345,8 @@ def make_header(
 def status_table(ledger: Ledger) -> pd.DataFrame:
     """Return a row for each concept: whether it is erased, restored or never_erased, since when, and its last shift.
 
-    Of that: method, rank (directions), size in KB, iterations, how much it changes its own prompt, and the largest
+    It is too_weak where its shift acts, and has not the effect by which a concept is called erased. Of the shift:
+    method, rank (directions), size in KB, iterations, effect, how much it changes its own prompt, and the largest
     leakage on another prompt of the ledger. Where no concept has an index there is no column for it.
     """
     import pandas as pd
@@ -354,16 +355,19 @@ def status_table(ledger: Ledger) -> pd.DataFrame:
     for concept in ledger.concepts:
         last = ledger.last_shift(concept.label) or {}
         state = "restored" if last else "never_erased"
+        if concept.label in active:
+            state = "erased" if last.get("is_erased", True) else "too_weak"
         rows.append(
             {
                 "index": "" if concept.is_own else concept.index,
                 "concept": concept.name,
                 "since": ledger.last_changed(concept.label),
-                "state": "erased" if concept.label in active else state,
+                "state": state,
                 "method": last.get("method", ""),
                 "rank": last.get("rank") or "",
                 "KB": last["bytes"] // 1000 if "bytes" in last else "",
                 "iterations": last.get("iterations", ""),
+                "effect": last.get("effect") or "",
                 "target_change": last.get("target_change") or "",
                 "max_leakage_others": ledger.max_leakage_others(concept.label) or "",
             }

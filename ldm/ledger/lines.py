@@ -118,10 +118,11 @@ def _check_record(record: Mapping[str, Any]) -> None:
     """Raise an error for a shift's record that no ledger writes."""
     texts = [record[name] for name in ("concept", "method", "digest", "shift")]
     counts = [record.get(name) for name in ("rank", "bytes", "iterations")]
-    numbers = [record.get(name) for name in ("seconds", "peak_gib", "target_change", "max_leakage_others")]
+    numbers = [record.get(name) for name in ("seconds", "peak_gib", "effect", "target_change", "max_leakage_others")]
     known = [is_text(text) for text in texts] + [record["method"] in METHODS]
     known += [count is None or is_count(count) for count in counts]
     known += [number is None or is_number(number) for number in numbers]
+    known += [type(record.get("is_erased", True)) is bool]
     known += [is_mapping(record.get("null_space", {}))]
     path = PurePosixPath(record["shift"])  # below the ledger's folder, whatever its folders are linked to
     if not all(known) or path.is_absolute() or ".." in path.parts or "\\" in record["shift"]:

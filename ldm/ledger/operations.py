@@ -19,6 +19,7 @@ from ldm.config.methods import METHODS, NO_GATE, GateConfig, MethodConfig, NullS
 from ldm.diffusion.edits import remember_embeddings
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
+from ldm.erasure.effect import judge
 from ldm.erasure.erase import erase
 from ldm.erasure.leakage import base_norms, changes_only, leakage
 from ldm.erasure.merge import applied
@@ -69,6 +70,9 @@ def create_shifts(
     for concept in concepts:
         shift, record = shift_record(ledger, placed[concept.label], concept)
         record["max_leakage_others"] = _largest(measure.changes(shift), leave_out=concept.prompt)
+        is_erased, said = judge(shift.metadata, "gated" if gate.gate else "linear")
+        if is_erased is not None:
+            record |= {"effect": said["mean"], "is_erased": is_erased}
         if config.needs_null_space:
             record["null_space"] = null_space.to_dict()
         records[concept.label] = record | {"seconds": seconds, "peak_gib": peak_gib}
