@@ -219,7 +219,7 @@ def test_the_example_is_made_once_for_each_state_of_the_ledger(own_demo):
     assert prompt == "VanGogh" and first.max_difference > 0
     own_demo.reload()
     assert own_demo.example(own_demo.state)[1] is first
-    Ledger(own_demo.state.ledger.path).append({}, [1])
+    Ledger(own_demo.state.ledger.path).append({}, ["1"])
     own_demo.reload()
     prompt, restored = own_demo.example(own_demo.state)
     assert prompt == "VanGogh" and restored.max_difference == 0 and own_demo.state.erased == []
@@ -323,7 +323,7 @@ def test_another_process_changes_the_ledger_first(own_demo, tmp_path):
     """What is written is checked against the ledger as it is then, and not as it was when the owner was asked."""
     owner = Owner(own_demo, tmp_path)
     owner.foretell("restore", "VanGogh")
-    Ledger(own_demo.state.ledger.path).append({}, [1])
+    Ledger(own_demo.state.ledger.path).append({}, ["1"])
     with pytest.raises(RequestError, match="VanGogh is not erased"):
         owner.write("restore", "VanGogh")
 
