@@ -29,9 +29,9 @@ def main() -> None:
     from ldm.io.files import write_text
 
     ledger = session.ledger_at(args, args.ledger)
-    args.category = ledger.header["category"]
+    args.category = ledger.category
     experiment = make_experiment(args)
-    experiment.extra_prompts = ledger.header["protected"]
+    experiment.extra_prompts = ledger.prompts
     path = args.save_path / "report.html"
     commands = reproduction_commands(ledger, vars(args), load_model_config(experiment.model))
     write_text(path, render_report(ledger, experiment, args.num_shown, commands))

@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from ldm.config.methods import TRAIN_METHODS
-from ldm.diffusion.edits import add_layer_outputs, clone_sharing_weights, replace_parameters
+from ldm.diffusion.edits import add_layer_outputs, clone_sharing_weights, remember_embeddings, replace_parameters
 from ldm.diffusion.text_layers import text_layers
 from ldm.diffusion.trainable import trainable_parameter_names
 
@@ -76,3 +76,22 @@ def test_train_methods_choose_stable_diffusions_layers():
 def test_a_u_net_without_such_layers_is_refused():
     with pytest.raises(ValueError, match="nothing for `train_method` xattn"):
         trainable_parameter_names(nn.Linear(2, 2), "xattn")
+
+
+def test_embeddings_are_remembered_as_long_as_a_block_runs(tiny, monkeypatch):
+    passes, encode = [], tiny.encode_with_states
+
+    def counted(prompts, layers):
+        passes.extend(prompts)
+        return encode(prompts, layers)
+
+    monkeypatch.setattr(tiny, "encode_with_states", counted)
+    before = tiny.embed_prompts(["a dog"])["a dog"]
+    with remember_embeddings(tiny):
+        once = tiny.embed_prompts(["a dog", "a cat", "a dog"])
+        with remember_embeddings(tiny):
+            again = tiny.embed_prompts(["a cat", "a dog"])
+    assert passes == ["a dog", "a dog", "a cat"] and list(again) == ["a cat", "a dog"]
+    assert all(torch.equal(rows, before) for rows in (once["a dog"], again["a dog"]))
+    tiny.embed_prompts(["a cat"])
+    assert passes[3:] == ["a cat"]

@@ -257,7 +257,7 @@ def ledger(model, tmp_path_factory) -> Ledger:
     header = make_header(model, "style", concepts, ["a cat"], {"model": "models/mini-sd"})
     ledger = Ledger.create(root / HISTORY_FILE, header)
     ledger.append(create_shifts(ledger, model, concepts[1:2], METHOD, CONFIG.null_space, root))
-    ledger.append({}, [1])
+    ledger.append({}, ["1"])
     return ledger
 
 

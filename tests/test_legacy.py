@@ -236,8 +236,8 @@ def test_an_old_ledger_is_read_with_its_chain(old):
     assert ledger.header["protected"] == ["", "watermark SRS-ME", "CCS 2024", "a cat"]
     assert [entry.index for entry in ledger.entries] == [1, 2, 3, 4]
     assert ledger.last_hash == hashlib.sha256(path.read_text().splitlines()[-1].encode()).hexdigest()
-    assert [set(ledger.active_shifts(number)) for number in range(5)] == [set(), {1}, set(), {1}, {1, 2}]
-    record = ledger.last_shift(2)
+    assert [set(ledger.active_shifts(number)) for number in range(5)] == [set(), {"1"}, set(), {"1"}, {"1", "2"}]
+    record = ledger.last_shift("2")
     assert record["iterations"] == 0 and record["max_leakage_others"] == pytest.approx(2.154e-05, rel=1e-3)
     lines = path.read_text().splitlines()
     for line, (written, changed) in enumerate(
@@ -253,7 +253,9 @@ def test_an_old_ledger_is_continued(script, old_concepts, model_path, old):
     path = old / "ledger" / HISTORY_FILE
     written = path.read_text()
     rows = {row.split(" | ")[1]: row for row in script(LEDGER, "status", *root)[1].splitlines()}
-    assert "| erased | SRS-ME | 2 | 3 | 0 | 3.483e-07 |" in rows["VanGogh"] and "| never_erased |" in rows["Cezanne"]
+    assert (
+        "| erased | SRS-ME | 2 | 3 | 0 |  |  | 3.483e-07 |" in rows["VanGogh"] and "| never_erased |" in rows["Cezanne"]
+    )
     assert "erased VanGogh by SRS-ME" in script(LEDGER, "history", *root)[1]
     assert script(LEDGER, "restore", "VanGogh", *root)[0] == 0
     assert script(LEDGER, "erase", "VanGogh", *root)[0] == 0  # by the shift that version 0.1 made
@@ -264,11 +266,39 @@ def test_an_old_ledger_is_continued(script, old_concepts, model_path, old):
     lines = path.read_text().splitlines()
     assert json.loads(lines[5])["prev_hash"] == hashlib.sha256(lines[4].encode()).hexdigest()
     ledger = Ledger(path)
-    assert set(ledger.active_shifts()) == {0, 1, 2} and len(ledger.entries) == 7
-    assert ledger.last_shift(1)["shift"] == json.loads(lines[1])["erase"]["1"]["shift"]
+    assert set(ledger.active_shifts()) == {"0", "1", "2"} and len(ledger.entries) == 7
+    assert ledger.last_shift("1")["shift"] == json.loads(lines[1])["erase"]["1"]["shift"]
     assert script(LEDGER, "verify", *root, *model)[0] == 0
     table = verify(ledger, load_model(model_path, CPU)).set_index("item")
     assert len(table) == 2 + 3 + 2 and table.loc["no shift", "sha256"]
+
+
+def test_an_old_ledger_is_migrated_to_one_that_no_list_can_change(script, old_concepts, model_path, old):
+    root, model = ["--ledger_dir", old / "ledger"], ["--model", model_path, "--device", "cpu"]
+    path = old / "ledger" / HISTORY_FILE
+    before, content = Ledger(path), path.read_bytes()
+    is_error(script(LEDGER, "add", "--concepts", "violin", *root, *model), "older version", "migrate it first")
+    code, out, err = script(LEDGER, "migrate", *root)
+    sha256 = hashlib.sha256(content).hexdigest()
+    kept = path.with_name(f"{HISTORY_FILE}.v1-{sha256[:8]}")
+    assert code == 0 and str(kept) in out and kept.read_bytes() == content, err
+    after = Ledger(path)
+    assert after.header["migrated_from"] == {"file": kept.name, "sha256": sha256} and after.version == 2
+    assert after.concepts == before.concepts and after.prompts == before.prompts and after.entries == before.entries
+    assert after.active_shifts() == before.active_shifts() and after.header["time"] == before.header["time"]
+    with pytest.MonkeyPatch.context() as patch:  # whatever becomes of the lists of concepts
+        patch.setattr(concept_lists, "_load_config", lambda: ({}, ()))
+        assert Ledger(path).concepts == before.concepts
+    code, out, err = script(LEDGER, "verify", *root, *model)
+    assert code == 0 and kept.name in out, err
+    is_error(script(LEDGER, "migrate", *root), "today's version already")
+    assert script(LEDGER, "erase", "Cezanne", *root, *model, "--mode", "closed_form", "--init", "closed_form")[0] == 0
+    assert script(LEDGER, "add", "--concepts", "a violin", *root, *model)[0] == 0
+    assert [concept.label for concept in Ledger(path).concepts] == ["0", "1", "2", "violin"]
+    kept.write_bytes(content + b" ")
+    is_error(script(LEDGER, "verify", *root, *model), "is not the ledger that was migrated")
+    kept.unlink()
+    assert "no longer there" in script(LEDGER, "verify", *root, *model)[1]
 
 
 def test_the_commands_that_make_an_old_ledger_again_work(script, old_concepts, model_path, old, tmp_path):
@@ -279,7 +309,7 @@ def test_the_commands_that_make_an_old_ledger_again_work(script, old_concepts, m
         code, _, err = script(path, *arguments)
         assert code == 0, f"{line}: {err}"
     again = Ledger(tmp_path / "again" / HISTORY_FILE)
-    assert len(again.entries) == 4 and set(again.active_shifts()) == {1, 2}
+    assert len(again.entries) == 4 and set(again.active_shifts()) == {"1", "2"}
     for name, shift in ledger.shifts().items():
         made = again.shifts()[name]
         assert made.parameter_names == shift.parameter_names

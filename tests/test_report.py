@@ -10,7 +10,8 @@ from conftest import CPU
 from PIL import Image
 
 from ldm.cli.reproduce import reproduction_commands
-from ldm.config.concepts import get_concept
+from ldm.config.concept_lists import make_concept
+from ldm.config.concepts import OWN, get_concept
 from ldm.config.methods import SamplingConfig
 from ldm.config.models import bundled_config
 from ldm.diffusion.load import load_model
@@ -43,7 +44,7 @@ def ledger(model, mini_path, tmp_path):
         Image.new("RGB", (32, 32), "blue").save(tmp_path / "data" / styles[index].name / "0_0.png")
         settings = method.with_changes(**changes)
         ledger.append(create_shifts(ledger, model, [styles[index]], settings, config.null_space, tmp_path / "data"))
-    ledger.append({}, [1])
+    ledger.append({}, ["1"])
     ledger.append(ledger.plan_erasure([styles[1]], False)[0])
     return ledger
 
@@ -88,6 +89,21 @@ def test_a_ledger_of_nothing_has_a_page_too(model, tmp_path):
     experiment = Experiment(model, "style", tmp_path / "run", None, SAMPLING, seeds_per_prompt=1)
     page = render_report(ledger, experiment, 1, reproduction_commands(ledger))
     assert "0 of 1 concepts are erased" in page and "No concept was ever erased" in page
+
+
+def test_a_ledger_of_concepts_by_text_has_a_page_too(model, script, mini_path, tmp_path):
+    concepts = [make_concept("a red fox"), make_concept("Velmira")]
+    source = {"model": str(mini_path), "ckpt_path": None, "config_path": None}
+    ledger = Ledger.create(tmp_path / HISTORY_FILE, make_header(model, OWN, concepts, ["a cat"], source))
+    config = bundled_config("mini-sd")
+    method = config.methods["SRS-ME"]
+    ledger.append(create_shifts(ledger, model, concepts[:1], method, config.null_space, tmp_path))
+    size = ["--seeds_per_prompt", "1", "--num_inference_steps", "1", "--unprotected_prompts", "2", "--num_shown", "1"]
+    report = ["eval-scripts/report.py", tmp_path, "--save_path", tmp_path / "run", "--device", "cpu"]
+    code, _, err = script(*report, *size)
+    page = (tmp_path / "run" / "report.html").read_text() if code == 0 else err
+    assert "1 of 2 concepts are erased" in page and "red fox (erased)" in page, err
+    assert "Velmira (protected)" in page and "--concepts &#39;a red fox&#39; Velmira" in page
 
 
 def test_its_commands_make_the_same_weights_again(ledger, model, script, tmp_path):

@@ -161,7 +161,8 @@ def test_a_scene_leaves_the_ledger_of_its_erasures(tmp_path):
     experiment, steps = FakeExperiment(tmp_path), load_scene(4)
     run_scene(experiment, FMN, 4, steps, tmp_path / "shifts")
     ledger = Ledger(tmp_path / "shifts" / "scene4-style-FMN.jsonl")
-    assert [tuple(ledger.active_shifts(index + 1)) for index in range(4)] == [step.erased for step in steps]
+    active = [list(ledger.active_shifts(index + 1)) for index in range(4)]
+    assert active == [list(map(str, step.erased)) for step in steps]
     run_scene(experiment, ESDConfig(), 4, steps, tmp_path / "shifts")
     text = ledger.path.read_text()
     run_scene(experiment, FMN, 4, steps, tmp_path / "shifts")  # runs it anew, to the same lines

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from ldm.cli import arguments, output
 from ldm.cli.arguments import MODEL_ARGUMENTS, Namespace
-from ldm.config.concepts import parse_erase_targets
-from ldm.config.methods import METHODS, NO_GATE
+from ldm.cli.concepts import category_of, named_concepts
+from ldm.config.concept_lists import check_apart_from, names_file, read_concepts, read_prompts
+from ldm.config.concepts import OWN, Concept, parse_indexes
+from ldm.config.methods import METHODS, NO_GATE, GateConfig, NullSpaceConfig, SRSMEConfig
 from ldm.io.errors import MissingFileError, notify
 from ldm.ledger.history import ledger_lock
+from ldm.ledger.history import migrate as write_anew
 from ldm.ledger.history import repair as cut_off_torn_line
 from ldm.ledger.ledger import Ledger, history_path, make_header, status_table
+from ldm.ledger.lines import some_of
+
+_INDEXES_RE = re.compile(r"[0-9]+(?:[-,][0-9]+)*")  # what is no name, but looks like indexes
+_LARGE_LEAKAGE = 0.05  # of a shift on a concept that was added later, where erasing changes a prompt by about 1
+_NUM_SHOWN = 3  # shifts that change the prompt of an added concept most
 
 
 def init(args: Namespace) -> None:
@@ -20,13 +31,15 @@ def init(args: Namespace) -> None:
     from ldm.cli import session
     from ldm.erasure.protection import check_apart
 
-    concepts = parse_erase_targets(args.erased_index, args.category)
+    concepts = _concepts_to_know(args)
+    prompts = read_prompts(args.protect)
+    check_apart_from(prompts, concepts)
     path = history_path(args.ledger_dir)
     with ledger_lock(path.parent):
         if path.exists():
             raise ValueError(
                 f"{args.ledger_dir} has a ledger already: give another `ledger_dir`, or continue it with "
-                "erase and restore"
+                "add, erase and restore"
             )
         model = session.load_model(args, session.first_device(args))
         source = {}
@@ -34,14 +47,68 @@ def init(args: Namespace) -> None:
             value = getattr(args, name)
             is_path = value and name != "variant" and Path(value).exists()
             source[name] = str(Path(value).resolve()) if is_path else value
-        check_apart(model, concepts, model.embed_prompts(args.protect))
-        header = make_header(model, args.category, concepts, args.protect, source)
+        check_apart(model, concepts, model.embed_prompts(prompts))
+        header = make_header(model, category_of(args, concepts), concepts, prompts, source)
         ledger = Ledger.create(path, header)
         model.notify_of_cuts(ledger.prompts)
     print(
         f"{len(concepts)} concepts of {model.name}; always protected: the empty prompt, "
-        f"{', '.join(ledger.header['protected'][1:])}"
+        f"{some_of(ledger.header['protected'][1:])}"
     )
+
+
+def _concepts_to_know(args: Namespace) -> list[Concept]:
+    """Return the concepts that --concepts or --erased_index names, for a ledger that is to know them.
+
+    Raises ValueError as `named_concepts`, and for what was meant as indexes, or as a setting of an erasure.
+    """
+    for text in args.concepts:
+        if _INDEXES_RE.fullmatch(text):
+            if not text.isdigit():
+                raise ValueError(f"`concepts` {text}: these are texts: give indexes to `erased_index`")
+            notify(f"'{text}' is taken as the name of a concept: give indexes to `erased_index`")
+    concepts = named_concepts(args)
+    if args.anchor is not None:
+        raise ValueError(
+            f"`anchor` {args.anchor} is a setting of an erasure: give it to erase, or give a text such as 'a painting'"
+        )
+    return concepts
+
+
+def add(args: Namespace) -> None:
+    """Add concepts, and say how much the shifts made so far change their prompts, which these do not protect."""
+    from ldm.cli import session
+    from ldm.erasure.protection import check_apart
+    from ldm.ledger.operations import leakage_on_added
+
+    path = history_path(args.ledger_dir)
+    with ledger_lock(path.parent):
+        ledger = Ledger(path)
+        args.category = ledger.category
+        if args.erased_index and args.category == OWN:
+            raise ValueError("this ledger's concepts have no indexes: give `concepts` texts or files")
+        concepts = _concepts_to_know(args)
+        ledger.check_addition(concepts)
+        check_apart_from(ledger.header["protected"], concepts)
+        ledger, model = session.open_ledger(args, args.ledger_dir)
+        check_apart(model, concepts, model.embed_prompts(ledger.header["protected"]))
+        table = leakage_on_added(ledger, model, concepts)
+        largest = table.sort_values("leakage", ascending=False, kind="stable")
+        of_each = largest.drop_duplicates("label")
+        ledger.add(concepts, dict(zip(of_each["label"], of_each["leakage"], strict=True)))
+        model.notify_of_cuts(concept.prompt for concept in concepts)
+    print(f"added: {some_of(concept.name for concept in concepts)}")
+    for row in largest.head(_NUM_SHOWN).to_dict("records"):
+        print(
+            f"the shift of {row['shift']} was made before {row['added']} was added: it changes its prompt by "
+            f"{row['leakage']:.1e}"
+        )
+    unprotected = list(dict.fromkeys(largest[largest["leakage"] > _LARGE_LEAKAGE]["shift"]))
+    if unprotected:
+        notify(
+            f"{some_of(unprotected)}: the shifts of these change an added concept by more than {_LARGE_LEAKAGE:g}: "
+            "restore them, and erase them with `method` SRS-ME, which makes shifts that protect it"
+        )
 
 
 def erase(args: Namespace) -> None:
@@ -49,30 +116,68 @@ def erase(args: Namespace) -> None:
     path = history_path(args.ledger_dir)
     with ledger_lock(path.parent):
         ledger = Ledger(path)
-        typed = {name for kind in METHODS.values() for name in arguments.typed_settings(args, kind)}
-        concepts = [ledger.concept(name) for name in args.concept]
-        records, missing = ledger.plan_erasure(concepts, bool(typed or args.method))
+        concepts = _named(ledger, args.concept)
+        records, missing = ledger.plan_erasure(concepts, _asks_for_another_way(args))
         if missing:
             from ldm.cli import session
             from ldm.config.models import describe_sources, load_model_config
             from ldm.ledger.operations import create_shifts
 
-            method = args.method or "SRS-ME"
-            known = [entry.name for entry in fields(METHODS[method])]
-            unexpected = sorted(typed - set(known))
-            if unexpected:
-                raise ValueError(f"`{unexpected[0]}` is no setting of {method}, which has {', '.join(known)}")
+            method = args.method or SRSMEConfig.name
+            _check_settings(args, method)
             ledger, model = session.open_ledger(args, args.ledger_dir)
             model_config = load_model_config(model)
             config = session.method_config(args, model_config, method)
+            null_space = session.fill_settings(args, model_config.null_space)
             sections = [f"methods.{method}", "null_space", "gate"]
             print(describe_sources(model_config, sections, arguments.spelled))
-            gate = model_config.gate if model_config.edit.form == "gated" else NO_GATE
-            settings = config, model_config.null_space, args.training_image_dir, gate
-            records |= create_shifts(ledger, model, missing, *settings)
+            is_gated = model_config.edit.form == "gated" or args.gate
+            gate = session.fill_settings(args, model_config.gate) if is_gated else NO_GATE
+            records |= create_shifts(ledger, model, missing, config, null_space, args.training_image_dir, gate)
         if records:
             ledger.append(records)
     status(args)
+
+
+def _asks_for_another_way(args: Namespace) -> bool:
+    """Return whether a method, or a setting of how a shift is made, was typed: then shifts are made anew."""
+    kinds = (*METHODS.values(), NullSpaceConfig, GateConfig)
+    return bool(args.method) or any(arguments.typed_settings(args, kind) for kind in kinds)
+
+
+def _check_settings(args: Namespace, method: str) -> None:
+    """Raise ValueError for a setting that was typed and that a method does not have."""
+    kind = METHODS[method]
+    known = [entry.name for entry in fields(kind)]
+    known += [entry.name for entry in fields(NullSpaceConfig)] if kind.needs_null_space else []
+    known += [entry.name for entry in fields(GateConfig)] if issubclass(kind, SRSMEConfig) else []
+    typed: dict[str, Any] = {}
+    for settings in (*METHODS.values(), NullSpaceConfig, GateConfig):
+        typed |= arguments.typed_settings(args, settings)
+    unexpected = sorted(set(typed) - set(known))
+    if unexpected:
+        raise ValueError(f"`{unexpected[0]}` is no setting of {method}, which has {', '.join(known)}")
+
+
+def _named(ledger: Ledger, texts: Sequence[str]) -> list[Concept]:
+    """Return the ledger's concepts that texts name: names, files of names, indexes of its category, or all.
+
+    Raises ValueError, with the nearest name, for what is not in the ledger.
+    """
+    concepts: list[Concept] = []
+    for text in texts:
+        found = ledger.find(text)
+        if found is not None:
+            concepts.append(found)
+        elif text.strip().lower() == "all":
+            concepts += ledger.concepts
+        elif names_file(text):
+            concepts += [ledger.concept(listed.name) for listed in read_concepts([text])]
+        elif ledger.category != OWN and _INDEXES_RE.fullmatch(text):
+            concepts += [ledger.concept(str(index)) for index in parse_indexes(text, ledger.category)]
+        else:
+            concepts.append(ledger.concept(text))
+    return list(dict.fromkeys(concepts))
 
 
 def restore(args: Namespace) -> None:
@@ -80,10 +185,13 @@ def restore(args: Namespace) -> None:
     path = history_path(args.ledger_dir)
     with ledger_lock(path.parent):
         ledger = Ledger(path)
-        named = {concept.index: concept.name for concept in map(ledger.concept, args.concept)}
-        restored = set(named) & set(ledger.active_shifts())
-        for index in sorted(set(named) - restored):
-            notify(f"{named[index]} is not erased, and stays as it is")
+        named, active = _named(ledger, args.concept), ledger.active_shifts()
+        others = [concept.name for concept in named if concept.label not in active]
+        if len(others) == 1:
+            notify(f"{others[0]} is not erased, and stays as it is")
+        elif others:
+            notify(f"{some_of(others)} are not erased, and stay as they are")
+        restored = [concept.label for concept in named if concept.label in active]
         if restored:
             ledger.append({}, restored)
     status(args)
@@ -92,6 +200,19 @@ def restore(args: Namespace) -> None:
 def status(args: Namespace) -> None:
     """Print what each concept is."""
     output.show_table(status_table(Ledger(history_path(args.ledger_dir))))
+
+
+def migrate(args: Namespace) -> None:
+    """Write a ledger of an older version as one of today's."""
+    path = history_path(args.ledger_dir)
+    if not path.is_file():
+        raise MissingFileError(f"no ledger in {path.parent}", "ledger", ledger_dir=path.parent)
+    with ledger_lock(path.parent):
+        kept = write_anew(path)
+        ledger = Ledger(path)
+    print(
+        f"{path}: {len(ledger.concepts)} concepts and {len(ledger.entries)} changes, as before; the old file is {kept}"
+    )
 
 
 def history(args: Namespace) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldm.cli.arguments import MODEL_ARGUMENTS
-from ldm.config.concepts import always_protected_prompts
-from ldm.config.methods import MethodConfig, complete_settings
+from ldm.config.concept_lists import make_concept, names_file
+from ldm.config.concepts import Concept, always_protected_prompts
+from ldm.config.methods import METHODS, MethodConfig, SRSMEConfig, complete_settings
 from ldm.config.models import ModelConfig, bundled_config
-from ldm.ledger.ledger import Ledger, LedgerEntry
+from ldm.config.templates import with_article
+from ldm.ledger.ledger import Ledger
+from ldm.ledger.lines import LedgerEntry
 
 SCENE_LEDGER_RE = re.compile(r"scene(?P<number>\d+)-[a-z]+-(?P<method>.+)\.jsonl")  # as `run_scene` calls them
 
@@ -29,12 +33,15 @@ def reproduction_commands(
     if scene:
         settings = config or bundled_config(ledger.header["base_model"])
         return [_scene_command(ledger, source or {}, scene["number"], settings.methods[scene["method"]])]
-    names = {concept.index: concept.name for concept in ledger.concepts}
-    commands = [_init_command(ledger)]
+    names = {concept.label: concept.name for concept in ledger.concepts}
+    added = {concept.label for entry in ledger.entries for concept in entry.add}
+    commands = _naming_commands(ledger, "init", [concept for concept in ledger.concepts if concept.label not in added])
     known: set[str] = set()  # the digests of shifts that are there by now, and only activated again
     for entry in ledger.entries:
+        if entry.add:
+            commands += _naming_commands(ledger, "add", entry.add, entry.index)
         if entry.restore:
-            commands.append(_command(ledger, "restore", *(names[index] for index in entry.restore)))
+            commands.append(_command(ledger, "restore", *(names[label] for label in entry.restore)))
         for flags, erased in _erased_alike(ledger, entry, known).items():
             commands.append(_command(ledger, "erase", *erased, *flags))
     return commands
@@ -72,15 +79,47 @@ def _command(ledger: Ledger, name: str, *arguments: str) -> str:
     return shlex.join([*script, *arguments])
 
 
-def _init_command(ledger: Ledger) -> str:
-    """Return the command that begins the ledger: its model, its concepts and what else is protected."""
-    header = ledger.header
-    arguments = [*_model_arguments(header), "--category", header["category"]]
-    arguments += ["--erased_index", ",".join(map(str, header["concepts"]))]
-    extra_prompts = [prompt for prompt in header["protected"] if prompt not in always_protected_prompts()]
-    if extra_prompts:
-        arguments += ["--protect", *extra_prompts]
-    return _command(ledger, "init", *arguments)
+def _naming_commands(ledger: Ledger, name: str, concepts: Sequence[Concept], index: int = 0) -> list[str]:
+    """Return the commands that begin a ledger with concepts, or add them by its entry `index`.
+
+    Those that are more than their texts say are written into a file first.
+    """
+    header, commands = ledger.header, []
+    texts = [_text_of(concept) for concept in concepts]
+    arguments: list[str] = []
+    if name == "init":
+        extra_prompts = [prompt for prompt in header["protected"] if prompt not in always_protected_prompts()]
+        arguments = _model_arguments(header) + (["--protect", *extra_prompts] if extra_prompts else [])
+    if not concepts[0].is_own:
+        indexes = ",".join(str(concept.index) for concept in concepts)
+        category = ["--category", ledger.category] if name == "init" else []
+        arguments += [*category, "--erased_index", indexes]
+    elif None not in texts:
+        arguments += ["--concepts", *filter(None, texts)]
+    else:
+        file = f"concepts-{index}.yaml"
+        written = shlex.join(["printf", "%s\\n", *_file_lines(concepts)])
+        commands.append(f"{written} > {file}")
+        arguments += ["--concepts", file]
+    return [*commands, _command(ledger, name, *arguments)]
+
+
+def _text_of(concept: Concept) -> str | None:
+    """Return the text that names a concept, given as an argument; None where no text says all that it is."""
+    for text in (concept.name, with_article(concept.name)):
+        if make_concept(text) == concept and not names_file(text) and not text.startswith("-"):
+            return text
+    return None
+
+
+def _file_lines(concepts: Sequence[Concept]) -> list[str]:
+    """Return the lines of a YAML file of concepts, each of them in JSON, which is YAML too."""
+    lines = ["concepts:"]
+    for concept in concepts:
+        entry = {"concept": concept.name, "kind": concept.kind, "aliases": concept.aliases, "anchor": concept.anchor}
+        entry |= {"templates": concept.templates, "held_out_templates": concept.held_out_templates}
+        lines.append(f"- {json.dumps({name: value for name, value in entry.items() if value}, ensure_ascii=False)}")
+    return lines
 
 
 def _erased_alike(ledger: Ledger, entry: LedgerEntry, known: set[str]) -> dict[tuple[str, ...], list[str]]:
@@ -103,9 +142,15 @@ def _settings(ledger: Ledger, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _method_flags(ledger: Ledger, record: Mapping[str, Any]) -> list[str]:
-    """Return the flags that give a shift's method and settings."""
-    flags = ["--method", record["method"]]
-    for name, value in _settings(ledger, record).items():
-        if value is not None:
+    """Return the flags that give a shift's method and settings, and those of its null space and its gate."""
+    method, metadata = record["method"], ledger.load(record).metadata
+    settings = _settings(ledger, record) | dict(record.get("null_space", {}))
+    if issubclass(METHODS[method], SRSMEConfig):
+        settings |= metadata.get("gate_config", {"gate": False})
+    flags = ["--method", method]
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
             flags += [f"--{name}", str(value)]
     return flags

@@ -64,6 +64,12 @@ def read_concepts(values: Sequence[str], kind: str | None = None, anchor: str | 
     return concepts
 
 
+def names_file(text: str) -> bool:
+    """Return whether a text is, to `read_concepts`, a file, or NAME=FILE.txt, and not a concept's own text."""
+    path = text.partition("=")[2]
+    return Path(text).suffix.lower() in _SUFFIXES or (path.lower().endswith(".txt") and Path(path).is_file())
+
+
 def read_prompts(values: Sequence[str]) -> list[str]:
     """Return the prompts that texts and files say: a .txt has one a line, a .csv or .yaml concepts as `read_concepts`.
 

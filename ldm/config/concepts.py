@@ -112,6 +112,9 @@ class Concept:
             name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
         }
         concept = cls(**values)
+        lists = (concept.aliases, concept.templates, concept.held_out_templates)
+        if not all(isinstance(value, tuple) for value in lists):
+            raise ValueError(f"{str(content)[:100]} is no concept: its aliases and templates are no lists")
         texts = [concept.name, concept.prompt, *concept.aliases, *concept.templates, *concept.held_out_templates]
         texts += [concept.anchor_prompt, concept.kind, concept.anchor or ""]
         is_index = type(concept.index) is int and concept.index >= OWN_INDEX
@@ -210,10 +213,12 @@ def check_spelled_once(concepts: Sequence[Concept], places: Sequence[str]) -> No
 
 @cache
 def load_concepts(category: str) -> tuple[Concept, ...]:
-    """All concepts of `category` in order of index, the watermark prompts after them.
+    """All concepts of `category` in order of index, the watermark prompts after them; of `OWN` these alone.
 
     Raises ValueError for an unknown category, and for a file whose texts are none, or that is wrong in another way.
     """
+    if category == OWN:
+        return tuple(Concept(k, text, text, is_watermark=True) for k, text in enumerate(watermark_prompts()))
     if category not in CATEGORIES:
         raise ValueError(f"unknown category '{category}': choose one of {', '.join(CATEGORIES)}")
     categories, watermarks = _load_config()

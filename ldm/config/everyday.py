@@ -126,6 +126,8 @@ def compositions(category: str, num: int) -> list[str]:
     That is an object beside a style, a style beside an object, and an everyday caption beside any other concept.
     """
     concepts = erasable_concepts(category)
+    if not concepts:  # as of those that a user names
+        return []
     if category not in COMPOSED_WITH:
         captions = [caption.rstrip(".?") for caption in everyday_captions(num)]
         return [_compose(concepts[k % len(concepts)], caption, k) for k, caption in enumerate(captions)]

@@ -89,6 +89,17 @@ def edit_embeddings(model: DiffusionModel, edit: EmbeddingEdit | None) -> Iterat
 
 
 @contextmanager
+def remember_embeddings(model: DiffusionModel) -> Iterator[None]:
+    """Let `embed_prompts` embed each prompt once while the block runs, and keep what it made until then."""
+    before = model.remembered
+    model.remembered = {} if before is None else before
+    try:
+        yield
+    finally:
+        model.remembered = before
+
+
+@contextmanager
 def attention_score_differences(unet: nn.Module, anchor_embeds: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """Collect how attention scores differ from those under an anchor prompt while the block runs.
 

@@ -82,6 +82,7 @@ class DiffusionModel:
     dtype: torch.dtype = torch.float32
     checkpoint: Path | None = None  # the single file that it was loaded from
     embedding_edit: EmbeddingEdit | None = None  # what becomes of prompts' embeddings, by `edits.edit_embeddings`
+    remembered: dict[str, torch.Tensor] | None = None  # embeddings of prompts, by `edits.remember_embeddings`
     settings_path: Path | None = None  # the file with its own settings
 
     def __post_init__(self) -> None:
@@ -218,7 +219,8 @@ class DiffusionModel:
         A layer is a number from 0, or `LAST_STATE`: the encoder's columns of what the denoiser is given.
         """
         for encoder in self._text_encoders.values():
-            encoder.to(self.device)
+            if encoder.device != self.device:  # moving one that is there already takes a while too
+                encoder.to(self.device)
         pipeline: Any = self.pipeline  # XL's says that it takes one prompt, and takes several
         captured: dict[str, dict[int, torch.Tensor]] = {}
         with ExitStack() as stack:
@@ -273,7 +275,11 @@ class DiffusionModel:
         """Return the embedding of each prompt that cross-attention takes, (tokens, d)."""
         prompts = list(prompts)
         self.notify_of_cuts(prompts)
-        return {prompt: self.drop_pooled(self.encode_prompt([prompt]))[0] for prompt in prompts}
+        known = self.remembered if self.remembered is not None and self.embedding_edit is None else {}
+        for prompt in prompts:
+            if prompt not in known:
+                known[prompt] = self.drop_pooled(self.encode_prompt([prompt]))[0]
+        return {prompt: known[prompt] for prompt in prompts}
 
     @cached_property
     def vocab_gram(self) -> tuple[list[str], torch.Tensor]:

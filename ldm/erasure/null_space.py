@@ -185,11 +185,13 @@ def _no_nullity(
     embeddings: Sequence[torch.Tensor], rows: torch.Tensor, rank_rtol: float, tokens: int, width: int
 ) -> str:
     """Say how many of the prompts fit, and which tolerance would leave dimensions free."""
-    fit = 0
-    for count in range(len(embeddings) - 1, 0, -1):
+    fit, too_many = 0, len(embeddings)
+    while too_many - fit > 1:  # halved each time, as there may be thousands
+        count = (fit + too_many) // 2
         if null_space(qr_factor(*embeddings[:count]), rank_rtol)[1] < width:
             fit = count
-            break
+        else:
+            too_many = count
     tolerance = suggest_tolerance(relative_singular_values(rows))
     advice = f", or raise `rank_rtol` to {tolerance:g}, which leaves a sixteenth of them free" if tolerance else ""
     return (

@@ -20,6 +20,7 @@ from ldm.io.checks import check_header, is_count, is_mapping, is_number, is_text
 from ldm.io.tensors import LazyTensors, check_base_model, library_versions, load_tensors, save_tensors
 
 SHIFT_FILE_TYPE = "weight shift"
+_PROMPTS_AT_ONCE = 64  # whose embeddings are multiplied together
 _LARGEST = 1e30  # that a shift may add to a weight: float32 holds a little more
 _HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, where it says it
     **dict.fromkeys(
@@ -202,10 +203,10 @@ class SeparableShift(WeightShift):
         return (embeds @ (self.scale * self.directions).T) @ self._weight(name).T  # (tokens, k) @ (k, out)
 
     def delta_output_norms(self, names: Sequence[str], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        projected = {}  # (tokens, k), which is smaller than (tokens, d)
-        for prompt, rows in embeds.items():
-            projected[prompt] = rows.cpu().double() @ (self.scale * self.directions).T
-        return output_norms((self._weight(name) for name in names if name in self.parameter_names), projected)
+        factor = stacked_qr_factor((self._weight(name) for name in names if name in self.parameter_names), self.rank)
+        return _norms(
+            (self.scale * self.directions, factor), embeds
+        )  # (tokens, k) in between, smaller than (tokens, d)
 
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
         """Write the coefficients (float32) and the directions (float64), once."""
@@ -297,5 +298,20 @@ def output_norms(matrices: Iterable[torch.Tensor], embeds: Mapping[str, torch.Te
     """Return the norm of what all `matrices` (out, d) together make of each prompt's embedding (tokens, d)."""
     if not embeds:
         return {}
-    factor = stacked_qr_factor(matrices, next(iter(embeds.values())).shape[-1])
-    return {prompt: (rows.cpu().double() @ factor.T).norm().item() for prompt, rows in embeds.items()}
+    return _norms((stacked_qr_factor(matrices, next(iter(embeds.values())).shape[-1]),), embeds)
+
+
+def _norms(factors: Sequence[torch.Tensor], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Return the norm of what matrices (out, d), one after the other, make of each prompt's embedding (tokens, d)."""
+    norms: dict[str, float] = {}
+    prompts = list(embeds)
+    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+        some = prompts[start : start + _PROMPTS_AT_ONCE]
+        rows = torch.cat([embeds[prompt].cpu() for prompt in some]).double()  # (all tokens, d)
+        for factor in factors:
+            rows = rows @ factor.T
+        lengths = torch.tensor([len(embeds[prompt]) for prompt in some])
+        owners = torch.arange(len(some)).repeat_interleave(lengths)
+        squares = torch.zeros(len(some), dtype=rows.dtype).index_add(0, owners, rows.square().sum(dim=1))
+        norms |= dict(zip(some, squares.sqrt().tolist(), strict=True))
+    return norms

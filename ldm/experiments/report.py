@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment
 
-from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES, always_protected_prompts, erasable_concepts
+from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES, Concept, always_protected_prompts, erasable_concepts
 from ldm.config.everyday import COMPOSITIONS
 from ldm.config.methods import SRSMEConfig
 from ldm.config.models import load_model_config
@@ -58,7 +58,7 @@ class _Results:
     unprotected: pd.DataFrame
     original: Path
     edited: Path
-    erased: Sequence[int]
+    num_erased: int
 
 
 def render_report(ledger: Ledger, experiment: Experiment, num_shown: int, commands: Sequence[str]) -> str:
@@ -75,7 +75,7 @@ def render_report(ledger: Ledger, experiment: Experiment, num_shown: int, comman
     images = _before_and_after(results, num_shown)
     named = {"prompt": {"": EMPTY_PROMPT_LABEL}}
     summary_by_status = summarize_by(pd.concat([results.table, results.unprotected]), "status")
-    num_erased, base_model = len(results.erased), ledger.header["base_model"]
+    num_erased, base_model = results.num_erased, ledger.header["base_model"]
     summary = f"{num_erased} of {len(ledger.concepts)} concepts are erased."
     sections = [
         Section("What is erased", f"{base_model}, digest {model.digest[:12]}. {summary}", [status_table(ledger)]),
@@ -104,16 +104,26 @@ def render_report(ledger: Ledger, experiment: Experiment, num_shown: int, comman
 
 
 def _evaluate(ledger: Ledger, experiment: Experiment) -> _Results:
-    erased = list(ledger.active_shifts())
-    ever_erased = [concept.index for concept in ledger.concepts if ledger.last_shift(concept.index)]
-    restored = [index for index in ever_erased if index not in erased]
+    active = ledger.active_shifts()
+    ever_erased = [concept for concept in ledger.concepts if ledger.last_shift(concept.label)]
+    erased = [concept for concept in ever_erased if concept.label in active]
+    restored = [concept for concept in ever_erased if concept.label not in active]
     table, edited = experiment.evaluate(ledger.shifts(), "now")
     original = experiment.generate({}, "")
-    statuses = prompt_statuses(edited, experiment.category, table["prompt"], erased, restored)
+    indexes = _indexes(erased)
+    statuses = prompt_statuses(edited, experiment.category, table["prompt"], indexes, _indexes(restored))
+    for status, concepts in (("erased", erased), ("restored", restored)):
+        own = (concept for concept in concepts if concept.is_own)  # whose prompts nothing but the ledger knows
+        statuses |= dict.fromkeys((concept.prompt for concept in own), status)
     table.insert(0, "status", [statuses[prompt] for prompt in table["prompt"]])
     table = table.sort_values("status", key=lambda column: column.map(STATUSES.index), kind="stable")
-    unprotected = experiment.evaluate_unprotected(ledger.shifts(), "now", erased)
-    return _Results(table, unprotected, original, edited, erased)
+    unprotected = experiment.evaluate_unprotected(ledger.shifts(), "now", indexes)
+    return _Results(table, unprotected, original, edited, len(erased))
+
+
+def _indexes(concepts: Sequence[Concept]) -> list[int]:
+    """Return the indexes of concepts in their category, but for those that their owner named by their texts."""
+    return [concept.index for concept in concepts if not concept.is_own]
 
 
 def _most_changed(table: pd.DataFrame) -> list[pd.DataFrame]:
@@ -160,7 +170,7 @@ def _plot_history(ledger: Ledger, path: Path) -> None:
     erased_after = {number: set(ledger.active_shifts(number)) for number in range(1, end)}
     rows = {}
     for concept in ledger.concepts:
-        numbers = [number for number, erased in erased_after.items() if concept.index in erased]
+        numbers = [number for number, erased in erased_after.items() if concept.label in erased]
         rows[concept.name] = [(number, number + 1) for number in numbers]
     ticks: dict[float, str] = {entry.index: entry.time[:16].replace("T", " ") for entry in ledger.entries}
     ticks[end] = "now"
@@ -199,11 +209,13 @@ def _leakage_section(ledger: Ledger, experiment: Experiment) -> Section:
 
 def _leakage_by_group(ledger: Ledger, experiment: Experiment) -> pd.DataFrame:
     """Return the leakage of all active shifts together on each group of prompts, in the form of the experiment."""
-    model, shifts, erased = experiment.model, ledger.shifts(), list(ledger.active_shifts())
-    kept = [concept.prompt for concept in ledger.concepts if concept.index not in erased]
-    named = [concept.prompt for concept in ledger.concepts if concept.index in erased]
+    model, shifts = experiment.model, ledger.shifts()
+    erased = [concept for concept in ledger.concepts if concept.label in shifts]
+    kept = [concept.prompt for concept in ledger.concepts if concept.label not in shifts]
+    named = [concept.prompt for concept in erased]
     concepts = {"erased": named, "not erased": kept, "protected": ledger.header["protected"]}
-    groups = {group: prompts for group, prompts in concepts.items() if prompts} | experiment.unprotected_groups(erased)
+    groups = {group: prompts for group, prompts in concepts.items() if prompts}
+    groups |= experiment.unprotected_groups(_indexes(erased))
     prompts = list(dict.fromkeys(itertools.chain(*groups.values())))
     before = model.embed_prompts(prompts)
     gated, linear = by_form(shifts, experiment.form)
@@ -233,7 +245,7 @@ def _capacity_section(ledger: Ledger, experiment: Experiment) -> Section:
     config = load_model_config(model)
     method = config.methods[SRSMEConfig.name]
     assert isinstance(method, SRSMEConfig)
-    others = erasable_concepts(ledger.header["category"])
+    others = erasable_concepts(ledger.category) or ledger.concepts
     further = FurtherPrompts(ledger.header["protected"], experiment.unprotected_groups(()), others)
     capacity = measure_capacity(model, ledger.concepts, config.null_space, DEFAULT_TOLERANCES, method, further)
     text = (

@@ -59,8 +59,8 @@ def run_scene(
         if missing:
             experiment.erase(artifacts, missing, protected_indices, config)
             for concept in missing:
-                _, records[concept.index] = shift_record(ledger, artifacts, concept)
-        to_restore = set(ledger.active_shifts()) - set(step.erased)
+                _, records[concept.label] = shift_record(ledger, artifacts, concept)
+        to_restore = set(ledger.active_shifts()) - set(map(str, step.erased))
         ledger.append(records, to_restore, f"t{step.time}")
         shifts = ledger.shifts()
         name = f"{method}-{''.join(shifts)}"

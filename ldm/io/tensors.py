@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ CREATED_BY = "srs-me"  # the program, in metadata
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that metadata names."""
-    return {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    return {name: _version(name) for name in ("torch", "diffusers", "transformers")}
+
+
+_version = cache(version)  # which reads a file of the package
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], file_type: str, metadata: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ class LedgerState:
         return tuple(sorted(digest for name, digest in self.digests.items() if name in names))
 
     def select_shifts(self, names: Collection[str]) -> dict[str, WeightShift]:
-        """Return the shifts of the concepts `names`, by index. Raises RequestError for a name that has none."""
+        """Return the shifts of the concepts `names`, by label. Raises RequestError for a name that has none."""
         if not isinstance(names, (list, tuple, set)):
             raise RequestError("give a list of concepts' names")
         for name in names:
@@ -78,7 +78,7 @@ class LedgerState:
                 choices = ", ".join(self.shifts)
                 raise RequestError(f"'{str(name)[:50]}' is no concept that can be erased here: choose from {choices}")
         concepts = [concept for concept in self.ledger.concepts if concept.name in names]
-        return {str(concept.index): self.shifts[concept.name] for concept in concepts}
+        return {concept.label: self.shifts[concept.name] for concept in concepts}
 
 
 def example_prompts(state: LedgerState) -> dict[str, str]:

@@ -17,7 +17,12 @@ MAX_TITLE_NAMES = 3  # in a title, and in what stands above an image
 MAX_INVISIBLE_DIFFERENCE = UNCHANGED_MAX_DIFF
 EQUAL = "<p>No difference: the two images are equal in every pixel.</p>"
 MEASURING = "<p>Changes on other prompts: being measured…</p>"
-_STATE_WORDS = {"erased": "Erased", "restored": "Restored", "never_erased": "Never erased"}
+_STATE_WORDS = {
+    "erased": "Erased",
+    "too_weak": "Erased, but too weakly",
+    "restored": "Restored",
+    "never_erased": "Never erased",
+}
 _COLUMNS = {
     "concept": "Concept",
     "state": "State",

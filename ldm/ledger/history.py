@@ -1,4 +1,4 @@
-"""The file of a ledger's history: its lock, and the repair of a torn last line."""
+"""The file of a ledger's history: its lock, the repair of a torn last line, and the migration of an older version."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from ldm.io.checks import is_json
 from ldm.io.files import atomic_write
 from ldm.ledger.ledger import Ledger
+from ldm.ledger.lines import VERSION, format_entry, write_line
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks says
 
@@ -63,3 +64,30 @@ def repair(path: Path) -> tuple[Path, int] | None:
         with atomic_write(target) as partial:
             partial.write_bytes(part)
     return cut_off, len(torn)
+
+
+def migrate(path: Path) -> Path:
+    """Write the history at `path`, of an older version, as one of today's; return where the old file is kept.
+
+    The new first line holds the concepts whole, as their category's list has them now, and the digest of the old file;
+    all else says what it said, by labels, in a chain of digests of its own. The shifts stay the same files. The caller
+    holds `ledger_lock`. Raises ValueError for a history of today's version.
+    """
+    ledger, content = Ledger(path), path.read_bytes()
+    if ledger.version == VERSION:
+        raise ValueError(f"{path} is of today's version already: there is nothing to migrate")
+    sha256 = hashlib.sha256(content).hexdigest()
+    kept = path.with_name(f"{path.name}.v{ledger.version}-{sha256[:8]}")
+    concepts = [concept.to_dict() for concept in ledger.concepts]
+    migrated = {"version": VERSION, "concepts": concepts, "migrated_from": {"file": kept.name, "sha256": sha256}}
+    text = write_line(ledger.header | migrated)
+    prev_hash = hashlib.sha256(text.rstrip("\n").encode()).hexdigest()
+    for entry in ledger.entries:
+        line = format_entry(entry, prev_hash, VERSION)
+        prev_hash = hashlib.sha256(line.rstrip("\n").encode()).hexdigest()
+        text += line
+    Ledger.from_text(path, text)  # before anything is written
+    for target, part in ((kept, content), (path, text.encode())):
+        with atomic_write(target) as partial:
+            partial.write_bytes(part)
+    return kept

@@ -1,27 +1,37 @@
 """What an owner has erased and restored: one append-only history, from which a model's state and weights follow.
 
 `history.jsonl` is all there is beside the shifts. Its first line, the header, names the base model by its digest, the
-concepts and what else is protected; every further line is one entry: the shifts that were activated, each with its
-file's digest, and the concepts that were restored. A line holds the digest of the line before, so that none can be
-changed or left out unseen. It is written under a lock, whole or not at all. No torch here, but where a shift is loaded.
+concepts, each whole, and what else is protected; every further line is one entry: the shifts that were activated, each
+with its file's digest, and the concepts that were restored or added. A line holds the digest of the line before, so
+that none can be changed or left out unseen. It is written under a lock, whole or not at all. No torch here, but where
+a shift is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.config.concepts import Concept, always_protected_prompts, get_concept
-from ldm.config.methods import METHODS
-from ldm.io.checks import is_count, is_json, is_number, is_text
+from ldm.config.concepts import Concept, always_protected_prompts, identity_of
+from ldm.config.methods import did_you_mean
+from ldm.config.templates import without_article
+from ldm.io.checks import is_json
 from ldm.io.errors import MissingFileError
 from ldm.io.files import file_digest, write_text
-from ldm.io.legacy import upgrade
+from ldm.ledger.lines import (
+    MADE_UP,
+    VERSION,
+    LedgerEntry,
+    format_entry,
+    parse_entry,
+    parse_header,
+    read_line,
+    some_of,
+    write_line,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,30 +48,14 @@ def history_path(path: Path) -> Path:
     return path if path.suffix == ".jsonl" else path / HISTORY_FILE
 
 
-@dataclass(frozen=True)
-class LedgerEntry:
-    """One line after the header: at `time` (UTC, ISO 8601) concepts were erased and restored.
-
-    `erase` maps each erased concept to its shift's record (path below the root, digest and what is known of it).
-    """
-
-    index: int
-    time: str
-    erase: Mapping[int, Mapping[str, Any]]
-    restore: tuple[int, ...]
-
-
 class Ledger:
-    """The history in the file `path`, whose folder the shifts lie in.
+    """The history in the file `path`, whose folder the shifts lie in. Everything in it is by concepts' labels.
 
     Raises MissingFileError when there is none, and ValueError when it has been tampered with.
     """
 
     def __init__(self, path: Path):
         self.path, self.root = Path(path), Path(path).parent
-        self.header: dict[str, Any] = {}
-        self.entries: list[LedgerEntry] = []
-        self.last_hash = ""
         if not self.path.is_file():
             raise MissingFileError(f"no ledger in {self.root}", "ledger", ledger_dir=self.root)
         try:
@@ -72,7 +66,7 @@ class Ledger:
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any], when: str = "") -> Ledger:
         """Begin a history, in place of any that is there, with what `make_header` says, at `when` or else now."""
-        text = _line({"index": 0, "time": when or _now(), "prev_hash": "", **header})
+        text = write_line({"index": 0, "time": when or _now(), "prev_hash": "", **header})
         cls._check_new(path, text)
         write_text(path, text)
         return cls(path)
@@ -98,111 +92,147 @@ class Ledger:
 
     def _read(self, text: str) -> None:
         self._text = text if text.endswith("\n") else f"{text}\n"
-        self.header, self.entries, self.last_hash = {}, [], ""
-        erased: set[int] = set()
+        self.header: dict[str, Any] = {}
+        self.entries: list[LedgerEntry] = []
+        self.last_hash = ""
+        self._concepts: dict[str, Concept] = {}  # by label, as they came in
+        self._labels: dict[str, str] = {}  # by the identity of each spelling
+        self._erased: set[str] = set()
         lines = self._text.split("\n")[:-1]  # at newlines alone: a text in them may hold other separators
         for index, line in enumerate(lines):
             try:
-                content = upgrade(json.loads(line))
-                if content["index"] != index or content["prev_hash"] != self.last_hash:
-                    raise ValueError
-                if index:
-                    entry = self._parse_entry(content)
-                    if set(entry.erase) & erased or not set(entry.restore) <= erased:
-                        raise ValueError
-                    erased = erased - set(entry.restore) | set(entry.erase)
-                    self.entries.append(entry)
-                else:
-                    self._parse_header(content)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self._take_in(index, line)
+            except MADE_UP:
                 is_torn = 0 < index == len(lines) - 1 and not is_json(line)
                 advice = f"it is torn{_REPAIR}" if is_torn else "get the file back from a copy"
                 raise ValueError(f"{self.path}, line {index + 1}, is not what was written there: {advice}") from None
             self.last_hash = hashlib.sha256(line.encode()).hexdigest()
 
-    def _parse_header(self, content: dict[str, Any]) -> None:
-        """Take the first line in. Raises ValueError, KeyError or TypeError for one that no ledger writes."""
-        self.header = content
-        texts = [content["base_model"], content["base_digest"], content["time"], *content["protected"]]
-        sources = [content.get(name) for name in ("model", "ckpt_path", "config_path", "variant")]
-        if not all(isinstance(text, str) for text in [*texts, *(source for source in sources if source is not None)]):
+    def _take_in(self, index: int, line: str) -> None:
+        """Read one line more. Raises one of `MADE_UP` for one that no ledger writes there."""
+        content = read_line(line, self.version if index else None)
+        if content["index"] != index or content["prev_hash"] != self.last_hash:
             raise ValueError
-        if not content["concepts"] or not all(type(index) is int for index in content["concepts"]):
+        if not index:
+            self._know(parse_header(content))
+            self.header = content
+            return
+        entry = parse_entry(content, self._concepts, self.version)
+        if set(entry.erase) & self._erased or not set(entry.restore) <= self._erased:
             raise ValueError
-        _ = self.concepts  # each is one of its category's
+        self._erased = self._erased - set(entry.restore) | set(entry.erase)
+        self._know(entry.add)
+        self.entries.append(entry)
 
-    def _parse_entry(self, content: Mapping[str, Any]) -> LedgerEntry:
-        """Return a line's entry. Raises ValueError, KeyError, TypeError or AttributeError for what no ledger writes."""
-        erase = {int(index): record for index, record in content["erase"].items()}
-        entry = LedgerEntry(content["index"], content["time"], erase, tuple(content["restore"]))
-        for record in entry.erase.values():
-            _check_record(record)
-        restored = content["restore"]
-        if not all(type(index) is int for index in restored) or len(set(restored)) < len(restored):
-            raise ValueError
-        if not set(entry.erase) <= set(self.header["concepts"]) or not isinstance(entry.time, str):
-            raise ValueError
-        return entry
+    def _know(self, concepts: Sequence[Concept]) -> None:
+        for concept in concepts:
+            self._concepts[concept.label] = concept
+            for spelling in concept.spellings:
+                self._labels.setdefault(identity_of(spelling), concept.label)
+
+    @property
+    def version(self) -> int:
+        """Return the version of the history's lines."""
+        return self.header.get("version", 1)
+
+    @property
+    def category(self) -> str:
+        """Return the category that the concepts' indexes count, or `OWN` where its owner named them by their texts."""
+        return self.header["category"]
 
     @property
     def concepts(self) -> list[Concept]:
         """What may be erased."""
-        return [get_concept(self.header["category"], index) for index in self.header["concepts"]]
+        return list(self._concepts.values())
+
+    def prompts_after(self, index: int) -> list[str]:
+        """Return what `prompts` were after entry `index`."""
+        later = {concept.label for entry in self.entries[index:] for concept in entry.add}
+        concepts = [concept for concept in self.concepts if concept.label not in later]
+        return [*self.header["protected"], *(concept.prompt for concept in concepts)]
 
     @property
     def prompts(self) -> list[str]:
         """All that a shift is to leave alone, but for its own concept: what is always protected, and the concepts."""
-        return [*self.header["protected"], *(concept.prompt for concept in self.concepts)]
+        return self.prompts_after(len(self.entries))
+
+    def find(self, text: str) -> Concept | None:
+        """Return the ledger's concept of that name, spelling or index; None where there is none."""
+        for identity in (identity_of(text), identity_of(without_article(" ".join(text.split())))):
+            if identity in self._labels:
+                return self._concepts[self._labels[identity]]
+        return self._concepts.get(text.strip()) if text.strip().isdigit() else None
 
     def concept(self, text: str) -> Concept:
-        """Return the ledger's concept of that name, spelling or index. Raises ValueError, with all names, for none."""
-        for concept in self.concepts:
-            if concept.is_named(text) or text.strip() == str(concept.index):
-                return concept
-        names = ", ".join(concept.name for concept in self.concepts)
-        raise ValueError(f"'{text}' is no concept of this ledger: choose from {names}")
+        """Return what `find` does. Raises ValueError, with the nearest name and others, where there is none."""
+        found = self.find(text)
+        if found is None:
+            names = [concept.name for concept in self.concepts]
+            near = did_you_mean(text, names)
+            raise ValueError(f"'{text}' is no concept of this ledger{near}: choose from {some_of(names)}")
+        return found
 
-    def active_shifts(self, index: int | None = None) -> dict[int, Mapping[str, Any]]:
-        """Return the records of the shifts that are active, by concept in order: now, or after entry `index`."""
-        active: dict[int, Mapping[str, Any]] = {}
+    def _in_order(self, labels: Collection[str]) -> list[str]:
+        """Return labels by index, and those of own concepts after them, as these came into the ledger."""
+        order = sorted(self.concepts, key=lambda concept: (concept.is_own, concept.index))
+        return [concept.label for concept in order if concept.label in labels]
+
+    def active_shifts(self, index: int | None = None) -> dict[str, Mapping[str, Any]]:
+        """Return the records of the shifts that are active, by label in order: now, or after entry `index`."""
+        active: dict[str, Mapping[str, Any]] = {}
         for entry in self.entries[:index]:
-            remaining = {concept: record for concept, record in active.items() if concept not in entry.restore}
+            remaining = {label: record for label, record in active.items() if label not in entry.restore}
             active = {**remaining, **entry.erase}
-        return dict(sorted(active.items()))
+        return {label: active[label] for label in self._in_order(active)}
 
-    def last_shift(self, index: int) -> Mapping[str, Any] | None:
+    def last_shift(self, label: str) -> Mapping[str, Any] | None:
         """Return the record of the shift that a concept was erased by when it last was."""
         for entry in reversed(self.entries):
-            if index in entry.erase:
-                return entry.erase[index]
+            if label in entry.erase:
+                return entry.erase[label]
         return None
 
     def last_shifts(self) -> dict[str, Mapping[str, Any]]:
         """Return the record of the last shift of every concept that was ever erased, by name."""
         records = {}
         for concept in self.concepts:
-            record = self.last_shift(concept.index)
+            record = self.last_shift(concept.label)
             if record:
                 records[concept.name] = record
         return records
 
+    def max_leakage_others(self, label: str) -> float | None:
+        """Return the largest leakage of a concept's last shift on other prompts, as it was measured; None for unknown.
+
+        What was added after the shift was made, which it does not protect, is among them.
+        """
+        largest: float | None = None
+        digest = ""
+        for entry in self.entries:
+            record = entry.erase.get(label, {"digest": digest})
+            if record["digest"] != digest:
+                digest, largest = record["digest"], record.get("max_leakage_others")
+            if largest is not None:
+                largest = max(largest, entry.leakage.get(label, largest))
+        return largest
+
     def plan_erasure(
         self, concepts: Sequence[Concept], anew: bool
-    ) -> tuple[dict[int, Mapping[str, Any]], list[Concept]]:
+    ) -> tuple[dict[str, Mapping[str, Any]], list[Concept]]:
         """Return, to erase `concepts`, the records of shifts to reuse and the concepts whose shift is still to be made.
 
         With `anew` all are to be made. Raises ValueError for a concept that is erased and would be made `anew`, and for
         a shift that is not what it was.
         """
         active, missing = self.active_shifts(), []
-        reused: dict[int, Mapping[str, Any]] = {}
+        reused: dict[str, Mapping[str, Any]] = {}
         for concept in dict.fromkeys(concepts):
-            if concept.index in active and anew:
+            if concept.label in active and anew:
                 raise ValueError(f"{concept.name} is erased already: restore it first, to erase it in another way")
-            last = None if anew else self.last_shift(concept.index)
-            if last and concept.index not in active:
+            last = None if anew else self.last_shift(concept.label)
+            if last and concept.label not in active:
                 self.load(last)
-                reused[concept.index] = last
+                reused[concept.label] = last
             elif not last:
                 missing.append(concept)
         return reused, missing
@@ -217,23 +247,23 @@ class Ledger:
                 f"{record['concept']} by {record['method']} ({record['digest'][:12]})"
                 for record in entry.erase.values()
             ]
-            restored = [get_concept(self.header["category"], index).name for index in entry.restore]
-            parts = [
-                f"{what} {', '.join(names)}" for what, names in (("erased", erased), ("restored", restored)) if names
-            ]
+            restored = [self._concepts[label].name for label in entry.restore]
+            added = [concept.name for concept in entry.add]
+            changes = (("erased", erased), ("restored", restored), ("added", added))
+            parts = [f"{what} {', '.join(names)}" for what, names in changes if names]
             lines.append(f"{entry.time} {'; '.join(parts)}")
         return lines
 
-    def last_changed(self, index: int) -> str:
+    def last_changed(self, label: str) -> str:
         """Return when a concept was last erased or restored; empty when it never was."""
         for entry in reversed(self.entries):
-            if index in entry.erase or index in entry.restore:
+            if label in entry.erase or label in entry.restore:
                 return entry.time
         return ""
 
     def shifts(self, index: int | None = None) -> dict[str, WeightShift]:
         """Return `active_shifts`, loaded. Raises ValueError for a file that is not the one that was activated."""
-        return {str(concept): self.load(record) for concept, record in self.active_shifts(index).items()}
+        return {label: self.load(record) for label, record in self.active_shifts(index).items()}
 
     def load(self, record: Mapping[str, Any]) -> WeightShift:
         """Return the shift of a record. Raises ValueError for a file that is not the one that was activated."""
@@ -245,43 +275,48 @@ class Ledger:
             raise ValueError(f"{path} is {what}: get it back from a copy")
         return WeightShift.load(path, checked=True)
 
-    def append(self, erase: Mapping[int, Mapping[str, Any]], restore: Collection[int] = (), when: str = "") -> None:
+    def append(self, erase: Mapping[str, Mapping[str, Any]], restore: Collection[str] = (), when: str = "") -> None:
         """Write one entry, at `when` or else now.
 
         Where others may write too the caller opens the ledger within `ledger_lock(root)`, and appends there. `erase`
-        maps concepts to the records of their shifts, `shift` (a path below the root) among them; digests are taken
-        here. Raises ValueError for a concept that is erased already, or restored without being erased.
+        maps labels to the records of their shifts, `shift` (a path below the root) among them; digests are taken here.
+        Raises ValueError for a concept that is erased already, or restored without being erased.
         """
         active = self.active_shifts()
         if set(erase) & set(active) or not set(restore) <= set(active):
             raise ValueError("only what is not erased can be erased, and only what is erased can be restored")
+        unknown = sorted(set(erase) - set(self._concepts))
+        if unknown:
+            raise ValueError(f"nothing was written, since '{unknown[0]}' is no concept of this ledger")
         records = {}
-        for index, record in sorted(erase.items()):
-            records[str(index)] = {**record, "digest": file_digest(self.root / record["shift"])}
-        content = {
-            "index": len(self.entries) + 1,
-            "time": when or _now(),
-            "prev_hash": self.last_hash,
-            "erase": records,
-            "restore": sorted(restore),
-        }
-        text = self._text + _line(content)
+        for label in self._in_order(erase):
+            records[label] = {**erase[label], "digest": file_digest(self.root / erase[label]["shift"])}
+        self._write(LedgerEntry(len(self.entries) + 1, when or _now(), records, tuple(self._in_order(restore))))
+
+    def add(self, concepts: Sequence[Concept], leakage: Mapping[str, float], when: str = "") -> None:
+        """Write one entry that adds concepts, at `when` or else now. The caller holds the lock, as for `append`.
+
+        `leakage` is that of `LedgerEntry`. Raises ValueError as `check_addition`.
+        """
+        self.check_addition(concepts)
+        self._write(LedgerEntry(len(self.entries) + 1, when or _now(), {}, (), tuple(concepts), leakage))
+
+    def check_addition(self, concepts: Sequence[Concept]) -> None:
+        """Raise ValueError for a concept that is in the ledger, by any spelling, and for a ledger of version 1."""
+        if self.version == 1:
+            raise ValueError(f"{self.path} is of an older version, to which nothing can be added: migrate it first")
+        for concept in concepts:
+            for spelling in concept.spellings:
+                known = self._labels.get(identity_of(spelling))
+                if known is not None:
+                    name = self._concepts[known].name
+                    raise ValueError(f"'{spelling}' is in this ledger already, as {name}: leave it out")
+
+    def _write(self, entry: LedgerEntry) -> None:
+        text = self._text + format_entry(entry, self.last_hash, self.version)
         self._check_new(self.path, text)
         write_text(self.path, text)
         self._read(text)
-
-
-def _check_record(record: Mapping[str, Any]) -> None:
-    """Raise ValueError, KeyError, TypeError or AttributeError for a shift's record that no ledger writes."""
-    texts = [record[name] for name in ("concept", "method", "digest", "shift")]
-    counts = [record.get(name) for name in ("rank", "bytes", "iterations")]
-    numbers = [record.get(name) for name in ("seconds", "peak_gib", "max_leakage_others")]
-    known = [is_text(text) for text in texts] + [record["method"] in METHODS]
-    known += [count is None or is_count(count) for count in counts]
-    known += [number is None or is_number(number) for number in numbers]
-    path = PurePosixPath(record["shift"])  # below the ledger's folder, whatever its folders are linked to
-    if not all(known) or path.is_absolute() or ".." in path.parts or "\\" in record["shift"]:
-        raise ValueError
 
 
 def make_header(
@@ -297,10 +332,11 @@ def make_header(
     the other concepts: the empty one, the watermarks and `extra_prompts`. `source` is where the model is to be found.
     """
     return {
+        "version": VERSION,
         "base_model": model.name,
         "base_digest": model.digest,
         "category": category,
-        "concepts": [concept.index for concept in concepts],
+        "concepts": [concept.to_dict() for concept in concepts],
         "protected": list(dict.fromkeys([*always_protected_prompts(), *extra_prompts])),
         **source,
     }
@@ -309,32 +345,35 @@ def make_header(
 def status_table(ledger: Ledger) -> pd.DataFrame:
     """Return a row for each concept: whether it is erased, restored or never_erased, since when, and its last shift.
 
-    Of that: method, rank (directions), size in KB, iterations, and the largest leakage on another prompt of the ledger.
+    It is too_weak where its shift acts, and has not the effect by which a concept is called erased. Of the shift:
+    method, rank (directions), size in KB, iterations, effect, how much it changes its own prompt, and the largest
+    leakage on another prompt of the ledger. Where no concept has an index there is no column for it.
     """
     import pandas as pd
 
     active, rows = ledger.active_shifts(), []
     for concept in ledger.concepts:
-        last = ledger.last_shift(concept.index) or {}
+        last = ledger.last_shift(concept.label) or {}
         state = "restored" if last else "never_erased"
+        if concept.label in active:
+            state = "erased" if last.get("is_erased", True) else "too_weak"
         rows.append(
             {
-                "index": concept.index,
+                "index": "" if concept.is_own else concept.index,
                 "concept": concept.name,
-                "since": ledger.last_changed(concept.index),
-                "state": "erased" if concept.index in active else state,
+                "since": ledger.last_changed(concept.label),
+                "state": state,
                 "method": last.get("method", ""),
                 "rank": last.get("rank") or "",
                 "KB": last["bytes"] // 1000 if "bytes" in last else "",
                 "iterations": last.get("iterations", ""),
-                "max_leakage_others": last.get("max_leakage_others") or "",
+                "effect": last.get("effect") or "",
+                "target_change": last.get("target_change") or "",
+                "max_leakage_others": ledger.max_leakage_others(concept.label) or "",
             }
         )
-    return pd.DataFrame(rows)
-
-
-def _line(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    table = pd.DataFrame(rows)
+    return table if any(not concept.is_own for concept in ledger.concepts) else table.drop(columns="index")
 
 
 def _now() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,18 @@ import psutil
 import torch
 from torch import nn
 
-from ldm.config.concepts import Concept
+from ldm.config.concepts import OWN, Concept, erasable_concepts
 from ldm.config.methods import METHODS, NO_GATE, GateConfig, MethodConfig, NullSpaceConfig
+from ldm.diffusion.edits import remember_embeddings
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
+from ldm.erasure.effect import judge
 from ldm.erasure.erase import erase
-from ldm.erasure.leakage import changes_only, leakage
+from ldm.erasure.leakage import base_norms, changes_only, leakage
 from ldm.erasure.merge import applied
-from ldm.erasure.protection import Protection
+from ldm.erasure.protection import Protection, concept_metadata
 from ldm.erasure.shift import WeightShift
+from ldm.io.files import stream_digest
 from ldm.io.paths import ArtifactPaths
 from ldm.io.tensors import check_base_model
 from ldm.ledger.ledger import Ledger
@@ -38,8 +41,8 @@ def create_shifts(
     null_space: NullSpaceConfig,
     image_dir: Path,
     gate: GateConfig = NO_GATE,
-) -> dict[int, dict[str, Any]]:
-    """Make the shifts that erase `concepts`, and return their records by concept, for `Ledger.append`.
+) -> dict[str, dict[str, Any]]:
+    """Make the shifts that erase `concepts`, and return their records by label, for `Ledger.append`.
 
     The files lie under the number of the ledger's next entry, so that no file that an entry names is ever written
     again. Each shift protects all that the ledger protects, and its other concepts. `image_dir` has a folder of images
@@ -50,37 +53,83 @@ def create_shifts(
     """
     check_base_model(ledger.header, model.digests, ledger.path)
     start = time.perf_counter()
-    category, next_index = ledger.header["category"], len(ledger.entries) + 1
-    artifacts = ArtifactPaths(ledger.root / "shifts", config.name, model.name, category, 0, next_index)
     protection = Protection(ledger.concepts, null_space, extra_prompts=ledger.header["protected"])
-    erase(model, artifacts, concepts, config, protection, image_dir, gate)
-    seconds, peak_gib = round(time.perf_counter() - start, 1), round(peak_memory() / 2**30, 2)
-    embeds = model.embed_prompts(ledger.prompts)
-    records = {}
+    placed: dict[str, ArtifactPaths] = {}
+    with remember_embeddings(model):
+        for category in dict.fromkeys([ledger.category, OWN]):
+            together = [concept for concept in concepts if concept.is_own == (category == OWN)]
+            artifacts = ArtifactPaths(
+                ledger.root / "shifts", config.name, model.name, category, 0, len(ledger.entries) + 1
+            )
+            if together:
+                erase(model, artifacts, together, config, protection, image_dir, gate, others=_retained(ledger))
+            placed |= dict.fromkeys((concept.label for concept in together), artifacts)
+        seconds, peak_gib = round(time.perf_counter() - start, 1), round(peak_memory() / 2**30, 2)
+        measure = _Measure(model, ledger.prompts)
+    records: dict[str, dict[str, Any]] = {}
     for concept in concepts:
-        shift, record = shift_record(ledger, artifacts, concept)
-        other_embeds = {prompt: rows for prompt, rows in embeds.items() if prompt != concept.prompt}
-        record["max_leakage_others"] = _max_leakage(model, shift, other_embeds)
-        record["seconds"] = seconds
-        record["peak_gib"] = peak_gib
-        records[concept.index] = record
+        shift, record = shift_record(ledger, placed[concept.label], concept)
+        record["max_leakage_others"] = _largest(measure.changes(shift), leave_out=concept.prompt)
+        is_erased, said = judge(shift.metadata, "gated" if gate.gate else "linear")
+        if is_erased is not None:
+            record |= {"effect": said["mean"], "is_erased": is_erased}
+        if config.needs_null_space:
+            record["null_space"] = null_space.to_dict()
+        records[concept.label] = record | {"seconds": seconds, "peak_gib": peak_gib}
     return records
 
 
-def _max_leakage(model: DiffusionModel, shift: WeightShift, embeds: dict[str, torch.Tensor]) -> float | None:
-    """Return the largest leakage of a shift on prompts' embeddings (tokens, d).
+def _retained(ledger: Ledger) -> list[Concept]:
+    """Return the concepts that an erasure should change little: the ledger's, and what else its category lists."""
+    listed = [concept for concept in erasable_concepts(ledger.category) if ledger.find(concept.name) is None]
+    return [*ledger.concepts, *listed]
 
-    None for a shift of other layers too, of whose effect keys and values do not say all.
+
+class _Measure:
+    """The leakage of shifts on prompts whose embeddings, and outputs of the base model, are computed once."""
+
+    def __init__(self, model: DiffusionModel, prompts: Sequence[str]):
+        self.layers = text_layers(model.unet)
+        self.embeds = model.embed_prompts(dict.fromkeys(prompts))  # (tokens, d) each
+        self.norms = base_norms(self.layers, self.embeds)
+
+    def changes(self, shift: WeightShift) -> dict[str, float]:
+        """Return a shift's leakage on each prompt.
+
+        Nothing for a shift of other layers too, of whose effect keys and values do not say all.
+        """
+        if not changes_only(shift, self.layers):
+            return {}
+        return {row["prompt"]: row["leakage"] for row in leakage(self.layers, {"": shift}, self.embeds, self.norms)}
+
+
+def _largest(changes: Mapping[str, float], leave_out: str | None) -> float | None:
+    """Return the largest leakage on prompts other than one; None where none is known."""
+    return max((value for prompt, value in changes.items() if prompt != leave_out), default=None)
+
+
+def leakage_on_added(ledger: Ledger, model: DiffusionModel, concepts: Sequence[Concept]) -> pd.DataFrame:
+    """Return how much the shifts made so far change the prompts of `concepts`, which they do not protect.
+
+    A row for each concept that was ever erased, by its last shift, and each of `concepts`: label, shift, added,
+    leakage. None for a shift of other layers too, whose effect leakage would not say.
     """
-    layers = text_layers(model.unet)
-    if not changes_only(shift, layers):
-        return None
-    return max(row["leakage"] for row in leakage(layers, {"": shift}, embeds))
+    check_base_model(ledger.header, model.digests, ledger.path)
+    measure = _Measure(model, [concept.prompt for concept in concepts])
+    rows = []
+    for concept in ledger.concepts:
+        record = ledger.last_shift(concept.label)
+        changes = measure.changes(ledger.load(record)) if record else {}
+        for added in concepts:
+            if added.prompt in changes:
+                row = {"label": concept.label, "shift": concept.name, "added": added.name}
+                rows.append(row | {"leakage": changes[added.prompt]})
+    return pd.DataFrame(rows, columns=["label", "shift", "added", "leakage"])
 
 
 def shift_record(ledger: Ledger, artifacts: ArtifactPaths, concept: Concept) -> tuple[WeightShift, dict[str, Any]]:
     """Return a concept's shift in `artifacts`, which lie below the ledger's root, and its record for the ledger."""
-    path = artifacts.shift(concept.index)
+    path = artifacts.shift(concept.label)
     shift = WeightShift.load(path)
     record = {
         "concept": concept.name,
@@ -90,6 +139,8 @@ def shift_record(ledger: Ledger, artifacts: ArtifactPaths, concept: Concept) -> 
         "bytes": path.stat().st_size,
         "iterations": shift.metadata["iterations"],
     }
+    if "target_change" in shift.metadata:
+        record["target_change"] = shift.metadata["target_change"]
     return shift, record
 
 
@@ -108,17 +159,22 @@ def verify(ledger: Ledger, model: DiffusionModel) -> pd.DataFrame:
         rows.append({"item": item, "sha256": sha256[:12], "check": check})
 
     add("history", ledger.last_hash, f"{len(ledger.entries)} changes, none altered or missing")
+    if "migrated_from" in ledger.header:
+        add(*_check_migration(ledger))
     check_base_model(ledger.header, model.digests, ledger.path)
     add(f"base {ledger.header['base_model']}", model.digest, "the model that the ledger was begun with")
     shifts: dict[str, WeightShift] = {}
-    embeds = model.embed_prompts(ledger.prompts)
+    measure = _Measure(model, ledger.prompts)
     for entry in ledger.entries:
-        for record in entry.erase.values():
+        known = set(ledger.prompts_after(entry.index))
+        for label, record in entry.erase.items():
             digest = record["digest"]
             if digest not in shifts:
                 shifts[digest] = ledger.load(record)
                 shifts[digest].check(model.digests, model.unet)
-                add(record["shift"], digest, _check_shift(ledger, model, record, shifts[digest], embeds))
+                _check_concept(ledger, label, record, shifts[digest].metadata)
+                changes = measure.changes(shifts[digest])
+                add(record["shift"], digest, _check_shift(ledger, record, shifts[digest], changes, known))
     active = [shifts[record["digest"]] for record in ledger.active_shifts().values()]
     base_hash = weights_hash(model.unet)
     with applied(model.unet, active):
@@ -132,21 +188,49 @@ def verify(ledger: Ledger, model: DiffusionModel) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _check_migration(ledger: Ledger) -> tuple[str, str, str]:
+    """Return what is known of the file of an older version that a ledger was made of: its name, digest and state.
+
+    Raises ValueError for one that was altered since.
+    """
+    name, sha256 = ledger.header["migrated_from"]["file"], ledger.header["migrated_from"]["sha256"]
+    path = ledger.root / name
+    if not path.is_file():
+        return name, sha256, "the ledger before its migration, which is no longer there"
+    if stream_digest(path) != sha256:
+        raise ValueError(f"{path} is not the ledger that was migrated: get the file back from a copy")
+    return name, sha256, "the ledger before its migration"
+
+
+def _check_concept(ledger: Ledger, label: str, record: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError where a shift's metadata says another concept or method than its entry, or than the ledger."""
+    path = record["shift"]
+    for name in ("concept", "method"):
+        if metadata.get(name) != record[name]:
+            raise ValueError(f"{path} says {name} {metadata.get(name)}, and its entry {record[name]}: {_FROM_A_COPY}")
+    if ledger.version == 1:
+        return  # its concepts are what the category's list says today
+    (concept,) = (concept for concept in ledger.concepts if concept.label == label)
+    expected = {"concept": concept.name, "prompt": concept.prompt}
+    if concept.is_own:
+        expected = concept_metadata(concept) | expected | {"anchor": concept.anchor_prompt}
+    for name, value in expected.items():
+        if metadata.get(name) != value:
+            raise ValueError(f"{path} says {name} {metadata.get(name)}, and the ledger {value}: {_FROM_A_COPY}")
+
+
 def _check_shift(
     ledger: Ledger,
-    model: DiffusionModel,
     record: Mapping[str, Any],
     shift: WeightShift,
-    embeds: Mapping[str, torch.Tensor],
+    changes: Mapping[str, float],
+    known: Collection[str],
 ) -> str:
-    """Return what a shift does on prompts' embeddings (tokens, d), by its own metadata and measured anew.
+    """Return what a shift does, given its leakage on prompts, `changes`; those `known` were there when it was made.
 
     Raises ValueError when its entry, `record`, or its own metadata say something else.
     """
     path, metadata = record["shift"], shift.metadata
-    for name in ("concept", "method"):
-        if metadata.get(name) != record[name]:
-            raise ValueError(f"{path} says {name} {metadata.get(name)}, and its entry {record[name]}: {_FROM_A_COPY}")
     found = {
         "rank": shift.rank,
         "bytes": (ledger.root / path).stat().st_size,
@@ -160,18 +244,20 @@ def _check_shift(
     if METHODS[record["method"]].needs_null_space and unprotected:
         raise ValueError(f"{path} does not protect '{min(unprotected)}', which the ledger protects: {_FROM_A_COPY}")
     text = f"erases {record['concept']} from that base"
-    others = _max_leakage(model, shift, {prompt: rows for prompt, rows in embeds.items() if prompt != own})
-    if others is None or not isinstance(own, str) or own not in embeds:
+    at_first = {prompt: value for prompt, value in changes.items() if prompt in known}
+    others = _largest(at_first, leave_out=own)
+    if others is None or not isinstance(own, str) or own not in changes:
         return text
-    own_change = _max_leakage(model, shift, {own: embeds[own]})
-    measured = {"target_change": own_change, "max_leakage_others": others}
+    measured = {"target_change": changes[own], "max_leakage_others": others}
     for name, said in (
         ("target_change", metadata.get("target_change")),
+        ("target_change", record.get("target_change")),
         ("max_leakage_others", record.get("max_leakage_others")),
     ):
         if said is not None and not math.isclose(said, measured[name], rel_tol=0.05, abs_tol=1e-4):
             raise ValueError(f"{path}: {name} is {measured[name]:.1e}, and was said to be {said:.1e}: {_FROM_A_COPY}")
-    return f"{text}: its own prompt changes by {own_change:.1e}, the others by at most {others:.1e}"
+    now = _largest(changes, leave_out=own)
+    return f"{text}: its own prompt changes by {changes[own]:.1e}, the others by at most {now:.1e}"
 
 
 def peak_memory() -> int:
