@@ -85,7 +85,6 @@ RENAMED_IN = {
 }
 # Flags whose words would mean something else today: what the one line that they end in names.
 RETIRED = {
-    ("train-scripts/SRSME_Solution.py", "--protect"): "--rank_rtol",
     ("eval-scripts/scenes.py", "--protect"): "--protect_scope",
 }
 

@@ -49,8 +49,7 @@ def main() -> None:
     from ldm.toy.text import Embeddings, Tokens, load_frozen_text
 
     config, work = read_yaml(args.config), args.checkpoint_dir
-    missing = [key for key in TRAINING_KEYS if key not in config]
-    if missing:
+    if missing := [key for key in TRAINING_KEYS if key not in config]:
         raise ValueError(f"{args.config} lacks {', '.join(missing)}: `config` is a file such as configs/mini-sd.yaml")
     settings = SettingsSource("StableDiffusionPipeline", args.config)
     load_model_config(settings)  # refuses it before the training
