@@ -29,7 +29,8 @@ from ldm.io.images import image_filename, open_image, save_image
 from ldm.io.prompts import read_prompt_csv
 from ldm.ledger.ledger import Ledger, status_table
 from ldm.ledger.operations import peak_memory, verify
-from ldm.metrics.compare import prompt_statuses, summarize_by
+from ldm.metrics.compare import summarize_by
+from ldm.metrics.statuses import prompt_statuses
 from ldm.metrics.tables import format_cell
 
 _NUM_CHANGED = 20  # prompts that nothing protects, of which the page says that they changed
@@ -105,11 +106,12 @@ def render_report(ledger: Ledger, experiment: Experiment, num_shown: int, comman
 
 def _evaluate(ledger: Ledger, experiment: Experiment) -> _Results:
     erased = list(ledger.active_shifts())
-    ever_erased = [concept.index for concept in ledger.concepts if ledger.last_shift(concept.index)]
-    restored = [index for index in ever_erased if index not in erased]
+    ever_erased = [concept for concept in ledger.concepts if ledger.last_shift(concept.index)]
+    active = [concept for concept in ever_erased if concept.index in erased]
+    restored = [concept for concept in ever_erased if concept.index not in erased]
     table, edited = experiment.evaluate(ledger.shifts(), "now")
     original = experiment.generate({}, "")
-    statuses = prompt_statuses(edited, experiment.category, table["prompt"], erased, restored)
+    statuses = prompt_statuses(edited, experiment.category, table["prompt"], active, restored)
     table.insert(0, "status", [statuses[prompt] for prompt in table["prompt"]])
     table = table.sort_values("status", key=lambda column: column.map(STATUSES.index), kind="stable")
     unprotected = experiment.evaluate_unprotected(ledger.shifts(), "now", erased)
