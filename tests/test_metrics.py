@@ -508,6 +508,66 @@ def test_a_folder_says_which_concepts_its_shifts_erase(tmp_path):
     assert erased_concepts(tmp_path, "style") == []
 
 
+def write_own_shift(folder, name, aliases=(), protected=()):
+    """Write the metadata of a folder that was generated without a concept that a user named."""
+    shift = {"category": "own", "concept": name, "prompt": name, "aliases": [*aliases], "protected": [*protected]}
+    write_json(folder / "metadata.json", {"shifts": {"label": shift}})
+
+
+def test_a_prompt_that_says_a_users_concept_has_its_status(tmp_path):
+    prompts = ["a Red Fox in snow", "a vulpes", "a redfoxy dog", "Red  Fox", "VanGogh", "a cat"]
+    write_own_shift(tmp_path, "red fox", ["vulpes"], ["a cat"])
+    (fox,) = erased_concepts(tmp_path, "style")
+    assert fox.is_own and fox.spellings == ("red fox", "red fox", "vulpes")
+    statuses = prompt_statuses(tmp_path, "style", prompts, [fox], styles(1))
+    assert [*statuses.values()] == ["erased", "erased", "regular", "erased", "restored", "protected"]
+    write_own_shift(tmp_path, "VanGogh")
+    assert [concept.name for concept in erased_concepts(tmp_path, "style")] == ["VanGogh", "VanGogh"]
+    assert [concept.name for concept in erased_concepts(tmp_path, "object")] == ["VanGogh"]
+    with pytest.raises(ValueError, match="a shift of VanGogh: leave it out of `restored`"):
+        prompt_statuses(tmp_path, "style", prompts, [], styles(1))
+
+
+def test_texts_name_concepts_of_a_category_or_of_images(tmp_path):
+    prompts = ["a blue dog", "VanGogh"]
+    write_own_shift(tmp_path, "red fox", ["vulpes"])
+
+    def found(*texts):
+        return named_concepts(texts, tmp_path, "style", prompts, "restored")
+
+    assert found("1,2", "van gogh", "Picasso,0", "3-4", "") == styles(1, 2, 0, 3, 4)
+    assert [concept.name for concept in found("A Red Fox", "vulpes", "a blue dog")] == ["red fox", "blue dog"]
+    assert found("a red fox") == erased_concepts(tmp_path, "style")
+    for text, nearest in (("Picaso", "Picasso"), ("red foxx", "red fox"), ("a blue dgo", "a blue dog")):
+        with pytest.raises(
+            ValueError, match=f"`restored` '{text}' is no concept.*, did you mean {nearest}\\?: see how"
+        ):
+            found(text)
+    with pytest.raises(ValueError, match="no style concept has index 99"):
+        found("99")
+
+
+def test_a_users_concept_is_erased_or_restored_in_a_comparison_and_a_grid(script, tmp_path):
+    original, edited = paired_folders(tmp_path, ["a red fox", "a house with a red fox", "a blue dog", "a cat", ""])
+    write_own_shift(edited, "red fox", protected=["", "a cat"])
+    flags = ["--original_dir", original, "--edited_dir", edited, "--device", "cpu"]
+    code, out, err = script("eval-scripts/compare.py", *flags, "--restored", "Blue Dog", "Picasso")
+    assert code == 0 and "does not know" not in err
+    written = pd.read_csv(edited / "compare-original.csv", keep_default_na=False).set_index("prompt")
+    assert [*written.group] == ["erased", "erased", "restored", "protected", "protected"]
+    assert set(written.accuracy_before) == {""} and (written.lpips > 0).all() and "| erased | 2 | 2 |" in out
+    is_error(
+        script("eval-scripts/compare.py", *flags, "--restored", "a blue dgo"), "--restored", "did you mean a blue dog?"
+    )
+    is_error(script("eval-scripts/compare.py", *flags, "--erased", "Picasso"), "no shift of Picasso", "--erased")
+    is_error(script("eval-scripts/compare.py", *flags, "--erased", "a blue dog"), "no shift of blue dog", "--erased")
+    is_error(script("eval-scripts/compare.py", *flags, "--restored", "A red fox"), "red fox is not both")
+    grid = ["--image_dirs", original, edited, "--save_path", tmp_path / "grid.png", "--device", "cpu"]
+    code, out, _ = script("eval-scripts/image-grid.py", *grid, "--restored", "a blue dog")
+    assert code == 0 and [line.split(" | ")[1] for line in out.splitlines()[2:-1]] == [*written.group]
+    assert script("eval-scripts/image-grid.py", *grid, "--erased", "a red fox")[1].count("erased |") == 2
+
+
 def test_a_prompts_group_is_its_list_or_a_composition_or_its_status(tmp_path):
     kin, captions = tmp_path / "kin.csv", tmp_path / "captions.csv"
     write_prompt_csv(kin, [PromptCase("Rembrandt", 0, 0), PromptCase("a dog", 0, 1)])

@@ -45,7 +45,7 @@ def add_concepts(parser: Parser, erased_index: str = "") -> None:
         help="what takes the place of a concept: a text such as 'a painting', or as the settings say: "
         f"{', '.join(ANCHORS)} (default: the model's settings)",
     )
-    text = "instead of --concepts, by index in --category, such as 0, 0,1,2 or 0-8"
+    text = "instead of --concepts, by index in --category, such as 0, 0,1,2 or 0-8, or by name there"
     parser.option("erased_index", default=erased_index, help=text)
 
 
@@ -176,7 +176,10 @@ def named_concepts(args: Namespace) -> list[Concept]:
         raise ValueError("no concept to erase: give `concepts` texts or files, or `erased_index` indexes such as 0,1,2")
     if args.kind:
         raise ValueError("`kind` goes with `concepts`: those of `erased_index` have theirs")
-    concepts = parse_erase_targets(args.erased_index, args.category)
+    try:
+        concepts = parse_erase_targets(args.erased_index, args.category)
+    except UnknownConceptError as error:
+        raise ValueError(f"{error}. A concept of your own goes to `concepts`") from error
     if anchor is None:
         return concepts
     for concept in concepts:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from ldm.cli.arguments import MODEL_ARGUMENTS, spelled, typed
 from ldm.cli.output import printing
-from ldm.config.concepts import CATEGORIES
+from ldm.config.concepts import CATEGORIES, OWN
 from ldm.io.errors import MissingFileError, NotErasedError, Notice
 
 METHOD_SCRIPTS = {
@@ -26,7 +26,7 @@ METHOD_SCRIPTS = {
     "AbConcept": "Abconcept.py",
     "ESD": "Esd.py",
 }
-_PLACE = "--category {category} --erased_index {erased_index} --scene {scene} --scene_time {scene_time}"
+_PLACE = "{target} --scene {scene} --scene_time {scene_time}"
 _MAKERS = {  # what makes a missing file, by its kind
     "prompts": "make one with python eval-scripts/make-prompts.py",
     "basis": f"make it with python train-scripts/SRSME_Solution.py {_PLACE} --em_indexes ...",
@@ -164,6 +164,10 @@ def explain(error: Exception) -> str:
             "category_flag": f" --category {category}" if category in CATEGORIES else "",
         }
         details = {name: shlex.quote(str(value)) for name, value in error.details.items()}
+        index = details.get("erased_index", "")
+        known["target"] = f"--category {category} --erased_index {index}"
+        if category == OWN:
+            known["target"] = f"--concepts {details.get('concept', index)}"
         message += f": {_MAKERS[error.kind].format(**known, **details)}"
         for name in _TAKEN_OVER.get(error.kind, ()):
             if typed.get(name):
