@@ -6,7 +6,7 @@ from conftest import CPU, ROOT
 from ldm.config.concepts import erasable_concepts, get_concept
 from ldm.config.everyday import everyday_captions
 from ldm.diffusion.load import load_model
-from ldm.erasure.contradictions import check_contradictions, find_by_embedding, find_by_text
+from ldm.erasure.contradictions import Likeness, check_contradictions, find_by_text
 
 VANGOGH = get_concept("style", 1)
 
@@ -40,7 +40,7 @@ def test_without_protected_prompts_there_is_none(tiny):
 def test_by_embedding_a_prompt_says_a_concept_that_its_text_does_not(minilm):
     protected = ["a golf\u00a0ball", "a photo of a chúrch", "a dog", *everyday_captions(20)]
     assert find_by_text(get_concept("object", 1), protected) == []
-    assert find_by_embedding(minilm, get_concept("object", 1), protected) == ["a photo of a chúrch"]
+    assert Likeness(minilm, protected).find(get_concept("object", 1)) == ["a photo of a chúrch"]
     with pytest.raises(ValueError, match="'a photo of a chúrch' say it to the model"):
         check_contradictions(minilm, [get_concept("object", 1)], protected)
 
@@ -52,4 +52,4 @@ def test_by_embedding_other_concepts_and_everyday_captions_say_none(name):
         concept = get_concept(category, index)
         others = [other.prompt for other in erasable_concepts(category) if other != concept]
         protected = ["", *others, *[f"a painting by {other}" for other in others], *everyday_captions(30)]
-        assert find_by_embedding(model, concept, protected) == []
+        assert Likeness(model, protected).find(concept) == []

@@ -21,12 +21,14 @@ def main() -> None:
     args = parser.parse_args()
     from ldm.cli import devices, erasure, session
     from ldm.config.models import describe_sources, load_model_config
+    from ldm.erasure.contradictions import check_contradictions
     from ldm.erasure.protection import Protection, solve_null_spaces
 
     targets = concepts.named_concepts(args)
     protected, prompts = concepts.named_protection(args, targets)
     device, shard = devices.init_distributed(session.first_device(args))
     model = session.load_model(args, device)
+    check_contradictions(model, targets, prompts)
     model_config = load_model_config(model)
     print(describe_sources(model_config, ["null_space"], arguments.spelled))
     config = session.fill_settings(args, model_config.null_space)

@@ -26,6 +26,13 @@ def main() -> None:
     parser.option(
         "estimate_memory", action="store_true", help="print the predicted peak memory of each choice, and end"
     )
+    text = (
+        "generate so many images of the concepts and the protected prompts, before and after, into a grid with numbers"
+    )
+    parser.option("check", type=arguments.positive_int, default=None, help=text)
+    parser.option("clip_path", type=Path, default=None, help="a folder with a CLIP model, by which --check scores too")
+    text = "print what would be made, from what and in how much memory, and end: nothing is loaded or written"
+    parser.option("dry_run", action="store_true", help=text)
     text = f"write the model without these concepts too: one or more of {','.join(FORMATS)}"
     parser.option("export", type=arguments.parse_formats, default=None, help=text)
     parser.option("export_dir", type=Path, default=None, help="where to (default: ARTIFACTS_DIR/merged)")
@@ -35,6 +42,9 @@ def main() -> None:
     method = JointSRSMEConfig.name if args.joint else SRSMEConfig.name
     if args.estimate_memory:
         output.show_table(erasure.memory_table(args, method), title="predicted peak memory, GiB:")
+        return
+    if args.dry_run:
+        erasure.show_plan(args, method)
         return
     with erasure.explain_oom(args, method):
         erasure.run_erasure(args, method)

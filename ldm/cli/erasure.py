@@ -16,7 +16,7 @@ from ldm.cli.concepts import category_of, named_concepts, named_protection
 from ldm.cli.devices import init_distributed, parse_devices
 from ldm.cli.session import LEARNING_FLAGS, artifact_paths, fill_settings, load_model, method_config, print_export
 from ldm.config.concept_lists import read_prompts
-from ldm.config.concepts import Concept
+from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import (
     NO_GATE,
     EditConfig,
@@ -31,6 +31,7 @@ from ldm.config.methods import (
 from ldm.config.models import ModelConfig, describe_sources, load_model_config
 from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
+from ldm.erasure.contradictions import check_contradictions
 from ldm.erasure.effect import judge
 from ldm.erasure.null_space import BASIS_FILE_TYPE
 from ldm.erasure.protection import BasisSummary, Protection, solve_null_spaces
@@ -65,6 +66,7 @@ def run_erasure(args: Namespace, method: str) -> None:
     print(describe_sources(model_config, sections, spelled | _implied(config, model_config.methods[method])))
     _report_unused(args, config)
     artifacts = artifact_paths(args, model.name, method, category_of(args, concepts))
+    check_contradictions(model, concepts, prompts)
     if config.needs_null_space:
         protection = Protection(protected, fill_settings(args, model_config.null_space), prompts)
         _solve_null_spaces(args, model, artifacts, concepts, protection, shard)
@@ -76,6 +78,8 @@ def run_erasure(args: Namespace, method: str) -> None:
         output.show_table(summary_table(summaries), "shifts")
     made = concepts if config.is_joint else shard.select(concepts)
     edit = fill_settings(args, model_config.edit).with_changes(form="gated" if gate.gate else "linear")
+    if getattr(args, "check", None) and shard.rank == 0:
+        _check_images(args, model, artifacts, concepts, edit.form)
     _check_erased(artifacts, made, config, edit)
     if getattr(args, "export", None) and shard.rank == 0:
         _export(args, model, artifacts, concepts)
@@ -120,16 +124,69 @@ def _export(args: Namespace, model: DiffusionModel, artifacts: ArtifactPaths, co
     """Write the model without the concepts in the formats of --export, and print what was measured of that."""
     from ldm.erasure.export import export
 
-    shifts: dict[str, WeightShift] = {}
-    for concept in concepts:
-        path = artifacts.shift(concept.label)
-        if not path.is_file():
-            raise ValueError(f"{path} is not there yet: another process makes it, so export when all have ended")
-        shifts[concept.label] = WeightShift.load(path)
+    shifts = _load_made(artifacts, concepts)
     folder = args.export_dir or args.artifacts_dir / "merged"
     prompts = ["", *(concept.prompt for concept in concepts), *read_prompts(args.protect)]
     config = ExportConfig(formats=args.export)
     print_export(export(model, shifts, folder / f"{model.name}-{merge_name(shifts)}", config, prompts))
+
+
+def _load_made(artifacts: ArtifactPaths, concepts: Sequence[Concept]) -> dict[str, WeightShift]:
+    """Return the shifts of concepts by label. Raises ValueError for one that another process has not made yet."""
+    shifts: dict[str, WeightShift] = {}
+    for concept in concepts:
+        path = artifacts.shift(concept.label)
+        if not path.is_file():
+            raise ValueError(f"{path} is not there yet: run this again when all processes have ended")
+        shifts[concept.label] = WeightShift.load(path)
+    return shifts
+
+
+def _check_images(
+    args: Namespace, model: DiffusionModel, artifacts: ArtifactPaths, concepts: Sequence[Concept], form: str
+) -> None:
+    """Generate images before and after, into a grid and a table beside the shifts."""
+    from ldm.experiments.check import CheckRequest, check_erasure
+
+    shifts = _load_made(artifacts, concepts)
+    sampling = load_model_config(model).sampling
+    folder = args.artifacts_dir / "checks" / f"{model.name}-{merge_name(shifts)}"
+    request = CheckRequest(args.check, folder, sampling, args.clip_path)
+    protected, prompts = named_protection(args, concepts)
+    others = [concept.prompt for concept in protected if concept not in concepts]
+    groups = {"erased": [concept.prompt for concept in concepts], "protected": [*prompts, *others, ""]}
+    output.show_table(check_erasure(model, shifts, form, groups, request), "check")
+    print(f"-> {folder}")
+
+
+def show_plan(args: Namespace, method: str) -> None:
+    """Print what an erasure would make, from what and in how much memory. Nothing is loaded or written."""
+    import pandas as pd
+
+    concepts = named_concepts(args)
+    protected, prompts = named_protection(args, concepts)
+    name = load.resolve_names(args.ckpt_path or args.model, args.config_path)[0]
+    artifacts = artifact_paths(args, name, method, category_of(args, concepts))
+    rows = []
+    for concept in concepts:
+        path = artifacts.shift(concept.label)
+        rows.append(
+            {
+                "concept": concept.name,
+                "kind": concept.kind,
+                "spellings": ", ".join(dict.fromkeys(concept.spellings)),
+                "anchor": concept.anchor or "",
+                "shift": str(path),
+                "there": "yes, and kept if from the same inputs" if path.is_file() else "",
+            }
+        )
+    output.show_table(pd.DataFrame(rows), "shifts")
+    always = [repr(prompt) for prompt in always_protected_prompts()]
+    others = [concept.name for concept in protected]
+    print(
+        f"protected: {', '.join([*always, *map(repr, prompts)])}; the concepts {', '.join(others)}, each but by its own"
+    )
+    output.show_table(memory_table(args, method), "memory", title="predicted peak memory, GiB:")
 
 
 def _solve_null_spaces(

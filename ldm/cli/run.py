@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -152,6 +152,14 @@ def as_typed(message: str) -> str:
     return re.sub(r"`(\w+)`", lambda found: spelled.get(found[1], f"--{found[1]}"), " ".join(message.split()))
 
 
+def _target(details: Mapping[str, object]) -> str:
+    """Return the flags that name the concept of a missing basis or shift."""
+    if details.get("category") == OWN:
+        return f"--concepts {shlex.quote(str(details.get('concept', details.get('erased_index'))))}"
+    category, index = (shlex.quote(str(details.get(name))) for name in ("category", "erased_index"))
+    return f"--category {category} --erased_index {index}"
+
+
 def explain(error: Exception) -> str:
     """Return an error as one line, with the flags that its user typed and the command that makes what is missing."""
     message = as_typed(str(error)) or _WITHOUT_TEXT.get(type(error), type(error).__name__)
@@ -161,6 +169,7 @@ def explain(error: Exception) -> str:
         category = error.details.get("category")
         known = {
             "script": METHOD_SCRIPTS.get(str(error.details.get("method")), ""),
+            "target": _target(error.details),
             "category_flag": f" --category {category}" if category in CATEGORIES else "",
         }
         details = {name: shlex.quote(str(value)) for name, value in error.details.items()}

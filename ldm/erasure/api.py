@@ -11,12 +11,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.config.concept_lists import check_apart_from, read_concepts, read_prompts
+from ldm.config.concept_lists import read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, is_one_of
 from ldm.config.methods import METHODS, NO_GATE, EditConfig, ExportConfig, SamplingConfig, did_you_mean
 from ldm.config.models import load_model_config
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate as sample
+from ldm.erasure.contradictions import check_contradictions
 from ldm.erasure.erase import ErasureSummary
 from ldm.erasure.erase import erase as make_shifts
 from ldm.erasure.export import Export
@@ -71,7 +72,7 @@ def make_own_shifts(
     named = _as_concepts(concepts, kind, anchor)
     given = [protect] if isinstance(protect, str) else list(protect)
     prompts = read_prompts([text for text in given if isinstance(text, str)])
-    check_apart_from(prompts, named)
+    check_contradictions(model, named, prompts)
     labels = {concept.label for concept in named}
     others = [other for other in given if isinstance(other, Concept) and other.label not in labels]
     model_config = load_model_config(model)

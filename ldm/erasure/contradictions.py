@@ -33,37 +33,56 @@ def find_by_text(concept: Concept, protected: Iterable[str]) -> list[str]:
     return [prompt for prompt in protected if says(prompt, concept.spellings)]
 
 
-def find_by_embedding(model: DiffusionModel, concept: Concept, protected: Sequence[str]) -> list[str]:
-    """Return the protected prompts that say a concept to the model, whatever their texts are, the nearest first."""
-    position = last_token(model.tokenizers[0], concept.prompt, concept.prompt)
-    others = [text for text in protected if text]
-    if position is None or not others:
-        return []
-    kind = load_template_set(concept.kind)
-    controls = [fill(template, kind.neutral) for template in kind.templates] + retain_captions(_NUM_CAPTIONS)
-    controls = [text for text in controls if not says(text, concept.spellings)]
-    own = _rows(model, [concept.prompt])[0, position - 1]
-    control_rows = _rows(model, controls)
-    whitening = _Whitening(control_rows.flatten(0, 1))
-    threshold = max(SAME_CONCEPT, whitening.likeness(control_rows, own).max().item() + _CLEARANCE)
-    likeness = whitening.likeness(_rows(model, others), own)
-    order = likeness.argsort(descending=True).tolist()
-    return [others[number] for number in order if likeness[number] > threshold]
+class Likeness:
+    """What tells whether prompts say a concept to a model, whatever their texts are; what concepts share is kept."""
+
+    def __init__(self, model: DiffusionModel, protected: Sequence[str]):
+        self.model = model
+        self.prompts = [text for text in protected if text]
+        self._protected = _rows(model, self.prompts) if self.prompts else torch.empty(0)
+        self._controls: dict[str, tuple[list[str], torch.Tensor, _Whitening]] = {}  # by kind
+
+    def find(self, concept: Concept) -> list[str]:
+        """Return the protected prompts that say a concept to the model, the nearest first."""
+        position = last_token(self.model.tokenizers[0], concept.prompt, concept.prompt)
+        if position is None or not self.prompts:
+            return []
+        rows, whitening = self._control_rows(concept)
+        own = _rows(self.model, [concept.prompt])[0, position - 1]
+        threshold = max(SAME_CONCEPT, whitening.likeness(rows, own).max().item() + _CLEARANCE)
+        likeness = whitening.likeness(self._protected, own)
+        order = likeness.argsort(descending=True).tolist()
+        return [self.prompts[number] for number in order if likeness[number] > threshold]
+
+    def _control_rows(self, concept: Concept) -> tuple[torch.Tensor, _Whitening]:
+        """Return the rows of prompts that do not say the concept, and their whitening."""
+        if concept.kind not in self._controls:
+            kind = load_template_set(concept.kind)
+            texts = [fill(template, kind.neutral) for template in kind.templates] + retain_captions(_NUM_CAPTIONS)
+            rows = _rows(self.model, texts)
+            self._controls[concept.kind] = texts, rows, _Whitening(rows.flatten(0, 1))
+        texts, rows, whitening = self._controls[concept.kind]
+        others = [number for number, text in enumerate(texts) if not says(text, concept.spellings)]
+        if len(others) < len(texts):
+            rows = rows[others]
+            whitening = _Whitening(rows.flatten(0, 1))
+        return rows, whitening
 
 
 def check_contradictions(model: DiffusionModel, concepts: Sequence[Concept], protected: Sequence[str]) -> None:
     """Raise ValueError, naming the prompts, where protected ones say a concept that is to be erased."""
+    likeness = Likeness(model, protected)
     for concept in concepts:
         found = find_by_text(concept, protected)
         how = "say it"
         if not found:
-            found, how = find_by_embedding(model, concept, protected), "say it to the model"
+            found, how = likeness.find(concept), "say it to the model"
         if found:
             shown = ", ".join(f"'{prompt}'" for prompt in found[:_SHOWN])
             more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise ValueError(
                 f"{concept.name} cannot be erased and protected at once: the protected prompts {shown}{more} {how}: "
-                "leave it out of one of both"
+                "leave them out of `protect`"
             )
 
 

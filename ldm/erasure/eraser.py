@@ -180,7 +180,9 @@ class ConceptEraser:
         for label, shift in self.shifts.items():
             if not label.isdigit():
                 metadata = shift.metadata
-                concepts.append(make_concept(metadata["concept"], metadata.get("kind"), metadata.get("aliases", ())))
+                concepts.append(
+                    make_concept(metadata["concept"], metadata.get("concept_kind"), metadata.get("aliases", ()))
+                )
         return concepts
 
     def _listed(self, name: str) -> Concept | None:

@@ -135,15 +135,20 @@ def concept_metadata(concept: Concept) -> dict[str, Any]:
     """Return what a basis and a shift say of the concept that they are for: its index, or else its other spellings."""
     if not concept.is_own:
         return {"concept_index": concept.index, "concept": concept.name}
-    return {"concept": concept.name, "aliases": list(concept.aliases), "kind": concept.kind}
+    return {"concept": concept.name, "aliases": list(concept.aliases), "concept_kind": concept.kind}
 
 
 def check_apart(model: DiffusionModel, concepts: Sequence[Concept], protected: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError when a concept's name is protected too, as the model reads it: then nothing can erase it.
+    """Raise ValueError when a concept's name is protected too, as the model reads it, or is nothing to it.
 
     `protected` are the embeddings (tokens, d) of the protected prompts.
     """
+    tokenizer = model.tokenizers[0]
     for concept in concepts:
+        if not set(tokenizer(concept.prompt).input_ids) - set(tokenizer.all_special_ids):
+            raise ValueError(
+                f"'{concept.prompt}' is nothing to the model, whose tokenizer keeps none of it: name it in other words"
+            )
         own = model.embed_prompts([concept.prompt])[concept.prompt]  # (tokens, d)
         for prompt, rows in protected.items():
             if torch.equal(rows, own):

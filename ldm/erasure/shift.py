@@ -23,7 +23,7 @@ SHIFT_FILE_TYPE = "weight shift"
 _LARGEST = 1e30  # that a shift may add to a weight: float32 holds a little more
 _HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, where it says it
     **dict.fromkeys(
-        ("concept", "category", "method", "prompt", "anchor", "base_model", "base_digest", "kind"), is_text
+        ("concept", "category", "method", "prompt", "anchor", "base_model", "base_digest", "concept_kind"), is_text
     ),
     **dict.fromkeys(("captions", "protected", "aliases"), is_texts),
     **dict.fromkeys(("concept_index", "iterations", "rank"), is_count),
