@@ -472,11 +472,6 @@ def test_experiments_take_names_of_their_category_and_send_others_elsewhere(scri
     assert not (tmp_path / "a").exists()
 
 
-def test_a_shift_of_a_users_concept_that_is_missing_names_its_command(script, flags, tmp_path):
-    merge = script(MERGE, *flags, "--shifts", "a red fox", "--save_path", tmp_path / "merged")
-    is_error(merge, "SRS_ME.py --concepts 'a red fox' --scene 1 --scene_time 0")
-
-
 def test_images_are_sorted_by_prompt_or_by_number(script, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -173,10 +173,6 @@ def explain(error: Exception) -> str:
             "category_flag": f" --category {category}" if category in CATEGORIES else "",
         }
         details = {name: shlex.quote(str(value)) for name, value in error.details.items()}
-        index = details.get("erased_index", "")
-        known["target"] = f"--category {category} --erased_index {index}"
-        if category == OWN:
-            known["target"] = f"--concepts {details.get('concept', index)}"
         message += f": {_MAKERS[error.kind].format(**known, **details)}"
         for name in _TAKEN_OVER.get(error.kind, ()):
             if typed.get(name):
