@@ -8,9 +8,9 @@ everyday captions, words, kin names, near misses and compositions.
 
 from pathlib import Path
 
-from ldm.cli import arguments, habits, output
+from ldm.cli import arguments, concepts, habits, output
 from ldm.cli.run import run
-from ldm.config.concepts import EMPTY_PROMPT_LABEL, always_protected_prompts, erasable_concepts, parse_erase_targets
+from ldm.config.concepts import EMPTY_PROMPT_LABEL, always_protected_prompts, erasable_concepts
 from ldm.config.everyday import sample_unprotected
 from ldm.config.methods import EvaluationConfig, NullSpaceConfig
 from ldm.io.paths import REPO_ROOT
@@ -33,7 +33,8 @@ def main() -> None:
     parser = arguments.make_parser(__doc__)
     arguments.add_model(parser)
     arguments.add_category(parser)
-    parser.option("erased_index", required=True, help="all concepts that will ever be erased, such as 0-8")
+    text = "all concepts that will ever be erased, by index such as 0-8, or by name in --category"
+    parser.option("erased_index", nargs="+", required=True, help=text)
     text = "what counts as zero, relatively, such as 1e-7,1e-3 (default: six from 1e-7 to 2e-2)"
     parser.option("tolerances", default=None, help=text)
     arguments.add_settings(parser, NullSpaceConfig, "protected_templates")
@@ -42,7 +43,7 @@ def main() -> None:
     arguments.add_device(parser)
     habits.add_json(parser)
     args = parser.parse_args()
-    concepts = parse_erase_targets(args.erased_index, args.category)
+    erased = concepts.category_targets(args)
     tolerances = arguments.parse_numbers(args.tolerances, "tolerances", 1) if args.tolerances is not None else []
     if not all(0 < tolerance < 1 for tolerance in tolerances):
         raise ValueError(f"`tolerances` {args.tolerances}: give numbers between 0 and 1, such as 1e-7,1e-3")
@@ -61,7 +62,7 @@ def main() -> None:
     protected = always_protected_prompts()
     unprotected = sample_unprotected(args.category, evaluation.unprotected_prompts, protected)
     further = FurtherPrompts((), unprotected, erasable_concepts(args.category))
-    report = measure_capacity(model, concepts, null_space, tolerances, config.methods["SRS-ME"], further)
+    report = measure_capacity(model, erased, null_space, tolerances, config.methods["SRS-ME"], further)
     values = report.singular_values.tolist()
     shown = [*(number for number in SPECTRUM_NUMBERS if number <= len(values)), len(values)]
     print("spectrum: " + ", ".join(f"{number}: {values[number - 1]:.1e}" for number in shown))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from ldm.cli import arguments, output
 from ldm.cli.arguments import Namespace
+from ldm.cli.concepts import category_indexes
 from ldm.cli.experiment import add_experiment, artifacts_dir, make_experiment, method_configs, parse_methods
 from ldm.cli.run import run
-from ldm.config.concepts import erasable_concepts, parse_indexes
+from ldm.config.concepts import erasable_concepts
 from ldm.config.everyday import COMPOSED_WITH
 from ldm.config.methods import METHODS
 
@@ -44,18 +45,19 @@ def main() -> None:
     add_experiment(parser, "methods")
     parser.set_defaults(seeds_per_prompt=2)
     parser.option("methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
-    parser.option("restored", default="2", help="concepts that are not erased, such as 2")
+    text = "concepts that are not erased, by index such as 2, or by name in --category"
+    parser.option("restored", nargs="*", default="2", help=text)
     text = "what the weights of SRS-ME's retain set are multiplied by, such as 0.1,1,10"
     parser.option("retain_factors", default="0.1,0.3,1,1.5,3", help=text)
     text = "prompts of each group that nobody protects, for each concept of the category"
     parser.option("prompts_per_concept", type=arguments.positive_int, default=4, help=text)
     args = parser.parse_args()
-    methods, restored = parse_methods(args.methods), parse_indexes(args.restored, args.category)
+    methods, restored = parse_methods(args.methods), category_indexes(args.restored, args.category)
     erased = [concept.index for concept in erasable_concepts(args.category) if concept.index not in restored]
     if "form" in arguments.typed:
         raise ValueError("`form`: both forms are compared here, so leave it out")
     if not erased:
-        raise ValueError(f"`restored` {args.restored} leaves no concept to erase: name fewer")
+        raise ValueError("`restored` leaves no concept to erase: name fewer")
     factors = arguments.parse_numbers(args.retain_factors, "retain_factors", minimum=1)
     if min(factors) < 0:
         raise ValueError(f"`retain_factors` {args.retain_factors}: give numbers above 0, or 0")

@@ -10,23 +10,18 @@ from pathlib import Path
 
 from ldm.cli import arguments, habits, output
 from ldm.cli.arguments import Namespace
+from ldm.cli.concepts import add_statuses, named_statuses
 from ldm.cli.run import run
-from ldm.config.concepts import parse_indexes
 
 
 def find_groups(args: Namespace, prompts_path: Path) -> dict[str, str]:
     """Return the group of each prompt that the images show."""
-    from ldm.metrics.compare import erased_indexes, image_prompts, match_images, prompt_groups, prompt_statuses
+    from ldm.metrics.compare import image_prompts, match_images
+    from ldm.metrics.statuses import prompt_groups
 
     edited_paths = [edited for _, edited in match_images(args.original_dir, args.edited_dir)]
     prompts = image_prompts(edited_paths, prompts_path)
-    if args.erased is None:
-        erased = erased_indexes(args.edited_dir, args.category)
-    else:
-        erased = parse_indexes(args.erased, args.category)
-    restored = parse_indexes(args.restored, args.category)
-    statuses = prompt_statuses(args.edited_dir, args.category, prompts, erased, restored)
-    return prompt_groups(statuses, args.groups)
+    return prompt_groups(named_statuses(args, args.edited_dir, prompts), args.groups)
 
 
 def main() -> None:
@@ -34,9 +29,7 @@ def main() -> None:
     arguments.add_category(parser)
     arguments.add_image_pair(parser)
     arguments.add_image_prompts(parser)
-    text = "concepts erased in EDITED_DIR, such as 1,3 (default: those of the shifts in its metadata)"
-    parser.option("erased", default=None, help=text)
-    parser.option("restored", default="", help="concepts restored in EDITED_DIR, such as 2")
+    add_statuses(parser, "EDITED_DIR")
     text = "names for the prompts of further lists, such as captions=data/everyday_captions.csv"
     parser.option(
         "groups", type=arguments.named_file, nargs="+", action="extend", default=[], metavar="NAME=FILE", help=text

@@ -2,34 +2,26 @@
 
 Every concept's images go to SAVE_PATH/CONCEPT, for SRS_ME.py, and, split 70 to 30, to SAVE_PATH/train/CLASS and
 SAVE_PATH/eval/CLASS, for artist-cls-train.py; class 0 is the empty prompt's. For every category but style the two are
-in SAVE_PATH/CATEGORY. The same command resumes a stopped run.
+in SAVE_PATH/CATEGORY. A --prompt that is no concept of the category is one of your own: its images, by the model, go to
+SAVE_PATH/PROMPT alone, for the scripts that take it by --concepts. The same command resumes a stopped run.
 """
 
 import itertools
 import shutil
+import zlib
 from pathlib import Path
 
 from ldm.cli import arguments
 from ldm.cli.arguments import Namespace
+from ldm.cli.concepts import data_concepts
 from ldm.cli.run import run
-from ldm.config.concepts import Concept, erasable_concepts, match_concept
+from ldm.config.concepts import Concept, identity_of, image_folder
 from ldm.io.files import atomic_write
 from ldm.io.paths import REPO_ROOT
 
 
-def parse_concepts(args: Namespace) -> list[Concept | None]:
-    """Return the concepts that --prompt asks for; None stands for the empty prompt."""
-    if not args.prompt:
-        return [None] if args.prompt == "" else [None, *erasable_concepts(args.category)]
-    concept = match_concept(args.category, args.prompt)
-    if concept is None or concept.is_watermark:
-        names = ", ".join(concept.name for concept in erasable_concepts(args.category))
-        raise ValueError(f"'{args.prompt}' is no {args.category} concept: choose from {names}")
-    return [concept]
-
-
 def make_images(args: Namespace, model, concept: Concept | None) -> list[Path]:
-    """Make one concept's images and copy them into its class folders; return the paths of the copies."""
+    """Make one concept's images and copy them into its class folders, if it has any; return the paths of the copies."""
     import numpy as np
 
     from ldm.cli import session
@@ -42,8 +34,10 @@ def make_images(args: Namespace, model, concept: Concept | None) -> list[Path]:
 
     data_dir = arguments.default_data_dir(args.category, args.save_path)
     name, prompt, label = (concept.name, concept.prompt, concept.index + 1) if concept else (None, "", 0)
-    folder = args.save_path / name if name else data_dir / "empty"
-    seeds = np.random.default_rng([args.seed, label]).choice(2**31, size=args.seeds_per_prompt, replace=False)
+    folder = image_folder(args.save_path, concept) if concept else data_dir / "empty"
+    is_own = concept is not None and concept.is_own
+    number = zlib.crc32(identity_of(prompt).encode()) if is_own else label  # so that each has other seeds
+    seeds = np.random.default_rng([args.seed, number]).choice(2**31, size=args.seeds_per_prompt, replace=False)
     cases = [PromptCase(prompt, int(seed), k) for k, seed in enumerate(seeds)]
     metadata = {"created_by": CREATED_BY, "seeds_per_prompt": args.seeds_per_prompt, "seed": args.seed}
     metadata["synthetic"] = args.source == "synthetic"
@@ -53,6 +47,9 @@ def make_images(args: Namespace, model, concept: Concept | None) -> list[Path]:
         metadata |= model.generation_metadata
         sampling = session.fill_settings(args, load_model_config(model).sampling)
         generate_to_folder(model, cases, folder, metadata, sampling, args.images_per_seed)
+    if is_own:
+        print(f"{folder.name}: {len(cases) * args.images_per_seed} images in {folder}")
+        return []
     for part in ("train", "eval"):  # what an earlier run with another number of seeds left there
         shutil.rmtree(data_dir / part / str(label), ignore_errors=True)
     paths = []
@@ -82,7 +79,8 @@ def main() -> None:
     parser = arguments.make_parser(__doc__)
     arguments.add_model(parser)
     arguments.add_category(parser)
-    parser.option("prompt", default=None, help="one concept, '' for the empty prompt; without it all of the category")
+    text = "one concept, by its name or your own text, '' for the empty prompt; without it all of the category"
+    parser.option("prompt", default=None, help=text)
     sources = arguments.choice("model", "synthetic")
     parser.option("source", type=sources, default="model", help="model: that of --model; synthetic: the renderer")
     parser.option("save_path", type=Path, default=REPO_ROOT / "data", help="where to write")
@@ -92,7 +90,7 @@ def main() -> None:
     arguments.add_sampling(parser, images_per_seed=1)
     arguments.add_device(parser)
     args = parser.parse_args()
-    concepts = parse_concepts(args)
+    concepts = data_concepts(args)
     from ldm.cli import session
 
     needs_model = args.source == "model" or args.reconstruct

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ldm.cli import arguments, habits, output
 from ldm.cli.arguments import Namespace
+from ldm.cli.concepts import add_statuses, named_statuses
 from ldm.cli.run import run
-from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES, parse_indexes
+from ldm.config.concepts import EMPTY_PROMPT_LABEL, STATUSES
 from ldm.io.prompts import read_prompt_csv
 
 
@@ -22,14 +23,13 @@ def measure(args: Namespace, titles: list[str]):
 
     from ldm.cli.devices import parse_devices
     from ldm.metrics.classify import find_classifier
-    from ldm.metrics.compare import accuracy_by_prompt, compare, image_prompts, match_images, prompt_statuses
+    from ldm.metrics.compare import accuracy_by_prompt, compare, image_prompts, match_images
 
-    erased, restored = parse_indexes(args.erased, args.category), parse_indexes(args.restored, args.category)
     device = parse_devices(args.device)[0]
     original_dir, *between, edited_dir = args.image_dirs
     prompts = edited_dir / "prompts.csv"
     listed = dict.fromkeys(case.prompt for case in read_prompt_csv(prompts))
-    statuses = prompt_statuses(edited_dir, args.category, listed, erased, restored)
+    statuses = named_statuses(args, edited_dir, listed)
     classifier = find_classifier(args.category, None, device)
     table = compare(original_dir, edited_dir, prompts, args.category, classifier, device).set_index("prompt")
     result = pd.DataFrame(index=table.index)
@@ -70,8 +70,7 @@ def main() -> None:
     arguments.add_category(parser)
     parser.option("image_dirs", type=Path, nargs="+", required=True, help="image folders, the original model's first")
     parser.option("column_titles", nargs="+", default=None, help="their titles (default: the folders' names)")
-    parser.option("erased", default="", help="concepts erased in the last folder, such as 1,3")
-    parser.option("restored", default="", help="concepts restored in the last folder, such as 2")
+    add_statuses(parser, "the last folder")
     parser.option("images_per_cell", type=arguments.positive_int, default=4, help="images in a cell of the grid")
     parser.option("scale", type=arguments.positive_int, default=1, help="how much larger each image is shown")
     parser.option("save_path", type=Path, required=True, help="the grid; the table goes beside it as .csv and .md")

@@ -1,5 +1,6 @@
 """Bad input to the scripts, one line each; and the whole path on a tiny model."""
 
+import re
 from dataclasses import replace
 
 import pandas as pd
@@ -15,6 +16,7 @@ from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.shift import WeightShift
 from ldm.io.files import file_digest
+from ldm.io.prompts import read_prompt_csv
 
 SOLVE, ERASE, MERGE = "train-scripts/SRSME_Solution.py", "train-scripts/SRS_ME.py", "train-scripts/Merge_model.py"
 DATA, GENERATE = "eval-scripts/generate-data.py", "eval-scripts/generate-images-merge.py"
@@ -430,8 +432,46 @@ def test_generated_data_is_split_and_the_empty_prompt_is_class_0(script, tmp_pat
         "another run",
         "--save_path",
     )
-    is_error(script(DATA, "--prompt", "Monet"), "Monet", "VanGogh")
+    for flag in (["--source", "synthetic"], ["--reconstruct"]):
+        is_error(
+            script(DATA, "--prompt", "Picaso", *flag), "'Picaso' is no style concept", "did you mean Picasso?", flag[0]
+        )
+    is_error(script(DATA, "--prompt", "CCS 2024"), "is a watermark", "VanGogh")
     is_error(script(DATA, "--source", "SD-v2"), "synthetic")
+
+
+def test_a_users_concept_is_drawn_and_erased_by_a_method_that_trains_on_images(script, flags, tiny_path, tmp_path):
+    data = tmp_path / "data"
+    generate = [DATA, "--model", tiny_path, "--save_path", data, "--seeds_per_prompt", "2", "--device", "cpu"]
+    generate += ["--num_inference_steps", "2"]
+    training = ["--training_image_dir", data, "--device", "cpu", "--max_steps", "2", "--train_batch_size", "1"]
+    erase = ["train-scripts/FMN.py", *flags, *training, "--concepts", "a red fox", "AC/DC"]
+    is_error(script(*erase), "generate-data.py --prompt 'red fox' --source model --model")
+    for text in ("a red fox", "AC/DC"):
+        assert script(*generate, "--prompt", text)[0] == 0
+    fox, band = sorted(data.iterdir(), reverse=True)
+    assert fox.name == "red fox" and re.fullmatch("acdc-[0-9a-f]{8}", band.name)
+    seeds = [[case.seed for case in read_prompt_csv(folder / "prompts.csv")] for folder in (fox, band)]
+    assert seeds[0] != seeds[1] and len(list(fox.glob("*.png"))) == 2
+    code, out, err = script(*erase)
+    assert code in (0, 3) and "| red fox |" in out and "| AC/DC |" in out, err
+    again = script("train-scripts/FMN.py", *flags, *training, "--concepts", "Red  Fox")
+    assert again[0] in (0, 3) and "| Red Fox |" in again[1]
+    _, _, err = script(*generate, "--prompt", "Picaso")
+    assert "'Picaso' is spelt nearly as Picasso is" in err
+
+
+def test_experiments_take_names_of_their_category_and_send_others_elsewhere(script, tiny_path, tmp_path):
+    flags = ["--model", tiny_path, "--save_path", tmp_path / "a", "--device", "cpu"]
+    own = "train-scripts/SRS_ME.py --concepts"
+    is_error(
+        script("eval-scripts/ablate-beta.py", *flags, "--erased_index", "1", "a red fox"), "'a red fox' is not", own
+    )
+    is_error(script("eval-scripts/capacity.py", *flags, "--erased_index", "VanGoh"), "did you mean VanGogh?", own)
+    is_error(script("eval-scripts/compare-methods.py", *flags, "--restored", "Picasso,a dog"), "'a dog' is not", own)
+    is_error(script("eval-scripts/ablate-similar.py", *flags, "--erased_index", "CCS 2024"), "is a watermark")
+    is_error(script(SOLVE, *flags[:2], "--erased_index", "a red fox"), "A concept of your own goes to --concepts")
+    assert not (tmp_path / "a").exists()
 
 
 def test_images_are_sorted_by_prompt_or_by_number(script, tmp_path):

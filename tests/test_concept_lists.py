@@ -5,7 +5,7 @@ import re
 import pytest
 
 from ldm.config.concept_lists import MAX_CONCEPTS, make_concept, near_pairs, read_concepts, read_prompts
-from ldm.config.concepts import CATEGORIES, Concept, get_concept, load_concepts
+from ldm.config.concepts import CATEGORIES, Concept, get_concept, image_folder, load_concepts
 from ldm.config.templates import fill_anchor
 from ldm.io.errors import Notice
 from ldm.io.paths import REPO_ROOT
@@ -117,6 +117,28 @@ def test_labels_are_the_same_for_the_same_concept_alone_and_are_file_names():
     assert len(set(labels)) == len(texts)
     assert all(re.fullmatch(r"[a-z0-9-]{1,60}", label) and not label.isdigit() for label in labels)
     assert make_concept("GREG  rutkowski").label == labels[0]
+
+
+def test_images_of_a_concept_lie_in_a_folder_of_its_name_where_one_can_be():
+    names = {
+        text: make_concept(text).folder_name for text in ("Greg Rutkowski", "a red fox", "o'neill", "\u9f8d", "1984")
+    }
+    assert [*names.values()] == ["Greg Rutkowski", "red fox", "o'neill", "\u9f8d", "1984"]
+    others = ["../../etc", "AC/DC", ".hidden", "St.", "train", "Eval", "empty", "object", "a:b", "\u9f8d" * 150]
+    labels = [make_concept(text).folder_name for text in others]
+    assert len(set(labels)) == len(others) and all(re.fullmatch(r"[a-z0-9]+-[0-9a-f]{8}", label) for label in labels)
+    assert all(concept.folder_name == concept.name for concept in load_concepts("object"))
+
+
+def test_images_are_found_by_another_spelling_of_a_users_concept(tmp_path):
+    assert image_folder(tmp_path / "none", make_concept("Red Fox")) == tmp_path / "none" / "Red Fox"
+    for name in ("VanGogh", "red fox", "train", "notes"):
+        (tmp_path / name).mkdir()
+    for text, name in {"Red Fox": "red fox", "van gogh": "VanGogh", "a blue dog": "blue dog"}.items():
+        assert image_folder(tmp_path, make_concept(text)).name == name
+    assert image_folder(tmp_path, make_concept("Train")).name.startswith("train-")
+    (tmp_path / "Red Fox").mkdir()
+    assert image_folder(tmp_path, make_concept("Red Fox")).name == "Red Fox"
 
 
 @pytest.mark.parametrize("text", ["", "  ", "!?", "x" * 201, "a\tb\x00"])

@@ -9,6 +9,7 @@ from conftest import is_error
 
 from ldm.config import concepts, scenes
 from ldm.config.concepts import (
+    UnknownConceptError,
     _load_config,
     concept_status,
     find_by_name,
@@ -87,6 +88,16 @@ def test_indexes_are_parsed_once_each_and_bad_ones_list_the_names():
         parse_indexes("one", "object")
     with pytest.raises(ValueError, match="style"):
         get_concept("artist", 0)
+
+
+def test_names_are_indexes_too_and_what_is_none_is_told_the_nearest():
+    assert parse_indexes("VanGogh,Picasso", "style") == parse_indexes(["van  gogh", "Picasso"], "style") == [1, 2]
+    assert parse_indexes("Keith Haring, 0-1,VanGogh", "style") == [*parse_indexes("KeithHaring", "style"), 0, 1]
+    assert [concept.index for concept in parse_erase_targets(["church", "0"], "object")] == [1, 0]
+    with pytest.raises(UnknownConceptError, match=r"'Picaso' is not .* category style, did you mean Picasso\?"):
+        parse_indexes("1,Picaso", "style")
+    with pytest.raises(ValueError, match="is a watermark"):
+        parse_erase_targets("CCS 2024", "style")
 
 
 def test_watermarks_are_never_erased_and_nothing_is_no_request():

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CPU, is_error
+from conftest import CPU, is_error, styles
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -34,17 +34,15 @@ from ldm.metrics.classify import (
 from ldm.metrics.compare import (
     accuracy_table,
     compare,
-    erased_indexes,
     frechet_by_prompt,
     group_by_concept,
     match_images,
-    prompt_groups,
-    prompt_statuses,
     summarize_by,
 )
 from ldm.metrics.frechet import distance_column, extract_features, frechet_distance
 from ldm.metrics.lpips import alexnet_features, mean_psnr, pairwise_metrics
 from ldm.metrics.nudity import EXPOSED_CLASSES, count, detect
+from ldm.metrics.statuses import erased_concepts, named_concepts, prompt_groups, prompt_statuses
 from ldm.metrics.style import gram_matrix, style_distances
 from ldm.metrics.tables import format_cell, to_markdown
 
@@ -480,32 +478,94 @@ def test_a_prompt_is_protected_where_every_shift_protects_it(tmp_path):
     write_shifts(
         tmp_path, {"VanGogh": ["", "CCS 2024", "Cezanne", "Kilian Eng"], "Caravaggio": ["", "CCS 2024", "Cezanne"]}
     )
-    statuses = prompt_statuses(tmp_path, "style", prompts, [1, 4], [2])
+    statuses = prompt_statuses(tmp_path, "style", prompts, styles(1, 4), styles(2))
     assert [*statuses.values()] == ["erased", "restored", "protected", "regular", "protected", "protected", "regular"]
     with pytest.raises(ValueError, match="no shift of Picasso: leave it out of `erased`"):
-        prompt_statuses(tmp_path, "style", prompts, [2], [])
+        prompt_statuses(tmp_path, "style", prompts, styles(2), [])
     with pytest.raises(ValueError, match="a shift of VanGogh: leave it out of `restored`"):
-        prompt_statuses(tmp_path, "style", prompts, [], [1])
+        prompt_statuses(tmp_path, "style", prompts, [], styles(1))
     with pytest.raises(ValueError, match="VanGogh is not both"):
-        prompt_statuses(tmp_path, "style", prompts, [1], [1])
+        prompt_statuses(tmp_path, "style", prompts, styles(1), styles(1))
     for content in ({"shifts": {}}, {}):
         write_json(tmp_path / "metadata.json", content)
         assert set(prompt_statuses(tmp_path, "style", prompts, [], []).values()) == {"regular"}
-    assert prompt_statuses(tmp_path, "style", prompts, [1], [])["VanGogh"] == "erased"  # nothing says otherwise
+    assert prompt_statuses(tmp_path, "style", prompts, styles(1), [])["VanGogh"] == "erased"  # nothing says otherwise
     write_json(tmp_path / "metadata.json", {"shifts": {"1": {"concept_index": 1, "category": "style"}}})
-    assert prompt_statuses(tmp_path, "style", prompts, [1], [])["VanGogh"] == "erased"
+    assert prompt_statuses(tmp_path, "style", prompts, styles(1), [])["VanGogh"] == "erased"
     write_json(tmp_path / "metadata.json", {"shifts": ["1"]})
     with pytest.raises(ValueError, match="lists its shifts in no known way"):
-        prompt_statuses(tmp_path, "style", prompts, [1], [])
+        prompt_statuses(tmp_path, "style", prompts, styles(1), [])
 
 
 def test_a_folder_says_which_concepts_its_shifts_erase(tmp_path):
     with pytest.warns(Notice, match="no metadata in .* lists shifts: pass as `erased`"):
-        assert erased_indexes(tmp_path, "style") == []
+        assert erased_concepts(tmp_path, "style") == []
     write_shifts(tmp_path, {"Caravaggio": [], "VanGogh": [], "church": []})
-    assert erased_indexes(tmp_path, "style") == [1, 4] and erased_indexes(tmp_path, "object") == [1]
+    assert erased_concepts(tmp_path, "style") == styles(1, 4)
+    assert erased_concepts(tmp_path, "object") == [get_concept("object", 1)]
     write_json(tmp_path / "metadata.json", {"shifts": {"0": {"concept_index": 2, "category": "object"}}})
-    assert erased_indexes(tmp_path, "object") == [2] and erased_indexes(tmp_path, "style") == []  # version 0.1's way
+    assert erased_concepts(tmp_path, "object") == [get_concept("object", 2)]  # version 0.1's way
+    assert erased_concepts(tmp_path, "style") == []
+
+
+def write_own_shift(folder, name, aliases=(), protected=()):
+    """Write the metadata of a folder that was generated without a concept that a user named."""
+    shift = {"category": "own", "concept": name, "prompt": name, "aliases": [*aliases], "protected": [*protected]}
+    write_json(folder / "metadata.json", {"shifts": {"label": shift}})
+
+
+def test_a_prompt_that_says_a_users_concept_has_its_status(tmp_path):
+    prompts = ["a Red Fox in snow", "a vulpes", "a redfoxy dog", "Red  Fox", "VanGogh", "a cat"]
+    write_own_shift(tmp_path, "red fox", ["vulpes"], ["a cat"])
+    (fox,) = erased_concepts(tmp_path, "style")
+    assert fox.is_own and fox.spellings == ("red fox", "red fox", "vulpes")
+    statuses = prompt_statuses(tmp_path, "style", prompts, [fox], styles(1))
+    assert [*statuses.values()] == ["erased", "erased", "regular", "erased", "restored", "protected"]
+    write_own_shift(tmp_path, "VanGogh")
+    assert [concept.name for concept in erased_concepts(tmp_path, "style")] == ["VanGogh", "VanGogh"]
+    assert [concept.name for concept in erased_concepts(tmp_path, "object")] == ["VanGogh"]
+    with pytest.raises(ValueError, match="a shift of VanGogh: leave it out of `restored`"):
+        prompt_statuses(tmp_path, "style", prompts, [], styles(1))
+
+
+def test_texts_name_concepts_of_a_category_or_of_images(tmp_path):
+    prompts = ["a blue dog", "VanGogh"]
+    write_own_shift(tmp_path, "red fox", ["vulpes"])
+
+    def found(*texts):
+        return named_concepts(texts, tmp_path, "style", prompts, "restored")
+
+    assert found("1,2", "van gogh", "Picasso,0", "3-4", "") == styles(1, 2, 0, 3, 4)
+    assert [concept.name for concept in found("A Red Fox", "vulpes", "a blue dog")] == ["red fox", "blue dog"]
+    assert found("a red fox") == erased_concepts(tmp_path, "style")
+    for text, nearest in (("Picaso", "Picasso"), ("red foxx", "red fox"), ("a blue dgo", "a blue dog")):
+        with pytest.raises(
+            ValueError, match=f"`restored` '{text}' is no concept.*, did you mean {nearest}\\?: see how"
+        ):
+            found(text)
+    with pytest.raises(ValueError, match="no style concept has index 99"):
+        found("99")
+
+
+def test_a_users_concept_is_erased_or_restored_in_a_comparison_and_a_grid(script, tmp_path):
+    original, edited = paired_folders(tmp_path, ["a red fox", "a house with a red fox", "a blue dog", "a cat", ""])
+    write_own_shift(edited, "red fox", protected=["", "a cat"])
+    flags = ["--original_dir", original, "--edited_dir", edited, "--device", "cpu"]
+    code, out, err = script("eval-scripts/compare.py", *flags, "--restored", "Blue Dog", "Picasso")
+    assert code == 0 and "does not know" not in err
+    written = pd.read_csv(edited / "compare-original.csv", keep_default_na=False).set_index("prompt")
+    assert [*written.group] == ["erased", "erased", "restored", "protected", "protected"]
+    assert set(written.accuracy_before) == {""} and (written.lpips > 0).all() and "| erased | 2 | 2 |" in out
+    is_error(
+        script("eval-scripts/compare.py", *flags, "--restored", "a blue dgo"), "--restored", "did you mean a blue dog?"
+    )
+    is_error(script("eval-scripts/compare.py", *flags, "--erased", "Picasso"), "no shift of Picasso", "--erased")
+    is_error(script("eval-scripts/compare.py", *flags, "--erased", "a blue dog"), "no shift of blue dog", "--erased")
+    is_error(script("eval-scripts/compare.py", *flags, "--restored", "A red fox"), "red fox is not both")
+    grid = ["--image_dirs", original, edited, "--save_path", tmp_path / "grid.png", "--device", "cpu"]
+    code, out, _ = script("eval-scripts/image-grid.py", *grid, "--restored", "a blue dog")
+    assert code == 0 and [line.split(" | ")[1] for line in out.splitlines()[2:-1]] == [*written.group]
+    assert script("eval-scripts/image-grid.py", *grid, "--erased", "a red fox")[1].count("erased |") == 2
 
 
 def test_a_prompts_group_is_its_list_or_a_composition_or_its_status(tmp_path):
@@ -577,7 +637,7 @@ def test_a_grid_says_what_the_folders_shifts_protect(script, tmp_path):
     grid = tmp_path / "grid.png"
     flags = ["--image_dirs", original, edited, "--save_path", grid]
     is_error(script("eval-scripts/image-grid.py", *flags, "--erased", "0"), "no shift of Cezanne", "--erased")
-    is_error(script("eval-scripts/image-grid.py", *flags, "--restored", "1"), "a shift of VanGogh", "--restored")
+    is_error(script("eval-scripts/image-grid.py", *flags, "--restored", "1"), "VanGogh is not both", "--restored")
     is_error(script("eval-scripts/image-grid.py", *flags, "--column_titles", "a", "a"), "--column_titles")
     assert not list(tmp_path.glob("grid*"))
     code, out, _ = script("eval-scripts/image-grid.py", *flags, "--erased", "1")

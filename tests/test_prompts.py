@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from conftest import is_error
 
 from ldm.cli.run import explain
+from ldm.config.concept_lists import make_concept
+from ldm.config.concepts import watermark_prompts
 from ldm.io.errors import MissingFileError, Notice
 from ldm.io.prompts import MAX_NUMBER, PromptCase, make_cases, merge_prompt_csv, read_prompt_csv, write_prompt_csv
 
@@ -181,3 +184,21 @@ def test_seeds_of_the_same_noise_are_told(tmp_path):
     assert torch.equal(first, second)
     with pytest.warns(Notice, match=rf"list\.csv line 3: the seed {5 + 2**32} makes the same noise as 5"):
         read(tmp_path, HEADER + f"a,5,0\na,{5 + 2**32},1\n")
+
+
+def test_prompts_say_a_users_concepts_by_their_kinds(script, tmp_path):
+    path, make = tmp_path / "list.csv", "eval-scripts/make-prompts.py"
+    (tmp_path / "mine.csv").write_text("concept,kind\nGreg Rutkowski,artist\n")
+    flags = ["--concepts", "a red fox", tmp_path / "mine.csv", "--protect", "a dog", "--save_path", path]
+    assert script(make, *flags, "--protected")[0] == 0
+    prompts = list(dict.fromkeys(case.prompt for case in read_prompt_csv(path)))
+    fox, artist = make_concept("a red fox"), make_concept("Greg Rutkowski", "style")
+    assert prompts == [*fox.prompts(99), *artist.prompts(99), "a dog", *watermark_prompts(), ""]
+    assert len(read_prompt_csv(path)) == 4 * len(prompts)
+    assert script(make, *flags, "--held_out", "--seeds_per_prompt", "1")[0] == 0
+    prompts = [case.prompt for case in read_prompt_csv(path)]
+    assert prompts == [*fox.held_out_prompts, *artist.held_out_prompts, "a dog"] and len(prompts) > 2
+    is_error(script(make, "--protect", "a dog"), "--protect and --kind go with --concepts")
+    is_error(script(make, *flags, "--protect", "two of a red fox"), "says red fox", "--protect")
+    is_error(script(make, *flags, "--category", "object"), "--category and --concepts")
+    is_error(script(make, *flags, "--everyday", "captions"), "--everyday")

@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ldm.cli import arguments, habits
 from ldm.cli.arguments import Namespace, Parser, typed
 from ldm.cli.flags import RENAMED_VALUES
-from ldm.config.concept_lists import KIND_NAMES, check_apart_from, read_concepts, read_prompts
-from ldm.config.concepts import OWN, Concept, get_concept, parse_erase_targets, parse_indexes
-from ldm.config.methods import ANCHORS, EditConfig, MethodConfig
+from ldm.config.concept_lists import (
+    KIND_NAMES,
+    check_apart_from,
+    make_concept,
+    near_pairs,
+    read_concepts,
+    read_prompts,
+)
+from ldm.config.concepts import (
+    OWN,
+    Concept,
+    UnknownConceptError,
+    erasable_concepts,
+    find_by_name,
+    get_concept,
+    parse_erase_targets,
+    parse_indexes,
+)
+from ldm.config.methods import ANCHORS, EditConfig, MethodConfig, did_you_mean
 from ldm.config.spellings import says
+from ldm.io.errors import notify
 
 _OLD_PROTECT = (["exact"], ["spectrum"])  # values of --protect when it was another flag
 
 
 def add_concepts(parser: Parser, erased_index: str = "") -> None:
     """Add the concepts to erase: --concepts by text or file, with their kind and anchor, or --erased_index."""
-    parser.option(
-        "concepts",
-        nargs="+",
-        default=[],
-        metavar="TEXT|FILE",
-        help="concepts to erase, each a text such as 'Greg Rutkowski', or a file: .csv with the columns concept, "
-        "aliases, anchor, kind; .yaml; .txt with one a line; NAME=FILE.txt for one concept of many phrases",
-    )
-    kinds = (
-        f"what kind of thing --concepts are: {', '.join(KIND_NAMES)} (default: what is known of the name, or generic)"
-    )
-    parser.option("kind", choices=KIND_NAMES, default=None, metavar="KIND", help=kinds)
+    add_own_concepts(parser, "concepts to erase")
     parser.option(
         "anchor",
         type=_parse_anchor,
@@ -38,8 +45,76 @@ def add_concepts(parser: Parser, erased_index: str = "") -> None:
         help="what takes the place of a concept: a text such as 'a painting', or as the settings say: "
         f"{', '.join(ANCHORS)} (default: the model's settings)",
     )
-    text = "instead of --concepts, by index in --category, such as 0, 0,1,2 or 0-8"
+    text = "instead of --concepts, by index in --category, such as 0, 0,1,2 or 0-8, or by name there"
     parser.option("erased_index", default=erased_index, help=text)
+
+
+def add_own_concepts(parser: Parser, purpose: str) -> None:
+    """Add --concepts by text or file, which are for a `purpose`, and their kind."""
+    text = (
+        f"{purpose}, each a text such as 'Greg Rutkowski', or a file: .csv with the columns concept, aliases, anchor, "
+        "kind; .yaml; .txt with one a line; NAME=FILE.txt for one concept of many phrases"
+    )
+    parser.option("concepts", nargs="+", default=[], metavar="TEXT|FILE", help=text)
+    kinds = (
+        f"what kind of thing --concepts are: {', '.join(KIND_NAMES)} (default: what is known of the name, or generic)"
+    )
+    parser.option("kind", choices=KIND_NAMES, default=None, metavar="KIND", help=kinds)
+
+
+def add_statuses(parser: Parser, where: str) -> None:
+    """Add --erased and --restored for the concepts of images; `where` says which images."""
+    text = f"concepts erased in {where}, such as 1,3 or Picasso 'a red fox' (default: those of its metadata's shifts)"
+    parser.option("erased", nargs="*", default=None, help=text)
+    parser.option("restored", nargs="*", default=[], help=f"concepts restored in {where}, such as 2 or Picasso")
+
+
+def said_prompts(args: Namespace) -> list[str]:
+    """Return prompts that say each of --concepts by its kind's templates, or held-out ones, and those of --protect.
+
+    Raises ValueError for one of --protect that says one of --concepts.
+    """
+    if "category" in typed:
+        raise ValueError("`category` and `concepts` both name what prompts say: give one of them")
+    concepts = read_concepts(args.concepts, args.kind)
+    protected = read_prompts(args.protect)
+    check_apart_from(protected, concepts)
+    prompts: list[str] = []
+    for concept in concepts:
+        prompts += concept.held_out_prompts if args.held_out else [concept.prompt, *concept.captions]
+    return list(dict.fromkeys([*prompts, *protected]))
+
+
+def named_statuses(args: Namespace, image_dir: Path, prompts: Collection[str]) -> dict[str, str]:
+    """Return the status of each prompt of a folder of images by its metadata, --erased and --restored."""
+    from ldm.metrics.statuses import erased_concepts, named_concepts, prompt_statuses
+
+    if args.erased is None:
+        erased = erased_concepts(image_dir, args.category)
+    else:
+        erased = named_concepts(args.erased, image_dir, args.category, prompts, "erased")
+    restored = named_concepts(args.restored, image_dir, args.category, prompts, "restored")
+    return prompt_statuses(image_dir, args.category, prompts, erased, restored)
+
+
+def category_targets(args: Namespace) -> list[Concept]:
+    """Return the concepts of the category that --erased_index names. Raises ValueError as `category_indexes`."""
+    indexes = category_indexes(args.erased_index, args.category)
+    return parse_erase_targets(list(map(str, indexes)), args.category)
+
+
+def category_indexes(texts: str | Sequence[str], category: str) -> list[int]:
+    """Return the indexes of the category's concepts that texts name.
+
+    Raises ValueError, which says what erases a concept of its user's own, for a text that names none of them.
+    """
+    try:
+        return parse_indexes(texts, category)
+    except UnknownConceptError as error:
+        raise ValueError(
+            f"{error}. Experiments take the concepts of a category, which images and classifiers are there for: erase "
+            "one of your own by train-scripts/SRS_ME.py --concepts, or in a ledger by train-scripts/ledger.py"
+        ) from error
 
 
 def add_erasure(parser: Parser, kind: type[MethodConfig]) -> None:
@@ -62,10 +137,15 @@ def add_erasure(parser: Parser, kind: type[MethodConfig]) -> None:
 
 def add_protection(parser: Parser) -> None:
     """Add what an erasure leaves alone: --protect by text or file, and --em_indexes."""
-    text = "prompts that stay as they are, each a text such as 'a dog', or a file: .txt with one a line, .csv, .yaml"
-    parser.option("protect", nargs="*", default=[], metavar="TEXT|FILE", help=text)
+    add_protect(parser, "prompts that stay as they are")
     text = "concepts to protect by index in --category, such as 1,2; those that are erased together protect each other"
     parser.option("em_indexes", default="", help=text)
+
+
+def add_protect(parser: Parser, purpose: str) -> None:
+    """Add --protect: prompts by text or file, which are for a `purpose`."""
+    text = f"{purpose}, each a text such as 'a dog', or a file: .txt with one a line, .csv, .yaml"
+    parser.option("protect", nargs="*", default=[], metavar="TEXT|FILE", help=text)
 
 
 def _parse_anchor(text: str) -> str:
@@ -101,13 +181,40 @@ def named_concepts(args: Namespace) -> list[Concept]:
         raise ValueError("no concept to erase: give `concepts` texts or files, or `erased_index` indexes such as 0,1,2")
     if args.kind:
         raise ValueError("`kind` goes with `concepts`: those of `erased_index` have theirs")
-    concepts = parse_erase_targets(args.erased_index, args.category)
+    try:
+        concepts = parse_erase_targets(args.erased_index, args.category)
+    except UnknownConceptError as error:
+        raise ValueError(f"{error}. A concept of your own goes to `concepts`") from error
     if anchor is None:
         return concepts
     for concept in concepts:
         if says(anchor, concept.spellings):
             raise ValueError(f"the anchor '{anchor}' says {concept.name}, which would stay: give `anchor` another text")
     return [replace(concept, anchor=anchor, anchor_prompt=anchor) for concept in concepts]
+
+
+def data_concepts(args: Namespace) -> list[Concept | None]:
+    """Return the concepts whose images --prompt asks for: all of the category, or one. None is for the empty prompt.
+
+    Raises ValueError for a watermark, and for a concept of its user's own where one of the category is needed.
+    """
+    if not args.prompt:
+        return [None] if args.prompt == "" else [None, *erasable_concepts(args.category)]
+    concept = find_by_name(args.category, args.prompt)
+    if concept is not None and not concept.is_watermark:
+        return [concept]
+    names = [concept.name for concept in erasable_concepts(args.category)]
+    if concept is not None or args.source == "synthetic" or args.reconstruct:
+        why = "is a watermark" if concept is not None else "has no images by `source` synthetic and no `reconstruct`"
+        raise ValueError(
+            f"'{args.prompt}' is no {args.category} concept and {why}{did_you_mean(args.prompt, names)}: choose from "
+            f"{', '.join(names)}"
+        )
+    own = make_concept(args.prompt)
+    near = [first for first, second in near_pairs([*names, own.name]) if second == own.name]
+    if near:
+        notify(f"'{own.name}' is spelt nearly as {near[0]} is, and taken for a concept of your own: stop if it is not")
+    return [own]
 
 
 def category_of(args: Namespace, concepts: Sequence[Concept]) -> str:

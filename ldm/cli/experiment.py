@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ldm.cli import arguments, habits, output
 from ldm.cli.arguments import Namespace, Parser
-from ldm.config.concepts import parse_erase_targets
+from ldm.cli.concepts import category_targets
 from ldm.config.methods import (
     METHODS,
     EditConfig,
@@ -65,12 +65,13 @@ def add_ablation(parser: Parser, values: str, text: str) -> None:
 
 def add_targets(parser: Parser, indexes: str) -> None:
     """Add --erased_index for concepts that are erased and merged."""
-    parser.option("erased_index", default=indexes, help=f"concepts to erase and merge, such as {indexes}")
+    text = f"concepts to erase and merge, by index such as {indexes}, or by name in --category"
+    parser.option("erased_index", nargs="+", default=indexes, help=text)
 
 
 def target_indexes(args: Namespace) -> list[int]:
-    """Return the indexes that --erased_index names."""
-    return [concept.index for concept in parse_erase_targets(args.erased_index, args.category)]
+    """Return the indexes of the concepts that --erased_index names."""
+    return [concept.index for concept in category_targets(args)]
 
 
 def make_experiment(args: Namespace) -> Experiment:

@@ -31,7 +31,7 @@ _MAKERS = {  # what makes a missing file, by its kind
     "prompts": "make one with python eval-scripts/make-prompts.py",
     "basis": f"make it with python train-scripts/SRSME_Solution.py {_PLACE} --em_indexes ...",
     "shift": f"make it with python train-scripts/{{script}} {_PLACE}",
-    "training images": "make them with python eval-scripts/generate-data.py --category {category} "
+    "training images": "make them with python eval-scripts/generate-data.py{category_flag} "
     "--prompt {concept} --source model",
     "generated images": "make them with python eval-scripts/generate-images-merge.py",
     "classifier": "train it with python train-scripts/artist-cls-train.py{category_flag}",

@@ -7,9 +7,11 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from pathlib import Path
 from string import Formatter
 from typing import Any, Self
 
+from ldm.config.methods import did_you_mean
 from ldm.config.templates import KINDS, fill, load_template_set
 from ldm.config.yaml_files import check_keys, read_mapping
 from ldm.io.paths import REPO_ROOT
@@ -27,6 +29,14 @@ INDEX_RANGE_RE = re.compile(r"([0-9]+)(?:-([0-9]+))?")  # an index, or a first a
 
 
 EMPTY_PROMPT_LABEL = "(empty)"  # what tables and images call the empty prompt
+
+
+# Folders of images that are no concept's own, beside those that are.
+_OTHER_FOLDERS = ("train", "eval", "empty", *CATEGORIES)
+
+
+class UnknownConceptError(ValueError):
+    """A text is neither an index nor a name of a category's concepts."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +76,21 @@ class Concept:
         identity = identity_of(self.name)
         if re.fullmatch("[a-z0-9]{1,60}", identity) and not identity.isdigit():
             return identity
+        return self._digested_label
+
+    @property
+    def _digested_label(self) -> str:
+        identity = identity_of(self.name)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
         return f"{re.sub('[^a-z0-9]+', '', identity)[:40] or 'concept'}-{digest}"
+
+    @property
+    def folder_name(self) -> str:
+        """What a folder of its images is called: its name, or where no folder of its own can be, a label like it."""
+        if not self.is_own:
+            return self.name
+        is_unsafe = re.search(r'^\.|[/\\:*?"<>|]|\.$', self.name) or len(self.name.encode()) > 200
+        return self._digested_label if is_unsafe or self.name.lower() in _OTHER_FOLDERS else self.name
 
     @property
     def spellings(self) -> tuple[str, ...]:
@@ -122,6 +145,21 @@ class Concept:
         if not is_valid or not is_index or type(concept.is_watermark) is not bool or not concept.prompt:
             raise ValueError(f"{str(content)[:100]} is no concept: its texts, its index or its kind are none")
         return concept
+
+
+def image_folder(root: Path, concept: Concept) -> Path:
+    """Return the folder below `root` of a concept's images.
+
+    Of a concept that a user names it is one that is there already by another of its spellings, where there is none by
+    its name.
+    """
+    folder = root / concept.folder_name
+    if not concept.is_own or folder.is_dir() or not root.is_dir():
+        return folder
+    for other in sorted(root.iterdir()):
+        if other.is_dir() and other.name.lower() not in _OTHER_FOLDERS and concept.is_named(other.name):
+            return other
+    return folder
 
 
 def identity_of(text: str) -> str:
@@ -309,27 +347,48 @@ def concept_status(
     return next((kind for kind, indexes in kinds.items() if concept.index in indexes), "regular")
 
 
-def parse_indexes(text: str, category: str) -> list[int]:
-    """'0,1,4-6' -> [0, 1, 4, 5, 6], each checked against `category`; '' -> []. Raises ValueError on anything else."""
-    indexes = []
-    for piece in (piece.strip() for piece in text.split(",")) if text.strip() else ():
-        span = INDEX_RANGE_RE.fullmatch(piece)
-        if not span:
-            raise ValueError(
-                f"'{piece}' is not a concept index: give numbers such as 0,1,2 or 0-8 from {_format_choices(category)}"
-            )
-        first, last = int(span[1]), int(span[2] or span[1])
-        if last < first:
-            raise ValueError(f"'{piece}' counts backwards: write {last}-{first}")
-        for end in (first, last):  # before a range of billions is made
-            get_concept(category, end)
-        indexes += range(first, last + 1)
+def parse_indexes(texts: str | Sequence[str], category: str) -> list[int]:
+    """Return the indexes that texts say, once each: 'VanGogh', '0,1,4-6', 'VanGogh,2', or several of these.
+
+    Raises UnknownConceptError for a text that names no concept of `category`, and ValueError for a wrong index.
+    """
+    indexes: list[int] = []
+    for text in [texts] if isinstance(texts, str) else texts:
+        for piece in _pieces(text, category):
+            indexes += _parse_piece(piece, category)
     return list(dict.fromkeys(indexes))
 
 
-def parse_erase_targets(text: str, category: str) -> list[Concept]:
+def _pieces(text: str, category: str) -> list[str]:
+    """Return what the commas of a text separate; all of it where it is a concept's name."""
+    if not text.strip():
+        return []
+    return [text] if find_by_name(category, text) else [piece.strip() for piece in text.split(",")]
+
+
+def _parse_piece(piece: str, category: str) -> list[int]:
+    """Return the indexes of '3', of '4-6', or of a concept's name."""
+    span = INDEX_RANGE_RE.fullmatch(piece)
+    named = find_by_name(category, piece)
+    if not span and named:
+        return [named.index]
+    if not span:
+        names = [spelling for concept in load_concepts(category) for spelling in concept.spellings]
+        raise UnknownConceptError(
+            f"'{piece}' is not a concept index, and no name of category {category}{did_you_mean(piece, names)}: give "
+            f"numbers such as 0,1,2 or 0-8, or names, from {_format_choices(category)}"
+        )
+    first, last = int(span[1]), int(span[2] or span[1])
+    if last < first:
+        raise ValueError(f"'{piece}' counts backwards: write {last}-{first}")
+    for end in (first, last):  # before a range of billions is made
+        get_concept(category, end)
+    return list(range(first, last + 1))
+
+
+def parse_erase_targets(texts: str | Sequence[str], category: str) -> list[Concept]:
     """The concepts to erase, by `parse_indexes`. Raises ValueError for none at all, and for a watermark."""
-    concepts = [get_concept(category, index) for index in parse_indexes(text, category)]
+    concepts = [get_concept(category, index) for index in parse_indexes(texts, category)]
     if not concepts:
         raise ValueError(f"no concept to erase: give indexes such as 0,1,2 from {_format_choices(category)}")
     for concept in concepts:

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ldm.config.concepts import OWN, OWN_INDEX, Concept, always_protected_prompts, erasable_concepts
+from ldm.config.concepts import OWN, OWN_INDEX, Concept, always_protected_prompts, erasable_concepts, image_folder
 from ldm.config.methods import (
     NO_GATE,
     ExecutionConfig,
@@ -236,7 +236,7 @@ class _Erasure:
         if self.config.needs_null_space:
             metadata["basis_digest"] = file_digest(self.artifacts.basis(concept.label))
         if self.config.trains_on_images:
-            metadata["data_digest"] = file_digest(self.image_dir / concept.name)
+            metadata["data_digest"] = file_digest(image_folder(self.image_dir, concept))
         else:
             metadata |= self.model.generation_metadata
         return metadata
@@ -323,9 +323,8 @@ class _Erasure:
             scope: Any = loss.edited_model
             return sampled_batches(self.model, loss.target_embeds, config, scope)
         details = {"category": self.artifacts.category, "concept": concept.name}
-        return latents_from_folder(
-            self.model, self.image_dir / concept.name, config.train_batch_size, config.seed, **details
-        )
+        folder = image_folder(self.image_dir, concept)
+        return latents_from_folder(self.model, folder, config.train_batch_size, config.seed, **details)
 
     def _protected(self, concept: Concept) -> list[str]:
         if self.config.needs_null_space:

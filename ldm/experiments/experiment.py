@@ -11,7 +11,14 @@ from typing import Any
 
 import pandas as pd
 
-from ldm.config.concepts import Concept, always_protected_prompts, erasable_concepts, get_concept, load_concepts
+from ldm.config.concepts import (
+    Concept,
+    always_protected_prompts,
+    erasable_concepts,
+    get_concept,
+    image_folder,
+    load_concepts,
+)
 from ldm.config.everyday import COMPOSITIONS, sample_unprotected, split_compositions
 from ldm.config.methods import MethodConfig, NullSpaceConfig, SamplingConfig
 from ldm.config.models import load_model_config
@@ -82,7 +89,7 @@ class Experiment:
             for concept in concepts:
                 cases = make_cases([concept.prompt], self.num_training_images, self.seed)
                 cases = [replace(case, seed=case.seed + TRAIN_SEED_OFFSET) for case in cases]
-                self._generate(cases, image_dir / concept.name, self.model.generation_metadata)
+                self._generate(cases, image_folder(image_dir, concept), self.model.generation_metadata)
         return erase_concepts(self.model, artifacts, concepts, config, image_dir, gate=gate)
 
     def generate(self, shifts: Mapping[str, WeightShift], name: str) -> Path:

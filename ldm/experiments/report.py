@@ -29,7 +29,8 @@ from ldm.io.images import image_filename, open_image, save_image
 from ldm.io.prompts import read_prompt_csv
 from ldm.ledger.ledger import Ledger, status_table
 from ldm.ledger.operations import peak_memory, verify
-from ldm.metrics.compare import prompt_statuses, summarize_by
+from ldm.metrics.compare import summarize_by
+from ldm.metrics.statuses import prompt_statuses
 from ldm.metrics.tables import format_cell
 
 _NUM_CHANGED = 20  # prompts that nothing protects, of which the page says that they changed
@@ -111,10 +112,7 @@ def _evaluate(ledger: Ledger, experiment: Experiment) -> _Results:
     table, edited = experiment.evaluate(ledger.shifts(), "now")
     original = experiment.generate({}, "")
     indexes = _indexes(erased)
-    statuses = prompt_statuses(edited, experiment.category, table["prompt"], indexes, _indexes(restored))
-    for status, concepts in (("erased", erased), ("restored", restored)):
-        own = (concept for concept in concepts if concept.is_own)  # whose prompts nothing but the ledger knows
-        statuses |= dict.fromkeys((concept.prompt for concept in own), status)
+    statuses = prompt_statuses(edited, experiment.category, table["prompt"], erased, restored)
     table.insert(0, "status", [statuses[prompt] for prompt in table["prompt"]])
     table = table.sort_values("status", key=lambda column: column.map(STATUSES.index), kind="stable")
     unprotected = experiment.evaluate_unprotected(ledger.shifts(), "now", indexes)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 
-from ldm.config.concepts import STATUSES, Concept, erasable_concepts, get_concept, match_concept
+from ldm.config.concepts import erasable_concepts, get_concept
 from ldm.io.errors import notify
 from ldm.io.files import read_dir_metadata
 from ldm.io.images import check_same_size, list_images, parse_case_number
@@ -18,12 +17,11 @@ from ldm.io.prompts import read_prompt_csv
 from ldm.metrics.classify import Classifier, predict
 from ldm.metrics.frechet import distance_column, extract_features, frechet_distance
 from ldm.metrics.lpips import mean_psnr, pairwise_metrics
+from ldm.metrics.statuses import GROUPS, shown_concept
 
 ImagePair = tuple[Path, Path]  # by the original model, by the edited one
 
 UNCHANGED_MAX_DIFF = 1  # of 255: two images that differ by one step of 8 bits are the same to rounding
-
-GROUPS = (*STATUSES, "erased compositions", "compositions")  # of prompts that no list names
 
 
 def _index_by_name(folder: Path) -> dict[str, Path]:
@@ -123,7 +121,7 @@ def group_by_concept(image_dir: Path, category: str, prompts_path: Path | None =
     if prompts_path and own_list.is_file():
         check_same_cases(own_list, prompts_path)
     if prompts_path or own_list.is_file() or not any(map(_is_in_class_folder, images)):
-        concepts = [_shown_concept(category, prompt) for prompt in image_prompts(images, prompts_path or own_list)]
+        concepts = [shown_concept(category, prompt) for prompt in image_prompts(images, prompts_path or own_list)]
         indexes = [concept.index if concept else None for concept in concepts]
     else:
         indexes = [_class_folder_index(path, category) if _is_in_class_folder(path) else None for path in images]
@@ -151,12 +149,6 @@ def _class_folder_index(path: Path, category: str) -> int:
     return int(path.parent.name)
 
 
-def _shown_concept(category: str, prompt: str) -> Concept | None:
-    """Return the concept that a prompt names; None for none, and for a watermark."""
-    concept = match_concept(category, prompt)
-    return None if concept is None or concept.is_watermark else concept
-
-
 def accuracy_by_prompt(
     classifier: Classifier | None, paths: Sequence[Path], prompts: Sequence[str], category: str
 ) -> pd.Series:
@@ -167,7 +159,7 @@ def accuracy_by_prompt(
     """
     if classifier is None:
         return pd.Series(float("nan"), index=list(dict.fromkeys(prompts)))
-    concepts = {prompt: _shown_concept(category, prompt) for prompt in dict.fromkeys(prompts)}
+    concepts = {prompt: shown_concept(category, prompt) for prompt in dict.fromkeys(prompts)}
     unknown = {concept.name for concept in concepts.values() if concept and not classifier.knows(concept)}
     if unknown:
         notify(f"the classifier does not know {', '.join(sorted(unknown))}, whose accuracy is left empty")
@@ -259,94 +251,6 @@ def frechet_by_prompt(
     return pd.Series(distances, index=labels)
 
 
-def prompt_statuses(
-    image_dir: Path, category: str, prompts: Collection[str], erased: Collection[int], restored: Collection[int]
-) -> dict[str, str]:
-    """Return what each prompt is in a folder of images: erased or restored, by the indexes of concepts, protected where
-    every shift that the folder's metadata lists protects that prompt, or regular.
-
-    Raises ValueError when a concept is both, and when that metadata lists no shift of an erased one, or one of a
-    restored one.
-    """
-    listed = _read_shifts(image_dir)
-    shifts = listed or {}
-    for index in [*erased, *restored]:
-        concept = get_concept(category, index)
-        if index in erased and index in restored:
-            raise ValueError(f"{concept.name} is not both: leave it out of `erased` or of `restored`")
-        has_shift = _any_erases(shifts.values(), concept, category)
-        if listed is not None and has_shift != (index in erased):
-            setting, found = ("erased", "no shift") if index in erased else ("restored", "a shift")
-            raise ValueError(f"{image_dir} was made with {found} of {concept.name}: leave it out of `{setting}`")
-    protected_lists = [set(shift.get("protected", ())) for shift in shifts.values()]
-    protected = set.intersection(*protected_lists) if protected_lists else set()
-    statuses = {}
-    for prompt in prompts:
-        concept = _shown_concept(category, prompt)
-        statuses[prompt] = "protected" if prompt in protected else "regular"
-        if concept and concept.index in erased:
-            statuses[prompt] = "erased"
-        elif concept and concept.index in restored:
-            statuses[prompt] = "restored"
-    return statuses
-
-
-def _read_shifts(image_dir: Path) -> dict[str, dict[str, Any]] | None:
-    """Return what the metadata of a folder of images says of each of its shifts; None where it lists none at all.
-
-    Raises ValueError when they are listed in another way than ours.
-    """
-    metadata = read_dir_metadata(image_dir)
-    if "shifts" not in metadata:
-        return None
-    shifts = metadata["shifts"]
-    if not isinstance(shifts, dict) or not all(isinstance(shift, dict) for shift in shifts.values()):
-        raise ValueError(f"the metadata in {image_dir} lists its shifts in no known way: generate the images again")
-    return shifts
-
-
-def erased_indexes(image_dir: Path, category: str) -> list[int]:
-    """Return the indexes of the concepts of `category` that the shifts in a folder's metadata erase.
-
-    It is empty, with a notice, where that lists no shifts at all, as of images by a model that was merged into a file.
-    """
-    shifts = _read_shifts(image_dir)
-    if shifts is None:
-        notify(f"no metadata in {image_dir} lists shifts: pass as `erased` the concepts that are erased there, if any")
-        return []
-    concepts = erasable_concepts(category)
-    return [concept.index for concept in concepts if _any_erases(shifts.values(), concept, category)]
-
-
-def prompt_groups(statuses: Mapping[str, str], prompt_lists: Sequence[tuple[str, Path]] = ()) -> dict[str, str]:
-    """Return the group of each prompt, given its status by `prompt_statuses`.
-
-    `prompt_lists` are names of groups, each with a prompt list: a prompt is of the first group whose list has it. One
-    that says both a style and an object is a composition: of `erased compositions` where its status is erased, else of
-    `compositions`. Every other prompt's group is its status.
-
-    Raises MissingFileError or ValueError for a list that cannot be read, and ValueError for a name in `GROUPS`.
-    """
-    listed: dict[str, str] = {}
-    for name, path in prompt_lists:
-        if name in GROUPS:
-            raise ValueError(f"`groups` {name}={path}: there is a group {name} already, so choose another name")
-        prompts = {case.prompt for case in read_prompt_csv(path)}
-        if prompts.isdisjoint(statuses):
-            notify(f"no image shows a prompt of {path}, so that it adds nothing to the group {name}")
-        for prompt in prompts:
-            listed.setdefault(prompt, name)
-    groups = {}
-    for prompt, status in statuses.items():
-        if prompt in listed:
-            groups[prompt] = listed[prompt]
-        elif _shown_concept("style", prompt) and _shown_concept("object", prompt):
-            groups[prompt] = "erased compositions" if status == "erased" else "compositions"
-        else:
-            groups[prompt] = status
-    return groups
-
-
 def summarize_by(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """Return a row for each value of a column, group or status, that was added to a table of `compare`.
 
@@ -370,17 +274,6 @@ def summarize_by(table: pd.DataFrame, column: str) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def _any_erases(shifts: Iterable[Mapping[str, Any]], concept: Concept, category: str) -> bool:
-    return any(_erases(shift, concept, category) for shift in shifts)
-
-
-def _erases(shift: Mapping[str, Any], concept: Concept, category: str) -> bool:
-    """Return whether a shift's metadata says that it erases the concept, by its prompt, or in older ones its index."""
-    if "prompt" in shift:
-        return concept.is_named(str(shift["prompt"]))
-    return (shift.get("category", category), shift.get("concept_index")) == (category, concept.index)
 
 
 def accuracy_table(
