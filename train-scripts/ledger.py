@@ -13,7 +13,7 @@ from pathlib import Path
 from ldm.cli import arguments, habits, ledger
 from ldm.cli.concepts import add_concepts
 from ldm.cli.run import run
-from ldm.config.methods import METHODS, GateConfig
+from ldm.config.methods import METHODS, EditConfig, GateConfig
 from ldm.io.paths import REPO_ROOT
 
 
@@ -51,6 +51,7 @@ def main() -> None:
         arguments.add_settings(commands["erase"], kind)
     arguments.add_null_space(commands["erase"])
     arguments.add_settings(commands["erase"], GateConfig)
+    arguments.add_settings(commands["erase"], EditConfig, "least_effect")
     arguments.add_training_images(commands["erase"])
     arguments.add_export(commands["export"])
     commands["export"].option("save_path", type=Path, default=None, help="where to (default: LEDGER_DIR/export)")

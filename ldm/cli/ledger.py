@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ldm.cli.concepts import category_of, named_concepts
 from ldm.config.concept_lists import check_apart_from, names_file, read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, parse_indexes
 from ldm.config.methods import METHODS, NO_GATE, GateConfig, NullSpaceConfig, SRSMEConfig
-from ldm.io.errors import MissingFileError, notify
+from ldm.io.errors import MissingFileError, NotErasedError, notify
 from ldm.ledger.history import ledger_lock
 from ldm.ledger.history import migrate as write_anew
 from ldm.ledger.history import repair as cut_off_torn_line
@@ -137,6 +137,23 @@ def erase(args: Namespace) -> None:
         if records:
             ledger.append(records)
     status(args)
+    _check_erased(records, args.least_effect)
+
+
+def _check_erased(records: Mapping[str, Mapping[str, Any]], least_effect: float | None) -> None:
+    """Raise NotErasedError where the shift of a record has not the effect by which its concept is called erased."""
+    weak: list[str] = []
+    for record in records.values():
+        is_enough = least_effect is not None and record.get("effect", 0.0) >= least_effect
+        if not record.get("is_erased", True) and not is_enough:
+            weak.append(f"{record['concept']} ({record['effect']:.2f})")
+    if weak:
+        more = f" and {len(weak) - _NUM_SHOWN} more" if len(weak) > _NUM_SHOWN else ""
+        raise NotErasedError(
+            f"{', '.join(weak[:_NUM_SHOWN])}{more}: the fraction of the way to a neutral word that prompts go which say it "
+            "is less than is called erased (`least_effect`). It is in the ledger as too_weak: restore it, and erase it "
+            "with a larger `rank_rtol`, fewer `protected_templates` or a smaller `preserve_scale`"
+        )
 
 
 def _asks_for_another_way(args: Namespace) -> bool:

@@ -14,8 +14,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from ldm.config.concepts import Concept
 from ldm.config.methods import EditConfig, SRSMEConfig
@@ -148,20 +150,33 @@ def measure_effect(
     ways = _tokens(model, model.encode_with_states(list(anchors.values()), {})[0])  # (P, tokens, d), unaligned yet
     for number, (prompt, anchor) in enumerate(anchors.items()):
         ways[number] = ways[number, align_tokens(model.tokenizers[0], prompt, anchor)] - before[number]
-    changes = torch.zeros_like(before)
+    gram = _gram(model)
+    squares = ((ways @ gram) * ways).sum((1, 2))  # of the ways through all layers
     if gated:
         with edit_embeddings(model, gated_prompts(model, gated)):
             changes = _tokens(model, model.encode_prompt(list(anchors))) - before
-    products, squares = torch.zeros(2, len(anchors), dtype=torch.float64)
-    for name, layer in layers.items():
-        weight = layer.weight.detach().cpu().double()
-        way = ways @ weight.T  # (P, tokens, out)
-        change = changes @ weight.T
-        if linear and f"{name}.weight" in shift.parameter_names:
-            change = change + shift.delta_output(f"{name}.weight", before)
-        products += (change * way).sum((1, 2))
-        squares += way.square().sum((1, 2))
+        products = ((changes @ gram) * ways).sum((1, 2))
+    else:
+        crossed = torch.zeros_like(gram)  # the sum over layers of dW^T W
+        for name, layer in layers.items():
+            if f"{name}.weight" in shift.parameter_names:
+                crossed += shift.delta_weight(f"{name}.weight").T @ layer.weight.detach().cpu().double()
+        products = ((before @ crossed) * ways).sum((1, 2))
     return Effect(dict(zip(anchors, (products / squares).tolist(), strict=True)))
+
+
+_grams: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
+
+
+def _gram(model: DiffusionModel) -> torch.Tensor:
+    """Return the sum over text layers of `W^T W`, (d, d), float64, computed once for each U-Net."""
+    if model.unet not in _grams:
+        total = torch.zeros(model.context_dim, model.context_dim, dtype=torch.float64)
+        for layer in text_layers(model.unet).values():
+            weight = layer.weight.detach().cpu().double()
+            total += weight.T @ weight
+        _grams[model.unet] = total
+    return _grams[model.unet]
 
 
 def _tokens(model: DiffusionModel, embeds: torch.Tensor) -> torch.Tensor:
