@@ -53,6 +53,7 @@ demo: setup
 
 bench: setup
 	$(RUN) tests/bench/bench.py
+	$(RUN) tests/bench/commands.py
 
 clean:
 	rm -rf $(DEMO) htmlcov .coverage .coverage.*

@@ -27,13 +27,13 @@ WITHOUT_TABLES = {
     *(f"eval-scripts/{name}.py" for name in ("demo", "generate-data", "generate-images", "generate-images-merge")),
     *(f"eval-scripts/{name}.py" for name in ("make-prompts", "report")),
     "train-scripts/train-mini-sd.py",
-    *(f"{LEDGER} {name}" for name in ("init", "history", "repair")),
+    *(f"{LEDGER} {name}" for name in ("init", "add", "history", "repair", "migrate")),
 }
 # What computes nothing by a model or a network.
 WITHOUT_DEVICE = {
     *(f"train-scripts/{name}.py" for name in ("convert-lpips", "move_image")),
     "eval-scripts/make-prompts.py",
-    *(f"{LEDGER} {name}" for name in ("restore", "status", "history", "repair")),
+    *(f"{LEDGER} {name}" for name in ("restore", "status", "history", "repair", "migrate")),
 }
 NAMES = [name for name in SCRIPTS if name != LEDGER] + COMMANDS
 OLD_LEDGER = ROOT / "tests" / "data" / "v0.1" / "ledger"

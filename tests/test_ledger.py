@@ -249,7 +249,7 @@ def owner(script, mini_path, tmp_path):
     flags = {
         "init": ["--model", mini_path, "--device", "cpu", "--protect", "a cat"],
         "verify": ["--device", "cpu"],
-        "erase": ["--device", "cpu"],
+        "erase": ["--device", "cpu", "--least_effect", "-9"],  # a random model's
         "export": ["--device", "cpu"],
     }
 
@@ -312,7 +312,7 @@ def test_what_a_ledger_refuses(owner, script, other_path, tmp_path):
 
 
 def run(root, command: str, *names: str):
-    device = ["--device", "cpu"] if command == "erase" else []
+    device = ["--device", "cpu", "--least_effect", "-9"] if command == "erase" else []
     return start_script([LEDGER, command, *names, "--ledger_dir", root, *device], root / f"{os.urandom(4).hex()}.log")
 
 

@@ -260,7 +260,7 @@ def test_an_old_ledger_is_continued(script, old_concepts, model_path, old):
     assert script(LEDGER, "restore", "VanGogh", *root)[0] == 0
     assert script(LEDGER, "erase", "VanGogh", *root)[0] == 0  # by the shift that version 0.1 made
     closed_form = ["--mode", "closed_form", "--init", "closed_form"]
-    code, out, err = script(LEDGER, "erase", "Cezanne", *root, *model, *closed_form)
+    code, out, err = script(LEDGER, "erase", "Cezanne", *root, *model, *closed_form, "--least_effect", "-9")
     assert code == 0 and "| 0 | Cezanne |" in out, err
     assert path.read_text().startswith(written)
     lines = path.read_text().splitlines()
@@ -292,7 +292,8 @@ def test_an_old_ledger_is_migrated_to_one_that_no_list_can_change(script, old_co
     code, out, err = script(LEDGER, "verify", *root, *model)
     assert code == 0 and kept.name in out, err
     is_error(script(LEDGER, "migrate", *root), "today's version already")
-    assert script(LEDGER, "erase", "Cezanne", *root, *model, "--mode", "closed_form", "--init", "closed_form")[0] == 0
+    closed_form = ["--mode", "closed_form", "--init", "closed_form", "--least_effect", "-9"]
+    assert script(LEDGER, "erase", "Cezanne", *root, *model, *closed_form)[0] == 0
     assert script(LEDGER, "add", "--concepts", "a violin", *root, *model)[0] == 0
     assert [concept.label for concept in Ledger(path).concepts] == ["0", "1", "2", "violin"]
     kept.write_bytes(content + b" ")
@@ -307,7 +308,7 @@ def test_the_commands_that_make_an_old_ledger_again_work(script, old_concepts, m
         line = line.replace(str(ledger.root), str(tmp_path / "again")).replace(ledger.header["model"], str(model_path))
         _, path, *arguments = shlex.split(line)
         code, _, err = script(path, *arguments)
-        assert code == 0, f"{line}: {err}"
+        assert code in (0, 3), f"{line}: {err}"  # 3 of a weak erasure, of which an old ledger says nothing
     again = Ledger(tmp_path / "again" / HISTORY_FILE)
     assert len(again.entries) == 4 and set(again.active_shifts()) == {"1", "2"}
     for name, shift in ledger.shifts().items():

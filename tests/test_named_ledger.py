@@ -31,6 +31,7 @@ def owner(script, mini_path, tmp_path):
     (tmp_path / "mine.csv").write_text(LIST)
     flags = {name: ["--device", "cpu"] for name in ("init", "add", "erase", "verify")}
     flags["init"] += ["--model", mini_path]
+    flags["erase"] += ["--least_effect", "-9"]  # a random model's
 
     def run(command, *arguments, at=root):
         return script(LEDGER, command, *arguments, "--ledger_dir", at, *flags.get(command, []))

@@ -1,5 +1,6 @@
 """How a script ends: by a closed pipe, a full disk, Ctrl-C, or a notice; always without a traceback."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -52,6 +53,19 @@ def test_ctrl_c_of_which_a_library_makes_another_error_is_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         run(main)
     assert ended.value.code == 130 and capsys.readouterr().err.startswith("stopped; nothing is half written")
+
+
+def test_garbage_is_looked_for_late_at_first_and_then_as_usual():
+    usual, callbacks, seen = gc.get_threshold(), list(gc.callbacks), []
+
+    def main() -> None:
+        seen.append(gc.get_threshold()[0])
+        gc.collect()
+        seen.append(gc.get_threshold()[0])
+
+    run(main)
+    assert seen[0] > 100 * usual[0] and seen[1] == usual[0]
+    assert gc.get_threshold() == usual and gc.callbacks == callbacks
 
 
 @pytest.mark.kill

@@ -51,6 +51,14 @@ def test_the_batch_scripts_take_shifts_and_their_folder_by_name(tmp_path, script
         assert done.returncode == 0 and result in done.stdout
 
 
+def test_a_process_that_nobody_started_with_others_needs_no_lightning(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "TORCHELASTIC_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "lightning_fabric.plugins.environments", None)  # so that to import it is an error
+    assert init_distributed(CPU) == (CPU, Shard())
+
+
 def test_the_tasks_of_a_job_array_shard_too(monkeypatch):
     for name, value in (("ID", 7), ("MIN", 5), ("COUNT", 3)):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))

@@ -55,6 +55,8 @@ def init_distributed(device: torch.device) -> tuple[torch.device, Shard]:
     Work is shared out among the processes that torchrun or SLURM has started together, one for each device, and among
     the tasks of a SLURM job array. Raises ValueError where several processes are told to take the same GPU.
     """
+    if not any(name.startswith(("TORCHELASTIC_", "SLURM_")) for name in os.environ):
+        return device, Shard()  # without Lightning, whose import takes half a second
     from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -129,8 +130,11 @@ def _erased_alike(ledger: Ledger, entry: LedgerEntry, known: set[str]) -> dict[t
     what the entry erases is known afterwards.
     """
     erased: dict[tuple[str, ...], list[str]] = {}
+    weak = [record["effect"] for record in entry.erase.values() if not record.get("is_erased", True)]
+    least = ["--least_effect", str(math.floor(min(weak) * 100) / 100)] if weak else []  # which they have
     for record in entry.erase.values():
         flags = [] if record["digest"] in known else _method_flags(ledger, record)
+        flags += least if not record.get("is_erased", True) else []
         erased.setdefault(tuple(flags), []).append(record["concept"])
         known.add(record["digest"])
     return erased

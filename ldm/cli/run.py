@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import os
 import re
 import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,7 +63,7 @@ def run(main: Callable[[], None]) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not one that ignores it, as under nohup
         signal.signal(signal.SIGINT, _stop)
     try:
-        with warnings.catch_warnings(), printing():
+        with warnings.catch_warnings(), printing(), _late_collection():
             warnings.simplefilter("always", Notice)  # each text once, which `_show_notices` sees to
             _show_notices()
             main()
@@ -81,6 +84,31 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {explain(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+# What is there when a process ends is not looked through for cyclic garbage: after imports of torch that took a second.
+atexit.register(gc.freeze)
+_FIRST_LOOK = 1_000_000  # objects: more than imports of torch and diffusers make
+
+
+@contextmanager
+def _late_collection() -> Iterator[None]:
+    """While the block runs, let the first look for cyclic garbage come late, and all others as usual.
+
+    What is imported stays: to look through it while it is being imported took a tenth of a short command's time.
+    """
+    usual = gc.get_threshold()
+
+    def look_as_usual(*_: object) -> None:
+        gc.set_threshold(*usual)
+
+    gc.callbacks.append(look_as_usual)  # at each look, so from the first one on
+    gc.set_threshold(_FIRST_LOOK, *usual[1:])
+    try:
+        yield
+    finally:
+        gc.callbacks.remove(look_as_usual)
+        gc.set_threshold(*usual)
 
 
 def _show_notices() -> None:
