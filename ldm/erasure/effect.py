@@ -1,11 +1,13 @@
 """How far a shift takes the prompts that say its concept towards their anchors: whether it erases, told without images.
 
-With x (tokens, d) the rows of a prompt's embedding, y those of the same prompt with a neutral word instead of the name,
-W the weights of the text layers and z what a shift adds to their outputs for the prompt, the effect on the prompt is
+With x (tokens, d) the rows of a prompt's embedding, y those of its anchor, W the weights of the text layers and z what
+a shift adds to their outputs for the prompt, the effect on the prompt is
 
     <z, (y - x) W^T> / |(y - x) W^T|^2
 
-over all layers: 0 where nothing of the name is gone, 1 where as much is gone as of a prompt that never said it.
+over all layers: 0 where nothing of the name is gone, 1 where as much is gone as of the anchor. The anchor is the same
+prompt with a neutral word, or with the concept's own anchor, instead of the name. Where the closed form takes all
+prompts to one, such as the empty prompt, the way to that counts too, on the prompts that it was fitted on.
 """
 
 from __future__ import annotations
@@ -29,13 +31,19 @@ from ldm.diffusion.tokenizer import align_tokens, read_part
 from ldm.erasure.leakage import changes_only
 from ldm.erasure.merge import by_form, gated_prompts
 from ldm.erasure.shift import WeightShift
-from ldm.erasure.targets import target_prompts
+from ldm.erasure.targets import replaces_name, target_prompts
 
 # Of 137 linear shifts of five concepts, weak and strong, of mini-sd and mini-sd-minilm, 20 images each: of 70 that left
 # more than 15 % of the images the concept's these limits call 2 erased (20 and 45 % left: mini-sd, a neutral anchor and
-# a ridge of 0.2), and of 67 that left less they call 20 not erased, of which the defaults made 1.
+# a ridge of 0.2), and of 67 that left less they call 20 not erased.
 LEAST_EFFECT = EditConfig().least_effect  # 0.55
 LEAST_PROMPT_EFFECT = 0.3
+# Of 66 linear shifts of mini-sd to the empty prompt or a neutral one that left more than 15 %, those whose protected
+# prompts say the concept aside, which are refused: at most 0.69 on the way to the anchor. Those of the model's settings,
+# which leave 0 to 5 %, have 0.96 and more.
+LEAST_ANCHOR_EFFECT = 0.8
+NEUTRAL, ANCHOR = "neutral", "anchor"
+_LIMITS = {NEUTRAL: LEAST_EFFECT, ANCHOR: LEAST_ANCHOR_EFFECT}
 _NUM_FITTED, _NUM_HELD_OUT = 6, 6  # templates, beside the name alone
 _SPARED = 0.15  # of the prompts that do not count for the least effect, but never the name alone
 
@@ -44,11 +52,13 @@ _SPARED = 0.15  # of the prompts that do not count for the least effect, but nev
 class Effect:
     """The effect of a shift on prompts that say its concept, the name alone first; NaN where text layers do not say it.
 
-    A concept is erased where the mean is at least `LEAST_EFFECT`, and the least of the name's and of all but the lowest
-    15 % of the prompts' is at least `LEAST_PROMPT_EFFECT`.
+    The way goes `towards` neutral prompts, or to the one anchor of all. A concept is erased where the mean is at least
+    `LEAST_EFFECT`, or `LEAST_ANCHOR_EFFECT`, and the least of the name's and of all but the lowest 15 % of the prompts'
+    is at least `LEAST_PROMPT_EFFECT`, or as much of the latter.
     """
 
     on_prompts: Mapping[str, float]
+    towards: str = NEUTRAL
 
     @property
     def mean(self) -> float:
@@ -69,15 +79,14 @@ class Effect:
     @property
     def is_erased(self) -> bool | None:
         """Whether the concept may be called erased; None where this measure cannot tell, since other layers change."""
-        if math.isnan(self.mean):
-            return None
-        return self.mean >= LEAST_EFFECT and self.least >= LEAST_PROMPT_EFFECT
+        return judge({"effects": {"linear": self.to_dict()}}, "linear")[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a shift's metadata say of its effect; nothing where it is not known."""
-        if self.is_erased is None:
+        if math.isnan(self.mean):
             return {}
-        return {"mean": self.mean, "least": self.least, "lowest_prompt": self.lowest_prompt}
+        said = {"mean": self.mean, "least": self.least, "lowest_prompt": self.lowest_prompt}
+        return said | ({"towards": self.towards} if self.towards != NEUTRAL else {})
 
 
 def judge(
@@ -86,15 +95,15 @@ def judge(
     """Return whether what a shift's metadata say of its effect in a form lets its concept be called erased, and that.
 
     None where they say nothing of it. A shift without a gate acts on the weights in the form gated too. `least_effect`
-    is the least mean, with which the least effect on a prompt goes up and down.
+    is the least mean towards neutral prompts, with which the other limits go up and down.
     """
     effects = metadata.get("effects", {})
     said = effects.get(form) or effects.get("linear")
-    if not isinstance(said, Mapping):
+    if not isinstance(said, Mapping) or not said:
         return None, {}
     mean, least = said.get("mean", math.nan), said.get("least", math.nan)
-    least_on_prompt = LEAST_PROMPT_EFFECT / LEAST_EFFECT * least_effect
-    return mean >= least_effect and least >= least_on_prompt, dict(said)
+    limit = _LIMITS.get(str(said.get("towards", NEUTRAL)), math.inf) * least_effect / LEAST_EFFECT
+    return mean >= limit and least >= limit * LEAST_PROMPT_EFFECT / LEAST_EFFECT, dict(said)
 
 
 def effect_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dict[str, str]:
@@ -139,30 +148,59 @@ def measure_effect(
 ) -> Effect:
     """Return the effect of a concept's shift, in the `form` in which it acts, on `effect_prompts`.
 
-    In the form gated a prompt that does not trip the gate has none. Takes well below a second for a bundled model: two
-    dozen prompts are embedded. Raises ValueError for a gate that does not fit the model.
+    In the form gated a prompt that does not trip the gate has none. Of two ways it is that to the one anchor, unless
+    only the other erases. Takes well below a second for a bundled model: two dozen prompts are embedded. Raises ValueError for a gate
+    that does not fit the model.
     """
     anchors, layers = effect_prompts(concept, config, model.tokenizers[0]), text_layers(model.unet)
     gated, linear = by_form({"": shift}, form)
     if linear and not changes_only(shift, layers):
         return Effect(dict.fromkeys(anchors, math.nan))
+    crossed = _crossed(layers, shift) if linear else None
+    found = Effect(_on_prompts(model, anchors, True, gated, crossed))
+    if crossed is None or replaces_name(concept, config):
+        return found
+    plain = replace(concept, name=concept.prompt, aliases=())
+    fitted = target_prompts(plain, config, model.tokenizers[0])
+    chosen = [concept.prompt, *_evenly(fitted, concept, model.tokenizers[0], _NUM_FITTED)]
+    own = Effect(_on_prompts(model, {prompt: fitted[prompt] for prompt in chosen}, False, gated, crossed), ANCHOR)
+    return found if found.is_erased and not own.is_erased else own
+
+
+def _on_prompts(
+    model: DiffusionModel,
+    anchors: Mapping[str, str],
+    is_aligned: bool,
+    gated: Mapping[str, WeightShift],
+    crossed: torch.Tensor | None,
+) -> dict[str, float]:
+    """Return the effect on each prompt: of gates, or of a shift whose `dW^T W` over all layers is `crossed` (d, d)."""
     before = _tokens(model, model.encode_with_states(list(anchors), {})[0])
-    ways = _tokens(model, model.encode_with_states(list(anchors.values()), {})[0])  # (P, tokens, d), unaligned yet
-    for number, (prompt, anchor) in enumerate(anchors.items()):
-        ways[number] = ways[number, align_tokens(model.tokenizers[0], prompt, anchor)] - before[number]
+    aims = _tokens(model, model.encode_with_states(list(anchors.values()), {})[0])
+    ways = aims - before  # (P, tokens, d)
+    if is_aligned:
+        for number, (prompt, anchor) in enumerate(anchors.items()):
+            ways[number] = aims[number, align_tokens(model.tokenizers[0], prompt, anchor)] - before[number]
     gram = _gram(model)
     squares = ((ways @ gram) * ways).sum((1, 2))  # of the ways through all layers
-    if gated:
+    if crossed is not None:
+        products = ((before @ crossed) * ways).sum((1, 2))
+    else:
         with edit_embeddings(model, gated_prompts(model, gated)):
             changes = _tokens(model, model.encode_prompt(list(anchors))) - before
         products = ((changes @ gram) * ways).sum((1, 2))
-    else:
-        crossed = torch.zeros_like(gram)  # the sum over layers of dW^T W
-        for name, layer in layers.items():
-            if f"{name}.weight" in shift.parameter_names:
-                crossed += shift.delta_weight(f"{name}.weight").T @ layer.weight.detach().cpu().double()
-        products = ((before @ crossed) * ways).sum((1, 2))
-    return Effect(dict(zip(anchors, (products / squares).tolist(), strict=True)))
+    return dict(zip(anchors, (products / squares).tolist(), strict=True))
+
+
+def _crossed(layers: Mapping[str, nn.Module], shift: WeightShift) -> torch.Tensor:
+    """Return the sum over layers of `dW^T W`, (d, d), float64."""
+    total: torch.Tensor | float = 0.0
+    for name, layer in layers.items():
+        if f"{name}.weight" in shift.parameter_names:
+            weight: Any = layer.weight
+            total = total + shift.delta_weight(f"{name}.weight").T @ weight.detach().cpu().double()
+    assert isinstance(total, torch.Tensor)
+    return total
 
 
 _grams: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
