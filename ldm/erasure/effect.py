@@ -39,8 +39,8 @@ from ldm.erasure.targets import replaces_name, target_prompts
 LEAST_EFFECT = EditConfig().least_effect  # 0.55
 LEAST_PROMPT_EFFECT = 0.3
 # Of 66 linear shifts of mini-sd to the empty prompt or a neutral one that left more than 15 %, those whose protected
-# prompts say the concept aside, which are refused: at most 0.69 on the way to the anchor. Those of the model's settings,
-# which leave 0 to 5 %, have 0.96 and more.
+# prompts say the concept aside, which are refused: at most 0.69 on the way to the anchor. The model's own settings, which
+# leave 0 to 5 %, have 0.96 and more.
 LEAST_ANCHOR_EFFECT = 0.8
 NEUTRAL, ANCHOR = "neutral", "anchor"
 _LIMITS = {NEUTRAL: LEAST_EFFECT, ANCHOR: LEAST_ANCHOR_EFFECT}
@@ -149,8 +149,8 @@ def measure_effect(
     """Return the effect of a concept's shift, in the `form` in which it acts, on `effect_prompts`.
 
     In the form gated a prompt that does not trip the gate has none. Of two ways it is that to the one anchor, unless
-    only the other erases. Takes well below a second for a bundled model: two dozen prompts are embedded. Raises ValueError for a gate
-    that does not fit the model.
+    only the other erases. Takes well below a second for a bundled model: two dozen prompts are embedded. Raises
+    ValueError for a gate that does not fit the model.
     """
     anchors, layers = effect_prompts(concept, config, model.tokenizers[0]), text_layers(model.unet)
     gated, linear = by_form({"": shift}, form)
