@@ -39,8 +39,8 @@ from ldm.erasure.targets import replaces_name, target_prompts
 LEAST_EFFECT = EditConfig().least_effect  # 0.55
 LEAST_PROMPT_EFFECT = 0.3
 # Of 66 linear shifts of mini-sd to the empty prompt or a neutral one that left more than 15 %, those whose protected
-# prompts say the concept aside, which are refused: at most 0.69 on the way to the anchor. The model's own settings, which
-# leave 0 to 5 %, have 0.96 and more.
+# prompts say the concept aside, which are refused: at most 0.69 on the way to the anchor. Its own settings, which leave
+# 0 to 5 %, have 0.96 and more.
 LEAST_ANCHOR_EFFECT = 0.8
 NEUTRAL, ANCHOR = "neutral", "anchor"
 _LIMITS = {NEUTRAL: LEAST_EFFECT, ANCHOR: LEAST_ANCHOR_EFFECT}
