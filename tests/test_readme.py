@@ -244,7 +244,8 @@ def test_command_runs_as_written(server, environment, copy_of, tmp_path, documen
         return
     server.stdin.write(json.dumps([str(folder), arguments, str(log)]) + "\n")
     code = server.stdout.readline().strip()
-    assert code == "0", f"exit code {code or 'none'}: {log.read_text()[-2000:]}"
+    trains = re.search(r"SRS_ME\.py.*(--lr |--joint)", command)  # for too few iterations here to erase anything
+    assert code in (("0", "3") if trains else ("0",)), f"exit code {code or 'none'}: {log.read_text()[-2000:]}"
 
 
 def test_what_needs_a_shell_is_known():

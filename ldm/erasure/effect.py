@@ -41,7 +41,7 @@ LEAST_PROMPT_EFFECT = 0.3
 # Of 66 linear shifts of mini-sd to the empty prompt or a neutral one that left more than 15 %, those whose protected
 # prompts say the concept aside, which are refused: at most 0.69 on the way to the anchor. Its own settings, which leave
 # 0 to 5 %, have 0.96 and more.
-LEAST_ANCHOR_EFFECT = 0.8
+LEAST_ANCHOR_EFFECT = 0.7
 NEUTRAL, ANCHOR = "neutral", "anchor"
 _LIMITS = {NEUTRAL: LEAST_EFFECT, ANCHOR: LEAST_ANCHOR_EFFECT}
 _NUM_FITTED, _NUM_HELD_OUT = 6, 6  # templates, beside the name alone
