@@ -244,8 +244,9 @@ def test_command_runs_as_written(server, environment, copy_of, tmp_path, documen
         return
     server.stdin.write(json.dumps([str(folder), arguments, str(log)]) + "\n")
     code = server.stdout.readline().strip()
-    trains = re.search(r"SRS_ME\.py.*(--lr |--joint)", command)  # for too few iterations here to erase anything
-    assert code in (("0", "3") if trains else ("0",)), f"exit code {code or 'none'}: {log.read_text()[-2000:]}"
+    # Trained for too few iterations here to erase anything; and two of the hundred logos are below the least effect.
+    may_be_weak = re.search(r"SRS_ME\.py.*(--lr |--joint|--category logo)", command)
+    assert code in (("0", "3") if may_be_weak else ("0",)), f"exit code {code or 'none'}: {log.read_text()[-2000:]}"
 
 
 def test_what_needs_a_shell_is_known():

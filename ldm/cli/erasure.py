@@ -95,7 +95,8 @@ def _check_erased(
         metadata = read_metadata(artifacts.shift(concept.label), SHIFT_FILE_TYPE)
         is_erased, said = judge(metadata, edit.form, edit.least_effect)
         if is_erased is False:
-            weak.append(f"{concept.name} ({said['mean']:.2f}, and {said['least']:.2f} on '{said['lowest_prompt']}')")
+            lowest = f"{said['least']:.2f} on '{said['lowest_prompt']}'"
+            weak.append(f"{concept.name} ({said['mean']:.2f} of {said['limit']:.2f}, and {lowest})")
     if not weak:
         return
     remedy = "protect less (`protect`, `em_indexes`), or take a larger `rank_rtol` or a smaller `ridge_weight`"
@@ -105,8 +106,8 @@ def _check_erased(
         )
     more = f" and {len(weak) - _SHOWN} more" if len(weak) > _SHOWN else ""
     raise NotErasedError(
-        f"{', '.join(weak[:_SHOWN])}{more}: the fraction of the way to a neutral word that prompts go which say it, of "
-        f"which {edit.least_effect:g} (`least_effect`) is called erased. The shifts are kept: {remedy}"
+        f"{', '.join(weak[:_SHOWN])}{more}: prompts that say it go less of the way to what takes its place than is "
+        f"called erased (`least_effect`). The shifts are kept: {remedy}"
     )
 
 

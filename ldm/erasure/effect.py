@@ -95,7 +95,7 @@ def judge(
     """Return whether what a shift's metadata say of its effect in a form lets its concept be called erased, and that.
 
     None where they say nothing of it. A shift without a gate acts on the weights in the form gated too. `least_effect`
-    is the least mean towards neutral prompts, with which the other limits go up and down.
+    is the least mean towards neutral prompts, with which the other limits go up and down; that which counts is `limit`.
     """
     effects = metadata.get("effects", {})
     said = effects.get(form) or effects.get("linear")
@@ -103,7 +103,8 @@ def judge(
         return None, {}
     mean, least = said.get("mean", math.nan), said.get("least", math.nan)
     limit = _LIMITS.get(str(said.get("towards", NEUTRAL)), math.inf) * least_effect / LEAST_EFFECT
-    return mean >= limit and least >= limit * LEAST_PROMPT_EFFECT / LEAST_EFFECT, dict(said)
+    is_erased = mean >= limit and least >= limit * LEAST_PROMPT_EFFECT / LEAST_EFFECT
+    return is_erased, {**said, "limit": limit}
 
 
 def effect_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dict[str, str]:
