@@ -151,8 +151,8 @@ def _check_erased(records: Mapping[str, Mapping[str, Any]], least_effect: float 
         more = f" and {len(weak) - _NUM_SHOWN} more" if len(weak) > _NUM_SHOWN else ""
         raise NotErasedError(
             f"{', '.join(weak[:_NUM_SHOWN])}{more}: prompts that say it go less of the way to what takes its place "
-            "than is called erased (`least_effect`). It is too_weak in the ledger: restore it, and erase it with a larger "
-            "`rank_rtol`, fewer `protected_templates` or a smaller `preserve_scale`"
+            "than is called erased (`least_effect`). It is too_weak in the ledger: restore it, and erase it with a "
+            "larger `rank_rtol`, fewer `protected_templates` or a smaller `preserve_scale`"
         )
 
 
