@@ -97,6 +97,8 @@ def _check_erased(
         if is_erased is False:
             lowest = f"{said['least']:.2f} on '{said['lowest_prompt']}'"
             weak.append(f"{concept.name} ({said['mean']:.2f} of {said['limit']:.2f}, and {lowest})")
+    if not weak and config.trains and isinstance(config, SRSMEConfig):
+        notify("whether what was trained erases is not judged without images: `check` 4 shows some")
     if not weak:
         return
     remedy = "protect less (`protect`, `em_indexes`), or take a larger `rank_rtol` or a smaller `ridge_weight`"

@@ -42,6 +42,9 @@ LEAST_PROMPT_EFFECT = 0.3
 # prompts say the concept aside, which are refused: at most 0.69 on the way to the anchor. Its own settings, which leave
 # 0 to 5 %, have 0.96 and more.
 LEAST_ANCHOR_EFFECT = 0.7
+# Of a trained shift, which goes no straight way, the change of the outputs for its own prompt tells when nothing is
+# erased: on mini-sd 0.002 left 95 % and 0.45 left 5 % of a style. More than this is not judged.
+LEAST_CHANGE = 0.1
 NEUTRAL, ANCHOR = "neutral", "anchor"
 _LIMITS = {NEUTRAL: LEAST_EFFECT, ANCHOR: LEAST_ANCHOR_EFFECT}
 _NUM_FITTED, _NUM_HELD_OUT = 6, 6  # templates, beside the name alone
@@ -94,13 +97,18 @@ def judge(
 ) -> tuple[bool | None, dict[str, Any]]:
     """Return whether what a shift's metadata say of its effect in a form lets its concept be called erased, and that.
 
-    None where they say nothing of it. A shift without a gate acts on the weights in the form gated too. `least_effect`
-    is the least mean towards neutral prompts, with which the other limits go up and down; that which counts is `limit`.
+    None where they say nothing of it, as those of trained shifts, unless these change hardly anything. A shift without
+    a gate acts on the weights in the form gated too. `least_effect` is the least mean towards neutral prompts, with
+    which the other limits go up and down; that which counts is `limit`.
     """
     effects = metadata.get("effects", {})
     said = effects.get(form) or effects.get("linear")
     if not isinstance(said, Mapping) or not said:
-        return None, {}
+        change = metadata.get("target_change")
+        if not isinstance(change, float) or change >= LEAST_CHANGE * least_effect / LEAST_EFFECT:
+            return None, {}
+        own = str(metadata.get("prompt", ""))
+        return False, {"mean": change, "least": change, "lowest_prompt": own, "limit": LEAST_CHANGE}
     mean, least = said.get("mean", math.nan), said.get("least", math.nan)
     limit = _LIMITS.get(str(said.get("towards", NEUTRAL)), math.inf) * least_effect / LEAST_EFFECT
     is_erased = mean >= limit and least >= limit * LEAST_PROMPT_EFFECT / LEAST_EFFECT

@@ -361,10 +361,15 @@ class _Erasure:
         return ErasureSummary(*took, effect, target_change, max_leakage, gap, counts)
 
     def _effects(self, concept: Concept, shift: WeightShift) -> dict[str, dict[str, Any]]:
-        """Return the effect of a shift in each form in which it can act; nothing where that is not known."""
-        config = self.config if isinstance(self.config, SRSMEConfig) else SRSMEConfig()
+        """Return the effect of a shift in each form in which it can act; nothing where that is not known.
+
+        A trained change of weights is not judged by it: it turns the outputs away, and not towards an anchor.
+        """
         effects: dict[str, dict[str, Any]] = {}
-        for form in ("linear", "gated") if shift.gated else ("linear",):
+        config, forms = self.config, ["gated"] if shift.gated else []
+        if not isinstance(config, SRSMEConfig):
+            return effects
+        for form in [*([] if config.trains else ["linear"]), *forms]:
             said = measure_effect(self.model, concept, shift, config, form).to_dict()
             if said:
                 effects[form] = said
