@@ -134,7 +134,7 @@ def _erased_alike(ledger: Ledger, entry: LedgerEntry, known: set[str]) -> dict[t
     least = ["--least_effect", str(math.floor(min(weak) * 100) / 100)] if weak else []  # which they have
     for record in entry.erase.values():
         flags = [] if record["digest"] in known else _method_flags(ledger, record)
-        flags += least if not record.get("is_erased", True) else []
+        flags += least
         erased.setdefault(tuple(flags), []).append(record["concept"])
         known.add(record["digest"])
     return erased
