@@ -43,6 +43,7 @@ def test_one_command_erases_own_concepts_and_exports_them(script, flags, tmp_pat
     for label, other in (("gregrutkowski", "red fox"), ("redfox", "Greg Rutkowski")):
         metadata = read_metadata(own_paths(tmp_path).shift(label), SHIFT_FILE_TYPE)
         assert {"a dog", "oil painting", other} <= set(metadata["protected"])
+        assert ("a red fox" in metadata["protected"]) == (other == "red fox")  # as it was typed
         assert metadata["max_leakage_protected"] < metadata["target_change"] and "mean" in metadata["effects"]["linear"]
     merged = tmp_path / "shifts" / "merged"
     assert (merged / "mini-sd-gregrutkowski-redfox-kohya" / "Greg-Rutkowski.safetensors").is_file()
@@ -54,7 +55,10 @@ def test_one_command_erases_own_concepts_and_exports_them(script, flags, tmp_pat
     assert script(GENERATE, *flags, *steps, "--shifts", "Red Fox")[0] == 0
     assert len(list((tmp_path / "images" / "redfox-merge").glob("*.png"))) == 2
     assert script(MERGE, *flags, "--shifts", "a red fox", "--format", "unet")[0] == 0
-    is_error(script(GENERATE, *flags, *steps, "--shifts", "a red fix"), "did you mean red fox", "--concepts")
+    code, out, _ = script(MERGE, *flags, "--shifts", "a red fox", "--format", "unet")
+    assert "| a dog |" in out and "| Greg Rutkowski |" in out and "Cezanne" not in out
+    is_error(script(GENERATE, *flags, *steps, "--shifts", "a red fix"), "did you mean red fox?")
+    is_error(script(GENERATE, *flags, *steps, "--shifts", "Matisse"), "make it with", "--concepts Matisse")
 
 
 def test_a_shift_below_the_least_effect_is_kept_and_not_called_erased(script, flags, tmp_path):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ldm.cli import arguments, habits
 from ldm.cli.run import run
-from ldm.config.concepts import load_concepts
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     from ldm.cli import session
     from ldm.erasure.export import export
-    from ldm.erasure.merge import load_shifts
+    from ldm.erasure.merge import load_shifts, reported_prompts
 
     config = arguments.export_config(args)
     model = session.load_model(args, session.first_device(args))
@@ -41,8 +40,7 @@ def main() -> None:
         )
     for shift in shifts.values():
         shift.check(model.digests, model.unet)
-    named = [str(shift.metadata.get("prompt", "")) for shift in shifts.values()]
-    prompts = list(dict.fromkeys(["", *(concept.prompt for concept in load_concepts(args.category)), *named]))
+    prompts = reported_prompts(shifts, args.category)
     folder = args.save_path or args.artifacts_dir / "merged"
     session.print_export(export(model, shifts, folder / f"{model.name}-{name}", config, prompts))
 

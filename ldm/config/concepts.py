@@ -12,7 +12,7 @@ from string import Formatter
 from typing import Any, Self
 
 from ldm.config.methods import did_you_mean
-from ldm.config.templates import KINDS, fill, load_template_set
+from ldm.config.templates import KINDS, fill, load_template_set, with_article
 from ldm.config.yaml_files import check_keys, read_mapping
 from ldm.io.paths import REPO_ROOT
 
@@ -118,8 +118,14 @@ class Concept:
         return [fill(template, self.prompt) for template in templates]
 
     def prompts(self, num_templates: int) -> list[str]:
-        """Return the concept's name and its first `num_templates` captions, once each."""
-        return list(dict.fromkeys([self.prompt, *self.captions[:num_templates]]))
+        """Return the concept's name and its first `num_templates` captions, once each.
+
+        An object that a user named is said with its article too, as users do: "church" and "a church".
+        """
+        names = [self.prompt]
+        if self.is_own and self.kind == "object":
+            names.append(with_article(self.prompt))
+        return list(dict.fromkeys([*names, *self.captions[:num_templates]]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all that the concept is, for a file that has to mean the same for ever."""

@@ -12,7 +12,16 @@ import torch
 from torch import nn
 
 from ldm.config.concept_lists import make_concept
-from ldm.config.concepts import CATEGORIES, INDEX_RANGE_RE, OWN, find_by_name, get_concept, is_one_of, parse_indexes
+from ldm.config.concepts import (
+    CATEGORIES,
+    INDEX_RANGE_RE,
+    OWN,
+    find_by_name,
+    get_concept,
+    is_one_of,
+    load_concepts,
+    parse_indexes,
+)
 from ldm.config.methods import METHODS, SRSMEConfig, did_you_mean
 from ldm.diffusion.edits import edit_embeddings, replace_parameters
 from ldm.diffusion.model import DiffusionModel
@@ -21,6 +30,8 @@ from ldm.erasure.shift import SHIFT_FILE_TYPE, WeightShift
 from ldm.io.errors import MissingFileError
 from ldm.io.paths import SHIFT_SUFFIX, ArtifactPaths, merge_name
 from ldm.io.tensors import read_metadata
+
+_MAX_REPORTED = 30  # protected prompts on which leakage is reported
 
 
 def merged_weight(
@@ -137,6 +148,22 @@ def spellings_of(metadata: Mapping[str, Any]) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
+def reported_prompts(shifts: Mapping[str, WeightShift], category: str) -> list[str]:
+    """Return the prompts on which the leakage of shifts is reported: the empty one, their own, and those that stay.
+
+    The latter are the concepts of the category, or, of shifts that a user named, the first that these protect.
+    """
+    own = [str(shift.metadata.get("prompt", "")) for shift in shifts.values()]
+    if all(shift.metadata.get("category") == OWN for shift in shifts.values()):
+        stay: dict[str, None] = {}
+        for shift in shifts.values():
+            stay |= dict.fromkeys(shift.metadata.get("protected", ()))
+        others = list(stay)[:_MAX_REPORTED]
+    else:
+        others = [concept.prompt for concept in load_concepts(category)]
+    return list(dict.fromkeys(["", *others, *own]))
+
+
 def _shift_paths(artifacts: ArtifactPaths, named: Sequence[str]) -> list[tuple[Path, int | None]]:
     """Return the file of each shift that texts name, with the index where it is named by that."""
     paths: list[tuple[Path, int | None]] = []
@@ -164,7 +191,7 @@ def _is_file(text: str) -> bool:
 def _find_named(artifacts: ArtifactPaths, text: str) -> tuple[Path, int | None]:
     """Return the shift of the concept that a text names, with its index where it is one of the category.
 
-    Raises MissingFileError, with the nearest name, where there is none.
+    Raises MissingFileError where there is none, and ValueError with the nearest name where one is near.
     """
     concept, own = make_concept(text), replace(artifacts, category=OWN)
     known: list[str] = []
@@ -179,4 +206,6 @@ def _find_named(artifacts: ArtifactPaths, text: str) -> tuple[Path, int | None]:
         return artifacts.find_shift(listed.label, listed.name), listed.index
     near = did_you_mean(text, known)
     message = f"no shift that erases '{text}' at {own.shift(concept.label)}{near}"
+    if near:
+        raise ValueError(message)
     raise MissingFileError(message, "shift", **own.details(concept.label), concept=text)
