@@ -560,7 +560,7 @@ def test_what_no_gate_tells_is_refused_and_the_pipeline_stays_as_it_was(plain):
         eraser.erase(["Picasso", "the"], kind="style")
     with pytest.raises(ValueError, match="no gate tells 'Caravaggio' from other prompts") as caught:
         eraser.erase("Caravaggio", protect="art by Caravaggio2", kind="style")
-    assert str(caught.value).endswith(": name it more narrowly, or protect fewer prompts")
+    assert str(caught.value).endswith(": name it more narrowly, protect fewer prompts, or take the `form` linear")
     assert "gate`" not in str(caught.value) and "\n" not in str(caught.value)
     assert eraser.erased == [] and "encode_prompt" not in vars(pipe)
     assert eraser.erase("Picasso", kind="style")  # what was refused protects nothing

@@ -111,7 +111,8 @@ class GatedPipelineEraser(PipelineEraser):
             if not is_first:
                 return self._fit_gates(encoder, fingerprint, lacking, concepts, protected)
             reason = str(error).rpartition(": ")[0]  # without the advice to erase it by other means
-            raise ValueError(f"{reason}: name it more narrowly, or protect fewer prompts") from error
+            advice = "name it more narrowly, protect fewer prompts, or take the `form` linear"
+            raise ValueError(f"{reason}: {advice}") from error
 
     def _notify_of_refit(self, lacking: Sequence[Concept], clip_skip: int | None, protected: Sequence[str]) -> None:
         fitted: set[Concept] = set()
