@@ -57,6 +57,8 @@ def stages(mini_path, tmp_path_factory):
                 root / "data",
                 "--devices",
                 "cpu",
+                "--least_effect",
+                "-9",
                 *training,
             ],
             "generation": ["eval-scripts/generate-images-merge.py", *model, *shifts, *images, *sampling, "4", *device],
