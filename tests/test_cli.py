@@ -351,7 +351,7 @@ def test_memory_is_estimated_and_running_out_of_it_ends_in_the_same_table(script
     monkeypatch.setattr("ldm.erasure.erase.erase_concepts", full)
     result = script(ERASE, *solved)
     is_error(result, "out of memory", "--gradient_checkpointing")
-    assert result[1].splitlines()[1] == table.splitlines()[1] and "| bfloat16 | yes |" in result[1]
+    assert table.splitlines()[0] in result[1].splitlines() and "| bfloat16 | yes |" in result[1]
     is_error(script(ERASE, "--estimate_memory", "--model", "nothing/here"), "--model")
 
 
