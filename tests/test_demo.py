@@ -829,6 +829,7 @@ def test_the_page_and_the_report_in_a_browser(server, ledger, script, mini_path,
 
         def visit(address):
             page = browser.new_context().new_page()
+            page.set_default_timeout(120_000)  # on a busy machine
             page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
             page.goto(address)
             return page
