@@ -93,6 +93,14 @@ def test_what_contradicts_itself_is_refused_before_any_work(script, tmp_path, ar
     is_error(script(ERASE, "--model", tmp_path / "none", *arguments), *words)  # no model is looked for
 
 
+def test_a_category_beside_own_concepts_is_one_line_in_every_script(script, tmp_path):
+    given = ["--model", tmp_path / "none", "--concepts", "a cat", "--category", "object"]
+    for path in ("train-scripts/FMN.py", "train-scripts/Esd.py", ERASE, SOLVE):
+        is_error(script(path, *given), "--category", "--kind")
+    root = ["--ledger_dir", tmp_path / "ledger"]
+    is_error(script("train-scripts/ledger.py", "init", *root, *given), "--category", "--kind")
+
+
 @pytest.mark.parametrize("text", ["\U0001f98a", "watermark SRS-ME"])
 def test_what_is_nothing_to_a_model_or_always_protected_is_refused(script, flags, text):
     result = script(ERASE, *flags, "--concepts", text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ldm.cli import arguments, habits
@@ -17,6 +16,7 @@ from ldm.config.concept_lists import (
     near_pairs,
     read_concepts,
     read_prompts,
+    with_anchor,
 )
 from ldm.config.concepts import (
     OWN,
@@ -29,7 +29,6 @@ from ldm.config.concepts import (
     parse_indexes,
 )
 from ldm.config.methods import ANCHORS, EditConfig, MethodConfig, did_you_mean
-from ldm.config.spellings import says
 from ldm.io.errors import notify
 
 _OLD_PROTECT = (["exact"], ["spectrum"])  # values of --protect when it was another flag
@@ -174,7 +173,7 @@ def named_concepts(args: Namespace) -> list[Concept]:
     if args.concepts and "erased_index" in typed:
         raise ValueError("`concepts` and `erased_index` both name what to erase: give one of them")
     if args.concepts:
-        if "category" in typed and not args.em_indexes:
+        if "category" in typed and not getattr(args, "em_indexes", ""):  # which no other method's script has
             raise ValueError("`category` says what `erased_index` counts: with `concepts` give `kind`, or leave it out")
         return read_concepts(args.concepts, args.kind, anchor)
     if not args.erased_index:
@@ -185,12 +184,7 @@ def named_concepts(args: Namespace) -> list[Concept]:
         concepts = parse_erase_targets(args.erased_index, args.category)
     except UnknownConceptError as error:
         raise ValueError(f"{error}. A concept of your own goes to `concepts`") from error
-    if anchor is None:
-        return concepts
-    for concept in concepts:
-        if says(anchor, concept.spellings):
-            raise ValueError(f"the anchor '{anchor}' says {concept.name}, which would stay: give `anchor` another text")
-    return [replace(concept, anchor=anchor, anchor_prompt=anchor) for concept in concepts]
+    return concepts if anchor is None else [with_anchor(concept, anchor, concept.name) for concept in concepts]
 
 
 def data_concepts(args: Namespace) -> list[Concept | None]:

@@ -40,6 +40,7 @@ from ldm.io.errors import NotErasedError, notify
 from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.sharding import Shard
 from ldm.io.tensors import read_metadata
+from ldm.ledger.lines import some_of
 
 _SHOWN = 3  # concepts that a message names
 
@@ -71,7 +72,7 @@ def run_erasure(args: Namespace, method: str) -> None:
         protection = Protection(protected, fill_settings(args, model_config.null_space), prompts)
         _solve_null_spaces(args, model, artifacts, concepts, protection, shard)
     gate = _gate_config(args, model_config) if isinstance(config, SRSMEConfig) else NO_GATE
-    others = [*concepts, *protected] if concepts[0].is_own else None
+    others = protected if concepts[0].is_own else None
     image_dir = args.training_image_dir
     summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, others)
     if summaries:
@@ -106,9 +107,8 @@ def _check_erased(
         remedy = (
             "train with a larger `lr` or `basis_scale` or more `max_steps`, or protect less (`protect`, `em_indexes`)"
         )
-    more = f" and {len(weak) - _SHOWN} more" if len(weak) > _SHOWN else ""
     raise NotErasedError(
-        f"{', '.join(weak[:_SHOWN])}{more}: prompts that say it go less of the way to what takes its place than is "
+        f"{some_of(weak, _SHOWN)}: prompts that say it go less of the way to what takes its place than is "
         f"called erased (`least_effect`). The shifts are kept: {remedy}"
     )
 

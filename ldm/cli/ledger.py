@@ -148,11 +148,10 @@ def _check_erased(records: Mapping[str, Mapping[str, Any]], least_effect: float 
         if not record.get("is_erased", True) and not is_enough:
             weak.append(f"{record['concept']} ({record['effect']:.2f})")
     if weak:
-        more = f" and {len(weak) - _NUM_SHOWN} more" if len(weak) > _NUM_SHOWN else ""
         raise NotErasedError(
-            f"{', '.join(weak[:_NUM_SHOWN])}{more}: prompts that say it go less of the way to what takes its place "
-            "than is called erased (`least_effect`). It is too_weak in the ledger: restore it, and erase it with a "
-            "larger `rank_rtol`, fewer `protected_templates` or a smaller `preserve_scale`"
+            f"{some_of(weak, _NUM_SHOWN)}: prompts that say it go less of the way to what takes its place than is called "
+            "erased (`least_effect`). It is too_weak in the ledger: restore it, and erase it with a larger `rank_rtol`, "
+            "fewer `protected_templates` or a smaller `preserve_scale`"
         )
 
 
@@ -219,11 +218,17 @@ def status(args: Namespace) -> None:
     output.show_table(status_table(Ledger(history_path(args.ledger_dir))))
 
 
-def migrate(args: Namespace) -> None:
-    """Write a ledger of an older version as one of today's."""
+def _existing_history(args: Namespace) -> Path:
+    """Return the file of a ledger's history, whole or not. Raises MissingFileError where there is none."""
     path = history_path(args.ledger_dir)
     if not path.is_file():
         raise MissingFileError(f"no ledger in {path.parent}", "ledger", ledger_dir=path.parent)
+    return path
+
+
+def migrate(args: Namespace) -> None:
+    """Write a ledger of an older version as one of today's."""
+    path = _existing_history(args)
     with ledger_lock(path.parent):
         kept = write_anew(path)
         ledger = Ledger(path)
@@ -252,9 +257,7 @@ def verify(args: Namespace) -> None:
 
 def repair(args: Namespace) -> None:
     """Cut a torn last line off the history."""
-    path = history_path(args.ledger_dir)
-    if not path.is_file():
-        raise MissingFileError(f"no ledger in {path.parent}", "ledger", ledger_dir=path.parent)
+    path = _existing_history(args)
     with ledger_lock(path.parent):
         repaired = cut_off_torn_line(path)
         if repaired is None:

@@ -48,7 +48,7 @@ def read_concepts(values: Sequence[str], kind: str | None = None, anchor: str | 
     places: list[str] = []
     for value in values:
         name, _, path = value.partition("=")
-        if path.lower().endswith(".txt") and Path(path).is_file():
+        if _is_phrases_file(path):
             lines = [line for _, line in _read_lines(Path(path))]
             found = {f"'{value}'": make_concept(name, kind, lines, anchor, place=f"'{value}'")}
         elif Path(value).suffix.lower() in _SUFFIXES:
@@ -66,8 +66,11 @@ def read_concepts(values: Sequence[str], kind: str | None = None, anchor: str | 
 
 def names_file(text: str) -> bool:
     """Return whether a text is, to `read_concepts`, a file, or NAME=FILE.txt, and not a concept's own text."""
-    path = text.partition("=")[2]
-    return Path(text).suffix.lower() in _SUFFIXES or (path.lower().endswith(".txt") and Path(path).is_file())
+    return Path(text).suffix.lower() in _SUFFIXES or _is_phrases_file(text.partition("=")[2])
+
+
+def _is_phrases_file(path: str) -> bool:
+    return path.lower().endswith(".txt") and Path(path).is_file()
 
 
 def read_prompts(values: Sequence[str]) -> list[str]:
@@ -127,12 +130,8 @@ def make_concept(
         concept,
         aliases=tuple(text for text in spellings if text.lower() != name.lower()),
         kind=kind or concept.kind,
-        anchor=anchor,
-        anchor_prompt=concept.anchor_prompt if anchor is None else anchor,
     )
-    if anchor is not None:
-        _check_anchor(concept, place)
-    return concept
+    return concept if anchor is None else with_anchor(concept, anchor, place)
 
 
 def _without_article(text: str) -> str:
@@ -151,15 +150,16 @@ def _known(name: str) -> Concept | None:
     return None
 
 
-def _check_anchor(concept: Concept, place: str) -> None:
-    """Raise ValueError for an anchor that says the concept, which would stay."""
-    check_text(concept.anchor, f"{place}, anchor")
-    if not concept.anchor:
+def with_anchor(concept: Concept, anchor: str, place: str) -> Concept:
+    """Return a concept with what takes the place of its name. Raises ValueError for a text that says it, or is none."""
+    check_text(anchor, f"{place}, anchor")
+    if not anchor:
         raise ValueError(f"{place} has an empty anchor: give `anchor` a text, such as 'a painting', or the word empty")
-    if says(concept.anchor, concept.spellings):
+    if says(anchor, concept.spellings):
         raise ValueError(
-            f"{place}: the anchor '{concept.anchor}' says {concept.name}, which would stay: give `anchor` another text"
+            f"{place}: the anchor '{anchor}' says {concept.name}, which would stay: give `anchor` another text"
         )
+    return replace(concept, anchor=anchor, anchor_prompt=anchor)
 
 
 def _read_file(path: Path, kind: str | None, anchor: str | None) -> dict[str, Concept]:
