@@ -149,9 +149,9 @@ def _check_erased(records: Mapping[str, Mapping[str, Any]], least_effect: float 
             weak.append(f"{record['concept']} ({record['effect']:.2f})")
     if weak:
         raise NotErasedError(
-            f"{some_of(weak, _NUM_SHOWN)}: prompts that say it go less of the way to what takes its place than is called "
-            "erased (`least_effect`). It is too_weak in the ledger: restore it, and erase it with a larger `rank_rtol`, "
-            "fewer `protected_templates` or a smaller `preserve_scale`"
+            f"{some_of(weak, _NUM_SHOWN)}: prompts that say it go less of the way to what takes its place than is "
+            "called erased (`least_effect`). It is too_weak in the ledger: restore it, and erase it with a larger "
+            "`rank_rtol`, fewer `protected_templates` or a smaller `preserve_scale`"
         )
 
 
