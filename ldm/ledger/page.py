@@ -143,13 +143,15 @@ def _add_functions(page: gr.Blocks, demo: DemoSession, widgets: dict[str, Any], 
     shown = [widgets[name] for name in ("original", "edited", "difference", "equal", "message", "others")]
     page.load(load, None, [*everything, *shown], show_progress="hidden", **PRIVATE)
     inputs = [widgets["prompt"], *settings, widgets["names"]]
-    on_images: dict[str, Any] = {"show_progress_on": shown[:3], **IMAGES}
+    # What is asked for while images are generated is generated next: by default Gradio would drop it, silently.
+    on_images: dict[str, Any] = {"show_progress_on": shown[:3], "trigger_mode": "always_last", **IMAGES}
     triggers = [widgets["generate"].click, widgets["prompt"].submit, widgets["names"].input]
     examples = widgets["examples"]
     chosen = examples.click(choose, examples, widgets["prompt"], show_progress="hidden", **PRIVATE)
     asked = gr.on(triggers, generate, inputs, shown, **on_images)
     for generated in (asked, chosen.success(generate, inputs, shown, **on_images)):
-        generated.success(measure, widgets["names"], widgets["others"], show_progress="hidden", **IMAGES)
+        last: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **IMAGES}
+        generated.success(measure, widgets["names"], widgets["others"], **last)
 
 
 def _add_owner(owner: Owner, widgets: dict[str, Any]) -> None:
