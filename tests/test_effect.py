@@ -9,7 +9,15 @@ import torch
 from ldm.config.concepts import always_protected_prompts, erasable_concepts, get_concept
 from ldm.config.methods import GateConfig, SRSMEConfig
 from ldm.diffusion.text_layers import text_layers
-from ldm.erasure.effect import LEAST_EFFECT, LEAST_PROMPT_EFFECT, Effect, effect_prompts, measure_effect
+from ldm.erasure.effect import (
+    LEAST_EFFECT,
+    LEAST_PROMPT_EFFECT,
+    Effect,
+    effect_prompts,
+    judge,
+    least_effect_met,
+    measure_effect,
+)
 from ldm.erasure.embedding_map import EmbeddingMap
 from ldm.erasure.erase import initial_shift
 from ldm.erasure.gate_fitter import GateFitter
@@ -109,6 +117,23 @@ def test_of_a_gated_shift_the_map_counts_where_the_gate_fires(tiny):
         assert measure_effect(tiny, VANGOGH, shift, NEUTRAL, "gated").is_erased is False
     shift.gated = silent
     assert measure_effect(tiny, VANGOGH, shift, NEUTRAL, "gated").mean == 0
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"effects": {"linear": {"mean": 0.6, "least": 0.5, "lowest_prompt": "x"}}},
+        {"effects": {"linear": {"mean": 0.6, "least": 0.1, "lowest_prompt": "x"}}},
+        {"effects": {"linear": {"mean": 0.6, "least": 0.5, "lowest_prompt": "x", "towards": "anchor"}}},
+        {"effects": {"linear": {"mean": -0.1, "least": -0.3, "lowest_prompt": "x"}}},
+        {"target_change": 0.02, "prompt": "x"},
+    ],
+)
+def test_the_least_effect_that_is_met_is_where_the_verdict_changes(metadata):
+    met = least_effect_met(metadata, "linear")
+    assert judge(metadata, "linear", met - 1e-6)[0] is not False
+    assert judge(metadata, "linear", met + 1e-6)[0] is False
+    assert least_effect_met({}, "linear") == math.inf
 
 
 def test_one_low_prompt_of_many_is_spared_but_never_the_name():

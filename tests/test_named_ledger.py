@@ -13,6 +13,7 @@ from ldm.cli.reproduce import reproduction_commands
 from ldm.config.concept_lists import make_concept
 from ldm.config.concepts import Concept, get_concept
 from ldm.diffusion.load import load_model
+from ldm.erasure.effect import least_effect_met
 from ldm.erasure.merge import applied
 from ldm.erasure.shift import SeparableShift
 from ldm.ledger.ledger import HISTORY_FILE, Ledger, make_header, status_table
@@ -209,6 +210,16 @@ def test_what_has_too_little_effect_is_not_called_erased(tiny, tmp_path):
         "three": "erased",
     }  # the last by an older one
     assert table["effect"].to_dict() == {"one": 0.9, "two": 0.1, "three": ""}
+
+
+def test_the_least_effect_that_is_typed_is_what_the_ledger_asks_for(owner, script):
+    assert owner("erase", "violin")[0] == 0
+    (record,) = owner.ledger().last_shifts().values()
+    met = least_effect_met(owner.ledger().load(record).metadata, "gated")
+    for least, expected in ((met - 0.01, 0), (met + 0.01, 3), (9, 3)):
+        assert owner("restore", "violin")[0] == 0
+        flags = ["--ledger_dir", owner.root, "--device", "cpu", f"--least_effect={least}"]
+        assert script(LEDGER, "erase", "violin", *flags)[0] == expected
 
 
 def test_a_ledger_of_hundreds_names_some_in_an_error(tiny, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -137,15 +137,21 @@ def erase(args: Namespace) -> None:
         if records:
             ledger.append(records)
     status(args)
-    _check_erased(records, args.least_effect)
+    _check_erased(ledger, set(records), args.least_effect)
 
 
-def _check_erased(records: Mapping[str, Mapping[str, Any]], least_effect: float | None) -> None:
-    """Raise NotErasedError where the shift of a record has not the effect by which its concept is called erased."""
+def _check_erased(ledger: Ledger, labels: Collection[str], least_effect: float | None) -> None:
+    """Raise NotErasedError where an active shift is too weak for its record, or for the least effect asked for."""
+    from ldm.erasure.effect import least_effect_met
+
     weak: list[str] = []
-    for record in records.values():
-        is_enough = least_effect is not None and record.get("effect", 0.0) >= least_effect
-        if not record.get("is_erased", True) and not is_enough:
+    for label, record in ledger.last_shifts().items():
+        if label not in labels:
+            continue
+        is_weak = not record.get("is_erased", True)
+        if least_effect is not None:
+            is_weak = least_effect_met(ledger.load(record).metadata, "gated") < least_effect
+        if is_weak:
             weak.append(f"{record['concept']} ({record['effect']:.2f})")
     if weak:
         raise NotErasedError(

@@ -15,6 +15,7 @@ from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import METHODS, MethodConfig, SRSMEConfig, complete_settings
 from ldm.config.models import ModelConfig, bundled_config
 from ldm.config.templates import with_article
+from ldm.erasure.effect import LEAST_EFFECT, least_effect_met
 from ldm.ledger.ledger import Ledger
 from ldm.ledger.lines import LedgerEntry
 
@@ -130,8 +131,9 @@ def _erased_alike(ledger: Ledger, entry: LedgerEntry, known: set[str]) -> dict[t
     what the entry erases is known afterwards.
     """
     erased: dict[tuple[str, ...], list[str]] = {}
-    weak = [record["effect"] for record in entry.erase.values() if not record.get("is_erased", True)]
-    least = ["--least_effect", str(math.floor(min(weak) * 100) / 100)] if weak else []  # which they have
+    weak = [record for record in entry.erase.values() if not record.get("is_erased", True)]
+    met = min((least_effect_met(ledger.load(record).metadata, "gated") for record in weak), default=math.inf)
+    least = ["--least_effect", f"{math.floor(met * 100) / 100:g}"] if met < LEAST_EFFECT else []
     for record in entry.erase.values():
         flags = [] if record["digest"] in known else _method_flags(ledger, record)
         flags += least

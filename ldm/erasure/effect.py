@@ -34,10 +34,11 @@ from ldm.erasure.shift import WeightShift
 from ldm.erasure.targets import replaces_name, target_prompts
 
 # Of 137 linear shifts of five concepts, weak and strong, of mini-sd and mini-sd-minilm, 20 images each: of 70 that left
-# more than 15 % of the images the concept's these limits call 2 erased (20 and 45 % left: mini-sd, a neutral anchor and
-# a ridge of 0.2), and of 67 that left less they call 20 not erased.
-LEAST_EFFECT = EditConfig().least_effect  # 0.55
-LEAST_PROMPT_EFFECT = 0.3
+# more than 15 % of the images the concept's these limits call none erased (the nearest, of 45 %, has 0.643), those
+# whose protected prompts say the concept aside, which are refused. Of 67 that left less they call 26 not erased, of
+# which none was made with its model's own settings but two of mini-sd-minilm, whose own form is gated.
+LEAST_EFFECT = EditConfig().least_effect  # 0.65
+LEAST_PROMPT_EFFECT = 0.35
 # Of 66 linear shifts of mini-sd to the empty prompt or a neutral one that left more than 15 %, those whose protected
 # prompts say the concept aside, which are refused: at most 0.69 on the way to the anchor. Its own settings, which leave
 # 0 to 5 %, have 0.96 and more.
@@ -113,6 +114,14 @@ def judge(
     limit = _LIMITS.get(str(said.get("towards", NEUTRAL)), math.inf) * least_effect / LEAST_EFFECT
     is_erased = mean >= limit and least >= limit * LEAST_PROMPT_EFFECT / LEAST_EFFECT
     return is_erased, {**said, "limit": limit}
+
+
+def least_effect_met(metadata: Mapping[str, Any], form: str) -> float:
+    """Return the largest `least_effect` with which `judge` does not call a shift too weak; infinity where it cannot."""
+    is_erased, said = judge(metadata, form)
+    if is_erased is None:
+        return math.inf
+    return min(said["mean"], said["least"] * LEAST_EFFECT / LEAST_PROMPT_EFFECT) * LEAST_EFFECT / said["limit"]
 
 
 def effect_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dict[str, str]:

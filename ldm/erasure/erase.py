@@ -410,5 +410,6 @@ def concept_space(
 
 
 def summary_table(summaries: Sequence[ErasureSummary]) -> pd.DataFrame:
-    """Return a row for each erasure."""
-    return pd.DataFrame([asdict(summary) for summary in summaries])
+    """Return a row for each erasure, without the columns that say nothing of any."""
+    table = pd.DataFrame([asdict(summary) for summary in summaries])
+    return table.replace("", math.nan).dropna(axis="columns", how="all").fillna("")
