@@ -303,7 +303,7 @@ class EditConfig(Settings):
         choices=("gated", "linear"),
     )
     least_effect: float = setting(
-        0.65, "how far prompts that say a concept go to a neutral word, 0 to 1, where it is called erased"
+        0.7, "how far prompts that say a concept go to what takes its place, 0 to 1, where it is called erased"
     )
 
 

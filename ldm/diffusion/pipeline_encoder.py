@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils import logging as diffusers_logging
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.utils import logging as transformers_logging
 
 from ldm.diffusion.model import States
 from ldm.diffusion.text_states import LAST_STATE, capture_states
@@ -25,6 +26,19 @@ _XL = _SD | {"prompt_2", "negative_prompt_2", *OUTPUTS[2:]}
 _OPTIONAL = {"lora_scale", "clip_skip"}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of a weight in bytes
 _WEIGHTS_AT_ONCE = 2**18  # that are summed in one pass, so that their copies as integers stay small
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let the libraries say nothing but errors while the block runs."""
+    libraries = [(logging, logging.get_verbosity()) for logging in (diffusers_logging, transformers_logging)]
+    for logging, _ in libraries:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for logging, verbosity in libraries:
+            logging.set_verbosity(verbosity)
 
 
 @dataclass
@@ -166,12 +180,8 @@ class PipelineEncoder:
     ) -> tuple[torch.Tensor, States]:
         """Return embeddings (N, rows, d) and hidden states in float32, as `DiffusionModel.encode_with_states` does."""
         arguments = self.bind(prompts, device=self.pipe._execution_device, **self._settings())
-        verbosity = diffusers_logging.get_verbosity()
-        diffusers_logging.set_verbosity_error()  # that prompts are cut is known
-        try:
+        with _quiet():  # that prompts are cut is known
             encoded = self.run(arguments, layers)
-        finally:
-            diffusers_logging.set_verbosity(verbosity)
         states = {key: state.float() for key, state in encoded.states.get("", {}).items()}
         return encoded.rows("").float(), states
 

@@ -46,7 +46,7 @@ def last_token(tokenizer: Any, prompt: str, name: str) -> int | None:
     """
     whole = [found.end() for found in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", prompt)]
     end = whole[-1] if whole else prompt.rindex(name) + len(name)
-    position = len(tokenizer(prompt[:end]).input_ids) - 2  # its last token marks the end
+    position = len(tokenizer(prompt[:end], verbose=False).input_ids) - 2  # its last token marks the end
     return position if position < tokenizer.model_max_length - 1 else None
 
 
@@ -93,7 +93,7 @@ def read_part(tokenizer: Any, prompt: str) -> str | None:
     What comes after is beyond the tokenizer's length, and is cut off.
     """
     length = tokenizer.model_max_length
-    if len(tokenizer(prompt).input_ids) <= length:
+    if len(tokenizer(prompt, verbose=False).input_ids) <= length:
         return None
     if not tokenizer.is_fast:  # which alone knows where in the prompt a token was
         return tokenizer.decode(

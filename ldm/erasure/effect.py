@@ -33,21 +33,16 @@ from ldm.erasure.merge import by_form, gated_prompts
 from ldm.erasure.shift import WeightShift
 from ldm.erasure.targets import replaces_name, target_prompts
 
-# Of 137 linear shifts of five concepts, weak and strong, of mini-sd and mini-sd-minilm, 20 images each: of 70 that left
-# more than 15 % of the images the concept's these limits call none erased (the nearest, of 45 %, has 0.643), those
-# whose protected prompts say the concept aside, which are refused. Of 67 that left less they call 26 not erased, of
-# which none was made with its model's own settings but two of mini-sd-minilm, whose own form is gated.
-LEAST_EFFECT = EditConfig().least_effect  # 0.65
-LEAST_PROMPT_EFFECT = 0.35
-# Of 66 linear shifts of mini-sd to the empty prompt or a neutral one that left more than 15 %, those whose protected
-# prompts say the concept aside, which are refused: at most 0.69 on the way to the anchor. Its own settings, which leave
-# 0 to 5 %, have 0.96 and more.
-LEAST_ANCHOR_EFFECT = 0.7
+# Of 317 linear shifts of nine concepts of mini-sd and mini-sd-minilm, weak and strong, by ridges, scales and what is
+# protected, 20 images each: of 80 that left more than 15 % of the images the concept's these limits call none erased
+# (at most 0.69), protected prompts that say the concept aside, which are refused. Of 200 that left less they
+# call 70 not erased, of which two were made with a model's own settings (mini-sd-minilm's, whose own form is gated).
+LEAST_EFFECT = EditConfig().least_effect  # 0.7
+LEAST_PROMPT_EFFECT = 0.38
 # Of a trained shift, which goes no straight way, the change of the outputs for its own prompt tells when nothing is
 # erased: on mini-sd 0.002 left 95 % and 0.45 left 5 % of a style. More than this is not judged.
 LEAST_CHANGE = 0.1
 NEUTRAL, ANCHOR = "neutral", "anchor"
-_LIMITS = {NEUTRAL: LEAST_EFFECT, ANCHOR: LEAST_ANCHOR_EFFECT}
 _NUM_FITTED, _NUM_HELD_OUT = 6, 6  # templates, beside the name alone
 _SPARED = 0.15  # of the prompts that do not count for the least effect, but never the name alone
 
@@ -57,8 +52,7 @@ class Effect:
     """The effect of a shift on prompts that say its concept, the name alone first; NaN where text layers do not say it.
 
     The way goes `towards` neutral prompts, or to the one anchor of all. A concept is erased where the mean is at least
-    `LEAST_EFFECT`, or `LEAST_ANCHOR_EFFECT`, and the least of the name's and of all but the lowest 15 % of the prompts'
-    is at least `LEAST_PROMPT_EFFECT`, or as much of the latter.
+    `LEAST_EFFECT`, and the least of the name's and of all but the lowest 15 % of the prompts' `LEAST_PROMPT_EFFECT`.
     """
 
     on_prompts: Mapping[str, float]
@@ -99,8 +93,8 @@ def judge(
     """Return whether what a shift's metadata say of its effect in a form lets its concept be called erased, and that.
 
     None where they say nothing of it, as those of trained shifts, unless these change hardly anything. A shift without
-    a gate acts on the weights in the form gated too. `least_effect` is the least mean towards neutral prompts, with
-    which the other limits go up and down; that which counts is `limit`.
+    a gate acts on the weights in the form gated too. `least_effect` is the least mean, with which the other limits go
+    up and down; that which counts is `limit`.
     """
     effects = metadata.get("effects", {})
     said = effects.get(form) or effects.get("linear")
@@ -111,9 +105,8 @@ def judge(
         own = str(metadata.get("prompt", ""))
         return False, {"mean": change, "least": change, "lowest_prompt": own, "limit": LEAST_CHANGE}
     mean, least = said.get("mean", math.nan), said.get("least", math.nan)
-    limit = _LIMITS.get(str(said.get("towards", NEUTRAL)), math.inf) * least_effect / LEAST_EFFECT
-    is_erased = mean >= limit and least >= limit * LEAST_PROMPT_EFFECT / LEAST_EFFECT
-    return is_erased, {**said, "limit": limit}
+    is_erased = mean >= least_effect and least >= least_effect * LEAST_PROMPT_EFFECT / LEAST_EFFECT
+    return is_erased, {**said, "limit": least_effect}
 
 
 def least_effect_met(metadata: Mapping[str, Any], form: str) -> float:
@@ -121,7 +114,9 @@ def least_effect_met(metadata: Mapping[str, Any], form: str) -> float:
     is_erased, said = judge(metadata, form)
     if is_erased is None:
         return math.inf
-    return min(said["mean"], said["least"] * LEAST_EFFECT / LEAST_PROMPT_EFFECT) * LEAST_EFFECT / said["limit"]
+    if said["limit"] == LEAST_CHANGE:
+        return said["mean"] * LEAST_EFFECT / LEAST_CHANGE
+    return min(said["mean"], said["least"] * LEAST_EFFECT / LEAST_PROMPT_EFFECT)
 
 
 def effect_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dict[str, str]:
