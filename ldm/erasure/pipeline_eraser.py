@@ -13,11 +13,12 @@ from diffusers import DiffusionPipeline
 from ldm.config.concepts import Concept
 from ldm.config.templates import load_template_set
 from ldm.diffusion.pipeline_encoder import PipelineEncoder
+from ldm.erasure.effect import LEAST_EFFECT
 from ldm.erasure.pipeline_concepts import Details, as_list, check_said, new_concepts, tidied
 from ldm.io.errors import notify
 
 _ATTRIBUTE = "_concept_eraser"  # of a pipeline from which something is erased
-_MAX_DISTANCE_LEFT = 0.5  # to the anchor, of a concept that is called erased without a notice
+_MAX_DISTANCE_LEFT = round(1 - LEAST_EFFECT, 2)  # to the anchor, of a concept that is called erased without a notice
 
 Reports = dict[str, Mapping[str, Any]]
 
