@@ -189,6 +189,15 @@ def test_five_lines_of_python_from_a_model_to_an_image_and_a_file(mini_path, tmp
         erase(model, "a cat", protect="a black cat", artifacts_dir=tmp_path)
 
 
+def test_a_shift_stays_what_it_is_when_its_concept_is_erased_in_another_way(mini_path, tmp_path):
+    model = load_model(mini_path, CPU)
+    shift = erase(model, "a cat", artifacts_dir=tmp_path)["cat"]
+    before = [shift.delta_weight(name) for name in shift.parameter_names]
+    other = erase(model, "a cat", anchor="a dog", artifacts_dir=tmp_path)["cat"]
+    assert all(map(torch.equal, [shift.delta_weight(name) for name in shift.parameter_names], before))
+    assert not torch.equal(other.delta_weight(other.parameter_names[0]), before[0])
+
+
 def test_an_eraser_takes_concepts_of_its_category_and_own_ones(mini_path, tmp_path):
     eraser = ConceptEraser(mini_path, artifacts_dir=tmp_path, device="cpu")
     eraser.erase("a red fox", "Picasso", protect="a dog")

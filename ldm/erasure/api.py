@@ -84,7 +84,10 @@ def make_own_shifts(
     everything = [*named, *others]
     protection = Protection(everything, null_space, prompts)
     took = make_shifts(model, artifacts, named, config, protection, Path(training_image_dir), gate, everything)
-    return {concept.label: WeightShift.load(artifacts.shift(concept.label)) for concept in named}, took
+    shifts: dict[str, WeightShift] = {}
+    for concept in named:  # whole, since the same concept with other settings is written to the same file
+        shifts[concept.label] = WeightShift.load(artifacts.shift(concept.label)).in_memory()
+    return shifts, took
 
 
 def _as_concepts(concepts: Sequence[str | Concept] | str, kind: str | None, anchor: str | None) -> list[Concept]:

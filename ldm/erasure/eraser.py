@@ -131,7 +131,7 @@ class ConceptEraser:
         settings = self.config.methods[method], protection, image_dir, gate
         summaries = erase(self.model, artifacts, concepts, *settings)
         for concept in concepts:
-            shift = WeightShift.load(artifacts.shift(concept.label))
+            shift = WeightShift.load(artifacts.shift(concept.label)).in_memory()
             shift.check(self.model.digests, self.model.unet)
             self.shifts[concept.label] = shift
         listed = sorted((label for label in self.shifts if label.isdigit()), key=int)
