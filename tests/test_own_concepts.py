@@ -210,6 +210,20 @@ def test_an_eraser_takes_concepts_of_its_category_and_own_ones(mini_path, tmp_pa
         eraser.restore("blue oil")
 
 
+def test_an_eraser_protects_what_it_is_given_or_erases_nothing(mini_path, tmp_path):
+    eraser = ConceptEraser(mini_path, artifacts_dir=tmp_path, device="cpu")
+    for names, settings, words in (
+        (["VanGogh", "a dog"], {"protect": "a dog"}, "dog cannot be erased and protected at once"),
+        (["a cow", "VanGogh"], {"protect": "a van gogh painting"}, "VanGogh cannot be erased and protected at once"),
+        (["VanGogh"], {"ridge_weight": 1}, "`ridge_weight` goes with concepts of your own: VanGogh is of the category"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            eraser.erase(*names, **settings)
+        assert eraser.erased == []
+    eraser.erase("VanGogh", protect=["a dog"])
+    assert "a dog" in eraser.shifts["1"].metadata["protected"]
+
+
 def test_shifts_are_found_by_any_spelling(script, flags, tmp_path):
     (tmp_path / "mine.csv").write_text("concept,aliases,kind\nACME,acme corp;the Acme company,brand\n")
     assert script(ERASE, *flags, "--concepts", tmp_path / "mine.csv", *ANY_EFFECT)[0] == 0
