@@ -210,6 +210,24 @@ def test_an_eraser_takes_concepts_of_its_category_and_own_ones(mini_path, tmp_pa
         eraser.restore("blue oil")
 
 
+def test_no_concept_is_erased_twice_at_once(mini_path, tmp_path):
+    eraser, quick = ConceptEraser(mini_path, artifacts_dir=tmp_path, device="cpu"), SamplingConfig(1)
+    eraser.erase("VanGogh")
+    alone = eraser.generate("VanGogh", sampling=quick)[0]
+    refused = (
+        lambda: eraser.export(tmp_path / "out"),
+        lambda: eraser.erase("Picasso"),
+        lambda: eraser.erase("a cat"),
+        lambda: eraser.restore("VanGogh") or eraser.generate("VanGogh", sampling=quick),
+    )
+    with eraser.applied():
+        assert eraser.generate("VanGogh", sampling=quick)[0].tobytes() == alone.tobytes()
+        for make in refused:
+            with pytest.raises(ValueError, match="mini-sd is without 1 as long as this block runs: end it first"):
+                make()
+    assert eraser.generate("VanGogh", sampling=quick)[0].tobytes() != alone.tobytes()
+
+
 def test_an_eraser_protects_what_it_is_given_or_erases_nothing(mini_path, tmp_path):
     eraser = ConceptEraser(mini_path, artifacts_dir=tmp_path, device="cpu")
     for names, settings, words in (

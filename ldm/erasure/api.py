@@ -22,7 +22,7 @@ from ldm.erasure.erase import ErasureSummary
 from ldm.erasure.erase import erase as make_shifts
 from ldm.erasure.export import Export
 from ldm.erasure.export import export as write_formats
-from ldm.erasure.merge import edited, spellings_of
+from ldm.erasure.merge import check_unedited, edited, spellings_of
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
 from ldm.io.paths import ArtifactPaths
@@ -69,6 +69,7 @@ def make_own_shifts(
     if method not in METHODS:
         near = did_you_mean(method, list(METHODS))
         raise ValueError(f"'{method}' is no method{near}: choose from {', '.join(METHODS)}")
+    check_unedited(model)
     named = _as_concepts(concepts, kind, anchor)
     given = [protect] if isinstance(protect, str) else list(protect)
     prompts = read_prompts([text for text in given if isinstance(text, str)])

@@ -21,7 +21,7 @@ from ldm.erasure.api import find_label, generate, make_own_shifts
 from ldm.erasure.contradictions import check_contradictions
 from ldm.erasure.erase import ErasureSummary, erase
 from ldm.erasure.export import Export, export
-from ldm.erasure.merge import edited
+from ldm.erasure.merge import check_unedited, edited
 from ldm.erasure.pipeline_eraser import PipelineEraser
 from ldm.erasure.pipeline_gated import GatedPipelineEraser
 from ldm.erasure.pipeline_linear import LinearPipelineEraser
@@ -136,6 +136,7 @@ class ConceptEraser:
         """Return a shift for each of some concepts of the category, by label, and what each new one took."""
         if not concepts:
             return {}, []
+        check_unedited(self.model)
         prompts = read_prompts(protect)
         check_contradictions(self.model, concepts, prompts)
         artifacts = ArtifactPaths(self.artifacts_dir, method, self.model.name, self.category, 1, 0)  # as the scripts do
@@ -161,6 +162,9 @@ class ConceptEraser:
     @contextmanager
     def applied(self) -> Generator[None]:
         """While the block runs, let `model` be without the erased concepts; then it is the base model, bit for bit."""
+        if self.shifts and self.model.edited_by == tuple(self.shifts):  # by a block around this one
+            yield
+            return
         with edited(self.model, self.shifts, self.form):
             yield
 
