@@ -12,7 +12,7 @@ from ldm import ConceptEraser, applied, erase, export, generate
 from ldm.cli import arguments, concepts
 from ldm.cli.session import method_config
 from ldm.config.concept_lists import make_concept
-from ldm.config.methods import SamplingConfig, SRSMEConfig
+from ldm.config.methods import ExportConfig, SamplingConfig, SRSMEConfig
 from ldm.config.models import bundled_config
 from ldm.diffusion.load import load_model
 from ldm.erasure.effect import judge
@@ -183,6 +183,10 @@ def test_five_lines_of_python_from_a_model_to_an_image_and_a_file(mini_path, tmp
     assert generate(model, "a red fox", sampling=quick)[0].tobytes() == before.tobytes()
     export(model, shifts, tmp_path / "out", formats=["lora"])
     assert (tmp_path / "out-lora" / "red-fox.safetensors").is_file()
+    cut = export(model, shifts, tmp_path / "cut", ExportConfig(("unet",)), rank=1)
+    assert [row["rank"] for row in cut.truncated] == [1, 1]
+    with pytest.raises(ValueError, match="no setting save_type, did you mean save_dtype"):
+        export(model, shifts, tmp_path / "cut", "unet", save_type="float16")
     with pytest.raises(ValueError, match="no setting ridge_weigth, did you mean ridge_weight"):
         erase(model, "a cat", artifacts_dir=tmp_path, ridge_weigth=1)
     with pytest.raises(ValueError, match="the protected prompts 'a black cat' say it"):

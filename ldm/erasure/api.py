@@ -146,14 +146,15 @@ def export(
 ) -> Export:
     """Write the model without what `shifts` erase, in `formats`: into `output_dir`, or `output_dir`-FORMAT.
 
-    `formats` are names, whose further settings are those of `ExportConfig`, or such a config. The leakage of each shift
+    `formats` are names, or an `ExportConfig`; `settings` are further fields of that. The leakage of each shift
     is measured on the concepts' own names and on `prompts`. The model stays as it is. Raises ValueError for no shift,
     and for what a format cannot hold.
     """
     names = [str(shift.metadata.get("prompt", "")) for shift in shifts.values()]
-    config = formats
-    if not isinstance(config, ExportConfig):
-        config = ExportConfig((config,) if isinstance(config, str) else tuple(config), **settings)
+    if isinstance(formats, ExportConfig):
+        config = formats.with_changes(**settings)
+    else:
+        config = ExportConfig((formats,) if isinstance(formats, str) else tuple(formats)).with_changes(**settings)
     rounds = config.save_dtype != "float32"  # which an export does to the model that it is given
     measured = list(dict.fromkeys(["", *names, *prompts]))
     return write_formats(deepcopy(model) if rounds else model, shifts, Path(output_dir), config, measured)

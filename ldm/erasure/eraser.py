@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -17,10 +16,10 @@ from ldm.config.methods import METHODS, NO_GATE, EditConfig, ExportConfig, Sampl
 from ldm.config.models import ModelConfig, load_model_config
 from ldm.diffusion.load import load_model
 from ldm.diffusion.model import DiffusionModel
-from ldm.erasure.api import find_label, generate, make_own_shifts
+from ldm.erasure.api import export, find_label, generate, make_own_shifts
 from ldm.erasure.contradictions import check_contradictions
 from ldm.erasure.erase import ErasureSummary, erase
-from ldm.erasure.export import Export, export
+from ldm.erasure.export import Export
 from ldm.erasure.merge import check_unedited, edited
 from ldm.erasure.pipeline_eraser import PipelineEraser
 from ldm.erasure.pipeline_gated import GatedPipelineEraser
@@ -182,11 +181,9 @@ class ConceptEraser:
         """
         if not self.shifts:
             raise ValueError("nothing is erased: the weights are the base model's")
-        names = [str(shift.metadata.get("prompt", "")) for shift in self.shifts.values()]
-        prompts = list(dict.fromkeys(["", *(concept.prompt for concept in erasable_concepts(self.category)), *names]))
         target = Path(output_dir) / f"{self.model.name}-{merge_name(self.shifts)}"
-        rounds = config.save_dtype != "float32"  # which an export does to the model that it is given
-        return export(deepcopy(self.model) if rounds else self.model, self.shifts, target, config, prompts)
+        prompts = [concept.prompt for concept in erasable_concepts(self.category)]
+        return export(self.model, self.shifts, target, config, prompts)
 
     def _own_concepts(self) -> list[Concept]:
         """Return the user's own concepts that are erased, which the shifts of further ones leave alone."""
