@@ -187,6 +187,8 @@ def test_five_lines_of_python_from_a_model_to_an_image_and_a_file(mini_path, tmp
     assert [row["rank"] for row in cut.truncated] == [1, 1]
     with pytest.raises(ValueError, match="no setting save_type, did you mean save_dtype"):
         export(model, shifts, tmp_path / "cut", "unet", save_type="float16")
+    settings = erase(model, "a cat", anchor="empty", artifacts_dir=tmp_path)["cat"].metadata
+    assert settings["config"]["anchor"] == "empty" and settings["anchor"] == ""
     with pytest.raises(ValueError, match="no setting ridge_weigth, did you mean ridge_weight"):
         erase(model, "a cat", artifacts_dir=tmp_path, ridge_weigth=1)
     with pytest.raises(ValueError, match="the protected prompts 'a black cat' say it"):

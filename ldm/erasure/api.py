@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config.concept_lists import read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, is_one_of
-from ldm.config.methods import METHODS, NO_GATE, EditConfig, ExportConfig, SamplingConfig, did_you_mean
+from ldm.config.methods import ANCHORS, METHODS, NO_GATE, EditConfig, ExportConfig, SamplingConfig, did_you_mean
 from ldm.config.models import load_model_config
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate as sample
@@ -62,14 +62,17 @@ def make_own_shifts(
     """Return what `erase` does, and what each new shift took.
 
     `kind` says what kind of thing the concepts are (style, object, person, brand, generic), `anchor` what takes their
-    place, such as "a painting". `settings` are those of the `method`, or of its null spaces and gates, in place of the
-    model's own. Shifts are kept below `artifacts_dir`, where one that is there from the same inputs is taken;
-    `training_image_dir` has a folder of images per concept, for a method that trains on them.
+    place: a text such as "a painting", or a setting (empty, category, neutral). `settings` are those of the `method`,
+    or of its null spaces and gates, in place of the model's own. Shifts are kept below `artifacts_dir`, where one that
+    is there from the same inputs is taken; `training_image_dir` has a folder of images per concept, for a method that
+    trains on them.
     """
     if method not in METHODS:
         near = did_you_mean(method, list(METHODS))
         raise ValueError(f"'{method}' is no method{near}: choose from {', '.join(METHODS)}")
     check_unedited(model)
+    if anchor in ANCHORS:
+        settings["anchor"], anchor = anchor, None
     named = _as_concepts(concepts, kind, anchor)
     given = [protect] if isinstance(protect, str) else list(protect)
     prompts = read_prompts([text for text in given if isinstance(text, str)])
