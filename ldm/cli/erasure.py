@@ -55,6 +55,9 @@ def run_erasure(args: Namespace, method: str) -> None:
     """
     from ldm.erasure.erase import erase_concepts, summary_table
 
+    for name, owner in (("clip_path", "check"), ("export_dir", "export")):
+        if name in typed and not getattr(args, owner):
+            raise ValueError(f"`{name}` goes with `{owner}`: give that too, or leave it out")
     concepts = named_concepts(args)
     protected, prompts = named_protection(args, concepts)
     device, frozen_device = _devices(args)
