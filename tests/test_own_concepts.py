@@ -107,6 +107,22 @@ def test_what_is_nothing_to_a_model_or_always_protected_is_refused(script, flags
     assert result[0] == 2 and "error:" in result[2]
 
 
+def test_a_flag_of_another_that_is_not_given_is_refused(script, flags):
+    for flag, owner in (("--clip_path", "--check"), ("--export_dir", "--export")):
+        code, _, err = script(ERASE, *flags, "--concepts", "a cat", flag, "x")
+        assert code == 2 and f"{flag} goes with {owner}: give that too" in err
+
+
+def test_merged_weights_are_not_written_of_a_model_that_is_held_in_half(script, flags):
+    given = ["--concepts", "a cat", *ANY_EFFECT, "--unet_dtype", "bfloat16", "--export"]
+    code, _, err = script(ERASE, *flags, *given, "unet,lora")
+    assert (
+        code == 2
+        and "held in torch.bfloat16, by which those of unet would be rounded: load the model with --unet_dtype" in err
+    ), err
+    assert script(ERASE, *flags, *given, "lora")[0] == 0
+
+
 def test_a_model_without_its_text_encoder_is_one_line(script, mini_path, tmp_path):
     shutil.copytree(mini_path, tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "text_encoder")
