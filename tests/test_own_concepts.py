@@ -131,7 +131,8 @@ def test_a_model_without_its_text_encoder_is_one_line(script, mini_path, tmp_pat
 
 def test_a_null_space_that_is_there_is_kept_where_nothing_asks_for_another(script, flags, tmp_path):
     assert script(SOLVE, *flags, "--concepts", "a cat", "--protect", "a dog")[0] == 0
-    script(ERASE, *flags, "--concepts", "a cat", *ANY_EFFECT)
+    out = script(ERASE, *flags, "--concepts", "a cat", *ANY_EFFECT)[1]
+    assert "is kept, 4 prompts protected, rank_rtol 0.0005: a flag of what is protected" in out
     shift = own_paths(tmp_path).shift("cat")
     assert "a dog" in read_metadata(shift, SHIFT_FILE_TYPE)["protected"]
     script(ERASE, *flags, "--concepts", "a cat", "a tree", *ANY_EFFECT)  # which have to protect each other

@@ -208,6 +208,13 @@ def _solve_null_spaces(
     typed_protection = {"protect", "em_indexes", *typed_settings(args, NullSpaceConfig)} & set(typed)
     paths = [artifacts.basis(concept.label) for concept in concepts]
     if not typed_protection and all(path.is_file() for path in paths) and _protect_enough(paths, concepts, protection):
+        for path in paths:
+            said = read_metadata(path, BASIS_FILE_TYPE)  # which is empty for a damaged file
+            if "rank_rtol" in said:
+                print(
+                    f"{said['concept']}: the null space {path} is kept, {len(said['protected'])} prompts protected, "
+                    f"rank_rtol {said['rank_rtol']:g}: a flag of what is protected, or of a null space, solves it anew"
+                )
         return
     one = Shard() if artifacts.method == JointSRSMEConfig.name else shard  # whose shifts one process trains
     for summary in solve_null_spaces(model, artifacts, concepts, protection, one):
