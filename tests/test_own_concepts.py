@@ -18,6 +18,7 @@ from ldm.diffusion.load import load_model
 from ldm.erasure.effect import judge
 from ldm.erasure.merge import load_shifts
 from ldm.erasure.shift import SHIFT_FILE_TYPE
+from ldm.io.errors import MissingFileError
 from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.tensors import read_metadata
 
@@ -231,6 +232,15 @@ def test_an_eraser_takes_concepts_of_its_category_and_own_ones(mini_path, tmp_pa
     assert eraser.erased == ["Picasso", "blue owl"]
     with pytest.raises(ValueError, match="blue oil is not erased, did you mean blue owl"):
         eraser.restore("blue oil")
+
+
+def test_a_setting_of_learning_asks_for_learning_in_python_too(mini_path, tmp_path):
+    model = load_model(mini_path, CPU)
+    with pytest.raises(MissingFileError, match="cat") as caught:
+        erase(model, "a cat", lr=0.1, artifacts_dir=tmp_path, training_image_dir=tmp_path / "none")
+    assert caught.value.kind == "training images"
+    closed = erase(model, "a cat", max_steps=0, artifacts_dir=tmp_path)["cat"].metadata
+    assert closed["config"]["mode"] == "closed_form"
 
 
 def test_no_concept_is_erased_twice_at_once(mini_path, tmp_path):

@@ -14,7 +14,7 @@ from ldm.cli import output
 from ldm.cli.arguments import Namespace, spelled, typed, typed_settings
 from ldm.cli.concepts import category_of, named_concepts, named_protection
 from ldm.cli.devices import init_distributed, parse_devices
-from ldm.cli.session import LEARNING_FLAGS, artifact_paths, fill_settings, load_model, method_config, print_export
+from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config, print_export
 from ldm.config.concept_lists import read_prompts
 from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import (
@@ -28,7 +28,7 @@ from ldm.config.methods import (
     NullSpaceConfig,
     SRSMEConfig,
 )
-from ldm.config.models import ModelConfig, describe_sources, load_model_config
+from ldm.config.models import LEARNING_SETTINGS, ModelConfig, describe_sources, load_model_config
 from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.contradictions import check_contradictions
@@ -118,7 +118,7 @@ def _check_erased(
 
 def _implied(config: MethodConfig, base: MethodConfig) -> dict[str, str]:
     """Return, by name, the settings that another flag asked for, with that flag: --lr asks for the mode learn."""
-    asking = [flag for name, flag in spelled.items() if name in (*LEARNING_FLAGS, "init")]
+    asking = [flag for name, flag in spelled.items() if name in (*LEARNING_SETTINGS, "init")]
     names = ("mode", "init") if asking else ()
     return {
         name: asking[0]

@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config.concept_lists import read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, is_one_of
-from ldm.config.methods import ANCHORS, METHODS, NO_GATE, EditConfig, ExportConfig, SamplingConfig, did_you_mean
-from ldm.config.models import load_model_config
+from ldm.config.methods import (
+    ANCHORS,
+    METHODS,
+    NO_GATE,
+    EditConfig,
+    ExportConfig,
+    MethodConfig,
+    SamplingConfig,
+    did_you_mean,
+)
+from ldm.config.models import load_model_config, with_asked
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate as sample
 from ldm.erasure.contradictions import check_contradictions
@@ -63,9 +72,9 @@ def make_own_shifts(
 
     `kind` says what kind of thing the concepts are (style, object, person, brand, generic), `anchor` what takes their
     place: a text such as "a painting", or a setting (empty, category, neutral). `settings` are those of the `method`,
-    or of its null spaces and gates, in place of the model's own. Shifts are kept below `artifacts_dir`, where one that
-    is there from the same inputs is taken; `training_image_dir` has a folder of images per concept, for a method that
-    trains on them.
+    or of its null spaces and gates, in place of the model's own: one of training, such as `lr`, asks for training.
+    Shifts are kept below `artifacts_dir`, where one that is there from the same inputs is taken; `training_image_dir`
+    has a folder of images per concept, for a method that trains on them.
     """
     if method not in METHODS:
         near = did_you_mean(method, list(METHODS))
@@ -113,7 +122,8 @@ def _with_changes(configs: Sequence[Any], settings: Mapping[str, Any]) -> list[A
             raise ValueError(f"no setting {name}{near}: see configs/README.md for those that there are")
     changed = []
     for config, names in zip(configs, known, strict=True):
-        changed.append(config.with_changes(**{name: value for name, value in settings.items() if name in names}))
+        own = {name: value for name, value in settings.items() if name in names}
+        changed.append(with_asked(config, own) if isinstance(config, MethodConfig) else config.with_changes(**own))
     return changed
 
 
