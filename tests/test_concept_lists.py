@@ -57,6 +57,7 @@ def test_a_list_of_concepts_is_read_strictly(tmp_path, text, words):
         ("a.yaml", "concepts: [{aliases: [B]}]\n", "concept 1, concept is None"),
         ("a.yaml", "concepts: [{concept: A, kind: planet}]\n", "'planet'"),
         ("a.yaml", "concepts: [{concept: A, anchor: a}]\n", "the anchor 'a' says A"),
+        ("a.yaml", "concepts: [{concept: A, anchor: empty}]\n", "concept 1 has the anchor 'empty', which is a setting"),
     ],
 )
 def test_text_and_yaml_files_are_read_strictly(tmp_path, name, text, words):

@@ -197,19 +197,22 @@ def test_a_concept_cannot_be_changed_in_the_first_line(owner):
 
 
 def test_what_has_too_little_effect_is_not_called_erased(tiny, tmp_path):
-    concepts = [make_concept(name) for name in ("one", "two", "three")]
+    concepts = [make_concept(name) for name in ("one", "two", "three", "four")]
     ledger = Ledger.create(tmp_path / HISTORY_FILE, make_header(tiny, "own", concepts, [], {}))
     SeparableShift({"a": torch.ones(2, 1)}, torch.ones(1, 3), 1.0).save(tmp_path / "x.safetensors", {})
     record = {"concept": "x", "method": "SRS-ME", "shift": "x.safetensors"}
     judged = {"one": {"is_erased": True, "effect": 0.9}, "two": {"is_erased": False, "effect": 0.1}, "three": {}}
+    judged["four"] = {"is_erased": False, "effect": 0.0, "target_change": 0.0, "max_leakage_others": 0.0}
     ledger.append({label: record | said for label, said in judged.items()})
     table = status_table(ledger).set_index("concept")
     assert table["state"].to_dict() == {
         "one": "erased",
         "two": "too_weak",
         "three": "erased",
+        "four": "too_weak",
     }  # the last by an older one
-    assert table["effect"].to_dict() == {"one": 0.9, "two": 0.1, "three": ""}
+    assert table["effect"].to_dict() == {"one": 0.9, "two": 0.1, "three": "", "four": 0.0}
+    assert table.loc["four", ["target_change", "max_leakage_others"]].tolist() == [0.0, 0.0]
 
 
 def test_the_least_effect_that_is_typed_is_what_the_ledger_asks_for(owner, script):

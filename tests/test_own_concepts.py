@@ -12,12 +12,13 @@ from ldm import ConceptEraser, applied, erase, export, generate
 from ldm.cli import arguments, concepts
 from ldm.cli.session import method_config
 from ldm.config.concept_lists import make_concept
-from ldm.config.methods import SamplingConfig, SRSMEConfig
+from ldm.config.methods import ExportConfig, SamplingConfig, SRSMEConfig
 from ldm.config.models import bundled_config
 from ldm.diffusion.load import load_model
 from ldm.erasure.effect import judge
 from ldm.erasure.merge import load_shifts
 from ldm.erasure.shift import SHIFT_FILE_TYPE
+from ldm.io.errors import MissingFileError
 from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.tensors import read_metadata
 
@@ -107,6 +108,22 @@ def test_what_is_nothing_to_a_model_or_always_protected_is_refused(script, flags
     assert result[0] == 2 and "error:" in result[2]
 
 
+def test_a_flag_of_another_that_is_not_given_is_refused(script, flags):
+    for flag, owner in (("--clip_path", "--check"), ("--export_dir", "--export")):
+        code, _, err = script(ERASE, *flags, "--concepts", "a cat", flag, "x")
+        assert code == 2 and f"{flag} goes with {owner}: give that too" in err
+
+
+def test_merged_weights_are_not_written_of_a_model_that_is_held_in_half(script, flags):
+    given = ["--concepts", "a cat", *ANY_EFFECT, "--unet_dtype", "bfloat16", "--export"]
+    code, _, err = script(ERASE, *flags, *given, "unet,lora")
+    assert (
+        code == 2
+        and "held in torch.bfloat16, by which those of unet would be rounded: load the model with --unet_dtype" in err
+    ), err
+    assert script(ERASE, *flags, *given, "lora")[0] == 0
+
+
 def test_a_model_without_its_text_encoder_is_one_line(script, mini_path, tmp_path):
     shutil.copytree(mini_path, tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "text_encoder")
@@ -115,7 +132,8 @@ def test_a_model_without_its_text_encoder_is_one_line(script, mini_path, tmp_pat
 
 def test_a_null_space_that_is_there_is_kept_where_nothing_asks_for_another(script, flags, tmp_path):
     assert script(SOLVE, *flags, "--concepts", "a cat", "--protect", "a dog")[0] == 0
-    script(ERASE, *flags, "--concepts", "a cat", *ANY_EFFECT)
+    out = script(ERASE, *flags, "--concepts", "a cat", *ANY_EFFECT)[1]
+    assert "is kept, 4 prompts protected, rank_rtol 0.0005: a flag of what is protected" in out
     shift = own_paths(tmp_path).shift("cat")
     assert "a dog" in read_metadata(shift, SHIFT_FILE_TYPE)["protected"]
     script(ERASE, *flags, "--concepts", "a cat", "a tree", *ANY_EFFECT)  # which have to protect each other
@@ -183,10 +201,25 @@ def test_five_lines_of_python_from_a_model_to_an_image_and_a_file(mini_path, tmp
     assert generate(model, "a red fox", sampling=quick)[0].tobytes() == before.tobytes()
     export(model, shifts, tmp_path / "out", formats=["lora"])
     assert (tmp_path / "out-lora" / "red-fox.safetensors").is_file()
+    cut = export(model, shifts, tmp_path / "cut", ExportConfig(("unet",)), rank=1)
+    assert [row["rank"] for row in cut.truncated] == [1, 1]
+    with pytest.raises(ValueError, match="no setting save_type, did you mean save_dtype"):
+        export(model, shifts, tmp_path / "cut", "unet", save_type="float16")
+    settings = erase(model, "a cat", anchor="empty", artifacts_dir=tmp_path)["cat"].metadata
+    assert settings["config"]["anchor"] == "empty" and settings["anchor"] == ""
     with pytest.raises(ValueError, match="no setting ridge_weigth, did you mean ridge_weight"):
         erase(model, "a cat", artifacts_dir=tmp_path, ridge_weigth=1)
     with pytest.raises(ValueError, match="the protected prompts 'a black cat' say it"):
         erase(model, "a cat", protect="a black cat", artifacts_dir=tmp_path)
+
+
+def test_a_shift_stays_what_it_is_when_its_concept_is_erased_in_another_way(mini_path, tmp_path):
+    model = load_model(mini_path, CPU)
+    shift = erase(model, "a cat", artifacts_dir=tmp_path)["cat"]
+    before = [shift.delta_weight(name) for name in shift.parameter_names]
+    other = erase(model, "a cat", anchor="a dog", artifacts_dir=tmp_path)["cat"]
+    assert all(map(torch.equal, [shift.delta_weight(name) for name in shift.parameter_names], before))
+    assert not torch.equal(other.delta_weight(other.parameter_names[0]), before[0])
 
 
 def test_an_eraser_takes_concepts_of_its_category_and_own_ones(mini_path, tmp_path):
@@ -199,6 +232,47 @@ def test_an_eraser_takes_concepts_of_its_category_and_own_ones(mini_path, tmp_pa
     assert eraser.erased == ["Picasso", "blue owl"]
     with pytest.raises(ValueError, match="blue oil is not erased, did you mean blue owl"):
         eraser.restore("blue oil")
+
+
+def test_a_setting_of_learning_asks_for_learning_in_python_too(mini_path, tmp_path):
+    model = load_model(mini_path, CPU)
+    with pytest.raises(MissingFileError, match="cat") as caught:
+        erase(model, "a cat", lr=0.1, artifacts_dir=tmp_path, training_image_dir=tmp_path / "none")
+    assert caught.value.kind == "training images"
+    closed = erase(model, "a cat", max_steps=0, artifacts_dir=tmp_path)["cat"].metadata
+    assert closed["config"]["mode"] == "closed_form"
+
+
+def test_no_concept_is_erased_twice_at_once(mini_path, tmp_path):
+    eraser, quick = ConceptEraser(mini_path, artifacts_dir=tmp_path, device="cpu"), SamplingConfig(1)
+    eraser.erase("VanGogh")
+    alone = eraser.generate("VanGogh", sampling=quick)[0]
+    refused = (
+        lambda: eraser.export(tmp_path / "out"),
+        lambda: eraser.erase("Picasso"),
+        lambda: eraser.erase("a cat"),
+        lambda: eraser.restore("VanGogh") or eraser.generate("VanGogh", sampling=quick),
+    )
+    with eraser.applied():
+        assert eraser.generate("VanGogh", sampling=quick)[0].tobytes() == alone.tobytes()
+        for make in refused:
+            with pytest.raises(ValueError, match="mini-sd is without 1 as long as this block runs: end it first"):
+                make()
+    assert eraser.generate("VanGogh", sampling=quick)[0].tobytes() != alone.tobytes()
+
+
+def test_an_eraser_protects_what_it_is_given_or_erases_nothing(mini_path, tmp_path):
+    eraser = ConceptEraser(mini_path, artifacts_dir=tmp_path, device="cpu")
+    for names, settings, words in (
+        (["VanGogh", "a dog"], {"protect": "a dog"}, "dog cannot be erased and protected at once"),
+        (["a cow", "VanGogh"], {"protect": "a van gogh painting"}, "VanGogh cannot be erased and protected at once"),
+        (["VanGogh"], {"ridge_weight": 1}, "`ridge_weight` goes with concepts of your own: VanGogh is of the category"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            eraser.erase(*names, **settings)
+        assert eraser.erased == []
+    eraser.erase("VanGogh", protect=["a dog"])
+    assert "a dog" in eraser.shifts["1"].metadata["protected"]
 
 
 def test_shifts_are_found_by_any_spelling(script, flags, tmp_path):

@@ -528,6 +528,7 @@ def test_both_encoders_and_the_pooled_embedding_of_xl_are_edited(xl):
         ("Warhol", {"kind": {"Andy": "style"}}, "`kind` is given for 'Andy', which is none of the texts"),
         ("Warhol", {"anchor": {"Andy": "a car"}}, "`anchor` is given for 'Andy', which is none of the texts"),
         ("Warhol", {"anchor": " "}, "`anchor` has an empty text"),
+        ("Warhol", {"anchor": "empty"}, "the `anchor` 'empty' of 'Warhol' is no text but a setting"),
         ("Warhol", {"anchor": "art by warhol"}, "the `anchor` 'art by warhol' of 'Warhol' says 'Warhol'"),
         ("Warhol", {"anchor": "a Picasso"}, "the `anchor` 'a Picasso' of 'Warhol' says 'Picasso', which is erased"),
         ("a church", {"protect": ["the church"]}, "the protected prompt 'the church' says 'a church'"),

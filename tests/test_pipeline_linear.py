@@ -389,6 +389,18 @@ def test_one_eraser_for_a_pipeline_and_none_for_another_with_its_unet(pipe, eras
     ConceptEraser(relative, form="linear").erase("VanGogh")
 
 
+@pytest.mark.parametrize("form", ["gated", "linear"])
+def test_of_two_erasers_that_were_made_beforehand_one_erases(pipe, eraser, form):
+    other = ConceptEraser(pipe, form=form)
+    eraser.erase("Picasso")
+    with pytest.raises(ValueError, match="another eraser of this pipeline has erased Picasso: erase by that one"):
+        other.erase("VanGogh")
+    assert ConceptEraser(pipe) is eraser and other.erased == [] and "encode_prompt" not in vars(pipe)
+    eraser.restore("Picasso")
+    other.erase("VanGogh")
+    assert ConceptEraser(pipe) is other
+
+
 def quantize(pipe) -> None:
     layer = next(iter(text_layers(pipe.unet).values()))
     layer.weight = nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)

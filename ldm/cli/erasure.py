@@ -14,7 +14,7 @@ from ldm.cli import output
 from ldm.cli.arguments import Namespace, spelled, typed, typed_settings
 from ldm.cli.concepts import category_of, named_concepts, named_protection
 from ldm.cli.devices import init_distributed, parse_devices
-from ldm.cli.session import LEARNING_FLAGS, artifact_paths, fill_settings, load_model, method_config, print_export
+from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config, print_export
 from ldm.config.concept_lists import read_prompts
 from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import (
@@ -28,7 +28,7 @@ from ldm.config.methods import (
     NullSpaceConfig,
     SRSMEConfig,
 )
-from ldm.config.models import ModelConfig, describe_sources, load_model_config
+from ldm.config.models import LEARNING_SETTINGS, ModelConfig, describe_sources, load_model_config
 from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.contradictions import check_contradictions
@@ -55,6 +55,9 @@ def run_erasure(args: Namespace, method: str) -> None:
     """
     from ldm.erasure.erase import erase_concepts, summary_table
 
+    for name, owner in (("clip_path", "check"), ("export_dir", "export")):
+        if name in typed and not getattr(args, owner):
+            raise ValueError(f"`{name}` goes with `{owner}`: give that too, or leave it out")
     concepts = named_concepts(args)
     protected, prompts = named_protection(args, concepts)
     device, frozen_device = _devices(args)
@@ -115,7 +118,7 @@ def _check_erased(
 
 def _implied(config: MethodConfig, base: MethodConfig) -> dict[str, str]:
     """Return, by name, the settings that another flag asked for, with that flag: --lr asks for the mode learn."""
-    asking = [flag for name, flag in spelled.items() if name in (*LEARNING_FLAGS, "init")]
+    asking = [flag for name, flag in spelled.items() if name in (*LEARNING_SETTINGS, "init")]
     names = ("mode", "init") if asking else ()
     return {
         name: asking[0]
@@ -205,6 +208,13 @@ def _solve_null_spaces(
     typed_protection = {"protect", "em_indexes", *typed_settings(args, NullSpaceConfig)} & set(typed)
     paths = [artifacts.basis(concept.label) for concept in concepts]
     if not typed_protection and all(path.is_file() for path in paths) and _protect_enough(paths, concepts, protection):
+        for path in paths:
+            said = read_metadata(path, BASIS_FILE_TYPE)  # which is empty for a damaged file
+            if "rank_rtol" in said:
+                print(
+                    f"{said['concept']}: the null space {path} is kept, {len(said['protected'])} prompts protected, "
+                    f"rank_rtol {said['rank_rtol']:g}: a flag of what is protected, or of a null space, solves it anew"
+                )
         return
     one = Shard() if artifacts.method == JointSRSMEConfig.name else shard  # whose shifts one process trains
     for summary in solve_null_spaces(model, artifacts, concepts, protection, one):

@@ -22,7 +22,7 @@ from ldm.cli.arguments import (
 )
 from ldm.cli.devices import parse_devices
 from ldm.config.methods import MethodConfig, Settings, SRSMEConfig, did_you_mean
-from ldm.config.models import ModelConfig
+from ldm.config.models import ModelConfig, with_asked
 from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
 from ldm.io.legacy import renamed_setting
@@ -31,7 +31,6 @@ from ldm.io.prompts import PromptCase, make_cases, read_prompt_csv
 from ldm.io.tensors import check_base_model
 from ldm.ledger.ledger import Ledger, history_path
 
-LEARNING_FLAGS = {"lr", "stop_threshold", "l1_weight", "max_steps"}  # which ask SRS-ME to learn
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
@@ -64,27 +63,8 @@ def artifact_paths(args: Namespace, model_name: str, method: str, category: str 
 
 
 def method_config(args: Namespace, config: ModelConfig, method: str) -> MethodConfig:
-    """Return a method's settings in a model's config with what was typed in their place.
-
-    Whether SRS-ME trains is decided by the flags: --mode, or else one that acts only in training, or --init zero, asks
-    for training from zero, as in the paper; --max_steps 0 stops at the closed form.
-    """
-    base = config.methods[method]
-    changes = typed_settings(args, type(base))
-    return base.with_changes(**(_with_mode(changes) if isinstance(base, SRSMEConfig) else changes))
-
-
-def _with_mode(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return changes of SRS-ME's settings with the mode, and the beginning, that what was typed asks for."""
-    if changes.get("max_steps") == 0:
-        if changes.get("mode") == "learn":
-            raise ValueError("`max_steps` 0 trains nothing: give `mode` closed_form, or `max_steps` from 1")
-        others = {name: value for name, value in changes.items() if name != "max_steps"}
-        return {**others, "mode": "closed_form"}
-    asks = LEARNING_FLAGS & set(changes) or changes.get("init") == "zero"
-    if "mode" in changes or not asks:
-        return changes
-    return {"mode": "learn", "init": "zero", **changes}
+    """Return a method's settings in a model's config with what was typed in their place, as `with_asked` says."""
+    return with_asked(config.methods[method], typed_settings(args, type(config.methods[method])))
 
 
 def changed_methods(config: ModelConfig, changes: Sequence[str]) -> dict[str, MethodConfig]:
@@ -116,7 +96,7 @@ def _changed(config: MethodConfig, name: str, text: str, change: str) -> MethodC
         changes = {name: nonnegative_int(text) if decides_mode else setting_type(entries[name])(text)}
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"`set` {change}: {error}") from None
-    return config.with_changes(**(_with_mode(changes) if decides_mode else changes))
+    return with_asked(config, changes) if decides_mode else config.with_changes(**changes)
 
 
 def ledger_at(args: Namespace, path: Path) -> Ledger:

@@ -19,7 +19,7 @@ from ldm.config.concepts import (
     find_by_name,
     identity_of,
 )
-from ldm.config.methods import did_you_mean
+from ldm.config.methods import ANCHORS, did_you_mean
 from ldm.config.spellings import says
 from ldm.config.templates import KINDS
 from ldm.config.yaml_files import check_keys, read_mapping
@@ -151,10 +151,18 @@ def _known(name: str) -> Concept | None:
 
 
 def with_anchor(concept: Concept, anchor: str, place: str) -> Concept:
-    """Return a concept with what takes the place of its name. Raises ValueError for a text that says it, or is none."""
+    """Return a concept with what takes the place of its name.
+
+    Raises ValueError for a text that says it, that is none, or that is one of `ANCHORS`.
+    """
     check_text(anchor, f"{place}, anchor")
     if not anchor:
-        raise ValueError(f"{place} has an empty anchor: give `anchor` a text, such as 'a painting', or the word empty")
+        raise ValueError(f"{place} has an empty anchor: give `anchor` a text, such as 'a painting', or leave it out")
+    if anchor in ANCHORS:
+        raise ValueError(
+            f"{place} has the anchor '{anchor}', which is a setting and no text: give `anchor` {anchor} for all "
+            "concepts of an erasure, or another text"
+        )
     if says(anchor, concept.spellings):
         raise ValueError(
             f"{place}: the anchor '{anchor}' says {concept.name}, which would stay: give `anchor` another text"

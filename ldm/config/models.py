@@ -21,6 +21,7 @@ from ldm.config.methods import (
     NullSpaceConfig,
     SamplingConfig,
     Settings,
+    SRSMEConfig,
     did_you_mean,
 )
 from ldm.config.yaml_files import read_mapping
@@ -39,6 +40,7 @@ _SECTIONS = ("sampling", "null_space", "evaluation", "gate", "edit")
 _MODEL_KEYS = ("base_config", "component_configs", *_SECTIONS, "methods")
 TRAINING_KEYS = ("seed", "dataset", "tokenizer", "text_encoder", "vae", "unet", "scheduler", "train")
 _CARRIED_KEYS = ("seed", "dataset", *_SECTIONS, "methods")  # what a model's folder carries of a config
+LEARNING_SETTINGS = {"lr", "stop_threshold", "l1_weight", "max_steps"}  # which ask SRS-ME to learn
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 _Layer = tuple[Path, dict[str, Any]]  # a file, and what it says under today's keys
@@ -175,6 +177,25 @@ def _merged(settings: AnySettings, changes: Any, path: Path, section: str) -> An
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ValueError(f"{path}, {section}: {str(error).splitlines()[0]}") from error
     return merged
+
+
+def with_asked(config: MethodConfig, changes: Mapping[str, Any]) -> MethodConfig:
+    """Return a method's settings with what a user asked for in their place.
+
+    That decides whether SRS-ME trains: the `mode`, or else a setting that acts only in training, or `init` zero, asks
+    for training from zero, as in the paper; `max_steps` 0 stops at the closed form.
+    """
+    if not isinstance(config, SRSMEConfig):
+        return config.with_changes(**changes)
+    if changes.get("max_steps") == 0:
+        if changes.get("mode") == "learn":
+            raise ValueError("`max_steps` 0 trains nothing: give `mode` closed_form, or `max_steps` from 1")
+        others = {name: value for name, value in changes.items() if name != "max_steps"}
+        return config.with_changes(**{**others, "mode": "closed_form"})
+    asks = LEARNING_SETTINGS & set(changes) or changes.get("init") == "zero"
+    if "mode" in changes or not asks:
+        return config.with_changes(**changes)
+    return config.with_changes(**{"mode": "learn", "init": "zero", **changes})
 
 
 def describe_sources(config: ModelConfig, sections: Sequence[str], typed: Mapping[str, str]) -> str:

@@ -84,6 +84,7 @@ class DiffusionModel:
     embedding_edit: EmbeddingEdit | None = None  # what becomes of prompts' embeddings, by `edits.edit_embeddings`
     remembered: dict[str, torch.Tensor] | None = None  # embeddings of prompts, by `edits.remember_embeddings`
     settings_path: Path | None = None  # the file with its own settings
+    edited_by: tuple[str, ...] = ()  # the labels of the shifts that act on it now, by `merge.edited`
 
     def __post_init__(self) -> None:
         # Any: diffusers declares the entries of its configs nowhere, and torch.compile replaces the U-Net

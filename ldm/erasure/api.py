@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config.concept_lists import read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, is_one_of
-from ldm.config.methods import METHODS, NO_GATE, EditConfig, ExportConfig, SamplingConfig, did_you_mean
-from ldm.config.models import load_model_config
+from ldm.config.methods import (
+    ANCHORS,
+    METHODS,
+    NO_GATE,
+    EditConfig,
+    ExportConfig,
+    MethodConfig,
+    SamplingConfig,
+    did_you_mean,
+)
+from ldm.config.models import load_model_config, with_asked
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate as sample
 from ldm.erasure.contradictions import check_contradictions
@@ -22,7 +31,7 @@ from ldm.erasure.erase import ErasureSummary
 from ldm.erasure.erase import erase as make_shifts
 from ldm.erasure.export import Export
 from ldm.erasure.export import export as write_formats
-from ldm.erasure.merge import edited, spellings_of
+from ldm.erasure.merge import check_unedited, edited, spellings_of
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
 from ldm.io.paths import ArtifactPaths
@@ -62,13 +71,17 @@ def make_own_shifts(
     """Return what `erase` does, and what each new shift took.
 
     `kind` says what kind of thing the concepts are (style, object, person, brand, generic), `anchor` what takes their
-    place, such as "a painting". `settings` are those of the `method`, or of its null spaces and gates, in place of the
-    model's own. Shifts are kept below `artifacts_dir`, where one that is there from the same inputs is taken;
-    `training_image_dir` has a folder of images per concept, for a method that trains on them.
+    place: a text such as "a painting", or a setting (empty, category, neutral). `settings` are those of the `method`,
+    or of its null spaces and gates, in place of the model's own: one of training, such as `lr`, asks for training.
+    Shifts are kept below `artifacts_dir`, where one that is there from the same inputs is taken; `training_image_dir`
+    has a folder of images per concept, for a method that trains on them.
     """
     if method not in METHODS:
         near = did_you_mean(method, list(METHODS))
         raise ValueError(f"'{method}' is no method{near}: choose from {', '.join(METHODS)}")
+    check_unedited(model)
+    if anchor in ANCHORS:
+        settings["anchor"], anchor = anchor, None
     named = _as_concepts(concepts, kind, anchor)
     given = [protect] if isinstance(protect, str) else list(protect)
     prompts = read_prompts([text for text in given if isinstance(text, str)])
@@ -84,7 +97,10 @@ def make_own_shifts(
     everything = [*named, *others]
     protection = Protection(everything, null_space, prompts)
     took = make_shifts(model, artifacts, named, config, protection, Path(training_image_dir), gate, everything)
-    return {concept.label: WeightShift.load(artifacts.shift(concept.label)) for concept in named}, took
+    shifts: dict[str, WeightShift] = {}
+    for concept in named:  # whole, since the same concept with other settings is written to the same file
+        shifts[concept.label] = WeightShift.load(artifacts.shift(concept.label)).in_memory()
+    return shifts, took
 
 
 def _as_concepts(concepts: Sequence[str | Concept] | str, kind: str | None, anchor: str | None) -> list[Concept]:
@@ -106,7 +122,8 @@ def _with_changes(configs: Sequence[Any], settings: Mapping[str, Any]) -> list[A
             raise ValueError(f"no setting {name}{near}: see configs/README.md for those that there are")
     changed = []
     for config, names in zip(configs, known, strict=True):
-        changed.append(config.with_changes(**{name: value for name, value in settings.items() if name in names}))
+        own = {name: value for name, value in settings.items() if name in names}
+        changed.append(with_asked(config, own) if isinstance(config, MethodConfig) else config.with_changes(**own))
     return changed
 
 
@@ -142,14 +159,15 @@ def export(
 ) -> Export:
     """Write the model without what `shifts` erase, in `formats`: into `output_dir`, or `output_dir`-FORMAT.
 
-    `formats` are names, whose further settings are those of `ExportConfig`, or such a config. The leakage of each shift
+    `formats` are names, or an `ExportConfig`; `settings` are further fields of that. The leakage of each shift
     is measured on the concepts' own names and on `prompts`. The model stays as it is. Raises ValueError for no shift,
     and for what a format cannot hold.
     """
     names = [str(shift.metadata.get("prompt", "")) for shift in shifts.values()]
-    config = formats
-    if not isinstance(config, ExportConfig):
-        config = ExportConfig((config,) if isinstance(config, str) else tuple(config), **settings)
+    if isinstance(formats, ExportConfig):
+        config = formats.with_changes(**settings)
+    else:
+        config = ExportConfig((formats,) if isinstance(formats, str) else tuple(formats)).with_changes(**settings)
     rounds = config.save_dtype != "float32"  # which an export does to the model that it is given
     measured = list(dict.fromkeys(["", *names, *prompts]))
     return write_formats(deepcopy(model) if rounds else model, shifts, Path(output_dir), config, measured)

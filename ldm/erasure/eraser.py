@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from diffusers import DiffusionPipeline
 
-from ldm.config.concept_lists import make_concept
+from ldm.config.concept_lists import make_concept, read_prompts
 from ldm.config.concepts import Concept, erasable_concepts, find_by_name
 from ldm.config.methods import METHODS, NO_GATE, EditConfig, ExportConfig, SamplingConfig, did_you_mean
 from ldm.config.models import ModelConfig, load_model_config
 from ldm.diffusion.load import load_model
 from ldm.diffusion.model import DiffusionModel
-from ldm.erasure.api import find_label, generate, make_own_shifts
+from ldm.erasure.api import export, find_label, generate, make_own_shifts
+from ldm.erasure.contradictions import check_contradictions
 from ldm.erasure.erase import ErasureSummary, erase
-from ldm.erasure.export import Export, export
-from ldm.erasure.merge import edited
+from ldm.erasure.export import Export
+from ldm.erasure.merge import check_unedited, edited
 from ldm.erasure.pipeline_eraser import PipelineEraser
 from ldm.erasure.pipeline_gated import GatedPipelineEraser
 from ldm.erasure.pipeline_linear import LinearPipelineEraser
@@ -102,42 +102,52 @@ class ConceptEraser:
         """Erase concepts by name, and return what each new shift took and its measured leakage.
 
         A name of the category is its concept, whose shift leaves all others of the category alone. Any other is a
-        concept of the user's own, which is erased as by `ldm.erase`, with its `protect` and further `options`.
-        `image_dir` has a folder of images per concept, for a method that trains on them. Raises ValueError for an
-        unknown method, and for a watermark.
+        concept of the user's own, which is erased as by `ldm.erase`, with further `options`. `protect` are prompts that
+        stay as they are too. `image_dir` has a folder of images per concept, for a method that trains on them. Raises
+        ValueError, and erases nothing, for an unknown method, a watermark, and what contradicts itself.
         """
         if method not in METHODS:
             known = ", ".join(METHODS)
             raise ValueError(f"'{method}' is no method{did_you_mean(method, list(METHODS))}: choose from {known}")
         listed = [concept for concept in map(self._listed, names) if concept is not None]
         own = [name for name in names if self._listed(name) is None]
-        summaries: list[ErasureSummary] = []
-        if listed:
-            summaries += self._erase_listed(list(dict.fromkeys(listed)), method, Path(image_dir))
+        if options and not own:
+            raise ValueError(
+                f"`{next(iter(options))}` goes with concepts of your own: {', '.join(names)} is of the category "
+                f"{self.category}, which the model's config has settings for"
+            )
+        protected = [protect] if isinstance(protect, str) else list(protect)
+        shifts, summaries = self._make_listed(list(dict.fromkeys(listed)), protected, method, Path(image_dir))
         if own:
             options = {"gate": self.form == "gated", **options}
             options |= {"method": method, "artifacts_dir": self.artifacts_dir, "training_image_dir": image_dir}
-            protected = [protect] if isinstance(protect, str) else list(protect)
-            shifts, took = make_own_shifts(self.model, own, [*protected, *self._own_concepts()], **options)
-            self.shifts |= shifts
-            summaries += took
+            own_shifts, took = make_own_shifts(self.model, own, [*protected, *self._own_concepts()], **options)
+            shifts, summaries = shifts | own_shifts, summaries + took
+        shifts = self.shifts | shifts
+        labels = sorted((label for label in shifts if label.isdigit()), key=int)
+        labels += [label for label in shifts if not label.isdigit()]
+        self.shifts = {label: shifts[label] for label in labels}
         return summaries
 
-    def _erase_listed(self, concepts: Sequence[Concept], method: str, image_dir: Path) -> list[ErasureSummary]:
-        """Erase concepts of the category, and return what each new shift took."""
+    def _make_listed(
+        self, concepts: Sequence[Concept], protect: Sequence[str], method: str, image_dir: Path
+    ) -> tuple[dict[str, WeightShift], list[ErasureSummary]]:
+        """Return a shift for each of some concepts of the category, by label, and what each new one took."""
+        if not concepts:
+            return {}, []
+        check_unedited(self.model)
+        prompts = read_prompts(protect)
+        check_contradictions(self.model, concepts, prompts)
         artifacts = ArtifactPaths(self.artifacts_dir, method, self.model.name, self.category, 1, 0)  # as the scripts do
-        protection = Protection(erasable_concepts(self.category), self.config.null_space)
+        protection = Protection(erasable_concepts(self.category), self.config.null_space, prompts)
         gate = self.config.gate if self.form == "gated" else NO_GATE
         settings = self.config.methods[method], protection, image_dir, gate
         summaries = erase(self.model, artifacts, concepts, *settings)
+        shifts: dict[str, WeightShift] = {}
         for concept in concepts:
-            shift = WeightShift.load(artifacts.shift(concept.label))
-            shift.check(self.model.digests, self.model.unet)
-            self.shifts[concept.label] = shift
-        listed = sorted((label for label in self.shifts if label.isdigit()), key=int)
-        own = [label for label in self.shifts if not label.isdigit()]
-        self.shifts = {label: self.shifts[label] for label in [*listed, *own]}
-        return summaries
+            shifts[concept.label] = WeightShift.load(artifacts.shift(concept.label)).in_memory()
+            shifts[concept.label].check(self.model.digests, self.model.unet)
+        return shifts, summaries
 
     def restore(self, *names: str) -> None:
         """Restore concepts by name: their shifts are left out. Raises ValueError for one that is not erased."""
@@ -151,6 +161,9 @@ class ConceptEraser:
     @contextmanager
     def applied(self) -> Generator[None]:
         """While the block runs, let `model` be without the erased concepts; then it is the base model, bit for bit."""
+        if self.shifts and self.model.edited_by == tuple(self.shifts):  # by a block around this one
+            yield
+            return
         with edited(self.model, self.shifts, self.form):
             yield
 
@@ -168,11 +181,9 @@ class ConceptEraser:
         """
         if not self.shifts:
             raise ValueError("nothing is erased: the weights are the base model's")
-        names = [str(shift.metadata.get("prompt", "")) for shift in self.shifts.values()]
-        prompts = list(dict.fromkeys(["", *(concept.prompt for concept in erasable_concepts(self.category)), *names]))
         target = Path(output_dir) / f"{self.model.name}-{merge_name(self.shifts)}"
-        rounds = config.save_dtype != "float32"  # which an export does to the model that it is given
-        return export(deepcopy(self.model) if rounds else self.model, self.shifts, target, config, prompts)
+        prompts = [concept.prompt for concept in erasable_concepts(self.category)]
+        return export(self.model, self.shifts, target, config, prompts)
 
     def _own_concepts(self) -> list[Concept]:
         """Return the user's own concepts that are erased, which the shifts of further ones leave alone."""

@@ -36,7 +36,7 @@ from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.export_comfyui import check_comfyui, gates_table, save_comfyui
 from ldm.erasure.export_metadata import checkpoint_metadata, lora_metadata, save_with_metadata, unet_metadata
 from ldm.erasure.leakage import leakage, leakage_after_rounding, leakage_table, truncation_error
-from ldm.erasure.merge import merge, merged_weight
+from ldm.erasure.merge import check_unedited, merge, merged_weight
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
 from ldm.io.files import SETTINGS_FILE, atomic_write_dir, is_written, write_dir_metadata
 from ldm.io.tensors import CREATED_BY, check_finite, named_writes
@@ -71,10 +71,19 @@ def export(
     leakage on `prompts` is reported. LoRAs are always cut to a rank, other weights only if `config.rank` is set, gates
     never. A whole model in diffusers' layout carries the settings of `model`, but a settings file that is there stays.
     What is refused is refused before anything is written. Raises ValueError for a model of which an earlier export left
-    rounded weights.
+    rounded weights, for merged weights of one that is not held in float32, and for one that shifts act on now.
     """
+    check_unedited(model)
     if model.is_rounded:
         raise ValueError(f"an earlier export rounded the weights of {model.name}: load the model again")
+    merged_formats = set(config.formats) & set(LINEAR_FORMATS) - set(LORA_FORMATS)
+    if model.checkpoint:
+        merged_formats -= {"compvis"}  # which is merged into the checkpoint itself
+    if model.dtype != torch.float32 and merged_formats:
+        raise ValueError(
+            f"the weights of {model.name} are held in {model.dtype}, by which those of "
+            f"{', '.join(sorted(merged_formats))} would be rounded: load the model with `unet_dtype` float32"
+        )
     if not shifts or not prompts:
         raise ValueError("an export needs a shift, and a prompt to report the leakage on: give one of each")
     known: dict[str, str] = {}

@@ -64,11 +64,25 @@ def edited(model: DiffusionModel, shifts: Mapping[str, WeightShift], form: str) 
     """While the block runs, let the model be without the concepts of `shifts`; then it is the very base model again.
 
     In the `form` gated a shift acts on the prompts that trip its gate, in the form linear on the weights, which is also
-    what one without a gate does. Raises ValueError for a gate that does not fit the model.
+    what one without a gate does. Raises ValueError for a gate that does not fit the model, and as `check_unedited`.
     """
+    check_unedited(model)
     gated, linear = by_form(shifts, form)
     with applied(model.unet, list(linear.values())), edit_embeddings(model, gated_prompts(model, gated)):
-        yield
+        model.edited_by = tuple(shifts)
+        try:
+            yield
+        finally:
+            model.edited_by = ()
+
+
+def check_unedited(model: DiffusionModel) -> None:
+    """Raise ValueError while shifts act on a model: what is made of it then would hold them twice, or not at all."""
+    if model.edited_by:
+        raise ValueError(
+            f"{model.name} is without {', '.join(model.edited_by)} as long as this block runs: end it first, or give "
+            "all shifts to one block"
+        )
 
 
 def gated_prompts(model: DiffusionModel, gated: Mapping[str, WeightShift]) -> GatedPrompts | None:

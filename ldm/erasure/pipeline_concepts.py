@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from ldm.config.concept_lists import make_concept
 from ldm.config.concepts import Concept, always_protected_prompts
+from ldm.config.methods import ANCHORS
 from ldm.config.spellings import says
 
 Value = TypeVar("Value")
@@ -60,6 +61,11 @@ def new_concepts(texts: Sequence[str] | str, details: Details, erased: Mapping[s
         concept = named or make_concept(text, kinds.get(text))
         others = [alias for alias in aliases.get(text, ()) if not concept.is_named(alias)]
         anchor = tidied(anchors[text], "anchor")[0] if text in anchors else concept.anchor
+        if anchor in ANCHORS:
+            raise ValueError(
+                f"the `anchor` '{anchor}' of '{text}' is no text but a setting: give a text such as 'a painting', or "
+                "leave it out for a neutral word"
+            )
         if named is None:
             new[text] = replace(concept, aliases=(*concept.aliases, *others), anchor=anchor)
             _check_apart(new[text], known)

@@ -68,6 +68,12 @@ class PipelineEraser(ABC):
         Raises ValueError, and erases nothing, for what cannot be erased, and for a text that says another ("Vincent van
         Gogh" says "Van Gogh"): these are one concept, and the one an alias of the other.
         """
+        other = PipelineEraser.of(self._pipe)
+        if other is not None and other is not self:
+            raise ValueError(
+                f"another eraser of this pipeline has erased {', '.join(other.erased)}: erase by that one, which "
+                "`ConceptEraser` of the pipeline returns, or restore them there"
+            )
         new = new_concepts(texts, Details(kind, aliases, anchor), self._concepts)
         added = [prompt for prompt in as_list(protect, "protect") if prompt not in self._protected]
         concepts, protected = {**self._concepts, **new}, [*self._protected, *added]

@@ -102,6 +102,10 @@ class WeightShift(ABC):
         shift.path, shift.content_digest = path, tensors.content_digest
         return shift
 
+    @abstractmethod
+    def in_memory(self) -> Self:
+        """Return the shift, read whole: nothing of it changes where its file is written anew."""
+
     def check(self, digests: Sequence[str], unet: nn.Module) -> None:
         """Raise ValueError unless the shift was made for the base model with these digests and fits its weights."""
         check_base_model(self.metadata, digests, self.path)
@@ -166,6 +170,10 @@ class SeparableShift(WeightShift):
     @property
     def rank(self) -> int:
         return len(self.directions)
+
+    def in_memory(self) -> Self:
+        self.coefficients = dict(self.coefficients)
+        return self
 
     def truncate(self, rank: int) -> SeparableShift:
         """Return the shift with only its `rank` strongest directions, orthonormal, the strongest first.
@@ -260,6 +268,10 @@ class DenseShift(WeightShift):
     @property
     def rank(self) -> None:
         return None
+
+    def in_memory(self) -> Self:
+        self.deltas = dict(self.deltas)
+        return self
 
     def delta_weight(self, name: str) -> torch.Tensor:
         return self.deltas[name].cpu().double()

@@ -367,13 +367,18 @@ def status_table(ledger: Ledger) -> pd.DataFrame:
                 "rank": last.get("rank") or "",
                 "KB": last["bytes"] // 1000 if "bytes" in last else "",
                 "iterations": last.get("iterations", ""),
-                "effect": last.get("effect") or "",
-                "target_change": last.get("target_change") or "",
-                "max_leakage_others": ledger.max_leakage_others(concept.label) or "",
+                "effect": _cell(last.get("effect")),
+                "target_change": _cell(last.get("target_change")),
+                "max_leakage_others": _cell(ledger.max_leakage_others(concept.label)),
             }
         )
     table = pd.DataFrame(rows)
     return table if any(not concept.is_own for concept in ledger.concepts) else table.drop(columns="index")
+
+
+def _cell(value: float | None) -> float | str:
+    """Return a number as a table has it, where one that is not known is empty, and none of 0 is."""
+    return "" if value is None else value
 
 
 def _now() -> str:
