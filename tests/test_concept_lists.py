@@ -1,6 +1,7 @@
 """Concepts that a user names: by text, in files, and how they are told apart."""
 
 import re
+import warnings
 
 import pytest
 
@@ -52,6 +53,7 @@ def test_a_list_of_concepts_is_read_strictly(tmp_path, text, words):
         ("a.txt", "\n# nothing\n", "nothing in it"),
         ("a.txt", "red fox\nRed  Fox\n", "line 2"),
         ("a.yaml", "concepts: []\n", "not a list of one or more"),
+        ("a.yaml", "- red fox\n- owl\n", "begin it with the line 'concepts:'"),
         ("a.yaml", "concepts: [1984]\n", "write it in quotes"),
         ("a.yaml", "concepts: [{concept: A, alias: [B]}]\n", "has the key 'alias'"),
         ("a.yaml", "concepts: [{aliases: [B]}]\n", "concept 1, concept is None"),
@@ -65,6 +67,24 @@ def test_text_and_yaml_files_are_read_strictly(tmp_path, name, text, words):
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         read_concepts([str(tmp_path / name)])
     assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["castle", "a castle", "Castle", "church", "a red fox"])
+def test_a_concept_that_a_text_and_a_file_name_is_there_twice(tmp_path, text):
+    (tmp_path / "list.csv").write_text("concept\nred fox\ncastle\nchurch\n")
+    with pytest.raises(ValueError, match=r"list.csv line \d: '.*' is there twice: name it once"):
+        read_concepts([text, str(tmp_path / "list.csv")])
+
+
+def test_a_name_that_lists_known_concepts_is_refused_and_one_that_may_list_others_asked_about():
+    for text in ("Picasso,VanGogh", "Picasso; a church", "dog, cat"):
+        with pytest.raises(ValueError, match="would be one concept of this name: give '.*' '.*', apart by spaces"):
+            read_concepts([text])
+    with pytest.warns(Notice, match="'a fox;an owl' is one concept of this name: for several give 'a fox' 'an owl'"):
+        read_concepts(["the fox", "a fox;an owl"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read_concepts(["Paris, Texas", "10,000 Maniacs", "AC;"])) == 3
 
 
 def test_texts_and_files_name_concepts_in_one_list(tmp_path):
@@ -103,6 +123,7 @@ def test_an_article_is_no_part_of_a_name_and_makes_it_an_object():
     assert fox.is_named("a red fox") and fox.is_named("RedFox") and not fox.is_named("a fox")
     assert "a photo of a red fox" in fox.captions
     assert make_concept("A Bigger Splash").name == "A Bigger Splash"
+    assert make_concept("a cat").kind == "object"  # which configs knows without a kind
 
 
 def test_an_anchor_has_one_article_at_most():

@@ -3,6 +3,7 @@
 import pytest
 from conftest import CPU, ROOT
 
+from ldm.config.concept_lists import make_concept
 from ldm.config.concepts import erasable_concepts, get_concept
 from ldm.config.everyday import everyday_captions
 from ldm.diffusion.load import load_model
@@ -43,6 +44,13 @@ def test_by_embedding_a_prompt_says_a_concept_that_its_text_does_not(minilm):
     assert Likeness(minilm, protected).find(get_concept("object", 1)) == ["a photo of a chúrch"]
     with pytest.raises(ValueError, match="'a photo of a chúrch' say it to the model"):
         check_contradictions(minilm, [get_concept("object", 1)], protected)
+
+
+def test_what_an_anchor_takes_out_of_a_name_may_stay_elsewhere(minilm):
+    attribute = make_concept("a scientist with glasses", anchor="a scientist")
+    check_contradictions(minilm, [attribute], ["glasses", "a dog"])
+    with pytest.raises(ValueError, match="'glasses' say it to the model"):
+        check_contradictions(minilm, [make_concept("a scientist with glasses")], ["glasses"])
 
 
 @pytest.mark.parametrize("name", ["mini-sd", "mini-sd-minilm"])

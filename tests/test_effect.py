@@ -13,6 +13,7 @@ from ldm.erasure.effect import (
     LEAST_EFFECT,
     LEAST_PROMPT_EFFECT,
     Effect,
+    describe_miss,
     effect_prompts,
     judge,
     least_effect_met,
@@ -134,6 +135,14 @@ def test_the_least_effect_that_is_met_is_where_the_verdict_changes(metadata):
     assert judge(metadata, "linear", met - 1e-6)[0] is not False
     assert judge(metadata, "linear", met + 1e-6)[0] is False
     assert least_effect_met({}, "linear") == math.inf
+
+
+def test_what_misses_a_limit_is_never_written_as_the_limit():
+    said = {"mean": 0.6999, "least": 0.9, "lowest_prompt": "x", "limit": 0.7, "least_limit": 0.38}
+    assert describe_miss(said) == "0.69 of 0.70 on average"
+    low = describe_miss({**said, "least": 0.2})
+    assert low == "0.69 of 0.70 on average and 0.20 of 0.38 on the lowest prompts, such as 'x'"
+    assert describe_miss({**said, "mean": 0.8, "least": 0.2}) == "0.20 of 0.38 on the lowest prompts, such as 'x'"
 
 
 def test_one_low_prompt_of_many_is_spared_but_never_the_name():

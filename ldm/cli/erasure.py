@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,6 @@ from ldm.cli.arguments import Namespace, spelled, typed, typed_settings
 from ldm.cli.concepts import category_of, named_concepts, named_protection
 from ldm.cli.devices import init_distributed, parse_devices
 from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config, print_export
-from ldm.config.concept_lists import read_prompts
 from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import (
     NO_GATE,
@@ -32,7 +31,7 @@ from ldm.config.models import LEARNING_SETTINGS, ModelConfig, describe_sources, 
 from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.contradictions import check_contradictions
-from ldm.erasure.effect import judge
+from ldm.erasure.effect import describe_miss, judge
 from ldm.erasure.null_space import BASIS_FILE_TYPE
 from ldm.erasure.protection import BasisSummary, Protection, solve_null_spaces
 from ldm.erasure.shift import SHIFT_FILE_TYPE, WeightShift
@@ -66,7 +65,9 @@ def run_erasure(args: Namespace, method: str) -> None:
     model = load_model(args, device, getattr(args, "unet_dtype", "float32"))  # which SRS_ME.py alone asks for
     model_config = load_model_config(model)
     config = method_config(args, model_config, method)
-    sections = [f"methods.{method}", *(["gate"] if isinstance(config, SRSMEConfig) else [])]
+    sections = [f"methods.{method}"]
+    sections += ["null_space"] if config.needs_null_space else []
+    sections += ["gate"] if isinstance(config, SRSMEConfig) else []
     print(describe_sources(model_config, sections, spelled | _implied(config, model_config.methods[method])))
     _report_unused(args, config)
     artifacts = artifact_paths(args, model.name, method, category_of(args, concepts))
@@ -78,29 +79,36 @@ def run_erasure(args: Namespace, method: str) -> None:
     others = protected if concepts[0].is_own else None
     image_dir = args.training_image_dir
     summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, others)
+    has_others = getattr(args, "export", None) or getattr(args, "check", None)  # tables, which JSON tells apart
     if summaries:
-        has_others = getattr(args, "export", None) or getattr(args, "check", None)  # tables, which JSON tells apart
         output.show_table(summary_table(summaries), "shifts" if has_others else "")
     made = concepts if config.is_joint else shard.select(concepts)
-    edit = fill_settings(args, model_config.edit).with_changes(form="gated" if gate.gate else "linear")
-    if getattr(args, "check", None) and shard.rank == 0:
-        _check_images(args, model, artifacts, concepts, edit.form)
-    _check_erased(artifacts, made, config, edit)
-    if getattr(args, "export", None) and shard.rank == 0:
-        _export(args, model, artifacts, concepts)
+    edit = fill_settings(args, model_config.edit)  # in whose form shifts act where no command says otherwise
+    edit = edit if gate.gate else edit.with_changes(form="linear")
+    shifts = _load_made(artifacts, concepts) if has_others and shard.rank == 0 else {}
+    said = ["", *(concept.prompt for concept in concepts), *prompts]
+    if getattr(args, "check", None) and shifts:
+        kept = [concept.prompt for concept in protected if concept not in concepts]
+        groups = {"erased": [concept.prompt for concept in concepts], "protected": [*prompts, *kept, ""]}
+        _check_images(args, model, shifts, edit.form, groups)
+    _check_erased(artifacts, made, config, edit, "; nothing is exported" if getattr(args, "export", None) else "")
+    if getattr(args, "export", None) and shifts:
+        _export(args, model, shifts, said)
 
 
 def _check_erased(
-    artifacts: ArtifactPaths, concepts: Sequence[Concept], config: MethodConfig, edit: EditConfig
+    artifacts: ArtifactPaths, concepts: Sequence[Concept], config: MethodConfig, edit: EditConfig, so: str
 ) -> None:
-    """Raise NotErasedError where a shift has not the effect by which its concept may be called erased."""
+    """Raise NotErasedError where a shift has not the effect by which its concept may be called erased.
+
+    `so` is what follows from that for the whole command.
+    """
     weak: list[str] = []
     for concept in concepts:
         metadata = read_metadata(artifacts.shift(concept.label), SHIFT_FILE_TYPE)
         is_erased, said = judge(metadata, edit.form, edit.least_effect)
         if is_erased is False:
-            lowest = f"{said['least']:.2f} on '{said['lowest_prompt']}'"
-            weak.append(f"{concept.name} ({said['mean']:.2f} of {said['limit']:.2f}, and {lowest})")
+            weak.append(f"{concept.name} ({describe_miss(said)})")
     if not weak and config.trains and isinstance(config, SRSMEConfig):
         notify("whether what was trained erases is not judged without images: `check` 4 shows some")
     if not weak:
@@ -112,7 +120,7 @@ def _check_erased(
         )
     raise NotErasedError(
         f"{some_of(weak, _SHOWN)}: prompts that say it go less of the way to what takes its place than is "
-        f"called erased (`least_effect`). The shifts are kept: {remedy}"
+        f"called erased (`least_effect`). The shifts are kept{so}: {remedy}"
     )
 
 
@@ -127,13 +135,11 @@ def _implied(config: MethodConfig, base: MethodConfig) -> dict[str, str]:
     }
 
 
-def _export(args: Namespace, model: DiffusionModel, artifacts: ArtifactPaths, concepts: Sequence[Concept]) -> None:
-    """Write the model without the concepts in the formats of --export, and print what was measured of that."""
+def _export(args: Namespace, model: DiffusionModel, shifts: Mapping[str, WeightShift], prompts: Sequence[str]) -> None:
+    """Write the model without the concepts in the formats of --export, and print what was measured on the prompts."""
     from ldm.erasure.export import export
 
-    shifts = _load_made(artifacts, concepts)
     folder = args.export_dir or args.artifacts_dir / "merged"
-    prompts = ["", *(concept.prompt for concept in concepts), *read_prompts(args.protect)]
     config = ExportConfig(formats=args.export)
     print_export(export(model, shifts, folder / f"{model.name}-{merge_name(shifts)}", config, prompts))
 
@@ -150,18 +156,18 @@ def _load_made(artifacts: ArtifactPaths, concepts: Sequence[Concept]) -> dict[st
 
 
 def _check_images(
-    args: Namespace, model: DiffusionModel, artifacts: ArtifactPaths, concepts: Sequence[Concept], form: str
+    args: Namespace,
+    model: DiffusionModel,
+    shifts: Mapping[str, WeightShift],
+    form: str,
+    groups: Mapping[str, Sequence[str]],
 ) -> None:
-    """Generate images before and after, into a grid and a table beside the shifts."""
+    """Generate images of groups of prompts, before and after, into a grid and a table beside the shifts."""
     from ldm.experiments.check import CheckRequest, check_erasure
 
-    shifts = _load_made(artifacts, concepts)
     sampling = load_model_config(model).sampling
     folder = args.artifacts_dir / "checks" / f"{model.name}-{merge_name(shifts)}"
     request = CheckRequest(args.check, folder, sampling, args.clip_path)
-    protected, prompts = named_protection(args, concepts)
-    others = [concept.prompt for concept in protected if concept not in concepts]
-    groups = {"erased": [concept.prompt for concept in concepts], "protected": [*prompts, *others, ""]}
     output.show_table(check_erasure(model, shifts, form, groups, request), "check")
     print(f"-> {folder}")
 
@@ -193,6 +199,8 @@ def show_plan(args: Namespace, method: str) -> None:
     print(
         f"protected: {', '.join([*always, *map(repr, prompts)])}; the concepts {', '.join(others)}, each but by its own"
     )
+    if getattr(args, "export", None):
+        print(f"exported: {', '.join(args.export)} -> {args.export_dir or args.artifacts_dir / 'merged'}")
     output.show_table(memory_table(args, method), "memory", title="predicted peak memory, GiB:")
 
 

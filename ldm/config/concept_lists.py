@@ -60,6 +60,7 @@ def read_concepts(values: Sequence[str], kind: str | None = None, anchor: str | 
     if len(concepts) > MAX_CONCEPTS:
         raise ValueError(f"these are {len(concepts)} concepts: give at most {MAX_CONCEPTS} at once")
     check_spelled_once(concepts, places)
+    _check_one_each(concepts)
     _notify_of_near(concepts)
     return concepts
 
@@ -124,7 +125,9 @@ def make_concept(
     others = [_without_article(" ".join(check_text(alias, f"{place}, aliases").split())) for alias in aliases]
     if not all(others):
         raise ValueError(f"{place} has an empty alias: give a text, or leave it out")
-    concept = _known(name) or Concept(OWN_INDEX, name, name, kind="generic" if name == whole else "object")
+    concept = _known(name) or Concept(OWN_INDEX, name, name)
+    if concept.kind == "generic" and name != whole:
+        concept = replace(concept, kind="object")
     spellings = dict.fromkeys([*concept.aliases, *others])
     concept = replace(
         concept,
@@ -235,10 +238,11 @@ def _csv_entries(path: Path) -> dict[str, dict[str, Any]]:
 
 def _yaml_entries(path: Path) -> dict[str, dict[str, Any]]:
     """Return the list `concepts` of a YAML file: texts, or mappings; `kind` and `anchor` beside it hold for all."""
-    content = check_keys(read_mapping(path), ("kind", "anchor", "concepts"), str(path))
+    advice = "begin it with the line 'concepts:', and below it give each concept a line, as '- red fox'"
+    content = check_keys(read_mapping(path, advice), ("kind", "anchor", "concepts"), str(path))
     listed = content.get("concepts")
     if not isinstance(listed, list) or not listed:
-        raise ValueError(f"{path}, concepts is {listed!r}, not a list of one or more")
+        raise ValueError(f"{path}, concepts is {listed!r}, not a list of one or more: {advice}")
     entries: dict[str, dict[str, Any]] = {}
     for number, value in enumerate(listed, 1):
         place = f"{path}, concept {number}"
@@ -269,6 +273,17 @@ def _check_kind(kind: str, place: str) -> None:
     if kind and kind not in KIND_NAMES:
         near = did_you_mean(kind, list(KIND_NAMES))
         raise ValueError(f"{place}: '{kind}' is none of {', '.join(KIND_NAMES)}: choose one of them{near}")
+
+
+def _check_one_each(concepts: Sequence[Concept]) -> None:
+    """Raise ValueError for a name that lists known concepts, and ask about one that may list others."""
+    for concept in concepts:
+        parts = [part.strip() for part in re.split("[,;]", concept.name)]
+        quoted = " ".join(f"'{part}'" for part in parts)
+        if len(parts) > 1 and all(part and _known(part) for part in parts):
+            raise ValueError(f"'{concept.name}' would be one concept of this name: give {quoted}, apart by spaces")
+        if len(parts) > 1 and all(parts) and not re.search(r", |\d,\d", concept.name):
+            notify(f"'{concept.name}' is one concept of this name: for several give {quoted}, apart by spaces")
 
 
 def _notify_of_near(concepts: Sequence[Concept]) -> None:

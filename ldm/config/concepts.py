@@ -250,9 +250,13 @@ def check_spelled_once(concepts: Sequence[Concept], places: Sequence[str]) -> No
     owners: dict[str, Concept] = {}
     for concept, place in zip(concepts, places, strict=True):
         for spelling in concept.spellings:
-            if owners.setdefault(identity_of(spelling), concept) != concept:
-                other = owners[identity_of(spelling)].name
-                raise ValueError(f"{place}: '{spelling}' names both {other} and {concept.name}: remove it from one")
+            other = owners.setdefault(identity_of(spelling), concept)
+            if other is not concept and identity_of(other.name) == identity_of(concept.name):
+                raise ValueError(f"{place}: '{concept.name}' is there twice: name it once")
+            if other is not concept:
+                raise ValueError(
+                    f"{place}: '{spelling}' names both {other.name} and {concept.name}: remove it from one"
+                )
 
 
 @cache

@@ -14,8 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 _MAX_NODES = 100_000  # of a document with its aliases written out
 
 
-def read_mapping(path: Path) -> dict[Any, Any]:
-    """Return the mapping in a YAML file, as it is written.
+def read_mapping(path: Path, advice: str = "see configs/ of the repository for what belongs there") -> dict[Any, Any]:
+    """Return the mapping in a YAML file, as it is written; `advice` is for who gives another.
 
     Raises ValueError when it cannot be read or is no mapping, when it would grow without end by its aliases, when a key
     stands twice, and when it asks for a value from elsewhere (`${...}`), such as the environment.
@@ -31,7 +31,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     except (OSError, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no mapping: see configs/ of the repository for what belongs there")
+        raise ValueError(f"{path} is no mapping: {advice}")
     return content
 
 

@@ -52,7 +52,9 @@ class Likeness:
         threshold = max(SAME_CONCEPT, whitening.likeness(rows, own).max().item() + _CLEARANCE)
         likeness = whitening.likeness(self._protected, own)
         order = likeness.argsort(descending=True).tolist()
-        return [self.prompts[number] for number in order if likeness[number] > threshold]
+        found = [self.prompts[number] for number in order if likeness[number] > threshold]
+        # What an anchor takes out of a name, such as the glasses of 'scientist with glasses', may stay elsewhere.
+        return [prompt for prompt in found if not (concept.anchor and says(concept.name, [prompt]))]
 
     def _control_rows(self, concept: Concept) -> tuple[torch.Tensor, _Whitening]:
         """Return the rows of prompts that do not say the concept, and their whitening."""

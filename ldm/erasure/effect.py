@@ -94,7 +94,7 @@ def judge(
 
     None where they say nothing of it, as those of trained shifts, unless these change hardly anything. A shift without
     a gate acts on the weights in the form gated too. `least_effect` is the least mean, with which the other limits go
-    up and down; that which counts is `limit`.
+    up and down; those that count are `limit` and `least_limit`.
     """
     effects = metadata.get("effects", {})
     said = effects.get(form) or effects.get("linear")
@@ -103,10 +103,28 @@ def judge(
         if not isinstance(change, float) or change >= LEAST_CHANGE * least_effect / LEAST_EFFECT:
             return None, {}
         own = str(metadata.get("prompt", ""))
-        return False, {"mean": change, "least": change, "lowest_prompt": own, "limit": LEAST_CHANGE}
+        limits = {"limit": LEAST_CHANGE, "least_limit": LEAST_CHANGE}
+        return False, {"mean": change, "least": change, "lowest_prompt": own, **limits}
     mean, least = said.get("mean", math.nan), said.get("least", math.nan)
-    is_erased = mean >= least_effect and least >= least_effect * LEAST_PROMPT_EFFECT / LEAST_EFFECT
-    return is_erased, {**said, "limit": least_effect}
+    least_limit = least_effect * LEAST_PROMPT_EFFECT / LEAST_EFFECT
+    is_erased = mean >= least_effect and least >= least_limit
+    return is_erased, {**said, "limit": least_effect, "least_limit": least_limit}
+
+
+def describe_miss(said: Mapping[str, Any]) -> str:
+    """Return in a few words by how much the effect that `judge` found misses its limits."""
+    missed: list[str] = []
+    if said["mean"] < said["limit"]:
+        missed.append(f"{_down(said['mean'])} of {said['limit']:.2f} on average")
+    if said["least"] < said["least_limit"]:
+        lowest = f"{_down(said['least'])} of {said['least_limit']:.2f} on the lowest prompts"
+        missed.append(f"{lowest}, such as '{said['lowest_prompt']}'")
+    return " and ".join(missed)
+
+
+def _down(value: float) -> str:
+    """Return a number with two digits, rounded down, so that what misses a limit is never written as the limit."""
+    return f"{math.floor(value * 100) / 100:.2f}"
 
 
 def least_effect_met(metadata: Mapping[str, Any], form: str) -> float:

@@ -360,13 +360,14 @@ def _spellings(tokenizer: Any, concept: Concept) -> list[str]:
 
 
 def _with_plurals(concept: Concept) -> Concept:
-    """Return a concept with the plurals of its spellings among them, where it is an object."""
-    if concept.kind != "object":
+    """Return a concept with the plurals of its spellings among them, where it is an object, or may be one."""
+    if concept.kind not in ("object", "generic"):
         return concept
     plurals: list[str] = []
     for spelling in dict.fromkeys(without_article(spelling) for spelling in concept.spellings):
         *others, last = spelling.split()
-        plurals.append(" ".join([*others, plural(last)]))
+        if concept.kind == "object" or last.islower():  # and no proper name
+            plurals.append(" ".join([*others, plural(last)]))
     return replace(concept, aliases=(*concept.aliases, *(text for text in plurals if not concept.is_named(text))))
 
 

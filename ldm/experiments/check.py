@@ -28,6 +28,7 @@ from ldm.metrics.lpips import MIN_IMAGE_SIZE, pairwise_metrics
 MAX_PROMPTS = 10  # that a check generates images of
 TABLE_FILE, GRID_FILE = "check.csv", "check.png"
 _SIDES = ("before", "after")
+_HARDLY = 0.05  # LPIPS between images of an erased concept: mini-sd's have 0.03 for words that it does not know
 _IN_CELL, _CELL_SIZE = 4, 128  # images of a cell of the grid, and at most so many pixels on a side
 
 
@@ -97,6 +98,11 @@ def check_erasure(
         save_image(folder / GRID_FILE, _grid(chosen, cases, folder))
         write_prompt_csv(folder / "prompts.csv", cases)
         write_json(folder / "metadata.json", metadata)
+    for row in table[(table["group"] == "erased") & (table["lpips"] < _HARDLY)].to_dict("records"):
+        notify(
+            f"the images of '{row['prompt']}' hardly change (LPIPS {row['lpips']:.3f}): either the model does not know "
+            "it, or what takes its place looks the same: look at the grid, and give another `anchor`"
+        )
     return table
 
 
