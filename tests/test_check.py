@@ -84,7 +84,7 @@ def test_a_check_of_no_change_finds_none_and_replaces_the_older_one(mini, tmp_pa
     with pytest.warns(Notice, match=r"the images of 'VanGogh' hardly change \(LPIPS 0.000\)"):
         table = check_erasure(mini, {}, "linear", {"erased": ["VanGogh"], "protected": [""]}, request)
     assert len(table) == 2 and table["lpips"].eq(0).all() and table["max_abs_diff"].eq(0).all()
-    assert len(list((tmp_path / "check" / "before").iterdir())) == 1
+    assert len(list((tmp_path / "check" / "before").iterdir())) == 2
 
 
 def test_what_a_check_leaves_out_is_said(mini, tmp_path):

@@ -142,7 +142,7 @@ def test_what_is_no_list_of_concepts_begins_no_ledger(owner, tmp_path):
     at = tmp_path / "other"
     for text, words in (
         ("concept\n", "has no concept"),
-        (LIST + "greg rutkowski,,,\n", "'greg rutkowski' names both"),
+        (LIST + "greg rutkowski,,,\n", "'greg rutkowski' is there twice"),
         (LIST + "Solpano,VELMI,,\n", "names both"),
     ):
         (tmp_path / "wrong.csv").write_text(text)

@@ -62,6 +62,13 @@ def test_one_command_erases_own_concepts_and_exports_them(script, flags, tmp_pat
     is_error(script(GENERATE, *flags, *steps, "--shifts", "Matisse"), "make it with", "--concepts Matisse")
 
 
+def test_what_was_exported_of_other_shifts_is_not_replaced(script, flags, tmp_path):
+    given = ["--concepts", "a red fox", *ANY_EFFECT, "--export", "kohya"]
+    assert script(ERASE, *flags, *given)[0] == 0
+    is_error(script(ERASE, *flags, *given, "--protect", "a dog"), "with other shifts", "--export_dir")
+    assert script(ERASE, *flags, *given, "--protect", "a dog", "--export_dir", tmp_path / "other")[0] == 0
+
+
 def test_a_shift_below_the_least_effect_is_kept_and_not_called_erased(script, flags, tmp_path):
     weak = [*flags, "--concepts", "a red fox", "--ridge_weight", "1e9"]
     for _ in range(2):  # also where it is there already
@@ -82,7 +89,9 @@ def test_a_shift_below_the_least_effect_is_kept_and_not_called_erased(script, fl
         (["--concepts", "a cat", "--erased_index", "1"], ["--concepts and --erased_index"]),
         (["--concepts", "a cat", "--category", "object"], ["--category", "--kind"]),
         (["--erased_index", "1", "--kind", "style"], ["--kind", "--concepts"]),
-        (["--concepts", "a cat", "A  Cat", "cat"], ["names both"]),
+        (["--concepts", "a cat", "A  Cat"], ["names both"]),
+        (["--concepts", "a cat", "cat"], ["'cat' is there twice"]),
+        (["--concepts", "Picasso,VanGogh"], ["'Picasso' 'VanGogh', apart by spaces"]),
         (["--concepts", "none.csv"], ["no list of concepts none.csv"]),
         (["--concepts", "!?"], ["names nothing"]),
         (["--concepts", "a cat", "--anchor", "blank"], ["called empty today"]),

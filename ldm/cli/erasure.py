@@ -141,7 +141,10 @@ def _export(args: Namespace, model: DiffusionModel, shifts: Mapping[str, WeightS
 
     folder = args.export_dir or args.artifacts_dir / "merged"
     config = ExportConfig(formats=args.export)
-    print_export(export(model, shifts, folder / f"{model.name}-{merge_name(shifts)}", config, prompts))
+    try:
+        print_export(export(model, shifts, folder / f"{model.name}-{merge_name(shifts)}", config, prompts))
+    except ValueError as error:
+        raise ValueError(str(error).replace("`save_path`", "`export_dir`")) from error
 
 
 def _load_made(artifacts: ArtifactPaths, concepts: Sequence[Concept]) -> dict[str, WeightShift]:

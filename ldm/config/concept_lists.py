@@ -280,7 +280,7 @@ def _check_one_each(concepts: Sequence[Concept]) -> None:
     for concept in concepts:
         parts = [part.strip() for part in re.split("[,;]", concept.name)]
         quoted = " ".join(f"'{part}'" for part in parts)
-        if len(parts) > 1 and all(part and _known(part) for part in parts):
+        if len(parts) > 1 and all(part and _known(_without_article(part)) for part in parts):
             raise ValueError(f"'{concept.name}' would be one concept of this name: give {quoted}, apart by spaces")
         if len(parts) > 1 and all(parts) and not re.search(r", |\d,\d", concept.name):
             notify(f"'{concept.name}' is one concept of this name: for several give {quoted}, apart by spaces")

@@ -66,5 +66,5 @@ def partial_names(spellings: Collection[str], common: Collection[str] = ()) -> l
 
 def says(text: str, spellings: Collection[str]) -> bool:
     """Return whether a text has one of the spellings in it, as whole words, whatever its case and white space."""
-    names = "|".join(re.escape(" ".join(spelling.split())) for spelling in spellings)
-    return re.search(rf"(?<!\w)({names})(?!\w)", " ".join(text.split()), re.IGNORECASE) is not None
+    names = "|".join(re.escape(" ".join(spelling.split())) for spelling in spellings if spelling.strip())
+    return bool(names) and re.search(rf"(?<!\w)({names})(?!\w)", " ".join(text.split()), re.IGNORECASE) is not None

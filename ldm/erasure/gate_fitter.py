@@ -365,9 +365,9 @@ def _with_plurals(concept: Concept) -> Concept:
         return concept
     plurals: list[str] = []
     for spelling in dict.fromkeys(without_article(spelling) for spelling in concept.spellings):
-        *others, last = spelling.split()
-        if concept.kind == "object" or last.islower():  # and no proper name
-            plurals.append(" ".join([*others, plural(last)]))
+        words = spelling.split()
+        if concept.kind == "object" or (words and words[-1].islower()):  # and no proper name
+            plurals.append(" ".join([*words[:-1], plural(words[-1])]))
     return replace(concept, aliases=(*concept.aliases, *(text for text in plurals if not concept.is_named(text))))
 
 

@@ -156,8 +156,9 @@ def check_metadata(folder: Path, metadata: dict[str, Any], digests: Sequence[str
     existing, expected = read_dir_metadata(folder), json.loads(json.dumps(metadata))
     differing = _differing_keys(upgrade_digests(expected, digests), upgrade_digests(existing, digests))
     if differing:
+        words = ["shifts" if key == "merged" else key for key in differing]
         raise ValueError(
-            f"{folder} holds what another run made, with other {', '.join(differing)} (see {path.name} there): choose "
+            f"{folder} holds what another run made, with other {', '.join(words)} (see {path.name} there): choose "
             "another `save_path`, or remove the folder"
         )
     if not is_same(existing, expected):  # it lacks what is left out above, or has an older digest
