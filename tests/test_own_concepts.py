@@ -231,3 +231,16 @@ def test_no_shift_moves_the_base_model(mini_path, tmp_path):
     with applied(model, erase(model, "a red fox", artifacts_dir=tmp_path)):
         pass
     assert all(torch.equal(value, weights[name]) for name, value in model.unet.state_dict().items())
+
+
+def test_a_shift_that_is_held_is_refused_when_its_concept_is_erased_from_other_inputs(mini_path, tmp_path):
+    model = load_model(mini_path, CPU)
+    held = erase(model, "Picasso", artifacts_dir=tmp_path)
+    assert erase(model, "Picasso", artifacts_dir=tmp_path).keys() == held.keys()
+    with applied(model, held):  # there already, from the same inputs
+        pass
+    other = erase(model, "Picasso", anchor="VanGogh", artifacts_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"picasso.*written anew.*load it again"), applied(model, held):
+        pass
+    with applied(model, other):
+        pass
