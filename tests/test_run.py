@@ -133,7 +133,8 @@ def test_a_notice_is_one_line_with_the_flags_that_were_typed(capsys):
 
 @torch.no_grad()
 def test_in_python_a_notice_points_to_the_line_of_its_user():
-    with pytest.warns(Notice, match="spelt nearly alike") as found:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", Notice)
         read_concepts(["Alan Smithee", "Alan Smithe"])
         torch.no_grad()(read_concepts)(["Alan Smithee", "Alan Smithe"])  # through a frame of torch
         notify("said by a user")
