@@ -1,6 +1,8 @@
 """Concepts by text on the command line and in Python: one command, its effect measured, and what is refused."""
 
+import re
 import shutil
+import warnings
 
 import pandas as pd
 import pytest
@@ -12,12 +14,13 @@ from ldm import ConceptEraser, applied, erase, export, generate
 from ldm.cli import arguments, concepts
 from ldm.cli.session import method_config
 from ldm.config.concept_lists import make_concept
-from ldm.config.methods import SamplingConfig, SRSMEConfig
+from ldm.config.methods import ExportConfig, SamplingConfig, SRSMEConfig
 from ldm.config.models import bundled_config
 from ldm.diffusion.load import load_model
 from ldm.erasure.effect import judge
 from ldm.erasure.merge import load_shifts
 from ldm.erasure.shift import SHIFT_FILE_TYPE
+from ldm.io.errors import Notice
 from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.tensors import read_metadata
 
@@ -244,3 +247,37 @@ def test_a_shift_that_is_held_is_refused_when_its_concept_is_erased_from_other_i
         pass
     with applied(model, other):
         pass
+
+
+def notices(function, *arguments, **settings) -> list[str]:
+    """Return what a call gives notice of concerning concepts that are not erased."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", Notice)
+        function(*arguments, **settings)
+    assert all(notice.filename == __file__ for notice in found if issubclass(notice.category, Notice))
+    return [str(notice.message) for notice in found if "not erased" in str(notice.message)]
+
+
+def test_python_says_what_is_not_called_erased_when_it_is_made_and_when_it_is_exported(
+    mini_path, tmp_path, monkeypatch
+):
+    model, weak = load_model(mini_path, CPU), {"artifacts_dir": tmp_path, "ridge_weight": 1e9}
+    for _ in range(2):  # also where it is there already
+        (line,) = notices(erase, model, ["a red fox", "Picasso"], **weak)
+        assert re.search(r"red fox \(-?0\.\d\d of 0\.70, and .*\), Picasso \(", line) and "\n" not in line
+        assert "smaller `ridge_weight`" in line
+    shifts = erase(model, ["a red fox", "Picasso"], **weak)
+    (line,) = notices(export, model, shifts, tmp_path / "out", formats="lora")
+    assert "red fox (" in line and "what is exported says them still" in line
+    eraser = ConceptEraser(mini_path, artifacts_dir=tmp_path / "other", device="cpu")
+    (line,) = notices(eraser.erase, "a red fox", ridge_weight=1e9)
+    assert "red fox (" in line
+    (line,) = notices(eraser.export, tmp_path / "merged", ExportConfig(("lora",)))
+    assert "red fox (" in line
+    eraser.config.methods["SRS-ME"] = eraser.config.methods["SRS-ME"].with_changes(ridge_weight=1e9)
+    (line,) = notices(eraser.erase, "Picasso")
+    assert "Picasso (" in line and "red fox" not in line
+
+    monkeypatch.setattr("ldm.erasure.effect.judge", lambda *_: (True, {}))
+    assert not notices(erase, model, ["a red fox", "Picasso"], **weak)
+    assert not notices(export, model, shifts, tmp_path / "out", formats="lora")

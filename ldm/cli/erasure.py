@@ -32,7 +32,7 @@ from ldm.config.models import ModelConfig, describe_sources, load_model_config
 from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.contradictions import check_contradictions
-from ldm.erasure.effect import judge
+from ldm.erasure.effect import advice_on_weak, weak_effects
 from ldm.erasure.null_space import BASIS_FILE_TYPE
 from ldm.erasure.protection import BasisSummary, Protection, solve_null_spaces
 from ldm.erasure.shift import SHIFT_FILE_TYPE, WeightShift
@@ -40,9 +40,6 @@ from ldm.io.errors import NotErasedError, notify
 from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.sharding import Shard
 from ldm.io.tensors import read_metadata
-from ldm.ledger.lines import some_of
-
-_SHOWN = 3  # concepts that a message names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,26 +88,13 @@ def _check_erased(
     artifacts: ArtifactPaths, concepts: Sequence[Concept], config: MethodConfig, edit: EditConfig
 ) -> None:
     """Raise NotErasedError where a shift has not the effect by which its concept may be called erased."""
-    weak: list[str] = []
-    for concept in concepts:
-        metadata = read_metadata(artifacts.shift(concept.label), SHIFT_FILE_TYPE)
-        is_erased, said = judge(metadata, edit.form, edit.least_effect)
-        if is_erased is False:
-            lowest = f"{said['least']:.2f} on '{said['lowest_prompt']}'"
-            weak.append(f"{concept.name} ({said['mean']:.2f} of {said['limit']:.2f}, and {lowest})")
+    metadata = [read_metadata(artifacts.shift(concept.label), SHIFT_FILE_TYPE) for concept in concepts]
+    weak = weak_effects(metadata, edit)
     if not weak and config.trains and isinstance(config, SRSMEConfig):
         notify("whether what was trained erases is not judged without images: `check` 4 shows some")
-    if not weak:
-        return
-    remedy = "protect less (`protect`, `em_indexes`), or take a larger `rank_rtol` or a smaller `ridge_weight`"
-    if config.trains:
-        remedy = (
-            "train with a larger `lr` or `basis_scale` or more `max_steps`, or protect less (`protect`, `em_indexes`)"
-        )
-    raise NotErasedError(
-        f"{some_of(weak, _SHOWN)}: prompts that say it go less of the way to what takes its place than is "
-        f"called erased (`least_effect`). The shifts are kept: {remedy}"
-    )
+    if weak:
+        advice = advice_on_weak(config.trains, "`protect`, `em_indexes`")
+        raise NotErasedError(f"{weak}. The shifts are kept: {advice}")
 
 
 def _implied(config: MethodConfig, base: MethodConfig) -> dict[str, str]:

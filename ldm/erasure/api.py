@@ -13,11 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config.concept_lists import read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, is_one_of
-from ldm.config.methods import METHODS, NO_GATE, EditConfig, ExportConfig, SamplingConfig, did_you_mean
+from ldm.config.methods import (
+    GATED_FORMATS,
+    LINEAR_FORMATS,
+    METHODS,
+    NO_GATE,
+    EditConfig,
+    ExportConfig,
+    SamplingConfig,
+    did_you_mean,
+)
 from ldm.config.models import load_model_config
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate as sample
 from ldm.erasure.contradictions import check_contradictions
+from ldm.erasure.effect import advice_on_weak, weak_effects
 from ldm.erasure.erase import ErasureSummary
 from ldm.erasure.erase import erase as make_shifts
 from ldm.erasure.export import Export
@@ -25,6 +35,7 @@ from ldm.erasure.export import export as write_formats
 from ldm.erasure.merge import edited, spellings_of
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
+from ldm.io.errors import notify
 from ldm.io.paths import ArtifactPaths
 from ldm.io.prompts import PromptCase
 
@@ -42,8 +53,9 @@ def erase(
 
     A concept is a text, such as "Greg Rutkowski", or a .csv, .yaml or .txt file of them. They protect each other;
     `protect` are prompts, or files of them, or concepts, that stay as they are too. What was measured of each is in its
-    `metadata`: `target_change`, `max_leakage_protected`. `options` are those of `make_own_shifts`. Raises ValueError
-    for what contradicts itself.
+    `metadata`: `target_change`, `max_leakage_protected`, and in `effects`, by form, how far prompts that say it go to
+    what takes its place. A notice names those for which that is too little to be called erased: they are in what is
+    returned too. `options` are those of `make_own_shifts`. Raises ValueError for what contradicts itself.
     """
     return make_own_shifts(model, concepts, protect, **options)[0]
 
@@ -84,7 +96,26 @@ def make_own_shifts(
     everything = [*named, *others]
     protection = Protection(everything, null_space, prompts)
     took = make_shifts(model, artifacts, named, config, protection, Path(training_image_dir), gate, everything)
-    return {concept.label: WeightShift.load(artifacts.shift(concept.label)) for concept in named}, took
+    shifts = {concept.label: WeightShift.load(artifacts.shift(concept.label)) for concept in named}
+    edit = model_config.edit.with_changes(form="gated" if gate.gate else "linear")
+    notify_of_weak(shifts, edit, advice_on_weak(config.trains))
+    return shifts, took
+
+
+def notify_of_weak(shifts: Mapping[str, WeightShift], edit: EditConfig, advice: str) -> None:
+    """Say which shifts do too little to their concepts, in the form in which they act, to call these erased."""
+    weak = weak_effects([shift.metadata for shift in shifts.values()], edit)
+    if weak:
+        notify(f"not erased: {weak}: {advice}")
+
+
+def notify_of_weak_export(model: DiffusionModel, shifts: Mapping[str, WeightShift], formats: Sequence[str]) -> None:
+    """Say which shifts do too little to call their concepts erased in files of these formats."""
+    edit = load_model_config(model).edit
+    for form, names in (("linear", LINEAR_FORMATS), ("gated", GATED_FORMATS)):
+        if set(names) & set(formats):
+            advice = "what is exported says them still, so make these shifts anew, with other settings, and export then"
+            notify_of_weak(shifts, edit.with_changes(form=form), advice)
 
 
 def _as_concepts(concepts: Sequence[str | Concept] | str, kind: str | None, anchor: str | None) -> list[Concept]:
@@ -143,8 +174,8 @@ def export(
     """Write the model without what `shifts` erase, in `formats`: into `output_dir`, or `output_dir`-FORMAT.
 
     `formats` are names, whose further settings are those of `ExportConfig`, or such a config. The leakage of each shift
-    is measured on the concepts' own names and on `prompts`. The model stays as it is. Raises ValueError for no shift,
-    and for what a format cannot hold.
+    is measured on the concepts' own names and on `prompts`, and a notice names concepts that their shifts do not erase.
+    The model stays as it is. Raises ValueError for no shift, and for what a format cannot hold.
     """
     names = [str(shift.metadata.get("prompt", "")) for shift in shifts.values()]
     config = formats
@@ -152,7 +183,9 @@ def export(
         config = ExportConfig((config,) if isinstance(config, str) else tuple(config), **settings)
     rounds = config.save_dtype != "float32"  # which an export does to the model that it is given
     measured = list(dict.fromkeys(["", *names, *prompts]))
-    return write_formats(deepcopy(model) if rounds else model, shifts, Path(output_dir), config, measured)
+    written = write_formats(deepcopy(model) if rounds else model, shifts, Path(output_dir), config, measured)
+    notify_of_weak_export(model, shifts, config.formats)
+    return written
 
 
 def find_label(shifts: Mapping[str, WeightShift], text: str) -> str | None:

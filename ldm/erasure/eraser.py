@@ -17,7 +17,8 @@ from ldm.config.methods import METHODS, NO_GATE, EditConfig, ExportConfig, Sampl
 from ldm.config.models import ModelConfig, load_model_config
 from ldm.diffusion.load import load_model
 from ldm.diffusion.model import DiffusionModel
-from ldm.erasure.api import find_label, generate, make_own_shifts
+from ldm.erasure.api import find_label, generate, make_own_shifts, notify_of_weak, notify_of_weak_export
+from ldm.erasure.effect import advice_on_weak
 from ldm.erasure.erase import ErasureSummary, erase
 from ldm.erasure.export import Export, export
 from ldm.erasure.merge import edited
@@ -134,6 +135,9 @@ class ConceptEraser:
             shift = WeightShift.load(artifacts.shift(concept.label))
             shift.check(self.model.digests, self.model.unet)
             self.shifts[concept.label] = shift
+        edit = self.config.edit.with_changes(form=self.form)
+        made = {concept.label: self.shifts[concept.label] for concept in concepts}
+        notify_of_weak(made, edit, advice_on_weak(self.config.methods[method].trains))
         listed = sorted((label for label in self.shifts if label.isdigit()), key=int)
         own = [label for label in self.shifts if not label.isdigit()]
         self.shifts = {label: self.shifts[label] for label in [*listed, *own]}
@@ -172,7 +176,9 @@ class ConceptEraser:
         prompts = list(dict.fromkeys(["", *(concept.prompt for concept in erasable_concepts(self.category)), *names]))
         target = Path(output_dir) / f"{self.model.name}-{merge_name(self.shifts)}"
         rounds = config.save_dtype != "float32"  # which an export does to the model that it is given
-        return export(deepcopy(self.model) if rounds else self.model, self.shifts, target, config, prompts)
+        written = export(deepcopy(self.model) if rounds else self.model, self.shifts, target, config, prompts)
+        notify_of_weak_export(self.model, self.shifts, config.formats)
+        return written
 
     def _own_concepts(self) -> list[Concept]:
         """Return the user's own concepts that are erased, which the shifts of further ones leave alone."""
