@@ -202,6 +202,14 @@ def test_an_eraser_takes_concepts_of_its_category_and_own_ones(mini_path, tmp_pa
     assert eraser.erased == ["Picasso", "blue owl"]
     with pytest.raises(ValueError, match="blue oil is not erased, did you mean blue owl"):
         eraser.restore("blue oil")
+    eraser.restore("all")
+    assert eraser.erased == [] and not eraser.shifts
+    eraser.restore("all")
+    eraser.restore(eraser.erased)
+    eraser.erase(["all"])
+    eraser.shifts |= {"other": next(iter(eraser.shifts.values()))}
+    eraser.restore("all")  # which is a concept here
+    assert list(eraser.shifts) == ["other"]
 
 
 def test_shifts_are_found_by_any_spelling(script, flags, tmp_path):
@@ -281,3 +289,28 @@ def test_python_says_what_is_not_called_erased_when_it_is_made_and_when_it_is_ex
     monkeypatch.setattr("ldm.erasure.effect.judge", lambda *_: (True, {}))
     assert not notices(erase, model, ["a red fox", "Picasso"], **weak)
     assert not notices(export, model, shifts, tmp_path / "out", formats="lora")
+
+
+def test_what_is_no_model_or_no_shifts_is_refused_in_a_line(tiny, tmp_path):
+    shift = erase(tiny, "Picasso", artifacts_dir=tmp_path)["picasso"]
+    for shifts in ([shift], ["Picasso"], {"picasso": "Picasso"}, shift):
+        with (
+            pytest.raises(ValueError, match="are no shifts by label: pass what `erase` returned"),
+            applied(tiny, shifts),
+        ):
+            pass
+        with pytest.raises(ValueError, match="are no shifts by label: pass what `erase` returned"):
+            export(tiny, shifts, tmp_path / "out")
+    calls = [
+        lambda model: erase(model, ["x"]),
+        lambda model: applied(model, {"picasso": shift}).__enter__(),
+        lambda model: generate(model, "x"),
+        lambda model: export(model, {"picasso": shift}, tmp_path / "out"),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ValueError, match=r"'models/mini-sd' is the path .*: load it, load_model\('models/mini-sd'\)"
+        ):
+            call("models/mini-sd")
+        with pytest.raises(ValueError, match="int is no model that `load_model` returned"):
+            call(3)

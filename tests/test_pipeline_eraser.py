@@ -20,12 +20,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
 from ldm import ConceptEraser
+from ldm.config.concept_lists import make_concept
 from ldm.config.methods import GateConfig
 from ldm.diffusion.load import silence_hf_logging
 from ldm.diffusion.pipeline_encoder import PipelineEncoder
 from ldm.erasure import gate_fitter
 from ldm.erasure.gate_fitter import GateFitter, InseparableError
 from ldm.erasure.pipeline_concepts import Details, new_concepts
+from ldm.erasure.pipeline_eraser import PipelineEraser
 from ldm.erasure.pipeline_gated import GatedPipelineEraser, _check_protected
 from ldm.io.errors import Notice
 from ldm.io.paths import REPO_ROOT
@@ -520,6 +522,8 @@ def test_both_encoders_and_the_pooled_embedding_of_xl_are_edited(xl):
         ("", {}, "`texts` has an empty text, or none at all: name a concept"),
         (["Picasso", " \u3000\n"], {}, "`texts` has an empty text"),
         ([], {}, "or none at all"),
+        ("/x/30.csv", {}, "`texts` has the file '/x/30.csv', and files are not taken here: give the texts in it"),
+        ("Warhol", {"protect": "kept.txt"}, "`protect` has the file 'kept.txt', and files are not taken here"),
         ([3], {}, "`texts` has 3, which is no text: give texts"),
         ("Warhol", {"kind": "planet"}, "'planet' is none of style, object"),
         ("Warhol", {"protect": [None]}, "`protect` has None, which is no text"),
@@ -583,6 +587,21 @@ def test_what_is_not_erased_is_not_restored(eraser, text):
     with pytest.raises(ValueError, match="'Cezanne' is not erased: erased are Picasso, VanGogh"):
         eraser.restore(text)
     assert eraser.erased == ["Picasso", "VanGogh"]
+
+
+def test_all_and_none_of_what_is_erased_are_restored(pipe, eraser):
+    eraser.restore([])
+    assert eraser.erased == ["Picasso", "VanGogh"]
+    with pytest.raises(ValueError, match="'all' is not erased"):
+        eraser.restore(["all", "Picasso"])
+    eraser.restore(" All ")
+    assert eraser.erased == [] and PipelineEraser.of(pipe) is None
+    eraser.restore(eraser.erased)
+    eraser.restore("all")
+    eraser.erase("Picasso")
+    eraser._concepts["All"] = make_concept("All")
+    eraser.restore("all")  # which is a concept here
+    assert eraser.erased == ["Picasso"]
 
 
 class OtherPipeline(DiffusionPipeline):

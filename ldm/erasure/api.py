@@ -81,6 +81,7 @@ def make_own_shifts(
     if method not in METHODS:
         near = did_you_mean(method, list(METHODS))
         raise ValueError(f"'{method}' is no method{near}: choose from {', '.join(METHODS)}")
+    _check_model(model)
     named = _as_concepts(concepts, kind, anchor)
     given = [protect] if isinstance(protect, str) else list(protect)
     prompts = read_prompts([text for text in given if isinstance(text, str)])
@@ -148,7 +149,8 @@ def applied(model: DiffusionModel, shifts: Mapping[str, WeightShift], form: str 
     In the `form` gated they act on the prompts that say the concepts and on no other, in the form linear on the
     weights; without one as the model's settings say. Raises ValueError for a shift of another model.
     """
-    for shift in shifts.values():
+    _check_model(model)
+    for shift in _checked_shifts(shifts).values():
         shift.check(model.digests, model.unet)
     with edited(model, shifts, EditConfig(form or load_model_config(model).edit.form).form):
         yield
@@ -158,6 +160,7 @@ def generate(
     model: DiffusionModel, prompt: str, seeds: Sequence[int] = (0,), sampling: SamplingConfig | None = None
 ) -> list[Image.Image]:
     """Return an image of the prompt for each seed, by the model as it stands: within `applied`, the edited one."""
+    _check_model(model)
     requests = [(PromptCase(prompt, seed, number), 0) for number, seed in enumerate(seeds)]
     sampling = sampling or load_model_config(model).sampling
     return [image for _, _, image in sample(model, requests, sampling)]
@@ -177,7 +180,8 @@ def export(
     is measured on the concepts' own names and on `prompts`, and a notice names concepts that their shifts do not erase.
     The model stays as it is. Raises ValueError for no shift, and for what a format cannot hold.
     """
-    names = [str(shift.metadata.get("prompt", "")) for shift in shifts.values()]
+    _check_model(model)
+    names = [str(shift.metadata.get("prompt", "")) for shift in _checked_shifts(shifts).values()]
     config = formats
     if not isinstance(config, ExportConfig):
         config = ExportConfig((config,) if isinstance(config, str) else tuple(config), **settings)
@@ -186,6 +190,27 @@ def export(
     written = write_formats(deepcopy(model) if rounds else model, shifts, Path(output_dir), config, measured)
     notify_of_weak_export(model, shifts, config.formats)
     return written
+
+
+def _check_model(model: Any) -> None:
+    """Raise ValueError for what is no model, such as the path of one or a pipeline of diffusers."""
+    if isinstance(model, (str, Path)):
+        raise ValueError(f"{str(model)!r} is the path of a model and not a model: load it, load_model({str(model)!r})")
+    if not isinstance(model, DiffusionModel):
+        raise ValueError(
+            f"{type(model).__name__} is no model that `load_model` returned: load one, or take `ConceptEraser` for a "
+            "pipeline of diffusers"
+        )
+
+
+def _checked_shifts(shifts: Any) -> Mapping[str, WeightShift]:
+    """Return shifts. Raises ValueError where they are not weight shifts by label."""
+    if not isinstance(shifts, Mapping) or not all(isinstance(shift, WeightShift) for shift in shifts.values()):
+        raise ValueError(
+            "`shifts` are no shifts by label: pass what `erase` returned, or some of it as a dict, such as "
+            "{'picasso': shifts['picasso']}"
+        )
+    return shifts
 
 
 def find_label(shifts: Mapping[str, WeightShift], text: str) -> str | None:

@@ -22,6 +22,7 @@ from ldm.erasure.effect import advice_on_weak
 from ldm.erasure.erase import ErasureSummary, erase
 from ldm.erasure.export import Export, export
 from ldm.erasure.merge import edited
+from ldm.erasure.pipeline_concepts import names_all
 from ldm.erasure.pipeline_eraser import PipelineEraser
 from ldm.erasure.pipeline_gated import GatedPipelineEraser
 from ldm.erasure.pipeline_linear import LinearPipelineEraser
@@ -94,7 +95,7 @@ class ConceptEraser:
 
     def erase(
         self,
-        *names: str,
+        *names: str | Sequence[str],
         method: str = "SRS-ME",
         image_dir: Path | str = "data",
         protect: Sequence[str] | str = (),
@@ -110,8 +111,9 @@ class ConceptEraser:
         if method not in METHODS:
             known = ", ".join(METHODS)
             raise ValueError(f"'{method}' is no method{did_you_mean(method, list(METHODS))}: choose from {known}")
-        listed = [concept for concept in map(self._listed, names) if concept is not None]
-        own = [name for name in names if self._listed(name) is None]
+        texts = _flat(names)
+        listed = [concept for concept in map(self._listed, texts) if concept is not None]
+        own = [name for name in texts if self._listed(name) is None]
         summaries: list[ErasureSummary] = []
         if listed:
             summaries += self._erase_listed(list(dict.fromkeys(listed)), method, Path(image_dir))
@@ -143,9 +145,11 @@ class ConceptEraser:
         self.shifts = {label: self.shifts[label] for label in [*listed, *own]}
         return summaries
 
-    def restore(self, *names: str) -> None:
-        """Restore concepts by name: their shifts are left out. Raises ValueError for one that is not erased."""
-        labels = {find_label(self.shifts, name): name for name in names}
+    def restore(self, *names: str | Sequence[str]) -> None:
+        """Restore concepts by name, or `all`: leave their shifts out. Raises ValueError for one that is not erased."""
+        texts = _flat(names)
+        texts = self.erased if names_all(texts, find_label(self.shifts, "all")) else texts
+        labels = {find_label(self.shifts, name): name for name in texts}
         for label, name in labels.items():
             if label is None:
                 near = did_you_mean(name, self.erased)
@@ -197,6 +201,14 @@ class ConceptEraser:
         if concept is not None and concept.is_watermark:
             raise ValueError(f"'{name}' is a watermark, which every shift protects: erase another concept")
         return concept
+
+
+def _flat(names: Sequence[str | Sequence[str]]) -> list[str]:
+    """Return the names of which some may be in lists."""
+    flat: list[str] = []
+    for name in names:
+        flat += [name] if isinstance(name, str) else name
+    return flat
 
 
 def _pipeline_eraser(pipe: DiffusionPipeline, form: str | None) -> PipelineEraser:
