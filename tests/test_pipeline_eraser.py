@@ -203,6 +203,23 @@ def test_a_wrapper_that_the_user_adds_later_stays_and_passes_through(plain, pipe
     del pipe.encode_prompt
 
 
+def test_saving_a_pipeline_says_that_what_is_erased_is_not_saved(pipe, eraser, tmp_path):
+    with pytest.warns(Notice, match=r"is not saved .*\(Picasso, VanGogh\): .* the `form` linear") as found:
+        pipe.save_pretrained(tmp_path / "saved")
+    assert found[0].filename == __file__ and weights(load(tmp_path / "saved")) == weights(pipe)
+    with warnings.catch_warnings(), eraser.original():
+        warnings.simplefilter("error", Notice)
+        pipe.save_pretrained(tmp_path / "original")
+    eraser.restore("all")
+    assert "save_pretrained" not in vars(pipe)
+    pipe.save_pretrained = lambda folder: folder
+    eraser.erase("Picasso")
+    with pytest.warns(Notice, match="Picasso"):
+        assert pipe.save_pretrained("mine") == "mine"
+    eraser.restore("Picasso")
+    assert vars(pipe).pop("save_pretrained")("mine") == "mine"
+
+
 def test_original_is_the_unedited_pipeline_nested_and_under_exceptions(plain, pipe, eraser):
     erased, own = encode(pipe, SAYING)[0], encode(plain, SAYING)[0]
     assert not torch.equal(erased, own)
