@@ -1,6 +1,8 @@
 """Concepts by text on the command line and in Python: one command, its effect measured, and what is refused."""
 
+import re
 import shutil
+import warnings
 
 import pandas as pd
 import pytest
@@ -18,7 +20,7 @@ from ldm.diffusion.load import load_model
 from ldm.erasure.effect import judge
 from ldm.erasure.merge import load_shifts
 from ldm.erasure.shift import SHIFT_FILE_TYPE
-from ldm.io.errors import MissingFileError
+from ldm.io.errors import MissingFileError, Notice
 from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.tensors import read_metadata
 
@@ -241,6 +243,14 @@ def test_an_eraser_takes_concepts_of_its_category_and_own_ones(mini_path, tmp_pa
     assert eraser.erased == ["Picasso", "blue owl"]
     with pytest.raises(ValueError, match="blue oil is not erased, did you mean blue owl"):
         eraser.restore("blue oil")
+    eraser.restore("all")
+    assert eraser.erased == [] and not eraser.shifts
+    eraser.restore("all")
+    eraser.restore(eraser.erased)
+    eraser.erase(["all"])
+    eraser.shifts |= {"other": next(iter(eraser.shifts.values()))}
+    eraser.restore("all")  # which is a concept here
+    assert list(eraser.shifts) == ["other"]
 
 
 def test_a_setting_of_learning_asks_for_learning_in_python_too(mini_path, tmp_path):
@@ -314,3 +324,75 @@ def test_no_shift_moves_the_base_model(mini_path, tmp_path):
     with applied(model, erase(model, "a red fox", artifacts_dir=tmp_path)):
         pass
     assert all(torch.equal(value, weights[name]) for name, value in model.unet.state_dict().items())
+
+
+def test_a_shift_that_is_held_is_refused_when_its_concept_is_erased_from_other_inputs(mini_path, tmp_path):
+    model = load_model(mini_path, CPU)
+    held = erase(model, "Picasso", artifacts_dir=tmp_path)
+    assert erase(model, "Picasso", artifacts_dir=tmp_path).keys() == held.keys()
+    with applied(model, held):  # there already, from the same inputs
+        pass
+    other = erase(model, "Picasso", anchor="VanGogh", artifacts_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"picasso.*written anew.*load it again"), applied(model, held):
+        pass
+    with applied(model, other):
+        pass
+
+
+def notices(function, *arguments, **settings) -> list[str]:
+    """Return what a call gives notice of concerning concepts that are not erased."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", Notice)
+        function(*arguments, **settings)
+    assert all(notice.filename == __file__ for notice in found if issubclass(notice.category, Notice))
+    return [str(notice.message) for notice in found if "not erased" in str(notice.message)]
+
+
+def test_python_says_what_is_not_called_erased_when_it_is_made_and_when_it_is_exported(
+    mini_path, tmp_path, monkeypatch
+):
+    model, weak = load_model(mini_path, CPU), {"artifacts_dir": tmp_path, "ridge_weight": 1e9}
+    for _ in range(2):  # also where it is there already
+        (line,) = notices(erase, model, ["a red fox", "Picasso"], **weak)
+        assert re.search(r"red fox \(-?0\.\d\d of 0\.70, and .*\), Picasso \(", line) and "\n" not in line
+        assert "smaller `ridge_weight`" in line
+    shifts = erase(model, ["a red fox", "Picasso"], **weak)
+    (line,) = notices(export, model, shifts, tmp_path / "out", formats="lora")
+    assert "red fox (" in line and "what is exported says them still" in line
+    eraser = ConceptEraser(mini_path, artifacts_dir=tmp_path / "other", device="cpu")
+    (line,) = notices(eraser.erase, "a red fox", ridge_weight=1e9)
+    assert "red fox (" in line
+    (line,) = notices(eraser.export, tmp_path / "merged", ExportConfig(("lora",)))
+    assert "red fox (" in line
+    eraser.config.methods["SRS-ME"] = eraser.config.methods["SRS-ME"].with_changes(ridge_weight=1e9)
+    (line,) = notices(eraser.erase, "Picasso")
+    assert "Picasso (" in line and "red fox" not in line
+
+    monkeypatch.setattr("ldm.erasure.effect.judge", lambda *_: (True, {}))
+    assert not notices(erase, model, ["a red fox", "Picasso"], **weak)
+    assert not notices(export, model, shifts, tmp_path / "out", formats="lora")
+
+
+def test_what_is_no_model_or_no_shifts_is_refused_in_a_line(tiny, tmp_path):
+    shift = erase(tiny, "Picasso", artifacts_dir=tmp_path)["picasso"]
+    for shifts in ([shift], ["Picasso"], {"picasso": "Picasso"}, shift):
+        with (
+            pytest.raises(ValueError, match="are no shifts by label: pass what `erase` returned"),
+            applied(tiny, shifts),
+        ):
+            pass
+        with pytest.raises(ValueError, match="are no shifts by label: pass what `erase` returned"):
+            export(tiny, shifts, tmp_path / "out")
+    calls = [
+        lambda model: erase(model, ["x"]),
+        lambda model: applied(model, {"picasso": shift}).__enter__(),
+        lambda model: generate(model, "x"),
+        lambda model: export(model, {"picasso": shift}, tmp_path / "out"),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ValueError, match=r"'models/mini-sd' is the path .*: load it, load_model\('models/mini-sd'\)"
+        ):
+            call("models/mini-sd")
+        with pytest.raises(ValueError, match="int is no model that `load_model` returned"):
+            call(3)

@@ -20,12 +20,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
 from ldm import ConceptEraser
+from ldm.config.concept_lists import make_concept
 from ldm.config.methods import GateConfig
 from ldm.diffusion.load import silence_hf_logging
 from ldm.diffusion.pipeline_encoder import PipelineEncoder
 from ldm.erasure import gate_fitter
 from ldm.erasure.gate_fitter import GateFitter, InseparableError
 from ldm.erasure.pipeline_concepts import Details, new_concepts
+from ldm.erasure.pipeline_eraser import PipelineEraser
 from ldm.erasure.pipeline_gated import GatedPipelineEraser, _check_protected
 from ldm.io.errors import Notice
 from ldm.io.paths import REPO_ROOT
@@ -199,6 +201,23 @@ def test_a_wrapper_that_the_user_adds_later_stays_and_passes_through(plain, pipe
     assert torch.equal(encode(pipe, None, prompt_embeds=embeds)[0], embeds)
     pipe.encode_prompt = wrapped
     del pipe.encode_prompt
+
+
+def test_saving_a_pipeline_says_that_what_is_erased_is_not_saved(pipe, eraser, tmp_path):
+    with pytest.warns(Notice, match=r"is not saved .*\(Picasso, VanGogh\): .* the `form` linear") as found:
+        pipe.save_pretrained(tmp_path / "saved")
+    assert found[0].filename == __file__ and weights(load(tmp_path / "saved")) == weights(pipe)
+    with warnings.catch_warnings(), eraser.original():
+        warnings.simplefilter("error", Notice)
+        pipe.save_pretrained(tmp_path / "original")
+    eraser.restore("all")
+    assert "save_pretrained" not in vars(pipe)
+    pipe.save_pretrained = lambda folder: folder
+    eraser.erase("Picasso")
+    with pytest.warns(Notice, match="Picasso"):
+        assert pipe.save_pretrained("mine") == "mine"
+    eraser.restore("Picasso")
+    assert vars(pipe).pop("save_pretrained")("mine") == "mine"
 
 
 def test_original_is_the_unedited_pipeline_nested_and_under_exceptions(plain, pipe, eraser):
@@ -520,6 +539,8 @@ def test_both_encoders_and_the_pooled_embedding_of_xl_are_edited(xl):
         ("", {}, "`texts` has an empty text, or none at all: name a concept"),
         (["Picasso", " \u3000\n"], {}, "`texts` has an empty text"),
         ([], {}, "or none at all"),
+        ("/x/30.csv", {}, "`texts` has the file '/x/30.csv', and files are not taken here: give the texts in it"),
+        ("Warhol", {"protect": "kept.txt"}, "`protect` has the file 'kept.txt', and files are not taken here"),
         ([3], {}, "`texts` has 3, which is no text: give texts"),
         ("Warhol", {"kind": "planet"}, "'planet' is none of style, object"),
         ("Warhol", {"protect": [None]}, "`protect` has None, which is no text"),
@@ -584,6 +605,21 @@ def test_what_is_not_erased_is_not_restored(eraser, text):
     with pytest.raises(ValueError, match="'Cezanne' is not erased: erased are Picasso, VanGogh"):
         eraser.restore(text)
     assert eraser.erased == ["Picasso", "VanGogh"]
+
+
+def test_all_and_none_of_what_is_erased_are_restored(pipe, eraser):
+    eraser.restore([])
+    assert eraser.erased == ["Picasso", "VanGogh"]
+    with pytest.raises(ValueError, match="'all' is not erased"):
+        eraser.restore(["all", "Picasso"])
+    eraser.restore(" All ")
+    assert eraser.erased == [] and PipelineEraser.of(pipe) is None
+    eraser.restore(eraser.erased)
+    eraser.restore("all")
+    eraser.erase("Picasso")
+    eraser._concepts["All"] = make_concept("All")
+    eraser.restore("all")  # which is a concept here
+    assert eraser.erased == ["Picasso"]
 
 
 class OtherPipeline(DiffusionPipeline):

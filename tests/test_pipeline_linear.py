@@ -323,6 +323,35 @@ def test_a_pipeline_that_is_rounded_meanwhile_is_restored_as_rounded(tiny_path, 
     assert all(weight.dtype == dtype for weight in weights(pipe).values())
 
 
+@pytest.mark.parametrize("first", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("second", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_pipeline_that_is_rounded_and_rounded_back_is_restored_as_rounded(tiny_path, first, second):
+    pipe, plain = load(tiny_path), load(tiny_path).to(first).to(second).to(torch.float32)
+    eraser = ConceptEraser(pipe, form="linear")
+    eraser.erase(["Picasso", "VanGogh"])
+    pipe.to(first).to(second).to(torch.float32)
+    with eraser.original():
+        assert same(weights(pipe), weights(plain))
+    assert not same(weights(pipe), weights(plain))
+    eraser.restore("VanGogh")
+    pipe.to(first).to(second)
+    eraser.restore("Picasso")
+    assert same(weights(pipe), weights(plain.to(first).to(second)))
+
+
+def test_weights_that_are_rounded_back_and_changed_are_refused_until_that_is_undone(pipe, eraser):
+    eraser.erase("Picasso")
+    pipe.to(torch.bfloat16).to(torch.float32)
+    weight = next(iter(text_layers(pipe.unet).values())).weight
+    rounded = weight.detach().clone()
+    weight.data += 0.01
+    with pytest.raises(ValueError, match="not as they were left"):
+        eraser.restore("Picasso")
+    weight.data.copy_(rounded)
+    eraser.restore("Picasso")
+    assert eraser.erased == []
+
+
 def test_long_prompts_and_embeddings_of_any_origin_are_erased_too(pipe, eraser):
     embeds = pipe.encode_prompt(SAYING, "cpu", 1, True)
     settings = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}

@@ -10,10 +10,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, is_error
 
 from ldm.cli.run import _USERS_ERRORS_OF, run
-from ldm.io.errors import notify
+from ldm.config.concept_lists import read_concepts
+from ldm.io.errors import Notice, notify
 
 MAKE = [sys.executable, str(ROOT / "eval-scripts" / "make-prompts.py")]
 
@@ -127,3 +129,14 @@ def test_a_notice_is_one_line_with_the_flags_that_were_typed(capsys):
         run(lambda: notify("choose another `save_path`"))
     out, err = capsys.readouterr()
     assert not out and err.endswith(": notice: choose another --save_path\n") and err.count("\n") == 1
+
+
+@torch.no_grad()
+def test_in_python_a_notice_points_to_the_line_of_its_user():
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", Notice)
+        read_concepts(["Alan Smithee", "Alan Smithe"])
+        torch.no_grad()(read_concepts)(["Alan Smithee", "Alan Smithe"])  # through a frame of torch
+        notify("said by a user")
+    assert [notice.filename for notice in found] == [__file__] * 3
+    assert len({notice.lineno for notice in found}) == 3

@@ -118,3 +118,27 @@ def test_a_dense_shift_of_another_model_is_refused(tiny, tmp_path):
     DenseShift({"conv_in.weight": torch.ones(2, 2)}).save(tmp_path / "d.safetensors", {"base_digest": tiny.digest})
     with pytest.raises(ValueError, match=r"conv_in\.weight does not fit"):
         WeightShift.load(tmp_path / "d.safetensors").check(tiny.digests, tiny.unet)
+
+
+@pytest.mark.parametrize("kind", ["separable", "dense"])
+def test_a_shift_that_is_held_does_not_become_what_is_written_into_its_file_later(tiny, tmp_path, kind):
+    path, first, other = tmp_path / "s.safetensors", random_shift(tiny, [""], 1), random_shift(tiny, [""], 2)
+    if kind == "dense":
+        first = DenseShift({name: first.delta_weight(name) for name in first.parameter_names})
+        other = DenseShift({name: other.delta_weight(name) for name in other.parameter_names})
+    first.save(path, {"base_digest": tiny.digest})
+    held, name = WeightShift.load(path), first.parameter_names[0]
+    first.save(path, {"base_digest": tiny.digest})  # the same contents, in another file
+    before = held.delta_weight(name)
+    assert torch.equal(before, WeightShift.load(path).delta_weight(name))
+    other.save(path, {"base_digest": tiny.digest})
+    for read in (held.delta_weight, held.shape):
+        with pytest.raises(ValueError, match=r"s\.safetensors was written anew, or removed, .*load it again"):
+            read(name)
+    smaller = DenseShift({other.parameter_names[-1]: torch.ones(2, 2)})
+    smaller.save(path, {})  # which has no tensor of that name
+    with pytest.raises(ValueError, match="written anew"):
+        held.check(tiny.digests, tiny.unet)
+    path.unlink()
+    with pytest.raises(ValueError, match="removed"), applied(tiny.unet, [held]):
+        pass

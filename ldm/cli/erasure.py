@@ -31,7 +31,7 @@ from ldm.config.models import LEARNING_SETTINGS, ModelConfig, describe_sources, 
 from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.contradictions import check_contradictions
-from ldm.erasure.effect import describe_miss, judge
+from ldm.erasure.effect import advice_on_weak, weak_effects
 from ldm.erasure.null_space import BASIS_FILE_TYPE
 from ldm.erasure.protection import BasisSummary, Protection, solve_null_spaces
 from ldm.erasure.shift import SHIFT_FILE_TYPE, WeightShift
@@ -39,9 +39,6 @@ from ldm.io.errors import NotErasedError, notify
 from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.sharding import Shard
 from ldm.io.tensors import read_metadata
-from ldm.ledger.lines import some_of
-
-_SHOWN = 3  # concepts that a message names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,25 +100,13 @@ def _check_erased(
 
     `so` is what follows from that for the whole command.
     """
-    weak: list[str] = []
-    for concept in concepts:
-        metadata = read_metadata(artifacts.shift(concept.label), SHIFT_FILE_TYPE)
-        is_erased, said = judge(metadata, edit.form, edit.least_effect)
-        if is_erased is False:
-            weak.append(f"{concept.name} ({describe_miss(said)})")
+    metadata = [read_metadata(artifacts.shift(concept.label), SHIFT_FILE_TYPE) for concept in concepts]
+    weak = weak_effects(metadata, edit)
     if not weak and config.trains and isinstance(config, SRSMEConfig):
         notify("whether what was trained erases is not judged without images: `check` 4 shows some")
-    if not weak:
-        return
-    remedy = "protect less (`protect`, `em_indexes`), or take a larger `rank_rtol` or a smaller `ridge_weight`"
-    if config.trains:
-        remedy = (
-            "train with a larger `lr` or `basis_scale` or more `max_steps`, or protect less (`protect`, `em_indexes`)"
-        )
-    raise NotErasedError(
-        f"{some_of(weak, _SHOWN)}: prompts that say it go less of the way to what takes its place than is "
-        f"called erased (`least_effect`). The shifts are kept{so}: {remedy}"
-    )
+    if weak:
+        advice = advice_on_weak(config.trains, "`protect`, `em_indexes`")
+        raise NotErasedError(f"{weak}. The shifts are kept{so}: {advice}")
 
 
 def _implied(config: MethodConfig, base: MethodConfig) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from ldm.diffusion.pipeline_model import unwrapped
 from ldm.diffusion.text_layers import text_layers
 
 Weights = dict[str, torch.Tensor]  # of text layers, by the layer's name
+_HALVES = torch.bfloat16, torch.float16
+# Through these, one after the other, weights may have gone on their way to the dtype that they have now.
+_ROUNDINGS: list[tuple[torch.dtype, ...]] = [(), *((half,) for half in _HALVES), _HALVES, _HALVES[::-1]]
 
 
 class InPlaceWeights:
@@ -81,10 +84,12 @@ class InPlaceWeights:
             self._base = {name: layer.weight.detach().cpu().clone() for name, layer in layers.items()}
             self._left = self._base
         dtype = next(iter(layers.values())).weight.dtype
-        if dtype != next(iter(self._base.values())).dtype:  # by `pipe.to`, which rounds both alike
-            is_base = self._left is self._base
-            self._base = {name: weight.to(dtype) for name, weight in self._base.items()}
-            self._left = self._base if is_base else {name: weight.to(dtype) for name, weight in self._left.items()}
+        through = self._rounded_through(layers, dtype)
+        is_base = self._left is self._base
+        self._base = _rounded(self._base, (*(through or ()), dtype))  # as `pipe.to` rounds both alike
+        self._left = self._base if is_base else _rounded(self._left, (*(through or ()), dtype))
+        if through is not None:
+            return layers
         for name, layer in layers.items():
             if name not in self._left or not _is_same(layer.weight.detach().cpu(), self._left[name]):
                 raise ValueError(
@@ -93,6 +98,24 @@ class InPlaceWeights:
                     "erased, or use it without fusing"
                 )
         return layers
+
+    def _rounded_through(self, layers: Mapping[str, nn.Linear], dtype: torch.dtype) -> tuple[torch.dtype, ...] | None:
+        """Return through which other dtypes the weights went since they were left, to their own; None if changed."""
+        for dtypes in _ROUNDINGS:
+            left = _rounded(self._left, (*dtypes, dtype))
+            if all(name in left and torch.equal(layer.weight.cpu(), left[name]) for name, layer in layers.items()):
+                return dtypes
+        return None
+
+
+def _rounded(weights: Weights, dtypes: Sequence[torch.dtype]) -> Weights:
+    """Return weights rounded to several dtypes, one after the other; the very same where these are their own."""
+    if all(weight.dtype == dtype for weight in weights.values() for dtype in dtypes):
+        return weights
+    rounded = weights
+    for dtype in dtypes:
+        rounded = {name: weight.to(dtype) for name, weight in rounded.items()}
+    return rounded
 
 
 def _is_group_offloaded(unet: nn.Module) -> bool:

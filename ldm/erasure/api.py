@@ -15,6 +15,8 @@ from ldm.config.concept_lists import read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, is_one_of
 from ldm.config.methods import (
     ANCHORS,
+    GATED_FORMATS,
+    LINEAR_FORMATS,
     METHODS,
     NO_GATE,
     EditConfig,
@@ -27,6 +29,7 @@ from ldm.config.models import load_model_config, with_asked
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate as sample
 from ldm.erasure.contradictions import check_contradictions
+from ldm.erasure.effect import advice_on_weak, weak_effects
 from ldm.erasure.erase import ErasureSummary
 from ldm.erasure.erase import erase as make_shifts
 from ldm.erasure.export import Export
@@ -34,6 +37,7 @@ from ldm.erasure.export import export as write_formats
 from ldm.erasure.merge import check_unedited, edited, spellings_of
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
+from ldm.io.errors import notify
 from ldm.io.paths import ArtifactPaths
 from ldm.io.prompts import PromptCase
 
@@ -51,8 +55,9 @@ def erase(
 
     A concept is a text, such as "Greg Rutkowski", or a .csv, .yaml or .txt file of them. They protect each other;
     `protect` are prompts, or files of them, or concepts, that stay as they are too. What was measured of each is in its
-    `metadata`: `target_change`, `max_leakage_protected`. `options` are those of `make_own_shifts`. Raises ValueError
-    for what contradicts itself.
+    `metadata`: `target_change`, `max_leakage_protected`, and in `effects`, by form, how far prompts that say it go to
+    what takes its place. A notice names those for which that is too little to be called erased: they are in what is
+    returned too. `options` are those of `make_own_shifts`. Raises ValueError for what contradicts itself.
     """
     return make_own_shifts(model, concepts, protect, **options)[0]
 
@@ -79,6 +84,7 @@ def make_own_shifts(
     if method not in METHODS:
         near = did_you_mean(method, list(METHODS))
         raise ValueError(f"'{method}' is no method{near}: choose from {', '.join(METHODS)}")
+    _check_model(model)
     check_unedited(model)
     if anchor in ANCHORS:
         settings["anchor"], anchor = anchor, None
@@ -100,7 +106,25 @@ def make_own_shifts(
     shifts: dict[str, WeightShift] = {}
     for concept in named:  # whole, since the same concept with other settings is written to the same file
         shifts[concept.label] = WeightShift.load(artifacts.shift(concept.label)).in_memory()
+    edit = model_config.edit if gate.gate else model_config.edit.with_changes(form="linear")
+    notify_of_weak(shifts, edit, advice_on_weak(config.trains))
     return shifts, took
+
+
+def notify_of_weak(shifts: Mapping[str, WeightShift], edit: EditConfig, advice: str) -> None:
+    """Say which shifts do too little to their concepts, in the form in which they act, to call these erased."""
+    weak = weak_effects([shift.metadata for shift in shifts.values()], edit)
+    if weak:
+        notify(f"not erased: {weak}: {advice}")
+
+
+def notify_of_weak_export(model: DiffusionModel, shifts: Mapping[str, WeightShift], formats: Sequence[str]) -> None:
+    """Say which shifts do too little to call their concepts erased in files of these formats."""
+    edit = load_model_config(model).edit
+    for form, names in (("linear", LINEAR_FORMATS), ("gated", GATED_FORMATS)):
+        if set(names) & set(formats):
+            advice = "what is exported says them still, so make these shifts anew, with other settings, and export then"
+            notify_of_weak(shifts, edit.with_changes(form=form), advice)
 
 
 def _as_concepts(concepts: Sequence[str | Concept] | str, kind: str | None, anchor: str | None) -> list[Concept]:
@@ -134,7 +158,8 @@ def applied(model: DiffusionModel, shifts: Mapping[str, WeightShift], form: str 
     In the `form` gated they act on the prompts that say the concepts and on no other, in the form linear on the
     weights; without one as the model's settings say. Raises ValueError for a shift of another model.
     """
-    for shift in shifts.values():
+    _check_model(model)
+    for shift in _checked_shifts(shifts).values():
         shift.check(model.digests, model.unet)
     with edited(model, shifts, EditConfig(form or load_model_config(model).edit.form).form):
         yield
@@ -144,6 +169,7 @@ def generate(
     model: DiffusionModel, prompt: str, seeds: Sequence[int] = (0,), sampling: SamplingConfig | None = None
 ) -> list[Image.Image]:
     """Return an image of the prompt for each seed, by the model as it stands: within `applied`, the edited one."""
+    _check_model(model)
     requests = [(PromptCase(prompt, seed, number), 0) for number, seed in enumerate(seeds)]
     sampling = sampling or load_model_config(model).sampling
     return [image for _, _, image in sample(model, requests, sampling)]
@@ -159,18 +185,42 @@ def export(
 ) -> Export:
     """Write the model without what `shifts` erase, in `formats`: into `output_dir`, or `output_dir`-FORMAT.
 
-    `formats` are names, or an `ExportConfig`; `settings` are further fields of that. The leakage of each shift
-    is measured on the concepts' own names and on `prompts`. The model stays as it is. Raises ValueError for no shift,
-    and for what a format cannot hold.
+    `formats` are names, or an `ExportConfig`; `settings` are further fields of that. The leakage of each shift is
+    measured on the concepts' own names and on `prompts`, and a notice names concepts that their shifts do not erase.
+    The model stays as it is. Raises ValueError for no shift, and for what a format cannot hold.
     """
-    names = [str(shift.metadata.get("prompt", "")) for shift in shifts.values()]
+    _check_model(model)
+    names = [str(shift.metadata.get("prompt", "")) for shift in _checked_shifts(shifts).values()]
     if isinstance(formats, ExportConfig):
         config = formats.with_changes(**settings)
     else:
         config = ExportConfig((formats,) if isinstance(formats, str) else tuple(formats)).with_changes(**settings)
     rounds = config.save_dtype != "float32"  # which an export does to the model that it is given
     measured = list(dict.fromkeys(["", *names, *prompts]))
-    return write_formats(deepcopy(model) if rounds else model, shifts, Path(output_dir), config, measured)
+    written = write_formats(deepcopy(model) if rounds else model, shifts, Path(output_dir), config, measured)
+    notify_of_weak_export(model, shifts, config.formats)
+    return written
+
+
+def _check_model(model: Any) -> None:
+    """Raise ValueError for what is no model, such as the path of one or a pipeline of diffusers."""
+    if isinstance(model, (str, Path)):
+        raise ValueError(f"{str(model)!r} is the path of a model and not a model: load it, load_model({str(model)!r})")
+    if not isinstance(model, DiffusionModel):
+        raise ValueError(
+            f"{type(model).__name__} is no model that `load_model` returned: load one, or take `ConceptEraser` for a "
+            "pipeline of diffusers"
+        )
+
+
+def _checked_shifts(shifts: Any) -> Mapping[str, WeightShift]:
+    """Return shifts. Raises ValueError where they are not weight shifts by label."""
+    if not isinstance(shifts, Mapping) or not all(isinstance(shift, WeightShift) for shift in shifts.values()):
+        raise ValueError(
+            "`shifts` are no shifts by label: pass what `erase` returned, or some of it as a dict, such as "
+            "{'picasso': shifts['picasso']}"
+        )
+    return shifts
 
 
 def find_label(shifts: Mapping[str, WeightShift], text: str) -> str | None:

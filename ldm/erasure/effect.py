@@ -44,6 +44,7 @@ LEAST_PROMPT_EFFECT = 0.38
 LEAST_CHANGE = 0.1
 NEUTRAL, ANCHOR = "neutral", "anchor"
 _NUM_FITTED, _NUM_HELD_OUT = 6, 6  # templates, beside the name alone
+_SHOWN = 3  # concepts that a message names
 _SPARED = 0.15  # of the prompts that do not count for the least effect, but never the name alone
 
 
@@ -125,6 +126,29 @@ def describe_miss(said: Mapping[str, Any]) -> str:
 def _down(value: float) -> str:
     """Return a number with two digits, rounded down, so that what misses a limit is never written as the limit."""
     return f"{math.floor(value * 100) / 100:.2f}"
+
+
+def weak_effects(metadata: Iterable[Mapping[str, Any]], edit: EditConfig) -> str:
+    """Return which concepts what shifts' metadata say lets not be called erased, with their effects; empty for none."""
+    weak: list[str] = []
+    for each in metadata:
+        is_erased, said = judge(each, edit.form, edit.least_effect)
+        if is_erased is False:
+            weak.append(f"{each.get('concept')} ({describe_miss(said)})")
+    if not weak:
+        return ""
+    more = f" and {len(weak) - _SHOWN} more" if len(weak) > _SHOWN else ""
+    return (
+        f"{', '.join(weak[:_SHOWN])}{more}: prompts that say it go less of the way to what takes its place than is "
+        "called erased (`least_effect`)"
+    )
+
+
+def advice_on_weak(trains: bool, protecting: str = "`protect`") -> str:
+    """Return what to do about too small an effect; `protecting` are the settings that say what is protected."""
+    if trains:
+        return f"train with a larger `lr` or `basis_scale` or more `max_steps`, or protect less ({protecting})"
+    return f"protect less ({protecting}), or take a larger `rank_rtol` or a smaller `ridge_weight`"
 
 
 def least_effect_met(metadata: Mapping[str, Any], form: str) -> float:

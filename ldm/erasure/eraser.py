@@ -16,11 +16,13 @@ from ldm.config.methods import METHODS, NO_GATE, EditConfig, ExportConfig, Sampl
 from ldm.config.models import ModelConfig, load_model_config
 from ldm.diffusion.load import load_model
 from ldm.diffusion.model import DiffusionModel
-from ldm.erasure.api import export, find_label, generate, make_own_shifts
+from ldm.erasure.api import export, find_label, generate, make_own_shifts, notify_of_weak
 from ldm.erasure.contradictions import check_contradictions
+from ldm.erasure.effect import advice_on_weak
 from ldm.erasure.erase import ErasureSummary, erase
 from ldm.erasure.export import Export
 from ldm.erasure.merge import check_unedited, edited
+from ldm.erasure.pipeline_concepts import names_all
 from ldm.erasure.pipeline_eraser import PipelineEraser
 from ldm.erasure.pipeline_gated import GatedPipelineEraser
 from ldm.erasure.pipeline_linear import LinearPipelineEraser
@@ -93,7 +95,7 @@ class ConceptEraser:
 
     def erase(
         self,
-        *names: str,
+        *names: str | Sequence[str],
         method: str = "SRS-ME",
         image_dir: Path | str = "data",
         protect: Sequence[str] | str = (),
@@ -109,11 +111,12 @@ class ConceptEraser:
         if method not in METHODS:
             known = ", ".join(METHODS)
             raise ValueError(f"'{method}' is no method{did_you_mean(method, list(METHODS))}: choose from {known}")
-        listed = [concept for concept in map(self._listed, names) if concept is not None]
-        own = [name for name in names if self._listed(name) is None]
+        texts = _flat(names)
+        listed = [concept for concept in map(self._listed, texts) if concept is not None]
+        own = [name for name in texts if self._listed(name) is None]
         if options and not own:
             raise ValueError(
-                f"`{next(iter(options))}` goes with concepts of your own: {', '.join(names)} is of the category "
+                f"`{next(iter(options))}` goes with concepts of your own: {', '.join(texts)} is of the category "
                 f"{self.category}, which the model's config has settings for"
             )
         protected = [protect] if isinstance(protect, str) else list(protect)
@@ -147,11 +150,15 @@ class ConceptEraser:
         for concept in concepts:
             shifts[concept.label] = WeightShift.load(artifacts.shift(concept.label)).in_memory()
             shifts[concept.label].check(self.model.digests, self.model.unet)
+        edit = self.config.edit.with_changes(form=self.form)
+        notify_of_weak(shifts, edit, advice_on_weak(self.config.methods[method].trains))
         return shifts, summaries
 
-    def restore(self, *names: str) -> None:
-        """Restore concepts by name: their shifts are left out. Raises ValueError for one that is not erased."""
-        labels = {find_label(self.shifts, name): name for name in names}
+    def restore(self, *names: str | Sequence[str]) -> None:
+        """Restore concepts by name, or `all`: leave their shifts out. Raises ValueError for one that is not erased."""
+        texts = _flat(names)
+        texts = self.erased if names_all(texts, find_label(self.shifts, "all")) else texts
+        labels = {find_label(self.shifts, name): name for name in texts}
         for label, name in labels.items():
             if label is None:
                 near = did_you_mean(name, self.erased)
@@ -202,6 +209,14 @@ class ConceptEraser:
         if concept is not None and concept.is_watermark:
             raise ValueError(f"'{name}' is a watermark, which every shift protects: erase another concept")
         return concept
+
+
+def _flat(names: Sequence[str | Sequence[str]]) -> list[str]:
+    """Return the names of which some may be in lists."""
+    flat: list[str] = []
+    for name in names:
+        flat += [name] if isinstance(name, str) else name
+    return flat
 
 
 def _pipeline_eraser(pipe: DiffusionPipeline, form: str | None) -> PipelineEraser:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from ldm.config.concept_lists import make_concept
+from ldm.config.concept_lists import make_concept, names_file
 from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import ANCHORS
 from ldm.config.spellings import says
@@ -28,11 +28,13 @@ class Details:
 
 
 def as_list(texts: Sequence[str] | str, setting: str) -> list[str]:
-    """Return texts, one or several, as a list. Raises ValueError where they are none."""
+    """Return texts, one or several, as a list. Raises ValueError where they are none, and for a file."""
     found = [texts] if isinstance(texts, str) else list(texts)
     for text in found:
         if type(text) is not str:
             raise ValueError(f"`{setting}` has {text!r}, which is no text: give texts, such as 'Vincent van Gogh'")
+        if names_file(text):
+            raise ValueError(f"`{setting}` has the file '{text}', and files are not taken here: give the texts in it")
     return found
 
 
@@ -42,6 +44,11 @@ def tidied(texts: Sequence[str] | str, setting: str) -> list[str]:
     if not all(found) or not found:
         raise ValueError(f"`{setting}` has an empty text, or none at all: name a concept, such as 'Vincent van Gogh'")
     return found
+
+
+def names_all(texts: Sequence[str], erased: str | None) -> bool:
+    """Return whether texts name all that is erased: as `all`, where no concept of that text is `erased`."""
+    return erased is None and [text.strip().lower() for text in texts] == ["all"]
 
 
 def new_concepts(texts: Sequence[str] | str, details: Details, erased: Mapping[str, Concept]) -> dict[str, Concept]:

@@ -14,7 +14,7 @@ from ldm.config.concepts import Concept
 from ldm.config.templates import load_template_set
 from ldm.diffusion.pipeline_encoder import PipelineEncoder
 from ldm.erasure.effect import LEAST_EFFECT
-from ldm.erasure.pipeline_concepts import Details, as_list, check_said, new_concepts, tidied
+from ldm.erasure.pipeline_concepts import Details, as_list, check_said, names_all, new_concepts, tidied
 from ldm.io.errors import notify
 
 _ATTRIBUTE = "_concept_eraser"  # of a pipeline from which something is erased
@@ -91,8 +91,13 @@ class PipelineEraser(ABC):
         return {text: reports[text] for text in new}
 
     def restore(self, texts: Sequence[str] | str) -> None:
-        """Restore concepts by text. Raises ValueError, and restores nothing, for one that is not erased."""
-        found = {text: self._find(text) for text in tidied(texts, "texts")}
+        """Restore concepts by text, or `all`. Raises ValueError, and restores nothing, for one that is not erased.
+
+        An empty list restores nothing.
+        """
+        listed = as_list(texts, "texts")
+        listed = self.erased if names_all(listed, self._find("all")) else listed
+        found = {text: self._find(text) for text in (tidied(listed, "texts") if listed else [])}
         for text, label in found.items():
             if label is None:
                 raise ValueError(f"'{text}' is not erased: erased are {', '.join(self.erased) or 'none'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +33,7 @@ class GatedPipelineEraser(PipelineEraser):
     While anything is erased, the pipeline's `encode_prompt` is this one's: prompts, negative ones too, that say an
     erased concept become what they are with their anchor instead; all others keep every bit. Where the weights, tokens
     or LoRAs of its text encoders change, the gates are fitted anew at the next call. `config` says how gates are
-    fitted. What is erased is not saved with the pipeline.
+    fitted. What is erased is not saved with the pipeline, whose `save_pretrained` gives notice of that meanwhile.
     """
 
     form: ClassVar[str] = "gated"
@@ -41,7 +42,7 @@ class GatedPipelineEraser(PipelineEraser):
     def __init__(self, pipe: DiffusionPipeline):
         super().__init__(pipe)
         self.config = GateConfig()
-        self._attribute_before: Any = None  # an `encode_prompt` that the user gave this very pipeline
+        self._methods_before: dict[str, Any] = {}  # those that the user gave this very pipeline
         # by the state of the text encoders and `clip_skip`, and by what is protected and the `config`
         self._edits: dict[tuple[tuple[Hashable, int | None], Hashable], Edits] = {}
         self._known: tuple[Hashable, KnownStates] = None, KnownStates()  # of text encoders in one state
@@ -55,16 +56,21 @@ class GatedPipelineEraser(PipelineEraser):
         return {text: edits[concept].report for text, concept in concepts.items()}
 
     def _sync(self) -> None:
+        methods = {"encode_prompt": self._encode_prompt, "save_pretrained": self._save_pretrained}
         active = list(self._concepts.values()), self._protected
         if active != self._active:
             self._returned.clear()
         if self._concepts and not self._active[0]:
-            self._attribute_before = vars(self._pipe).get("encode_prompt")
-            self._pipe.encode_prompt = self._encode_prompt
-        if not self._concepts and vars(self._pipe).get("encode_prompt") == self._encode_prompt:
-            del self._pipe.encode_prompt
-            if self._attribute_before is not None:
-                self._pipe.encode_prompt = self._attribute_before
+            own = {name: vars(self._pipe).get(name) for name in methods}
+            self._methods_before = {name: own[name] for name in own if own[name] not in (None, methods[name])}
+            for name, method in methods.items():
+                setattr(self._pipe, name, method)
+        if not self._concepts:
+            for name, method in methods.items():
+                if vars(self._pipe).get(name) == method:
+                    delattr(self._pipe, name)
+                    if name in self._methods_before:
+                        setattr(self._pipe, name, self._methods_before[name])
         self._active = active
 
     def _fitted(
@@ -170,6 +176,16 @@ class GatedPipelineEraser(PipelineEraser):
                 encoded.set_rows(side, edited)
         self._remember(encoded)
         return tuple(encoded.outputs.values())
+
+    def _save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the pipeline as it does itself, and say that what is erased is not saved."""
+        if self._concepts and not self._originals:
+            notify(
+                f"what is erased is not saved with the pipeline ({', '.join(self.erased)}): the `form` gated changes "
+                "no weights, so restore them and erase them with the `form` linear to save a pipeline without them"
+            )
+        own = self._methods_before.get("save_pretrained", partial(type(self._pipe).save_pretrained, self._pipe))
+        return own(*args, **kwargs)
 
     def _is_returned(self, embeds: torch.Tensor) -> bool:
         """Return whether embeddings (N, rows, d), or pooled ones (N, d), are known.

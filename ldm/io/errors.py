@@ -6,7 +6,11 @@ turns these into the flags that its user typed, and adds the command that makes 
 
 from __future__ import annotations
 
+import sys
 import warnings
+
+# Through these a user's own line comes to a notice, as through a pipeline of diffusers or a `with` block.
+_NOT_THE_USERS = ("ldm", "contextlib", "diffusers", "torch")
 
 
 class MissingFileError(ValueError):
@@ -31,5 +35,8 @@ class Notice(UserWarning):
 
 
 def notify(message: str) -> None:
-    """Give a `Notice`."""
-    warnings.warn(message, Notice, stacklevel=2)
+    """Give a `Notice` that points to the user's own line: the first one that is not of a library."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, Notice, stacklevel=level)

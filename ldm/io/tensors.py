@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -88,19 +88,54 @@ def _content_digest(file_type: str, metadata: Any, tensors: Iterable[tuple[str, 
     return digest.hexdigest()
 
 
+_FileState = tuple[int, int, int]
+
+
+def _file_state(path: Path) -> _FileState | None:
+    """Return what tells a file from another one of the same path: its number, size and time; None where none is."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _stored_digest(path: Path) -> str | None:
+    """Return the digest of its contents that a file's header says; None where there is none."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return json.loads((opened.metadata() or {})[METADATA_KEY]).get("content_digest")
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RecursionError):
+        return None
+
+
 @dataclass(frozen=True)
 class LazyTensors(Mapping[str, torch.Tensor]):
     """Tensors of a safetensors file by other names (`names`: name -> that in the file), each read when it is asked for,
-    so that many files together take little memory.
+    so that many files together take little memory. Raises ValueError where the file has been written anew since.
     """
 
     path: Path
     names: Mapping[str, str]
     content_digest: str = ""  # of all that the file says
+    state: _FileState | None = None  # of the file when its header was read; None where it does not matter
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self.path, framework="pt", backend="pread") as opened:
-            return opened.get_tensor(self.names[name])
+        try:
+            with safe_open(self.path, framework="pt", backend="pread") as opened:
+                return opened.get_tensor(self.names[name])
+        finally:  # after it was opened, and also where another file has no such tensor
+            self._check_same_file()
+
+    def _check_same_file(self) -> None:
+        """Raise ValueError where the path leads to another file now, with other contents."""
+        if self.state is None or _file_state(self.path) == self.state:
+            return
+        if _stored_digest(self.path) != self.content_digest:
+            raise ValueError(
+                f"{self.path} was written anew, or removed, since it was read: load it again, and keep what is made "
+                "from other inputs in another `artifacts_dir`"
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -110,13 +145,12 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 
     def where(self, keeps: Callable[[str], bool]) -> LazyTensors:
         """Those whose names `keeps` is true of."""
-        return LazyTensors(self.path, {name: own for name, own in self.names.items() if keeps(name)})
+        return replace(self, names={name: own for name, own in self.names.items() if keeps(name)})
 
     def with_prefix(self, prefix: str) -> LazyTensors:
         """Those whose names start with `prefix`, without it."""
-        return LazyTensors(
-            self.path, {name.removeprefix(prefix): own for name, own in self.names.items() if name.startswith(prefix)}
-        )
+        found = {name.removeprefix(prefix): own for name, own in self.names.items() if name.startswith(prefix)}
+        return replace(self, names=found)
 
 
 def load_tensors(
@@ -129,6 +163,7 @@ def load_tensors(
     (`hint`: what to give instead), of another type, damaged, or has NaN or infinity.
     """
     path = Path(path)
+    state = _file_state(path)  # of before, so that a file that is written meanwhile is seen
     header, names = _read_header(path, file_type, hint)
     tensors = LazyTensors(path, {name: name for name in names})
     try:
@@ -140,7 +175,7 @@ def load_tensors(
             _check_older_file(path, file_type)
     elif header.content_digest != digest:
         raise ValueError(f"{path} is not as it was written (its contents have another digest): make it again")
-    return LazyTensors(path, tensors.names, digest), header.metadata
+    return LazyTensors(path, tensors.names, digest, state), header.metadata
 
 
 def _finite_items(tensors: LazyTensors) -> Iterator[tuple[str, torch.Tensor]]:
