@@ -24,6 +24,7 @@ def main() -> None:
     from ldm.cli import devices, session
     from ldm.config.models import describe_sources, load_model_config
     from ldm.diffusion.image_folder import generate_to_folder
+    from ldm.erasure.effect import notify_of_weak
     from ldm.erasure.merge import describe_forms, edited, load_shifts, shifts_metadata
     from ldm.io.images import find_images
 
@@ -31,15 +32,16 @@ def main() -> None:
     device, shard = devices.init_distributed(session.first_device(args))
     model = session.load_model(args, device)
     config = load_model_config(model)
-    sampling, form = session.fill_settings(args, config.sampling), session.fill_settings(args, config.edit).form
+    sampling, edit = session.fill_settings(args, config.sampling), session.fill_settings(args, config.edit)
     shifts, name = load_shifts(session.artifact_paths(args, model.name, args.method), args.shifts)
     for shift in shifts.values():
         shift.check(model.digests, model.unet)
     print(describe_sources(config, ["sampling", "edit"], arguments.spelled))
-    print(describe_forms(shifts, form))
-    metadata = {**model.generation_metadata, **shifts_metadata(shifts, form)}
+    print(describe_forms(shifts, edit.form))
+    notify_of_weak(shifts, edit, "erase it anew, or look at what is generated")
+    metadata = {**model.generation_metadata, **shifts_metadata(shifts, edit.form)}
     folder = args.save_path / f"{name}-merge"
-    with edited(model, shifts, form):
+    with edited(model, shifts, edit.form):
         num_generated = generate_to_folder(
             model, cases, folder, metadata, sampling, args.images_per_seed, shard, args.compile
         )

@@ -128,13 +128,22 @@ def test_of_a_gated_shift_the_map_counts_where_the_gate_fires(tiny):
         {"effects": {"linear": {"mean": 0.6, "least": 0.5, "lowest_prompt": "x", "towards": "anchor"}}},
         {"effects": {"linear": {"mean": -0.1, "least": -0.3, "lowest_prompt": "x"}}},
         {"target_change": 0.02, "prompt": "x"},
+        {"effects": {"gated": {"mean": 0.55, "least": 0.5, "lowest_prompt": "x"}}},
     ],
 )
 def test_the_least_effect_that_is_met_is_where_the_verdict_changes(metadata):
-    met = least_effect_met(metadata, "linear")
-    assert judge(metadata, "linear", met - 1e-6)[0] is not False
-    assert judge(metadata, "linear", met + 1e-6)[0] is False
-    assert least_effect_met({}, "linear") == math.inf
+    form = "gated" if "gated" in metadata.get("effects", {}) else "linear"
+    met = least_effect_met(metadata, form)
+    assert judge(metadata, form, met - 1e-6)[0] is not False
+    assert judge(metadata, form, met + 1e-6)[0] is False
+    assert least_effect_met({}, form) == math.inf
+
+
+def test_a_gate_erases_with_less_of_the_way():
+    said = {"mean": 0.65, "least": 0.5, "lowest_prompt": "x"}
+    assert judge({"effects": {"linear": said}}, "gated")[0] is False  # without a gate
+    assert judge({"effects": {"linear": said, "gated": said}}, "linear")[0] is False
+    assert judge({"effects": {"linear": said, "gated": said}}, "gated")[0] is True
 
 
 def test_what_misses_a_limit_is_never_written_as_the_limit():

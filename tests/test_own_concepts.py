@@ -326,19 +326,6 @@ def test_no_shift_moves_the_base_model(mini_path, tmp_path):
     assert all(torch.equal(value, weights[name]) for name, value in model.unet.state_dict().items())
 
 
-def test_a_shift_that_is_held_is_refused_when_its_concept_is_erased_from_other_inputs(mini_path, tmp_path):
-    model = load_model(mini_path, CPU)
-    held = erase(model, "Picasso", artifacts_dir=tmp_path)
-    assert erase(model, "Picasso", artifacts_dir=tmp_path).keys() == held.keys()
-    with applied(model, held):  # there already, from the same inputs
-        pass
-    other = erase(model, "Picasso", anchor="VanGogh", artifacts_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"picasso.*written anew.*load it again"), applied(model, held):
-        pass
-    with applied(model, other):
-        pass
-
-
 def notices(function, *arguments, **settings) -> list[str]:
     """Return what a call gives notice of concerning concepts that are not erased."""
     with warnings.catch_warnings(record=True) as found:
@@ -354,11 +341,11 @@ def test_python_says_what_is_not_called_erased_when_it_is_made_and_when_it_is_ex
     model, weak = load_model(mini_path, CPU), {"artifacts_dir": tmp_path, "ridge_weight": 1e9}
     for _ in range(2):  # also where it is there already
         (line,) = notices(erase, model, ["a red fox", "Picasso"], **weak)
-        assert re.search(r"red fox \(-?0\.\d\d of 0\.70, and .*\), Picasso \(", line) and "\n" not in line
+        assert re.search(r"red fox \(-?0\.\d\d of 0\.\d0 on average and .*\), Picasso \(", line) and "\n" not in line
         assert "smaller `ridge_weight`" in line
     shifts = erase(model, ["a red fox", "Picasso"], **weak)
     (line,) = notices(export, model, shifts, tmp_path / "out", formats="lora")
-    assert "red fox (" in line and "what is exported says them still" in line
+    assert "red fox (" in line and "what is exported says it still" in line
     eraser = ConceptEraser(mini_path, artifacts_dir=tmp_path / "other", device="cpu")
     (line,) = notices(eraser.erase, "a red fox", ridge_weight=1e9)
     assert "red fox (" in line

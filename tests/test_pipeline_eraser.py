@@ -310,7 +310,7 @@ def test_hidden_states_are_chosen_anew_where_those_of_before_do_not_tell_a_conce
 
 def test_a_concept_of_which_much_is_left_is_said_to_be(eraser, monkeypatch):
     eraser.restore("Picasso")
-    monkeypatch.setattr("ldm.erasure.pipeline_eraser._MAX_DISTANCE_LEFT", 0.01)
+    monkeypatch.setattr("ldm.erasure.pipeline_eraser.MAX_DISTANCE_LEFT", {"gated": 0.01})
     with pytest.warns(Notice, match=r"'Picasso' is not all erased: its prompts have 0\.\d\d of the way"):
         eraser.erase("Picasso", kind="style")
 

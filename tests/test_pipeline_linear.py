@@ -463,9 +463,9 @@ def test_what_cannot_be_changed_is_refused_by_name(pipe, eraser, prepare, messag
 def test_a_concept_of_which_much_is_left_is_said_to_be(pipe, eraser, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", Notice)
-        monkeypatch.setattr("ldm.erasure.pipeline_eraser._MAX_DISTANCE_LEFT", 2.0)
+        monkeypatch.setattr("ldm.erasure.pipeline_eraser.MAX_DISTANCE_LEFT", {"linear": 2.0})
         left = eraser.erase("Picasso")["Picasso"]["distance_left"]
     eraser.restore("Picasso")
-    monkeypatch.setattr("ldm.erasure.pipeline_eraser._MAX_DISTANCE_LEFT", left - 0.01)
+    monkeypatch.setattr("ldm.erasure.pipeline_eraser.MAX_DISTANCE_LEFT", {"linear": left - 0.01})
     with pytest.warns(Notice, match=rf"'Picasso' is not all erased: its prompts have {left:.2f} of the way"):
         eraser.erase("Picasso")

@@ -15,8 +15,6 @@ from ldm.config.concept_lists import read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, is_one_of
 from ldm.config.methods import (
     ANCHORS,
-    GATED_FORMATS,
-    LINEAR_FORMATS,
     METHODS,
     NO_GATE,
     EditConfig,
@@ -29,7 +27,7 @@ from ldm.config.models import load_model_config, with_asked
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate as sample
 from ldm.erasure.contradictions import check_contradictions
-from ldm.erasure.effect import advice_on_weak, weak_effects
+from ldm.erasure.effect import advice_on_weak, notify_of_weak
 from ldm.erasure.erase import ErasureSummary
 from ldm.erasure.erase import erase as make_shifts
 from ldm.erasure.export import Export
@@ -37,7 +35,6 @@ from ldm.erasure.export import export as write_formats
 from ldm.erasure.merge import check_unedited, edited, spellings_of
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
-from ldm.io.errors import notify
 from ldm.io.paths import ArtifactPaths
 from ldm.io.prompts import PromptCase
 
@@ -111,22 +108,6 @@ def make_own_shifts(
     return shifts, took
 
 
-def notify_of_weak(shifts: Mapping[str, WeightShift], edit: EditConfig, advice: str) -> None:
-    """Say which shifts do too little to their concepts, in the form in which they act, to call these erased."""
-    weak = weak_effects([shift.metadata for shift in shifts.values()], edit)
-    if weak:
-        notify(f"not erased: {weak}: {advice}")
-
-
-def notify_of_weak_export(model: DiffusionModel, shifts: Mapping[str, WeightShift], formats: Sequence[str]) -> None:
-    """Say which shifts do too little to call their concepts erased in files of these formats."""
-    edit = load_model_config(model).edit
-    for form, names in (("linear", LINEAR_FORMATS), ("gated", GATED_FORMATS)):
-        if set(names) & set(formats):
-            advice = "what is exported says them still, so make these shifts anew, with other settings, and export then"
-            notify_of_weak(shifts, edit.with_changes(form=form), advice)
-
-
 def _as_concepts(concepts: Sequence[str | Concept] | str, kind: str | None, anchor: str | None) -> list[Concept]:
     """Return the concepts that texts and files name. Raises ValueError for none."""
     given = [concepts] if isinstance(concepts, str) else list(concepts)
@@ -197,9 +178,7 @@ def export(
         config = ExportConfig((formats,) if isinstance(formats, str) else tuple(formats)).with_changes(**settings)
     rounds = config.save_dtype != "float32"  # which an export does to the model that it is given
     measured = list(dict.fromkeys(["", *names, *prompts]))
-    written = write_formats(deepcopy(model) if rounds else model, shifts, Path(output_dir), config, measured)
-    notify_of_weak_export(model, shifts, config.formats)
-    return written
+    return write_formats(deepcopy(model) if rounds else model, shifts, Path(output_dir), config, measured)
 
 
 def _check_model(model: Any) -> None:

@@ -16,9 +16,9 @@ from ldm.config.methods import METHODS, NO_GATE, EditConfig, ExportConfig, Sampl
 from ldm.config.models import ModelConfig, load_model_config
 from ldm.diffusion.load import load_model
 from ldm.diffusion.model import DiffusionModel
-from ldm.erasure.api import export, find_label, generate, make_own_shifts, notify_of_weak
+from ldm.erasure.api import export, find_label, generate, make_own_shifts
 from ldm.erasure.contradictions import check_contradictions
-from ldm.erasure.effect import advice_on_weak
+from ldm.erasure.effect import advice_on_weak, notify_of_weak
 from ldm.erasure.erase import ErasureSummary, erase
 from ldm.erasure.export import Export
 from ldm.erasure.merge import check_unedited, edited

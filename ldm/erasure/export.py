@@ -33,6 +33,7 @@ from ldm.diffusion.edits import replace_parameters
 from ldm.diffusion.load import save_pipeline
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
+from ldm.erasure.effect import notify_of_weak
 from ldm.erasure.export_comfyui import check_comfyui, gates_table, save_comfyui
 from ldm.erasure.export_metadata import checkpoint_metadata, lora_metadata, save_with_metadata, unet_metadata
 from ldm.erasure.leakage import leakage, leakage_after_rounding, leakage_table, truncation_error
@@ -94,8 +95,10 @@ def export(
             raise ValueError(
                 f"{shift.path} is there twice, as {known[shift.content_digest]} and as {label}: give it once"
             )
-    if "diffusers" in config.formats:
-        load_model_config(model)  # refuses settings that could not be read from the export
+    edit = load_model_config(model).edit  # which refuses settings that could not be read from an export
+    for form, names in (("linear", LINEAR_FORMATS), ("gated", GATED_FORMATS)):
+        if set(names) & set(config.formats):
+            notify_of_weak(shifts, edit.with_changes(form=form), "what is exported says it still: erase it anew")
     dtype = getattr(torch, config.save_dtype)
     report: list[dict[str, Any]] = []
     truncated = dict(shifts)

@@ -13,12 +13,13 @@ from diffusers import DiffusionPipeline
 from ldm.config.concepts import Concept
 from ldm.config.templates import load_template_set
 from ldm.diffusion.pipeline_encoder import PipelineEncoder
-from ldm.erasure.effect import LEAST_EFFECT
+from ldm.erasure.effect import LEAST_EFFECT, LEAST_GATED_EFFECT
 from ldm.erasure.pipeline_concepts import Details, as_list, check_said, names_all, new_concepts, tidied
 from ldm.io.errors import notify
 
 _ATTRIBUTE = "_concept_eraser"  # of a pipeline from which something is erased
-_MAX_DISTANCE_LEFT = round(1 - LEAST_EFFECT, 2)  # to the anchor, of a concept that is called erased without a notice
+# To the anchor, of a concept that is called erased without a notice.
+MAX_DISTANCE_LEFT = {"linear": round(1 - LEAST_EFFECT, 2), "gated": round(1 - LEAST_GATED_EFFECT, 2)}
 
 Reports = dict[str, Mapping[str, Any]]
 
@@ -81,12 +82,11 @@ class PipelineEraser(ABC):
         reports = self._fit(concepts, protected)  # an interrupt in it too: all of the concepts are erased, or none
         self._set(concepts, protected)
         for text in new:
-            left = reports[text]["distance_left"]
-            if left > _MAX_DISTANCE_LEFT:
+            left, limit = reports[text]["distance_left"], MAX_DISTANCE_LEFT[self.form]
+            if left > limit:
                 notify(
                     f"'{text}' is not all erased: its prompts have {left:.2f} of the way to those of its anchor left "
-                    f"(more than {_MAX_DISTANCE_LEFT}): name it otherwise, protect fewer prompts, or give another "
-                    "`anchor`"
+                    f"(more than {limit}): name it otherwise, protect fewer prompts, or give another `anchor`"
                 )
         return {text: reports[text] for text in new}
 
