@@ -124,7 +124,7 @@ def test_a_name_that_other_prompts_say_to_the_model_is_refused_and_they_are_name
         fitter.fit(Concept(0, "Caravaggio", "Caravaggio", kind="style"))
     message = str(caught.value)
     assert message.startswith("no gate tells 'Caravaggio' from other prompts") and f"('{RETAINED[1]}'" in message
-    assert "\n" not in message and "`gate` false" in message
+    assert "\n" not in message and "erase it without a gate" in message
 
 
 def test_another_spelling_that_no_gate_tells_is_noticed_and_left_out(model, fitter, edit):

@@ -1,13 +1,15 @@
 """The leakage of all shifts together is that of the outputs themselves, and groups of prompts are summarized by it."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from ldm.erasure.leakage import joint_leakage, leakage_by_group
+from ldm.erasure.leakage import LARGE_LEAKAGE, joint_leakage, leakage_by_group, notify_of_leakage
 from ldm.erasure.shift import DenseShift
+from ldm.io.errors import Notice
 
 WIDTH, TOKENS = 5, 3
 
@@ -67,3 +69,11 @@ def test_what_other_layers_change_has_no_leakage_to_report(layers, embeds):
     assert all(map(math.isnan, leakages.values()))
     table = leakage_by_group(leakages, {"both": ["said", "kept"]})
     assert table[["unchanged_outputs", "median_leakage", "max_leakage"]].isna().all(axis=None)
+
+
+def test_a_large_leakage_is_said_and_a_small_one_is_not():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        notify_of_leakage("Picasso", {"a dog": 0.9 * LARGE_LEAKAGE, "": 0.0})
+    with pytest.warns(Notice, match=r"the shift of Picasso changes the protected prompt 'a dog' by 0\.2 .*`rank_rtol`"):
+        notify_of_leakage("Picasso", {"a dog": 0.2, "": 0.0})

@@ -22,13 +22,13 @@ from ldm.ledger.ledger import Ledger, history_path, make_header, status_table
 from ldm.ledger.lines import some_of
 
 _INDEXES_RE = re.compile(r"[0-9]+(?:[-,][0-9]+)*")  # what is no name, but looks like indexes
-_LARGE_LEAKAGE = 0.05  # of a shift on a concept that was added later, where erasing changes a prompt by about 1
 _NUM_SHOWN = 3  # shifts that change the prompt of an added concept most
 
 
 def init(args: Namespace) -> None:
     """Begin a ledger."""
     from ldm.cli import session
+    from ldm.erasure.contradictions import check_contradictions
     from ldm.erasure.protection import check_apart
 
     concepts = _concepts_to_know(args)
@@ -48,6 +48,7 @@ def init(args: Namespace) -> None:
             is_path = value and name != "variant" and Path(value).exists()
             source[name] = str(Path(value).resolve()) if is_path else value
         check_apart(model, concepts, model.embed_prompts(prompts))
+        check_contradictions(model, concepts, prompts)
         header = make_header(model, category_of(args, concepts), concepts, prompts, source)
         ledger = Ledger.create(path, header)
         model.notify_of_cuts(ledger.prompts)
@@ -78,6 +79,8 @@ def _concepts_to_know(args: Namespace) -> list[Concept]:
 def add(args: Namespace) -> None:
     """Add concepts, and say how much the shifts made so far change their prompts, which these do not protect."""
     from ldm.cli import session
+    from ldm.erasure.contradictions import check_contradictions
+    from ldm.erasure.leakage import LARGE_LEAKAGE
     from ldm.erasure.protection import check_apart
     from ldm.ledger.operations import leakage_on_added
 
@@ -92,6 +95,7 @@ def add(args: Namespace) -> None:
         check_apart_from(ledger.header["protected"], concepts)
         ledger, model = session.open_ledger(args, args.ledger_dir)
         check_apart(model, concepts, model.embed_prompts(ledger.header["protected"]))
+        check_contradictions(model, concepts, ledger.header["protected"])
         table = leakage_on_added(ledger, model, concepts)
         largest = table.sort_values("leakage", ascending=False, kind="stable")
         of_each = largest.drop_duplicates("label")
@@ -103,10 +107,10 @@ def add(args: Namespace) -> None:
             f"the shift of {row['shift']} was made before {row['added']} was added: it changes its prompt by "
             f"{row['leakage']:.1e}"
         )
-    unprotected = list(dict.fromkeys(largest[largest["leakage"] > _LARGE_LEAKAGE]["shift"]))
+    unprotected = list(dict.fromkeys(largest[largest["leakage"] > LARGE_LEAKAGE]["shift"]))
     if unprotected:
         notify(
-            f"{some_of(unprotected)}: the shifts of these change an added concept by more than {_LARGE_LEAKAGE:g}: "
+            f"{some_of(unprotected)}: the shifts of these change an added concept by more than {LARGE_LEAKAGE:g}: "
             "restore them, and erase them with `method` SRS-ME, which makes shifts that protect it"
         )
 
@@ -137,7 +141,7 @@ def erase(args: Namespace) -> None:
         if records:
             ledger.append(records)
     status(args)
-    _check_erased(ledger, set(records), args.least_effect)
+    _check_erased(ledger, {concept.label for concept in concepts}, args.least_effect)  # what was active before too
 
 
 def _check_erased(ledger: Ledger, labels: Collection[str], least_effect: float | None) -> None:
@@ -249,7 +253,7 @@ def history(args: Namespace) -> None:
 
 
 def verify(args: Namespace) -> None:
-    """Recompute every digest and effect, and print what was checked, and what that cannot prove."""
+    """Recompute every digest and change of outputs, and print what was checked, and what that cannot prove."""
     from ldm.cli import session
     from ldm.ledger import operations
 

@@ -32,7 +32,7 @@ from ldm.erasure.closed_form import Costs, ErasureSpace, closed_form_map, erasur
 from ldm.erasure.effect import measure_effect
 from ldm.erasure.gate_fitter import GateFitter, InseparableError
 from ldm.erasure.gated_edit import GatedEdit
-from ldm.erasure.leakage import base_norms, leakage
+from ldm.erasure.leakage import base_norms, leakage, notify_of_leakage
 from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
 from ldm.erasure.methods import LOSSES
 from ldm.erasure.null_space import NullSpaceBasis
@@ -348,6 +348,8 @@ class _Erasure:
         changes = self._measure(concept, shift)
         target_change = changes.pop(concept.prompt)
         max_leakage = max(changes.values())
+        if self.config.needs_null_space:
+            notify_of_leakage(concept.name, changes)
         effects = self._effects(concept, shift)
         measured = {"target_change": target_change, "max_leakage_protected": max_leakage}
         metadata |= {name: value for name, value in measured.items() if math.isfinite(value)}

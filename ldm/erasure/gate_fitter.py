@@ -259,7 +259,7 @@ class GateFitter:
                 shown = ", ".join(f"'{trial.prompts[negative]}'" for negative in error.negatives[:3])
                 text = f"no gate tells '{name}' from other prompts, as some say it to the model too ({shown})"
                 if not number:
-                    advice = "erase it without a gate (`gate` false), or name it more narrowly"
+                    advice = "erase it without a gate, or name it more narrowly"
                     raise InseparableError(f"{text}: {advice}") from error
                 if not trial.is_quiet:
                     notify(f"{text}: prompts that call {concept.name} so are not erased")

@@ -15,6 +15,19 @@ import torch
 from torch import nn
 
 from ldm.erasure.shift import WeightShift, output_norms
+from ldm.io.errors import notify
+
+LARGE_LEAKAGE = 0.05  # on what should stay, of which whoever makes a shift is told
+
+
+def notify_of_leakage(name: str, changes: Mapping[str, float]) -> None:
+    """Say so where the shift of a concept changes a protected prompt by much, given its leakage on them."""
+    worst = max(changes, key=lambda prompt: changes[prompt])
+    if changes[worst] > LARGE_LEAKAGE:
+        notify(
+            f"the shift of {name} changes the protected prompt '{worst}' by {changes[worst]:.2g} (more than "
+            f"{LARGE_LEAKAGE:g}): take a smaller `rank_rtol`, or protect less that is like it"
+        )
 
 
 def base_norms(layers: Mapping[str, nn.Linear], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -16,9 +16,11 @@ from torch import nn
 
 from ldm.config.concepts import OWN, Concept, erasable_concepts
 from ldm.config.methods import METHODS, NO_GATE, GateConfig, MethodConfig, NullSpaceConfig
+from ldm.config.models import load_model_config
 from ldm.diffusion.edits import remember_embeddings
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
+from ldm.erasure.contradictions import check_contradictions
 from ldm.erasure.effect import judge
 from ldm.erasure.erase import erase
 from ldm.erasure.leakage import base_norms, changes_only, leakage
@@ -49,11 +51,13 @@ def create_shifts(
     per concept, for a method that trains on them. In a record, `seconds` and `peak_gib` are of all concepts together,
     the memory that of the whole process, or on a GPU of its tensors.
 
-    Raises ValueError for another model than the ledger's.
+    Raises ValueError for another model than the ledger's, and where what is protected says one of the concepts.
     """
     check_base_model(ledger.header, model.digests, ledger.path)
     start = time.perf_counter()
+    check_contradictions(model, concepts, ledger.header["protected"])
     protection = Protection(ledger.concepts, null_space, extra_prompts=ledger.header["protected"])
+    form = load_model_config(model).edit.form if gate.gate else "linear"  # in which the shifts act by default
     placed: dict[str, ArtifactPaths] = {}
     with remember_embeddings(model):
         for category in dict.fromkeys([ledger.category, OWN]):
@@ -70,7 +74,7 @@ def create_shifts(
     for concept in concepts:
         shift, record = shift_record(ledger, placed[concept.label], concept)
         record["max_leakage_others"] = _largest(measure.changes(shift), leave_out=concept.prompt)
-        is_erased, said = judge(shift.metadata, "gated" if gate.gate else "linear")
+        is_erased, said = judge(shift.metadata, form)
         if is_erased is not None:
             record |= {"effect": said["mean"], "is_erased": is_erased}
         if config.needs_null_space:
@@ -148,8 +152,9 @@ def verify(ledger: Ledger, model: DiffusionModel) -> pd.DataFrame:
     """Return a row for each thing that was checked: item, sha256 (its beginning), check.
 
     These are the history's chain of digests (as it was read), the base model's digest, that of each shift that was ever
-    active, that each shift's own metadata and effect, measured anew, are those that its entry says, and that all active
-    shifts can be merged and removed again and leave the very bits of the base model.
+    active, that each shift's own metadata, with its effect, and the changes of outputs, measured anew, are those that
+    its entry says, and that all active shifts can be merged and removed again and leave the very bits of the base
+    model.
 
     Raises ValueError, naming what is wrong, for the first that fails.
     """
@@ -243,7 +248,12 @@ def _check_shift(
     unprotected = set(ledger.header["protected"]) - {own} - set(metadata.get("protected", []))
     if METHODS[record["method"]].needs_null_space and unprotected:
         raise ValueError(f"{path} does not protect '{min(unprotected)}', which the ledger protects: {_FROM_A_COPY}")
+    stated = [said.get("mean") for said in metadata.get("effects", {}).values()] or [metadata.get("target_change")]
+    if "effect" in record and record["effect"] not in stated:
+        raise ValueError(f"{path} does not say the effect {record['effect']:g}, as its entry does: {_FROM_A_COPY}")
     text = f"erases {record['concept']} from that base"
+    if not record.get("is_erased", True):
+        text = f"changes {record['concept']} in that base, too weakly to erase it"
     at_first = {prompt: value for prompt, value in changes.items() if prompt in known}
     others = _largest(at_first, leave_out=own)
     if others is None or not isinstance(own, str) or own not in changes:
