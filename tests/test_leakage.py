@@ -72,8 +72,11 @@ def test_what_other_layers_change_has_no_leakage_to_report(layers, embeds):
 
 
 def test_a_large_leakage_is_said_and_a_small_one_is_not():
+    small, large = {"a dog": 0.9 * LARGE_LEAKAGE, "": 0.0}, {"a dog": 0.2, "": 0.0}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        notify_of_leakage("Picasso", {"a dog": 0.9 * LARGE_LEAKAGE, "": 0.0})
-    with pytest.warns(Notice, match=r"the shift of Picasso changes the protected prompt 'a dog' by 0\.2 .*`rank_rtol`"):
-        notify_of_leakage("Picasso", {"a dog": 0.2, "": 0.0})
+        notify_of_leakage({"Picasso": small, "owl": {"": math.nan}})
+    with pytest.warns(Notice, match=r"the shift of owl changes the protected prompt 'a dog' by 0\.2 .*`rank_rtol`"):
+        notify_of_leakage({"Picasso": small, "owl": large})
+    with pytest.warns(Notice, match="and 1 others protected prompts, "):
+        notify_of_leakage({"Picasso": {"a cat": 0.1}, "owl": large})

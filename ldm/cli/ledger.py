@@ -95,7 +95,7 @@ def add(args: Namespace) -> None:
         check_apart_from(ledger.header["protected"], concepts)
         ledger, model = session.open_ledger(args, args.ledger_dir)
         check_apart(model, concepts, model.embed_prompts(ledger.header["protected"]))
-        check_contradictions(model, concepts, ledger.header["protected"])
+        check_contradictions(model, concepts, ledger.asked_for)
         table = leakage_on_added(ledger, model, concepts)
         largest = table.sort_values("leakage", ascending=False, kind="stable")
         of_each = largest.drop_duplicates("label")

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.cli.arguments import MODEL_ARGUMENTS
 from ldm.config.concept_lists import make_concept, names_file
-from ldm.config.concepts import Concept, always_protected_prompts
+from ldm.config.concepts import Concept
 from ldm.config.methods import METHODS, MethodConfig, SRSMEConfig, complete_settings
 from ldm.config.models import ModelConfig, bundled_config
 from ldm.config.templates import with_article
@@ -90,8 +90,7 @@ def _naming_commands(ledger: Ledger, name: str, concepts: Sequence[Concept], ind
     texts = [_text_of(concept) for concept in concepts]
     arguments: list[str] = []
     if name == "init":
-        extra_prompts = [prompt for prompt in header["protected"] if prompt not in always_protected_prompts()]
-        arguments = _model_arguments(header) + (["--protect", *extra_prompts] if extra_prompts else [])
+        arguments = _model_arguments(header) + (["--protect", *ledger.asked_for] if ledger.asked_for else [])
     if not concepts[0].is_own:
         indexes = ",".join(str(concept.index) for concept in concepts)
         category = ["--category", ledger.category] if name == "init" else []

@@ -103,6 +103,15 @@ def read_part(tokenizer: Any, prompt: str) -> str | None:
     return prompt[: max(end for _, end in kept.offset_mapping)]
 
 
+def read_whole(tokenizer: Any, prompts: Sequence[str]) -> set[str]:
+    """Return the prompts of which a model with this tokenizer reads all: `read_part` of many in one pass."""
+    if not prompts:
+        return set()
+    numbers = tokenizer(list(prompts), verbose=False).input_ids
+    length = tokenizer.model_max_length
+    return {prompt for prompt, ids in zip(prompts, numbers, strict=True) if len(ids) <= length}
+
+
 def describe_cuts(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[str]:
     """Return a sentence about how many of the prompts are cut, and one about each; nothing where none is.
 

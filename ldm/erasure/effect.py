@@ -27,7 +27,7 @@ from ldm.config.templates import load_template_set
 from ldm.diffusion.edits import edit_embeddings
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
-from ldm.diffusion.tokenizer import align_tokens, read_part
+from ldm.diffusion.tokenizer import align_tokens, read_whole
 from ldm.erasure.leakage import changes_only
 from ldm.erasure.merge import by_form, gated_prompts
 from ldm.erasure.shift import WeightShift
@@ -205,7 +205,9 @@ def _held_out_templates(concept: Concept, config: SRSMEConfig) -> tuple[str, ...
 
 def _evenly(prompts: Iterable[str], concept: Concept, tokenizer: Any, num: int) -> list[str]:
     """Return at most `num` of the prompts that say more than the name and are not cut, evenly spaced."""
-    whole = [text for text in prompts if text != concept.prompt and read_part(tokenizer, text) is None]
+    longer = [text for text in prompts if text != concept.prompt]
+    read = read_whole(tokenizer, longer)
+    whole = [text for text in longer if text in read]
     return whole[:: max(1, -(-len(whole) // num))]
 
 
@@ -241,8 +243,9 @@ def _on_prompts(
     crossed: torch.Tensor | None,
 ) -> dict[str, float]:
     """Return the effect on each prompt: of gates, or of a shift whose `dW^T W` over all layers is `crossed` (d, d)."""
-    before = _tokens(model, model.encode_with_states(list(anchors), {})[0])
-    aims = _tokens(model, model.encode_with_states(list(anchors.values()), {})[0])
+    embeds = _embed(model, [*anchors, *anchors.values()])
+    before = torch.stack([embeds[prompt] for prompt in anchors])
+    aims = torch.stack([embeds[anchor] for anchor in anchors.values()])
     ways = aims - before  # (P, tokens, d)
     if is_aligned:
         for number, (prompt, anchor) in enumerate(anchors.items()):
@@ -253,7 +256,8 @@ def _on_prompts(
         products = ((before @ crossed) * ways).sum((1, 2))
     else:
         with edit_embeddings(model, gated_prompts(model, gated)):
-            changes = _tokens(model, model.encode_prompt(list(anchors))) - before
+            changed = model.drop_pooled(model.encode_prompt(list(anchors)))
+        changes = changed.cpu().double() - before
         products = ((changes @ gram) * ways).sum((1, 2))
     return dict(zip(anchors, (products / squares).tolist(), strict=True))
 
@@ -283,6 +287,14 @@ def _gram(model: DiffusionModel) -> torch.Tensor:
     return _grams[model.unet]
 
 
-def _tokens(model: DiffusionModel, embeds: torch.Tensor) -> torch.Tensor:
-    """Return what cross-attention takes of prompts' embeddings (P, rows, d): (P, tokens, d), float64 on the CPU."""
-    return model.drop_pooled(embeds).cpu().double()
+def _embed(model: DiffusionModel, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Return what cross-attention takes of each prompt, (tokens, d), float64 on the CPU; all are embedded in one pass.
+
+    Those that the model remembers are not embedded again.
+    """
+    known = dict(model.remembered or {})
+    lacking = list(dict.fromkeys(prompt for prompt in prompts if prompt not in known))
+    if lacking:
+        embeds = model.drop_pooled(model.encode_with_states(lacking, {})[0])
+        known |= dict(zip(lacking, embeds, strict=True))
+    return {prompt: known[prompt].cpu().double() for prompt in prompts}

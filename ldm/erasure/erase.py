@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class ErasureSummary:
     max_leakage_protected: float
     gate_gap: float = math.nan
     gate_false_alarms: str = ""
+    leakage: Mapping[str, float] = field(default_factory=dict, repr=False)  # on each protected prompt
 
 
 def erase(
@@ -140,6 +141,8 @@ def erase_concepts(
     progress = rounds if config.trains else tqdm(rounds, desc="shifts", unit="shift")
     for together in progress:
         summaries += erasure.run(together, metadata)
+    if config.needs_null_space:
+        notify_of_leakage({summary.concept: summary.leakage for summary in summaries})
     return summaries
 
 
@@ -348,8 +351,6 @@ class _Erasure:
         changes = self._measure(concept, shift)
         target_change = changes.pop(concept.prompt)
         max_leakage = max(changes.values())
-        if self.config.needs_null_space:
-            notify_of_leakage(concept.name, changes)
         effects = self._effects(concept, shift)
         measured = {"target_change": target_change, "max_leakage_protected": max_leakage}
         metadata |= {name: value for name, value in measured.items() if math.isfinite(value)}
@@ -360,7 +361,7 @@ class _Erasure:
         counts = " of ".join(map(str, alarms))
         took = concept.name, len(curve), round(seconds, 1), momentum
         effect = (effects.get("gated") or effects.get("linear") or {}).get("mean", math.nan)
-        return ErasureSummary(*took, effect, target_change, max_leakage, gap, counts)
+        return ErasureSummary(*took, effect, target_change, max_leakage, gap, counts, changes)
 
     def _effects(self, concept: Concept, shift: WeightShift) -> dict[str, dict[str, Any]]:
         """Return the effect of a shift in each form in which it can act; nothing where that is not known.
@@ -413,5 +414,5 @@ def concept_space(
 
 def summary_table(summaries: Sequence[ErasureSummary]) -> pd.DataFrame:
     """Return a row for each erasure, without the columns that say nothing of any."""
-    table = pd.DataFrame([asdict(summary) for summary in summaries])
+    table = pd.DataFrame([asdict(summary) for summary in summaries]).drop(columns="leakage", errors="ignore")
     return table.replace("", math.nan).dropna(axis="columns", how="all").fillna("")

@@ -20,13 +20,16 @@ from ldm.io.errors import notify
 LARGE_LEAKAGE = 0.05  # on what should stay, of which whoever makes a shift is told
 
 
-def notify_of_leakage(name: str, changes: Mapping[str, float]) -> None:
-    """Say so where the shift of a concept changes a protected prompt by much, given its leakage on them."""
-    worst = max(changes, key=lambda prompt: changes[prompt])
-    if changes[worst] > LARGE_LEAKAGE:
+def notify_of_leakage(leakages: Mapping[str, Mapping[str, float]]) -> None:
+    """Say which concepts' shifts change a protected prompt by much, given their leakage on each."""
+    largest = {name: max(changes.values()) for name, changes in leakages.items()}
+    large = sorted((name for name in largest if largest[name] > LARGE_LEAKAGE), key=lambda name: -largest[name])
+    if large:
+        worst = max(leakages[large[0]], key=lambda prompt: leakages[large[0]][prompt])
+        more = f", and {len(large) - 1} others protected prompts," if len(large) > 1 else ""
         notify(
-            f"the shift of {name} changes the protected prompt '{worst}' by {changes[worst]:.2g} (more than "
-            f"{LARGE_LEAKAGE:g}): take a smaller `rank_rtol`, or protect less that is like it"
+            f"the shift of {large[0]} changes the protected prompt '{worst}' by {largest[large[0]]:.2g}{more} (more "
+            f"than {LARGE_LEAKAGE:g}): take a smaller `rank_rtol`, or protect less that is like it"
         )
 
 

@@ -11,7 +11,7 @@ from ldm.config.concepts import Concept
 from ldm.config.methods import SRSMEConfig
 from ldm.config.templates import fill_anchor, fill_phrase, load_template_set, without_article
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.tokenizer import align_tokens, last_token, read_part
+from ldm.diffusion.tokenizer import align_tokens, last_token, read_whole
 
 
 def target_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dict[str, str]:
@@ -23,14 +23,17 @@ def target_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dic
     of_kind = config.template_set == "kind" or (concept.is_own and not concept.templates)
     templates = [text for text in (kind.templates if of_kind else concept.templates) if text != "{}"]
     anchors: dict[str, str] = {}
+    longer: dict[str, None] = {}  # prompts that may be cut
     of_own = concept.is_own and config.template_set != "kind"  # whose number is not that of a category's templates
     for template in ["{}", *(templates if of_own else templates[: config.target_templates])]:
         anchor = _anchor_prompt(concept, config, template, kind.neutral)
         for spelling in concept.spellings if of_kind or concept.is_own else (concept.prompt,):
             prompt = fill_phrase(template, spelling)
-            if template == "{}" or not of_kind or read_part(tokenizer, prompt) is None:
-                anchors[prompt] = anchor
-    return anchors
+            anchors[prompt] = anchor
+            if template != "{}" and of_kind:
+                longer[prompt] = None
+    cut = set(longer) - read_whole(tokenizer, list(longer))
+    return {prompt: anchor for prompt, anchor in anchors.items() if prompt not in cut}
 
 
 def _anchor_prompt(concept: Concept, config: SRSMEConfig, template: str, neutral: str) -> str:

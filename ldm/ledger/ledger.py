@@ -152,6 +152,11 @@ class Ledger:
         return [*self.header["protected"], *(concept.prompt for concept in concepts)]
 
     @property
+    def asked_for(self) -> list[str]:
+        """The prompts that the owner asked to protect, without those that always are."""
+        return [prompt for prompt in self.header["protected"] if prompt not in always_protected_prompts()]
+
+    @property
     def prompts(self) -> list[str]:
         """All that a shift is to leave alone, but for its own concept: what is always protected, and the concepts."""
         return self.prompts_after(len(self.entries))

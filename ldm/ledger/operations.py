@@ -55,10 +55,11 @@ def create_shifts(
     """
     check_base_model(ledger.header, model.digests, ledger.path)
     start = time.perf_counter()
-    check_contradictions(model, concepts, ledger.header["protected"])
+    check_contradictions(model, concepts, ledger.asked_for)
     protection = Protection(ledger.concepts, null_space, extra_prompts=ledger.header["protected"])
     form = load_model_config(model).edit.form if gate.gate else "linear"  # in which the shifts act by default
     placed: dict[str, ArtifactPaths] = {}
+    leakages: dict[str, Mapping[str, float]] = {}  # of each shift that was made, on the prompts that it protects
     with remember_embeddings(model):
         for category in dict.fromkeys([ledger.category, OWN]):
             together = [concept for concept in concepts if concept.is_own == (category == OWN)]
@@ -66,14 +67,21 @@ def create_shifts(
                 ledger.root / "shifts", config.name, model.name, category, 0, len(ledger.entries) + 1
             )
             if together:
-                erase(model, artifacts, together, config, protection, image_dir, gate, others=_retained(ledger))
+                made = erase(model, artifacts, together, config, protection, image_dir, gate, others=_retained(ledger))
+                leakages |= {summary.concept: summary.leakage for summary in made}
             placed |= dict.fromkeys((concept.label for concept in together), artifacts)
         seconds, peak_gib = round(time.perf_counter() - start, 1), round(peak_memory() / 2**30, 2)
-        measure = _Measure(model, ledger.prompts)
+        others: list[Concept] = []  # that have to be measured now
+        for concept in concepts:
+            if not leakages.get(concept.name, {}).keys() >= set(ledger.prompts) - {concept.prompt}:
+                others.append(concept)
+        measure = _Measure(model, ledger.prompts if others else ())
     records: dict[str, dict[str, Any]] = {}
     for concept in concepts:
         shift, record = shift_record(ledger, placed[concept.label], concept)
-        record["max_leakage_others"] = _largest(measure.changes(shift), leave_out=concept.prompt)
+        found = measure.changes(shift) if concept in others else leakages[concept.name]
+        changes = {prompt: found[prompt] for prompt in ledger.prompts if math.isfinite(found.get(prompt, math.nan))}
+        record["max_leakage_others"] = _largest(changes, leave_out=concept.prompt)
         is_erased, said = judge(shift.metadata, form)
         if is_erased is not None:
             record |= {"effect": said["mean"], "is_erased": is_erased}
