@@ -78,5 +78,5 @@ def test_a_large_leakage_is_said_and_a_small_one_is_not():
         notify_of_leakage({"Picasso": small, "owl": {"": math.nan}})
     with pytest.warns(Notice, match=r"the shift of owl changes the protected prompt 'a dog' by 0\.2 .*`rank_rtol`"):
         notify_of_leakage({"Picasso": small, "owl": large})
-    with pytest.warns(Notice, match="and 1 others protected prompts, "):
+    with pytest.warns(Notice, match=r"\(more than 0.05\), and 1 more shifts change one so: take"):
         notify_of_leakage({"Picasso": {"a cat": 0.1}, "owl": large})

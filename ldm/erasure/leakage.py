@@ -26,10 +26,10 @@ def notify_of_leakage(leakages: Mapping[str, Mapping[str, float]]) -> None:
     large = sorted((name for name in largest if largest[name] > LARGE_LEAKAGE), key=lambda name: -largest[name])
     if large:
         worst = max(leakages[large[0]], key=lambda prompt: leakages[large[0]][prompt])
-        more = f", and {len(large) - 1} others protected prompts," if len(large) > 1 else ""
+        more = f", and {len(large) - 1} more shifts change one so" if len(large) > 1 else ""
         notify(
-            f"the shift of {large[0]} changes the protected prompt '{worst}' by {largest[large[0]]:.2g}{more} (more "
-            f"than {LARGE_LEAKAGE:g}): take a smaller `rank_rtol`, or protect less that is like it"
+            f"the shift of {large[0]} changes the protected prompt '{worst}' by {largest[large[0]]:.2g} (more than "
+            f"{LARGE_LEAKAGE:g}){more}: take a smaller `rank_rtol`, or protect less that is like it"
         )
 
 

@@ -71,10 +71,8 @@ def create_shifts(
                 leakages |= {summary.concept: summary.leakage for summary in made}
             placed |= dict.fromkeys((concept.label for concept in together), artifacts)
         seconds, peak_gib = round(time.perf_counter() - start, 1), round(peak_memory() / 2**30, 2)
-        others: list[Concept] = []  # that have to be measured now
-        for concept in concepts:
-            if not leakages.get(concept.name, {}).keys() >= set(ledger.prompts) - {concept.prompt}:
-                others.append(concept)
+        known = [leakages.get(concept.name, {}).keys() | {concept.prompt} for concept in concepts]
+        others = [concept for concept, said in zip(concepts, known, strict=True) if not said >= set(ledger.prompts)]
         measure = _Measure(model, ledger.prompts if others else ())
     records: dict[str, dict[str, Any]] = {}
     for concept in concepts:
