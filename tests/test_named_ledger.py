@@ -215,6 +215,15 @@ def test_what_has_too_little_effect_is_not_called_erased(tiny, tmp_path):
     assert table.loc["four", ["target_change", "max_leakage_others"]].tolist() == [0.0, 0.0]
 
 
+def test_what_is_too_weak_is_said_each_time(owner, script):
+    flags = ["--ledger_dir", owner.root, "--device", "cpu", "--least_effect", "9"]
+    for names in (["Velmira", "violin"], ["VELMIRA", "violin"], ["all"]):  # the second are active already
+        code, _, err = script(LEDGER, "erase", *names, *flags)
+        assert code == 3 and "not erased: Velmira (" in err and ", violin (" in err
+    assert "Greg Rutkowski (" in err
+    assert script(LEDGER, "erase", "violin", *flags[:-1], "-9")[0] == 0
+
+
 def test_the_least_effect_that_is_typed_is_what_the_ledger_asks_for(owner, script):
     assert owner("erase", "violin")[0] == 0
     (record,) = owner.ledger().last_shifts().values()

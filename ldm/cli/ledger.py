@@ -149,7 +149,7 @@ def _check_erased(ledger: Ledger, labels: Collection[str], least_effect: float |
     from ldm.erasure.effect import least_effect_met
 
     weak: list[str] = []
-    for label, record in ledger.last_shifts().items():
+    for label, record in ledger.active_shifts().items():
         if label not in labels:
             continue
         is_weak = not record.get("is_erased", True)
