@@ -161,7 +161,8 @@ def advice_on_weak(trains: bool, protecting: str = "`protect`") -> str:
     """Return what to do about too small an effect; `protecting` are the settings that say what is protected."""
     if trains:
         return f"train with a larger `lr` or `basis_scale` or more `max_steps`, or protect less ({protecting})"
-    return f"protect less ({protecting}), or take a larger `rank_rtol` or a smaller `ridge_weight` (of gates `map_ridge`)"
+    settings = "a larger `rank_rtol` or a smaller `ridge_weight` (of gates `map_ridge`)"
+    return f"protect less ({protecting}), or take {settings}"
 
 
 def least_effect_met(metadata: Mapping[str, Any], form: str) -> float:
