@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import CPU, is_error
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ldm import ConceptEraser, applied, erase, export, generate
 from ldm.cli import arguments, concepts
@@ -62,6 +63,15 @@ def test_one_command_erases_own_concepts_and_exports_them(script, flags, tmp_pat
     assert "| a dog |" in out and "| Greg Rutkowski |" in out and "Cezanne" not in out
     is_error(script(GENERATE, *flags, *steps, "--shifts", "a red fix"), "did you mean red fox?")
     is_error(script(GENERATE, *flags, *steps, "--shifts", "Matisse"), "make it with", "--concepts Matisse")
+
+
+def test_a_null_space_of_another_model_of_this_name_is_solved_anew(script, flags, mini_path, tmp_path):
+    given = [*flags, "--concepts", "a red fox", *ANY_EFFECT]
+    assert script(ERASE, *given)[0] == 0
+    path = shutil.copytree(mini_path, tmp_path / "other" / "mini-sd") / "text_encoder" / "model.safetensors"
+    save_file({name: 1.01 * value for name, value in load_file(path).items()}, path)
+    code, out, err = script(ERASE, *given, "--model", path.parent.parent)
+    assert code == 0 and re.search(r"red fox: \d prompts protected", out), err
 
 
 def test_what_was_exported_of_other_shifts_is_not_replaced(script, flags, tmp_path):

@@ -36,6 +36,7 @@ from ldm.erasure.null_space import BASIS_FILE_TYPE
 from ldm.erasure.protection import BasisSummary, Protection, solve_null_spaces
 from ldm.erasure.shift import SHIFT_FILE_TYPE, WeightShift
 from ldm.io.errors import NotErasedError, notify
+from ldm.io.legacy import upgrade_digests
 from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.sharding import Shard
 from ldm.io.tensors import read_metadata
@@ -203,7 +204,8 @@ def _solve_null_spaces(
     """Solve the null spaces of concepts, or keep those that SRSME_Solution.py made where nothing asks for others."""
     typed_protection = {"protect", "em_indexes", *typed_settings(args, NullSpaceConfig)} & set(typed)
     paths = [artifacts.basis(concept.label) for concept in concepts]
-    if not typed_protection and all(path.is_file() for path in paths) and _protect_enough(paths, concepts, protection):
+    are_there = not typed_protection and all(path.is_file() for path in paths)
+    if are_there and _are_enough(model, paths, concepts, protection):
         for path in paths:
             said = read_metadata(path, BASIS_FILE_TYPE)  # which is empty for a damaged file
             if "rank_rtol" in said:
@@ -217,14 +219,16 @@ def _solve_null_spaces(
         print(describe_basis(summary))
 
 
-def _protect_enough(paths: Sequence[Path], concepts: Sequence[Concept], protection: Protection) -> bool:
-    """Return whether bases that are there protect the other concepts that a user names, as separable shifts have to."""
+def _are_enough(
+    model: DiffusionModel, paths: Sequence[Path], concepts: Sequence[Concept], protection: Protection
+) -> bool:
+    """Return whether bases that are there are of this model, and protect the other concepts that a user names."""
     if not concepts[0].is_own:
         return True  # what they protect was said by index, and is the user's choice
     for path, concept in zip(paths, concepts, strict=True):
-        known = read_metadata(path, BASIS_FILE_TYPE).get("protected", [])
+        said = upgrade_digests(read_metadata(path, BASIS_FILE_TYPE), model.digests)
         others = {other.prompt for other in protection.concepts if other != concept}
-        if not others <= set(known):
+        if said.get("base_digest") != model.digest or not others <= set(said.get("protected", [])):
             return False
     return True
 
@@ -260,9 +264,9 @@ def _report_unused(args: Namespace, config: MethodConfig) -> None:
     """Say which of the settings that were typed act only while something is trained, where nothing is."""
     if config.trains:
         return
-    typed = set(typed_settings(args, type(config))) - {"max_steps"}
+    given = set(typed_settings(args, type(config))) - {"max_steps"}
     entries = [entry for entry in dataclasses.fields(config) if entry.metadata["training_only"]]
-    names = [entry.name for entry in entries if entry.name in typed]
+    names = [entry.name for entry in entries if entry.name in given]
     names += [name for name in ("training_image_dir", "gradient_checkpointing", "frozen_device") if name in spelled]
     unused = [spelled.get(name, f"--{name}") for name in names]
     if unused:
