@@ -28,6 +28,7 @@ _COLUMNS = {
     "state": "State",
     "since": "Since (UTC)",
     "method": "Method",
+    "effect": "Effect (0 none, 1 all)",
     "max_leakage_others": "Largest leakage on other prompts",
 }
 
@@ -66,11 +67,12 @@ def overview(state: LedgerState) -> str:
 
 
 def concepts_table(state: LedgerState) -> str:
-    """Return a row for each concept: its state, since when, and its shift's method and leakage."""
+    """Return a row for each concept: its state, since when, and its shift's method, effect and leakage."""
     table = status_table(state.ledger)[list(_COLUMNS)]
     table["state"] = table["state"].map(_STATE_WORDS)
     table["since"] = table["since"].str.slice(0, 16).str.replace("T", " ")
-    table["max_leakage_others"] = table["max_leakage_others"].map(format_cell)
+    for column in ("effect", "max_leakage_others"):
+        table[column] = table[column].map(format_cell)
     return table.rename(columns=_COLUMNS).to_html(index=False, escape=True, border=0, classes="concepts")
 
 

@@ -260,6 +260,8 @@ def _check_shift(
     text = f"erases {record['concept']} from that base"
     if not record.get("is_erased", True):
         text = f"changes {record['concept']} in that base, too weakly to erase it"
+    if "effect" in record:
+        text += f", effect {record['effect']:.2f}"
     at_first = {prompt: value for prompt, value in changes.items() if prompt in known}
     others = _largest(at_first, leave_out=own)
     if others is None or not isinstance(own, str) or own not in changes:
