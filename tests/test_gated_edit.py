@@ -263,12 +263,13 @@ def test_what_the_header_says_of_the_gate_is_checked(path, gate):
 
 @pytest.mark.parametrize("gate", [None, [], "gate", 3])
 def test_a_header_without_a_gate_for_tensors_of_one_is_refused(path, gate):
-    stored, metadata = load_tensors(path, SHIFT_FILE_TYPE)
-    save_unchecked(path, dict(stored), SHIFT_FILE_TYPE, {**metadata, "gate": gate})
+    lazy, metadata = load_tensors(path, SHIFT_FILE_TYPE)
+    stored = dict(lazy)
+    save_unchecked(path, stored, SHIFT_FILE_TYPE, {**metadata, "gate": gate})
     with pytest.raises(ValueError, match=r"s\.safetensors"):
         WeightShift.load(path)
     del metadata["gate"]
-    save_unchecked(path, dict(stored), SHIFT_FILE_TYPE, metadata)
+    save_unchecked(path, stored, SHIFT_FILE_TYPE, metadata)
     with pytest.raises(ValueError, match=r"s\.safetensors"):
         WeightShift.load(path)
 
