@@ -99,6 +99,7 @@ def test_capacity_reports_on_groups_that_nothing_protects(tiny):
     assert median == pytest.approx((rows[1e-2, "Goya"] + rows[1e-2, "art by Klee"]) / 2, rel=0.1) and largest >= median
 
 
+@pytest.mark.slow
 def test_the_script_ends_with_tables_and_a_plot(script, tiny_path, tmp_path):
     arguments = ["eval-scripts/capacity.py", "--model", tiny_path, "--device", "cpu", "--save_path", tmp_path / "c"]
     arguments += ["--erased_index", "Cezanne,VanGogh", "2"]

@@ -54,6 +54,7 @@ def solved(script, flags, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_erase_merge_restore_and_measure(script, flags, solved, tmp_path, tiny_path):
     before = file_digest(tiny_path)
     scales = [f"--{name}preserve_scale=0" for name in ("", "captions_", "neutral_", "others_")]
@@ -156,6 +157,7 @@ def test_another_anchor_is_another_input(script, solved, monkeypatch):
     assert "| VanGogh | 1 |" in script("train-scripts/Abconcept.py", *given)[1]
 
 
+@pytest.mark.slow
 def test_joint_erasure_trains_all_at_once_and_both_or_none_again(script, flags, solved, tmp_path):
     assert script(SOLVE, *flags, "--erased_index", "2", "--em_indexes", "1,2", "--device", "cpu")[0] == 0
     (tmp_path / "data" / "Picasso").mkdir()
@@ -265,6 +267,7 @@ def test_missing_and_foreign_bases(script, flags, solved, tmp_path, other_path):
     assert not list(tmp_path.rglob("shift-*"))
 
 
+@pytest.mark.slow
 def test_missing_and_foreign_shifts(script, flags, solved, tmp_path, other_path):
     merge = ["--save_path", tmp_path / "merged"]
     is_error(script(MERGE, *flags, *merge, "--shifts", "1"), "no shift that erases 1 VanGogh", "SRS_ME.py")
@@ -278,6 +281,7 @@ def test_missing_and_foreign_shifts(script, flags, solved, tmp_path, other_path)
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_a_shift_is_trained_again_when_it_is_damaged_or_its_images_changed(script, solved, tmp_path):
     assert script(ERASE, *solved)[0] == 0
     path = next(tmp_path.rglob("shift-1.safetensors"))
@@ -288,6 +292,7 @@ def test_a_shift_is_trained_again_when_it_is_damaged_or_its_images_changed(scrip
     assert "there already" not in script(ERASE, *solved)[1] and path.read_bytes() != first
 
 
+@pytest.mark.slow
 def test_another_merge_of_the_same_name_is_refused(script, flags, solved, tmp_path):
     merge = [*flags, "--shifts", "1", "--save_path", tmp_path / "merged"]
     assert script(ERASE, *solved)[0] == 0 and script(MERGE, *merge)[0] == 0
@@ -355,6 +360,7 @@ def test_memory_is_estimated_and_running_out_of_it_ends_in_the_same_table(script
     is_error(script(ERASE, "--estimate_memory", "--model", "nothing/here"), "--model")
 
 
+@pytest.mark.slow
 def test_an_erasure_in_half_precision_with_little_memory_and_a_second_device(script, solved, tmp_path):
     at = solved.index("--devices")
     given = [
@@ -376,6 +382,7 @@ def test_an_erasure_in_half_precision_with_little_memory_and_a_second_device(scr
     assert "there already" not in script(ERASE, *solved)[1]  # in float32 it is another
 
 
+@pytest.mark.slow
 def test_formats_are_written_side_by_side_and_ranks_are_reported(script, flags, solved, tmp_path):
     assert script(ERASE, *solved)[0] == 0
     merge = [*flags, "--shifts", "1", "--save_path", tmp_path / "merged", "--format"]
@@ -489,6 +496,7 @@ def test_images_are_sorted_by_prompt_or_by_number(script, tmp_path):
     assert moved[4:] == ["b/0/0_0.png", "b/0/1_0.png", "b/0/2_0.png", "b/1/3_0.png"]
 
 
+@pytest.mark.slow
 def test_a_closed_form_needs_no_images_and_says_what_it_does_not_use(script, flags, tmp_path):
     protected = ["--em_indexes", "0-2", "--rank_rtol", "1e-4", "--device", "cpu"]
     assert script(SOLVE, *flags, "--erased_index", "0-2", *protected)[0] == 0

@@ -53,6 +53,7 @@ def test_what_an_anchor_takes_out_of_a_name_may_stay_elsewhere(minilm):
         check_contradictions(minilm, [make_concept("a scientist with glasses")], ["glasses"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mini-sd", "mini-sd-minilm"])
 def test_by_embedding_other_concepts_and_everyday_captions_say_none(name):
     model = load_model(ROOT / "models" / name, CPU)

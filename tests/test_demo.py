@@ -196,6 +196,7 @@ def test_changes_on_other_prompts_are_said_as_they_are(case):
     assert "a dog” (not protected)" in text and "leakage 0.5" in text
 
 
+@pytest.mark.slow
 def test_other_prompts_say_no_erased_concept_and_are_measured_once_for_each_choice(demo):
     state, drawn, compare = demo.state, [], demo.compare
     for names in (["VanGogh"], ["VanGogh", "Picasso"]):
@@ -250,6 +251,7 @@ def widgets_of(page, name: str) -> list:
     return [block for block in page.blocks.values() if type(block).__name__ == name]
 
 
+@pytest.mark.slow
 def test_many_concepts_are_chosen_in_a_list_that_can_be_searched(demo, tmp_path, monkeypatch):
     assert not has_many_concepts(demo.state)
     assert [box.elem_id for box in widgets_of(build(demo, tmp_path), "CheckboxGroup")] == ["names"]
@@ -260,6 +262,7 @@ def test_many_concepts_are_chosen_in_a_list_that_can_be_searched(demo, tmp_path,
     assert not widgets_of(page, "CheckboxGroup") and MAX_CHECKBOXES > 2
 
 
+@pytest.mark.slow
 def test_whoever_opens_the_page_gets_the_example_with_it(demo, tmp_path):
     """It is in what the server sends first, before any request of the page."""
     page = build(demo, tmp_path)
@@ -270,6 +273,7 @@ def test_whoever_opens_the_page_gets_the_example_with_it(demo, tmp_path):
     assert Image.open(images["edited"].value["path"]).convert("RGB").tobytes() == expected["edited"]["value"].tobytes()
 
 
+@pytest.mark.slow
 def test_only_an_owners_page_has_functions_that_write(demo, tmp_path):
     def functions(page):
         return {function.api_name for function in page.fns.values()}
@@ -418,6 +422,7 @@ def test_a_shift_that_was_made_again_is_exported_anew(ledger, mini_path, tmp_pat
     assert is_merged(before, ["VanGogh"], mini_path, old) and not is_merged(after, ["VanGogh"], mini_path, old)
 
 
+@pytest.mark.slow
 def test_exports_at_once_are_each_the_right_one(demo, mini_path, tmp_path):
     choices = [["VanGogh"], ["Picasso"], ["VanGogh", "Picasso"]] * 4
     loads = count_loads(demo)
@@ -519,6 +524,7 @@ def test_only_what_the_page_asks_for_is_answered(case):
         assert json.loads(reached[0]) == BODY | {"trigger_id": None}
 
 
+@pytest.mark.slow
 def test_windows_that_were_forgotten_end_no_queue_and_take_no_memory(demo, tmp_path):
     """Their waiting requests get messages still: without a place for these Gradio's queue would end for all."""
     queue = build(demo, tmp_path)._queue

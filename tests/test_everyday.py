@@ -126,6 +126,7 @@ def test_the_vocabulary_is_wide():
         assert len({word for caption in GRAMMARS[file](8000) for word in words_of(caption)}) > 1000
 
 
+@pytest.mark.slow
 def test_no_name_of_a_concept_is_said():
     for make in GRAMMARS.values():
         assert not named(make(4000))

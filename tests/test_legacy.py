@@ -248,6 +248,7 @@ def test_an_old_ledger_is_read_with_its_chain(old):
             Ledger(path)
 
 
+@pytest.mark.slow
 def test_an_old_ledger_is_continued(script, old_concepts, model_path, old):
     root, model = ["--ledger_dir", old / "ledger"], ["--model", model_path, "--device", "cpu"]
     path = old / "ledger" / HISTORY_FILE
@@ -273,6 +274,7 @@ def test_an_old_ledger_is_continued(script, old_concepts, model_path, old):
     assert len(table) == 2 + 3 + 2 and table.loc["no shift", "sha256"]
 
 
+@pytest.mark.slow
 def test_an_old_ledger_is_migrated_to_one_that_no_list_can_change(script, old_concepts, model_path, old):
     root, model = ["--ledger_dir", old / "ledger"], ["--model", model_path, "--device", "cpu"]
     path = old / "ledger" / HISTORY_FILE

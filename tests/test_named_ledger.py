@@ -258,6 +258,7 @@ def test_own_concepts_come_after_those_of_a_category(tiny, tmp_path):
     assert again.concepts == [*indexed, *own] and again.prompts_after(0) == again.prompts[:-2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [True, False], ids=["texts", "file"])
 def test_its_commands_make_the_same_weights_again(owner, script, mini_path, tmp_path, plain):
     root, again = owner.root, tmp_path / "again"

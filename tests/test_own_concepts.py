@@ -198,6 +198,7 @@ def test_the_originals_command_line_trains_an_own_concept_too(script, flags, tmp
     assert len(pd.read_csv(own_paths(tmp_path).shift("redfox").with_suffix(".csv"))) == 12
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_be_made_and_writes_nothing(script, flags, tmp_path):
     code, out, _ = script(ERASE, *flags, "--concepts", "a red fox", "--protect", "a dog", "--dry_run")
     assert code == 0 and "| red fox | object |" in out and "'a dog'" in out and "peak" in out
@@ -370,6 +371,7 @@ def test_python_says_what_is_not_called_erased_when_it_is_made_and_when_it_is_ex
     assert not notices(export, model, shifts, tmp_path / "out", formats="lora")
 
 
+@pytest.mark.slow
 def test_what_is_no_model_or_no_shifts_is_refused_in_a_line(tiny, tmp_path):
     shift = erase(tiny, "Picasso", artifacts_dir=tmp_path)["picasso"]
     for shifts in ([shift], ["Picasso"], {"picasso": "Picasso"}, shift):

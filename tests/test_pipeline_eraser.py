@@ -272,6 +272,7 @@ def test_prompts_become_those_of_the_anchor_that_is_given(plain):
     assert eraser.report().empty and list(eraser.report().columns) == ["concept", "kind", "anchor", *eraser.measured]
 
 
+@pytest.mark.slow
 def test_the_second_time_what_does_not_depend_on_the_concepts_is_known(monkeypatch):
     pipe, counted, encode_states = load(), [], PipelineEncoder.encode_with_states
 
@@ -293,6 +294,7 @@ def test_the_second_time_what_does_not_depend_on_the_concepts_is_known(monkeypat
     assert len(counted) > first + len(second) + 0.7 * first
 
 
+@pytest.mark.slow
 def test_hidden_states_are_chosen_anew_where_those_of_before_do_not_tell_a_concept(monkeypatch):
     eraser, fit, refused = erased_from(load()), GateFitter.fit, []
 
@@ -358,6 +360,7 @@ def test_of_long_prompts_what_is_read_counts_and_embeddings_may_be_put_together(
 # What a pipeline does beside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
 def test_five_lines_in_a_notebook(tmp_path, kind):
     pipe = load()
@@ -379,6 +382,7 @@ def test_five_lines_in_a_notebook(tmp_path, kind):
     assert torch.equal(image(pipe, SAYING[0]), own)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_again_when_concepts_come_and_go(pipe, eraser):
     compiled, unet = [], pipe.unet
 
@@ -409,6 +413,7 @@ def check_erased(pipe, **settings) -> None:
     assert after.dtype == before.dtype and after.isfinite().all()
 
 
+@pytest.mark.slow
 def test_gates_are_fitted_anew_where_weights_change_in_place_and_where_a_token_is_added():
     pipe = load()
     eraser = erased_from(pipe)
@@ -574,6 +579,7 @@ def test_texts_that_cannot_be_erased_are_refused_in_a_line_and_nothing_changes(p
     assert torch.equal(encode(pipe, SAYING)[0], before)
 
 
+@pytest.mark.slow
 def test_what_no_gate_tells_is_refused_and_the_pipeline_stays_as_it_was(plain):
     pipe = load()
     eraser = ConceptEraser(pipe)

@@ -261,6 +261,7 @@ def test_a_fused_lora_is_refused_and_taken_out_again_all_goes_on(pipe, eraser):
 # What a pipeline does beside
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_again_when_concepts_come_and_go(pipe, eraser):
     compiled = []
 
@@ -323,6 +324,7 @@ def test_a_pipeline_that_is_rounded_meanwhile_is_restored_as_rounded(tiny_path, 
     assert all(weight.dtype == dtype for weight in weights(pipe).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("second", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_pipeline_that_is_rounded_and_rounded_back_is_restored_as_rounded(tiny_path, first, second):
@@ -418,6 +420,7 @@ def test_one_eraser_for_a_pipeline_and_none_for_another_with_its_unet(pipe, eras
     ConceptEraser(relative, form="linear").erase("VanGogh")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["gated", "linear"])
 def test_of_two_erasers_that_were_made_beforehand_one_erases(pipe, eraser, form):
     other = ConceptEraser(pipe, form=form)

@@ -74,6 +74,7 @@ NOISY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOISY)
 def test_a_scheduler_that_adds_noise_takes_it_from_the_cases_own_seed(name, tiny, with_scheduler):
     """The same image for any batch, order and process, whatever was sampled before."""

@@ -137,6 +137,7 @@ def test_the_source_of_each_setting_is_said(folder):
     assert describe_sources(ModelConfig(), ["sampling"], {}) == "settings: all others: their defaults"
 
 
+@pytest.mark.slow
 def test_scripts_say_where_their_settings_come_from(script, folder):
     (folder / SETTINGS_FILE).write_text(OWN)
     model = ["--model", folder, "--artifacts_dir", folder / "shifts", "--device", "cpu"]

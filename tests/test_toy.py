@@ -138,6 +138,7 @@ def test_natural_captions_say_what_they_show_in_the_mixtures_fractions():
     assert {"Vincent van Gogh", "Van Gogh", "VanGogh", "Pablo Picasso", "Keith Haring", "Pollock"} <= said
 
 
+@pytest.mark.slow
 def test_a_dataset_is_the_same_for_the_same_seed_and_kind_of_captions():
     mixture_weights = list(read_yaml(MINILM_CONFIG).dataset.mixture_weights)
     images, texts = render_dataset(12, 3, mixture_weights, "natural", workers=1)
@@ -207,6 +208,7 @@ def test_a_unet_that_starts_from_an_older_one_has_those_weights_that_fit(tiny):
         assert torch.equal(value, before[name] if sees_prompt else old[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["autoencoder", "denoiser", "frozen text"])
 def test_a_training_stopped_and_resumed_is_the_same_training(stage, tmp_path):
     settings = {"iterations": 4, "batch": 2, "lr": 1e-3, "warmup": 2, "kl": 1e-5, "ema": 0.9}
@@ -260,6 +262,7 @@ def test_the_tokenizer_is_clips_and_has_a_token_for_every_word_and_byte(tmp_path
     assert len(token_ids) == 16 and tokenizer.unk_token_id not in token_ids[1:8]
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_the_same_in_every_process_and_is_trained_once(tmp_path):
     arguments = f"pathlib.Path(sys.argv[1]), 16, {MIXTURE_WEIGHTS}"
     code = f"import sys, pathlib, ldm.toy.captions as captions; captions.build_tokenizer({arguments})"
