@@ -139,6 +139,22 @@ def test_the_least_effect_that_is_met_is_where_the_verdict_changes(metadata):
     assert least_effect_met({}, form) == math.inf
 
 
+@pytest.mark.parametrize(
+    "effects",
+    [
+        3,
+        {"linear": 3},
+        {"linear": {"mean": 0.9, "least": None, "lowest_prompt": "x"}},
+        {"linear": {"mean": True, "least": 0.9, "lowest_prompt": "x"}},
+        {"gated": {"mean": 0.9, "least": math.nan, "lowest_prompt": "x"}},
+        {"linear": {"mean": 0.9, "least": 0.9, "lowest_prompt": ["x"]}},
+    ],
+)
+def test_an_effect_that_no_program_wrote_is_refused(effects):
+    with pytest.raises(ValueError, match="the shift of Picasso says no effect that it could have"):
+        judge({"concept": "Picasso", "effects": effects}, "linear")
+
+
 def test_a_gate_erases_with_less_of_the_way():
     said = {"mean": 0.65, "least": 0.5, "lowest_prompt": "x"}
     assert judge({"effects": {"linear": said}}, "gated")[0] is False  # without a gate

@@ -92,6 +92,22 @@ class Effect:
         return said | ({"towards": self.towards} if self.towards != NEUTRAL else {})
 
 
+def stated_effects(metadata: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what a shift's metadata say of its effect, by form, as `Effect.to_dict` made it.
+
+    Raises ValueError for what it did not make, as in a file that was altered.
+    """
+    effects = metadata.get("effects", {})
+    is_whole = isinstance(effects, Mapping) and all(isinstance(said, Mapping) for said in effects.values())
+    for said in filter(None, effects.values()) if is_whole else ():
+        numbers = [said.get(name) for name in ("mean", "least")]
+        is_number = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        is_whole = is_whole and is_number and isinstance(said.get("lowest_prompt"), str)
+    if not is_whole:
+        raise ValueError(f"the shift of {metadata.get('concept')} says no effect that it could have: erase it anew")
+    return dict(effects)
+
+
 def judge(
     metadata: Mapping[str, Any], form: str, least_effect: float = LEAST_EFFECT
 ) -> tuple[bool | None, dict[str, Any]]:
@@ -101,16 +117,16 @@ def judge(
     a gate acts on the weights in the form gated too. `least_effect` is the least mean of those, with which the other
     limits go up and down, those of gates too; those that count are `limit` and `least_limit`.
     """
-    effects = metadata.get("effects", {})
+    effects = stated_effects(metadata)
     said = effects.get(form) or effects.get("linear")
-    if not isinstance(said, Mapping) or not said:
+    if not said:
         change = metadata.get("target_change")
         if not isinstance(change, float) or change >= LEAST_CHANGE * least_effect / LEAST_EFFECT:
             return None, {}
         own = str(metadata.get("prompt", ""))
         limits = {"limit": LEAST_CHANGE, "least_limit": LEAST_CHANGE}
         return False, {"mean": change, "least": change, "lowest_prompt": own, **limits}
-    mean, least = said.get("mean", math.nan), said.get("least", math.nan)
+    mean, least = said["mean"], said["least"]
     limit = least_effect
     if form == "gated" and effects.get(form):
         limit *= LEAST_GATED_EFFECT / LEAST_EFFECT

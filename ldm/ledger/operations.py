@@ -21,7 +21,7 @@ from ldm.diffusion.edits import remember_embeddings
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.contradictions import check_contradictions
-from ldm.erasure.effect import judge
+from ldm.erasure.effect import judge, stated_effects
 from ldm.erasure.erase import erase
 from ldm.erasure.leakage import base_norms, changes_only, leakage
 from ldm.erasure.merge import applied
@@ -254,7 +254,7 @@ def _check_shift(
     unprotected = set(ledger.header["protected"]) - {own} - set(metadata.get("protected", []))
     if METHODS[record["method"]].needs_null_space and unprotected:
         raise ValueError(f"{path} does not protect '{min(unprotected)}', which the ledger protects: {_FROM_A_COPY}")
-    stated = [said.get("mean") for said in metadata.get("effects", {}).values()] or [metadata.get("target_change")]
+    stated = [said["mean"] for said in stated_effects(metadata).values() if said] or [metadata.get("target_change")]
     if "effect" in record and record["effect"] not in stated:
         raise ValueError(f"{path} does not say the effect {record['effect']:g}, as its entry does: {_FROM_A_COPY}")
     text = f"erases {record['concept']} from that base"
