@@ -323,9 +323,15 @@ def test_many_names_make_a_short_name_of_a_merge():
 
 
 def test_the_verdict_on_an_effect_is_that_of_the_form_which_acts():
-    said = {"effects": {"linear": {"mean": 0.9, "least": 0.8}, "gated": {"mean": 0.2, "least": 0.0}}}
+    said = {
+        "effects": {
+            "linear": {"mean": 0.9, "least": 0.8, "lowest_prompt": "x"},
+            "gated": {"mean": 0.2, "least": 0.0, "lowest_prompt": "x"},
+        }
+    }
     assert judge(said, "linear")[0] is True and judge(said, "gated")[0] is False
-    assert judge({"effects": {"linear": {"mean": 0.9, "least": 0.1}}}, "gated")[0] is False
+    low = {"linear": {"mean": 0.9, "least": 0.1, "lowest_prompt": "x"}}
+    assert judge({"effects": low}, "gated")[0] is False
     assert judge({}, "linear")[0] is None and judge(said, "gated", -9)[0] is True
 
 
