@@ -9,10 +9,13 @@ import torch
 from ldm.config.concepts import always_protected_prompts, erasable_concepts, get_concept
 from ldm.config.methods import GateConfig, SRSMEConfig
 from ldm.diffusion.text_layers import text_layers
+from ldm.diffusion.tokenizer import align_tokens
 from ldm.erasure.effect import (
+    LEAST_CHANGE,
     LEAST_EFFECT,
     LEAST_PROMPT_EFFECT,
     Effect,
+    anchor_change,
     describe_miss,
     effect_prompts,
     judge,
@@ -128,6 +131,7 @@ def test_of_a_gated_shift_the_map_counts_where_the_gate_fires(tiny):
         {"effects": {"linear": {"mean": 0.6, "least": 0.5, "lowest_prompt": "x", "towards": "anchor"}}},
         {"effects": {"linear": {"mean": -0.1, "least": -0.3, "lowest_prompt": "x"}}},
         {"target_change": 0.02, "prompt": "x"},
+        {"target_change": 0.2, "anchor_change": 1.0, "prompt": "x"},
         {"effects": {"gated": {"mean": 0.55, "least": 0.5, "lowest_prompt": "x"}}},
     ],
 )
@@ -153,6 +157,24 @@ def test_the_least_effect_that_is_met_is_where_the_verdict_changes(metadata):
 def test_an_effect_that_no_program_wrote_is_refused(effects):
     with pytest.raises(ValueError, match="the shift of Picasso says no effect that it could have"):
         judge({"concept": "Picasso", "effects": effects}, "linear")
+
+
+@pytest.mark.parametrize(("change", "whole"), [(math.nan, 1.0), (0.1, 0.0), (0.1, math.inf), ("0.1", 1.0), (0.1, -1.0)])
+def test_changes_that_are_no_numbers_are_not_judged(change, whole):
+    assert judge({"target_change": change, "anchor_change": whole}, "linear") == (None, {})
+
+
+def test_what_a_trained_shift_changes_is_judged_relative_to_the_way_to_a_neutral_word(tiny):
+    whole = anchor_change(tiny, VANGOGH)
+    embeds = tiny.embed_prompts(["VanGogh", "an artist"])
+    rows = align_tokens(tiny.tokenizers[0], "VanGogh", "an artist")
+    way, before = 0.0, 0.0
+    for layer in text_layers(tiny.unet).values():
+        way += (layer(embeds["an artist"][rows]) - layer(embeds["VanGogh"])).square().sum().item()
+        before += layer(embeds["VanGogh"]).square().sum().item()
+    assert whole == pytest.approx(math.sqrt(way / before), rel=1e-4)
+    for part, expected in ((0.9 * LEAST_CHANGE, False), (1.1 * LEAST_CHANGE, None)):
+        assert judge({"target_change": part * whole, "anchor_change": whole}, "linear")[0] is expected
 
 
 def test_a_gate_erases_with_less_of_the_way():

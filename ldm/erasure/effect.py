@@ -44,8 +44,10 @@ LEAST_PROMPT_EFFECT = 0.38
 # 0.54. Of 62 that left less it calls about 20 not erased, all of them weakened; its own settings have 0.83 and more.
 LEAST_GATED_EFFECT = 0.6
 # Of a trained shift, which goes no straight way, the change of the outputs for its own prompt tells when nothing is
-# erased: on mini-sd 0.002 left 95 % and 0.45 left 5 % of a style. More than this is not judged.
-LEAST_CHANGE = 0.1
+# erased, relative to `anchor_change`: of a style 0.21 left 85 % and 0.36 nothing on mini-sd, and 0.29 nothing on
+# mini-sd-minilm. More than this is not judged.
+LEAST_CHANGE = 0.25
+_ANCHOR_CHANGE = 0.4  # where a shift of an older version does not say it
 NEUTRAL, ANCHOR = "neutral", "anchor"
 _NUM_FITTED, _NUM_HELD_OUT = 6, 6  # templates, beside the name alone
 _SHOWN = 3  # concepts that a message names
@@ -120,12 +122,14 @@ def judge(
     effects = stated_effects(metadata)
     said = effects.get(form) or effects.get("linear")
     if not said:
-        change = metadata.get("target_change")
-        if not isinstance(change, float) or change >= LEAST_CHANGE * least_effect / LEAST_EFFECT:
+        change, whole = metadata.get("target_change"), metadata.get("anchor_change", _ANCHOR_CHANGE)
+        are_numbers = all(isinstance(value, float) and math.isfinite(value) for value in (change, whole))
+        if not are_numbers or whole <= 0:
             return None, {}
-        own = str(metadata.get("prompt", ""))
-        limits = {"limit": LEAST_CHANGE, "least_limit": LEAST_CHANGE}
-        return False, {"mean": change, "least": change, "lowest_prompt": own, **limits}
+        limit, own = LEAST_CHANGE * whole * least_effect / LEAST_EFFECT, str(metadata.get("prompt", ""))
+        if change >= limit:
+            return None, {}
+        return False, {"mean": change, "least": change, "lowest_prompt": own, "limit": limit, "least_limit": limit}
     mean, least = said["mean"], said["least"]
     limit = least_effect
     if form == "gated" and effects.get(form):
@@ -277,6 +281,18 @@ def _on_prompts(
         changes = changed.cpu().double() - before
         products = ((changes @ gram) * ways).sum((1, 2))
     return dict(zip(anchors, (products / squares).tolist(), strict=True))
+
+
+def anchor_change(model: DiffusionModel, concept: Concept) -> float:
+    """Return how much the outputs for a concept's name would change if it became the neutral word of its kind.
+
+    Relative to these outputs, as `target_change` is: about 1 for mini-sd and 0.5 for mini-sd-minilm.
+    """
+    neutral = load_template_set(concept.kind).neutral
+    embeds, gram = _embed(model, [concept.prompt, neutral]), _gram(model)
+    before = embeds[concept.prompt]
+    way = embeds[neutral][align_tokens(model.tokenizers[0], concept.prompt, neutral)] - before
+    return math.sqrt(float(((way @ gram) * way).sum() / ((before @ gram) * before).sum()))
 
 
 def _crossed(layers: Mapping[str, nn.Module], shift: WeightShift) -> torch.Tensor:

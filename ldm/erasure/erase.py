@@ -29,7 +29,7 @@ from ldm.diffusion.latents import latents_from_folder, sampled_batches
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.closed_form import Costs, ErasureSpace, closed_form_map, erasure_space
-from ldm.erasure.effect import measure_effect
+from ldm.erasure.effect import anchor_change, measure_effect
 from ldm.erasure.gate_fitter import GateFitter, InseparableError
 from ldm.erasure.gated_edit import GatedEdit
 from ldm.erasure.leakage import base_norms, leakage, notify_of_leakage
@@ -353,6 +353,8 @@ class _Erasure:
         max_leakage = max(changes.values())
         effects = self._effects(concept, shift)
         measured = {"target_change": target_change, "max_leakage_protected": max_leakage}
+        if self.config.trains and isinstance(self.config, SRSMEConfig):
+            measured["anchor_change"] = anchor_change(self.model, concept)
         metadata |= {name: value for name, value in measured.items() if math.isfinite(value)}
         shift.save(path, metadata | ({"effects": effects} if effects else {}))
         momentum = float(curve.momentum.iloc[-1]) if len(curve) else math.nan
