@@ -71,14 +71,15 @@ def create_shifts(
                 leakages |= {summary.concept: summary.leakage for summary in made}
             placed |= dict.fromkeys((concept.label for concept in together), artifacts)
         seconds, peak_gib = round(time.perf_counter() - start, 1), round(peak_memory() / 2**30, 2)
+        prompts = ledger.prompts
         known = [leakages.get(concept.name, {}).keys() | {concept.prompt} for concept in concepts]
-        others = [concept for concept, said in zip(concepts, known, strict=True) if not said >= set(ledger.prompts)]
-        measure = _Measure(model, ledger.prompts if others else ())
+        others = [concept for concept, said in zip(concepts, known, strict=True) if not said >= set(prompts)]
+        measure = _Measure(model, prompts if others else ())
     records: dict[str, dict[str, Any]] = {}
     for concept in concepts:
         shift, record = shift_record(ledger, placed[concept.label], concept)
         found = measure.changes(shift) if concept in others else leakages[concept.name]
-        changes = {prompt: found[prompt] for prompt in ledger.prompts if math.isfinite(found.get(prompt, math.nan))}
+        changes = {prompt: found[prompt] for prompt in prompts if math.isfinite(found.get(prompt, math.nan))}
         record["max_leakage_others"] = _largest(changes, leave_out=concept.prompt)
         is_erased, said = judge(shift.metadata, form)
         if is_erased is not None:
@@ -254,7 +255,8 @@ def _check_shift(
     unprotected = set(ledger.header["protected"]) - {own} - set(metadata.get("protected", []))
     if METHODS[record["method"]].needs_null_space and unprotected:
         raise ValueError(f"{path} does not protect '{min(unprotected)}', which the ledger protects: {_FROM_A_COPY}")
-    stated = [said["mean"] for said in stated_effects(metadata).values() if said] or [metadata.get("target_change")]
+    stated = [said["mean"] for said in stated_effects(metadata).values() if said]
+    stated.append(metadata.get("target_change"))  # by which a change of weights that was trained is judged
     if "effect" in record and record["effect"] not in stated:
         raise ValueError(f"{path} does not say the effect {record['effect']:g}, as its entry does: {_FROM_A_COPY}")
     text = f"erases {record['concept']} from that base"

@@ -149,9 +149,9 @@ def _add_functions(page: gr.Blocks, demo: DemoSession, widgets: dict[str, Any], 
     examples = widgets["examples"]
     chosen = examples.click(choose, examples, widgets["prompt"], show_progress="hidden", **PRIVATE)
     asked = gr.on(triggers, generate, inputs, shown, **on_images)
+    on_others: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **IMAGES}
     for generated in (asked, chosen.success(generate, inputs, shown, **on_images)):
-        last: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", **IMAGES}
-        generated.success(measure, widgets["names"], widgets["others"], **last)
+        generated.success(measure, widgets["names"], widgets["others"], **on_others)
 
 
 def _add_owner(owner: Owner, widgets: dict[str, Any]) -> None:
