@@ -35,7 +35,7 @@ def main() -> None:
     sampling, edit = session.fill_settings(args, config.sampling), session.fill_settings(args, config.edit)
     shifts, name = load_shifts(session.artifact_paths(args, model.name, args.method), args.shifts)
     for shift in shifts.values():
-        shift.check(model.digests, model.unet)
+        shift.check(model)
     print(describe_sources(config, ["sampling", "edit"], arguments.spelled))
     print(describe_forms(shifts, edit.form))
     notify_of_weak(shifts, edit, "erase it anew, or look at what is generated")

@@ -57,6 +57,13 @@ TINY = OmegaConf.create(
 )
 
 
+class NamedModel:
+    """A base model that is nothing but its digests, and the size of its embeddings."""
+
+    def __init__(self, *digests: str, context_dim: int = 8, text_digest: str = "text"):
+        self.name, self.digests, self.context_dim, self.text_digest = "named", digests, context_dim, text_digest
+
+
 def make_xl(folder: Path) -> Path:
     """Make a tiny random Stable Diffusion XL: two text encoders, and a pooled embedding that goes to the U-Net too."""
     torch.manual_seed(2)

@@ -123,9 +123,9 @@ def test_the_digest_of_a_model_with_a_bert_counts_words_weights_and_heads(tmp_pa
 def test_a_digest_of_version_1_is_accepted_with_a_notice(tiny, tmp_path):
     path = make_shift(tiny, tmp_path / "shift.safetensors", base_digest=tiny.digests[1])
     with pytest.warns(Notice, match="a digest of an older version, which leaves the tokenizer out"):
-        WeightShift.load(path).check(tiny.digests, tiny.unet)
+        WeightShift.load(path).check(tiny)
     with pytest.raises(ValueError, match="another base model"):
-        check_base_model({"base_digest": "2:0"}, tiny.digests, path)
+        check_base_model({"base_digest": "2:0"}, tiny, path)
 
 
 def flip(path, position: int) -> None:

@@ -23,8 +23,8 @@ from ldm.erasure.effect import (
     measure_effect,
 )
 from ldm.erasure.embedding_map import EmbeddingMap
-from ldm.erasure.erase import initial_shift
 from ldm.erasure.gate_fitter import GateFitter
+from ldm.erasure.initial_shift import initial_shift
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.retain import RetainSet
 from ldm.erasure.shift import DenseShift, SeparableShift

@@ -103,7 +103,7 @@ def test_a_closed_form_is_saved_with_its_metadata_and_measured(tiny, tmp_path):
     assert (summary.concept, summary.iterations) == ("VanGogh", 0) and math.isnan(summary.momentum)
     assert summary.max_leakage_protected < 1e-5 < 1e-2 < summary.target_change
     shift = WeightShift.load(artifacts.find_shift(1))
-    shift.check(tiny.digests, tiny.unet)
+    shift.check(tiny)
     metadata = shift.metadata
     assert metadata["created_by"] == CREATED_BY == "srs-me" and metadata["method"] == "SRS-ME"
     assert (metadata["category"], metadata["concept_index"], metadata["concept"]) == ("style", 1, "VanGogh")

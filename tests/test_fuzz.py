@@ -180,7 +180,7 @@ def use_shift(model, artifacts: ArtifactPaths, path: Path, output_dir: Path):
     def read() -> None:
         shifts, _ = load_shifts(artifacts, str(path))
         for shift in shifts.values():
-            shift.check(model.digests, model.unet)
+            shift.check(model)
         merge(model.unet, list(shifts.values()))
         truncate_shifts(model, shifts, ExportConfig(("lora",)))
         export(model, shifts, output_dir, ExportConfig(("lora", "kohya")), ["", "VanGogh"])
@@ -226,7 +226,7 @@ def test_bytes_of_a_shift_and_of_a_basis(model, made, tmp_path):
 
 
 def use_basis(model, path: Path) -> None:
-    NullSpaceBasis.load(path).check(model.digests, model.context_dim, path)
+    NullSpaceBasis.load(path).check(model, path)
 
 
 def test_metadata_of_a_basis(model, made, tmp_path):

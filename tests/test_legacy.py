@@ -314,7 +314,7 @@ def test_the_commands_that_make_an_old_ledger_again_work(script, old_concepts, m
     again = Ledger(tmp_path / "again" / HISTORY_FILE)
     assert len(again.entries) == 4 and set(again.active_shifts()) == {"1", "2"}
     for name, shift in ledger.shifts().items():
-        made = again.shifts()[name]
+        made = again.shifts()[name].on(load_model(model_path, CPU).text_layers)
         assert made.parameter_names == shift.parameter_names
         settings = complete_settings("SRS-ME", shift.metadata["config"])
         assert made.metadata["config"].items() <= settings.items()  # today only settings that act

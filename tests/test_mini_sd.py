@@ -16,7 +16,7 @@ from ldm.diffusion.latents import noised_batches
 from ldm.diffusion.load import load_model
 from ldm.diffusion.sampling import SeededNoise, generate, initial_noise, sample_latents
 from ldm.diffusion.text_layers import text_layers
-from ldm.erasure.erase import initial_shift
+from ldm.erasure.initial_shift import initial_shift
 from ldm.erasure.losses import SRSMELoss
 from ldm.erasure.merge import applied
 from ldm.erasure.null_space import NullSpaceBasis

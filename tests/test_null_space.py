@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import NamedModel
 
 from ldm.erasure.null_space import (
     EXACT_TOLERANCE,
@@ -96,8 +97,8 @@ def test_a_basis_survives_a_file_and_belongs_to_one_model_and_width(tmp_path):
     assert torch.equal(loaded.vectors, basis.vectors) and torch.equal(loaded.protected, basis.protected)
     assert loaded.metadata == basis.metadata and loaded.metadata["protected"] == ["", "a"]
     assert (loaded.metadata["rank"], loaded.metadata["width"], loaded.metadata["rank_rtol"]) == (4, 9, EXACT_TOLERANCE)
-    loaded.check(["0" * 64], 9, path)
+    loaded.check(NamedModel("0" * 64, context_dim=9), path)
     with pytest.raises(ValueError, match="another base model"):
-        loaded.check(["1" * 64], 9, path)
+        loaded.check(NamedModel("1" * 64, context_dim=9), path)
     with pytest.raises(ValueError, match="9 dimensions, the model's prompts have 8"):
-        loaded.check(["0" * 64], 8, path)
+        loaded.check(NamedModel("0" * 64, context_dim=8), path)

@@ -28,7 +28,7 @@ from ldm.config.methods import NullSpaceConfig
 from ldm.diffusion import in_place
 from ldm.diffusion.load import silence_hf_logging
 from ldm.diffusion.text_layers import text_layers
-from ldm.erasure.erase import initial_shift
+from ldm.erasure.initial_shift import initial_shift
 from ldm.erasure.merge import merge
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.pipeline_linear import LinearPipelineEraser

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import NamedModel
 
 from ldm.diffusion.text_layers import text_layers
 from ldm.diffusion.trainable import trainable_parameter_names
@@ -79,12 +80,12 @@ def test_unfitting_shifts_are_refused(tiny, tmp_path):
     shift = random_shift(tiny, [""])
     shift.save(path, shift.metadata)
     with pytest.raises(ValueError, match="another base model"):
-        WeightShift.load(path).check(["0" * 64], tiny.unet)
+        WeightShift.load(path).check(NamedModel("0" * 64))
     name = next(iter(shift.coefficients))
     shift.coefficients[name] = shift.coefficients[name][:3]
     shift.save(path, shift.metadata)
     with pytest.raises(ValueError, match="does not fit the model's layer"):
-        WeightShift.load(path).check(tiny.digests, tiny.unet)
+        WeightShift.load(path).check(tiny)
     shift.coefficients[name] = shift.coefficients[name][:, :3]
     shift.save(path, shift.metadata)
     with pytest.raises(ValueError, match="wrong names, shapes or sizes"):
@@ -98,7 +99,7 @@ def test_a_dense_shift_is_what_leads_to_the_trained_weights(tiny, tmp_path):
     assert shift.parameter_names == [names[0], *names[2:]]  # what did not change is left out
     shift.save(tmp_path / "d.safetensors", {"base_digest": tiny.digest})
     loaded = WeightShift.load(tmp_path / "d.safetensors")
-    loaded.check(tiny.digests, tiny.unet)
+    loaded.check(tiny)
     base = {name: tiny.unet.get_parameter(name) for name in names}
     with applied(tiny.unet, [loaded]):
         for name, weight in student.items():
@@ -117,7 +118,7 @@ def test_dense_and_separable_shifts_add_up(tiny):
 def test_a_dense_shift_of_another_model_is_refused(tiny, tmp_path):
     DenseShift({"conv_in.weight": torch.ones(2, 2)}).save(tmp_path / "d.safetensors", {"base_digest": tiny.digest})
     with pytest.raises(ValueError, match=r"conv_in\.weight does not fit"):
-        WeightShift.load(tmp_path / "d.safetensors").check(tiny.digests, tiny.unet)
+        WeightShift.load(tmp_path / "d.safetensors").check(tiny)
 
 
 @pytest.mark.parametrize("kind", ["separable", "dense"])
@@ -138,7 +139,7 @@ def test_a_shift_that_is_held_does_not_become_what_is_written_into_its_file_late
     smaller = DenseShift({other.parameter_names[-1]: torch.ones(2, 2)})
     smaller.save(path, {})  # which has no tensor of that name
     with pytest.raises(ValueError, match="written anew"):
-        held.check(tiny.digests, tiny.unet)
+        held.check(tiny)
     path.unlink()
     with pytest.raises(ValueError, match="removed"), applied(tiny.unet, [held]):
         pass

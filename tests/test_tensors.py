@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import save_unchecked
+from conftest import NamedModel, save_unchecked
 from safetensors.torch import save_file
 
 from ldm.io.files import file_digest
@@ -51,11 +51,19 @@ def test_unexpected_damaged_and_nan_files_are_refused(tmp_path):
 
 
 def test_a_file_of_another_base_model_is_refused():
-    check_base_model({"base_digest": "a" * 64}, ["a" * 64], "x")
+    check_base_model({"base_digest": "a" * 64}, NamedModel("a" * 64), "x")
     with pytest.raises(ValueError, match="x was made for another base model"):
-        check_base_model({"base_digest": "a" * 64, "base_model": "mini-sd"}, ["b" * 64], "x")
+        check_base_model({"base_digest": "a" * 64, "base_model": "mini-sd"}, NamedModel("b" * 64), "x")
     with pytest.raises(ValueError, match="another base model"):
-        check_base_model({}, ["b" * 64, "c" * 64], "x")
+        check_base_model({}, NamedModel("b" * 64, "c" * 64), "x")
+    for model in (NamedModel("b" * 64), NamedModel()):  # whose text encoder is the one that the file names
+        check_base_model({"base_digest": "a" * 64, "text_digest": "text"}, model, "x")
+    with pytest.raises(ValueError, match=r"another text encoder \(that of mini-sd, digest text, not other\)"):
+        check_base_model(
+            {"text_digest": "text", "base_model": "mini-sd"}, NamedModel("a" * 64, text_digest="other"), "x"
+        )
+    with pytest.raises(ValueError, match="not a text encoder alone"):
+        check_base_model({"base_digest": "a" * 64}, NamedModel(), "x")
 
 
 def test_a_model_and_its_half_precision_copy_are_one_base():

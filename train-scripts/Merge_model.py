@@ -39,7 +39,7 @@ def main() -> None:
             "`shifts` names no shift: give names such as 'Greg Rutkowski', indexes such as 0,1,2, or files"
         )
     for shift in shifts.values():
-        shift.check(model.digests, model.unet)
+        shift.check(model)
     prompts = reported_prompts(shifts, args.category)
     folder = args.save_path or args.artifacts_dir / "merged"
     session.print_export(export(model, shifts, folder / f"{model.name}-{name}", config, prompts))

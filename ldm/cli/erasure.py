@@ -227,8 +227,9 @@ def _are_enough(
         return True  # what they protect was said by index, and is the user's choice
     for path, concept in zip(paths, concepts, strict=True):
         said = upgrade_digests(read_metadata(path, BASIS_FILE_TYPE), model.digests)
+        is_own = said.get("text_digest") == model.text_digest or said.get("base_digest") in model.digests[:1]
         others = {other.prompt for other in protection.concepts if other != concept}
-        if said.get("base_digest") != model.digest or not others <= set(said.get("protected", [])):
+        if not is_own or not others <= set(said.get("protected", [])):
             return False
     return True
 

@@ -113,7 +113,7 @@ def open_ledger(args: Namespace, path: Path) -> tuple[Ledger, DiffusionModel]:
     """Return the ledger in a folder, or file, and its model, or the one of the same digest that --model names."""
     ledger = ledger_at(args, path)
     model = load_model(args, first_device(args))
-    check_base_model(ledger.header, model.digests, ledger.path)
+    check_base_model(ledger.header, model, ledger.path)
     return ledger, model
 
 

@@ -148,9 +148,14 @@ def check_index(path: Path, index: Mapping[str, Any], has_two_encoders: bool) ->
     for name, value in index.items():
         is_part = isinstance(value, list) and value != [None, None]
         if name in needed:
-            _check_class(path, name, value)
+            check_class(path, name, value)
         elif is_part and name not in OPTIONAL_PARTS:
             raise UnusableModelError(f"{path}: nothing here computes with its {name} {value}: {WHOLE_MODEL}")
+    check_text_classes(path, index)
+
+
+def check_text_classes(path: Path, index: Mapping[str, Any]) -> None:
+    """Raise UnusableModelError where a model_index.json names a tokenizer that is not its text encoder's."""
     encoder_class, tokenizer_class = index["text_encoder"][1], index["tokenizer"][1]
     if tokenizer_class not in _TOKENIZERS[encoder_class]:
         raise UnusableModelError(
@@ -159,7 +164,8 @@ def check_index(path: Path, index: Mapping[str, Any], has_two_encoders: bool) ->
         )
 
 
-def _check_class(path: Path, name: str, value: Any) -> None:
+def check_class(path: Path, name: str, value: Any) -> None:
+    """Raise UnusableModelError where a model_index.json names another class for a part than is computed with."""
     library, class_name = value if isinstance(value, list) and len(value) == 2 else (None, None)
     if name == "scheduler":
         _check_scheduler_class(path, library, str(class_name))
@@ -220,14 +226,7 @@ def check_configs(folder: Path, is_xl: bool) -> None:
             )
     for suffix in ("", "_2") if is_xl else ("",):
         part = folder / f"text_encoder{suffix}"
-        encoder_config = read_config(part / "config.json")
-        _check_foreign(part / "config.json", encoder_config)
-        _check_text_encoder(part / "config.json", encoder_config)
-        if (part / "adapter_config.json").exists():
-            raise UnusableModelError(
-                f"{part / 'adapter_config.json'}: an adapter is not loaded: remove it, or merge it with peft"
-            )
-        _check_tokenizer(folder / f"tokenizer{suffix}", _VOCABULARY_FILES[class_of(folder, f"text_encoder{suffix}")])
+        check_text_part(part, folder / f"tokenizer{suffix}", class_of(folder, part.name))
     path = folder / "scheduler" / "scheduler_config.json"
     scheduler_config = read_config(path)
     class_name = (
@@ -250,6 +249,18 @@ def check_configs(folder: Path, is_xl: bool) -> None:
         )
     if scheduler_config.get("use_flow_sigmas"):
         raise UnusableModelError(f"{path}: use_flow_sigmas is true: models of flow matching are not computed here")
+
+
+def check_text_part(part: Path, tokenizer: Path, encoder_class: str) -> None:
+    """Raise UnusableModelError unless the configs of a text encoder, in `part`, and a tokenizer are computed by."""
+    encoder_config = read_config(part / "config.json")
+    _check_foreign(part / "config.json", encoder_config)
+    _check_text_encoder(part / "config.json", encoder_config)
+    if (part / "adapter_config.json").exists():
+        raise UnusableModelError(
+            f"{part / 'adapter_config.json'}: an adapter is not loaded: remove it, or merge it with peft"
+        )
+    _check_tokenizer(tokenizer, _VOCABULARY_FILES[encoder_class])
 
 
 def _check_booleans(path: Path, config: Mapping[str, Any], kind: type) -> None:

@@ -22,7 +22,7 @@ def check_parts(pipeline: Any, source: str | Path) -> None:
         value = unet.config[field]
         if isinstance(value, list | tuple):  # of one number, see `components`
             unet.register_to_config(**{field: value[0]})
-    _check_text(pipeline, source)
+    _check_context(pipeline, source)
     try:
         with torch.random.fork_rng(devices=[]):  # noise that a step adds is taken from no seed
             reason = _scheduler_fault(pipeline.scheduler)
@@ -34,8 +34,13 @@ def check_parts(pipeline: Any, source: str | Path) -> None:
         )
 
 
-def _check_text(pipeline: Any, source: str | Path) -> None:
-    widths, lengths = [], set()
+def check_text(pipeline: Any, source: str | Path) -> tuple[list[int], set[int]]:
+    """Bound the lengths of the pipeline's tokenizers by what its text encoders take; return the widths, and lengths.
+
+    Raises UnusableModelError for a tokenizer and a text encoder that are not of one model.
+    """
+    widths: list[int] = []
+    lengths: set[int] = set()
     for suffix in ("", "_2"):
         encoder, tokenizer = (getattr(pipeline, f"{part}{suffix}", None) for part in ("text_encoder", "tokenizer"))
         if encoder is None or tokenizer is None:
@@ -52,6 +57,12 @@ def _check_text(pipeline: Any, source: str | Path) -> None:
             )
         widths.append(config.hidden_size)
         lengths.add(length)
+    return widths, lengths
+
+
+def _check_context(pipeline: Any, source: str | Path) -> None:
+    """Raise UnusableModelError unless the text encoders give the embeddings that the U-Net takes."""
+    widths, lengths = check_text(pipeline, source)
     context_dim = pipeline.unet.config.cross_attention_dim
     if sum(widths) != context_dim or len(lengths) != 1:
         raise UnusableModelError(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.diffusion.model import DiffusionModel, EmbeddingEdit
+from ldm.diffusion.text_model import EmbeddingEdit, TextModel
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def gradient_checkpointing(unet: Any, scope: Callable[[], AbstractContextManager
 
 
 @contextmanager
-def edit_embeddings(model: DiffusionModel, edit: EmbeddingEdit | None) -> Iterator[None]:
+def edit_embeddings(model: TextModel, edit: EmbeddingEdit | None) -> Iterator[None]:
     """Let `edit` act on every prompt that the model embeds while the block runs, the negative and the empty one too.
 
     None lets none act.
@@ -89,7 +89,7 @@ def edit_embeddings(model: DiffusionModel, edit: EmbeddingEdit | None) -> Iterat
 
 
 @contextmanager
-def remember_embeddings(model: DiffusionModel) -> Iterator[None]:
+def remember_embeddings(model: TextModel) -> Iterator[None]:
     """Let `embed_prompts` embed each prompt once while the block runs, and keep what it made until then."""
     before = model.remembered
     model.remembered = {} if before is None else before

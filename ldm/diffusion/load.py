@@ -60,10 +60,10 @@ SUPPORTED_PIPELINES: dict[str, type[Pipeline]] = {
 }
 _PARTS: dict[str, Any] = {
     "vae": AutoencoderKL,
-    "text_encoder": None,  # of one of the classes of _TEXT_ENCODERS
+    "text_encoder": None,  # of one of the classes of TEXT_ENCODERS
     "text_encoder_2": CLIPTextModelWithProjection,
 }
-_TEXT_ENCODERS: dict[str, Any] = {"CLIPTextModel": CLIPTextModel, "BertModel": BertModel}
+TEXT_ENCODERS: dict[str, Any] = {"CLIPTextModel": CLIPTextModel, "BertModel": BertModel}
 
 
 def load_model(
@@ -117,7 +117,7 @@ def load_model(
         )
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
-            _check_weights(component, source)
+            check_weights(component, source)
     model = DiffusionModel(
         name,
         config_name,
@@ -281,8 +281,8 @@ def _load_folder(source: str | Path, variant: str | None) -> Pipeline:
     components["unet"] = _read_unet(folder / "unet", variant)
     for name, kind in _PARTS.items():
         if name != "text_encoder_2" or pipeline_class is StableDiffusionXLPipeline:
-            part_kind = kind or _TEXT_ENCODERS[class_of(folder, name)]
-            components[name] = _read_part(part_kind, folder / name, variant)
+            part_kind = kind or TEXT_ENCODERS[class_of(folder, name)]
+            components[name] = load_part(part_kind, folder / name, variant)
     return pipeline_class.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True, **components)
 
 
@@ -303,7 +303,7 @@ def _not_fitting(folder: Path, reason: object) -> UnusableModelError:
     )
 
 
-def _read_part(kind: Any, folder: Path, variant: str | None) -> nn.Module:
+def load_part(kind: Any, folder: Path, variant: str | None) -> nn.Module:
     """Return a part as its library reads it.
 
     Raises UnusableModelError for weights that are missing, which the library would fill at random, or left over.
@@ -367,7 +367,7 @@ def _load_checkpoint(path: Path, names: set[str], config: str | Path | None) -> 
         )
 
 
-def _check_weights(module: nn.Module, source: str | Path) -> None:
+def check_weights(module: nn.Module, source: str | Path) -> None:
     """Raise ValueError when a weight of the module is missing or not finite."""
     for name, weight in module.named_parameters():
         if weight.is_meta:

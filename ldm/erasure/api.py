@@ -102,7 +102,8 @@ def make_own_shifts(
     took = make_shifts(model, artifacts, named, config, protection, Path(training_image_dir), gate, everything)
     shifts: dict[str, WeightShift] = {}
     for concept in named:  # whole, since the same concept with other settings is written to the same file
-        shifts[concept.label] = WeightShift.load(artifacts.shift(concept.label)).in_memory()
+        shift = WeightShift.load(artifacts.shift(concept.label)).in_memory()
+        shifts[concept.label] = shift.on(model.text_layers)
     edit = model_config.edit if gate.gate else model_config.edit.with_changes(form="linear")
     notify_of_weak(shifts, edit, advice_on_weak(config.trains))
     return shifts, took
@@ -141,7 +142,7 @@ def applied(model: DiffusionModel, shifts: Mapping[str, WeightShift], form: str 
     """
     _check_model(model)
     for shift in _checked_shifts(shifts).values():
-        shift.check(model.digests, model.unet)
+        shift.check(model)
     with edited(model, shifts, EditConfig(form or load_model_config(model).edit.form).form):
         yield
 

@@ -17,13 +17,13 @@ from ldm.config.everyday import COMPOSITIONS
 from ldm.config.methods import NullSpaceConfig, SRSMEConfig
 from ldm.config.spellings import says
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.closed_form import closed_form_map
-from ldm.erasure.erase import concept_space
+from ldm.erasure.initial_shift import concept_space
 from ldm.erasure.null_space import null_space, qr_factor, relative_singular_values
+from ldm.erasure.output_norms import stacked_qr_factor
 from ldm.erasure.protection import ProtectedRows
 from ldm.erasure.retain import RetainSet
-from ldm.erasure.shift import SeparableShift, stacked_qr_factor
+from ldm.erasure.shift import SeparableShift
 from ldm.erasure.targets import anchor_embeds, replaces_name, target_prompts
 
 DEFAULT_TOLERANCES = (1e-7, 1e-4, 5e-4, 2e-3, 5e-3, 2e-2)  # to compare where nobody names others
@@ -125,7 +125,7 @@ def measure_capacity(
 
 def _surrogate_layer(model: DiffusionModel) -> nn.Linear:
     """Return one layer that stands for all text layers: its outputs have the same norms."""
-    weights = (layer.weight for layer in text_layers(model.unet).values())
+    weights = (layer.weight for layer in model.text_layers.values())
     factor = stacked_qr_factor(weights, model.context_dim)
     layer = nn.Linear(model.context_dim, len(factor), bias=False, dtype=factor.dtype, device=factor.device)
     layer.weight = nn.Parameter(factor, requires_grad=False)

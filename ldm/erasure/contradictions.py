@@ -15,7 +15,7 @@ from ldm.config.concepts import Concept
 from ldm.config.everyday import retain_captions
 from ldm.config.spellings import says
 from ldm.config.templates import fill, load_template_set
-from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.text_model import TextModel
 from ldm.diffusion.tokenizer import last_token
 
 # On mini-sd-minilm, of five concepts: 0.83 and more of captions that say one, and 0.30 at most of all other prompts.
@@ -36,7 +36,7 @@ def find_by_text(concept: Concept, protected: Iterable[str]) -> list[str]:
 class Likeness:
     """What tells whether prompts say a concept to a model, whatever their texts are; what concepts share is kept."""
 
-    def __init__(self, model: DiffusionModel, protected: Sequence[str]):
+    def __init__(self, model: TextModel, protected: Sequence[str]):
         self.model = model
         self.prompts = [text for text in protected if text]
         self._protected = _rows(model, self.prompts) if self.prompts else torch.empty(0)
@@ -71,7 +71,7 @@ class Likeness:
         return rows, whitening
 
 
-def check_contradictions(model: DiffusionModel, concepts: Sequence[Concept], protected: Sequence[str]) -> None:
+def check_contradictions(model: TextModel, concepts: Sequence[Concept], protected: Sequence[str]) -> None:
     """Raise ValueError, naming the prompts, where protected ones say a concept that is to be erased."""
     likeness = Likeness(model, protected)
     for concept in concepts:
@@ -105,7 +105,7 @@ class _Whitening:
         return (rows - self.mean) @ self.vectors * self.factors
 
 
-def _rows(model: DiffusionModel, prompts: Sequence[str]) -> torch.Tensor:
+def _rows(model: TextModel, prompts: Sequence[str]) -> torch.Tensor:
     """Return the rows of prompts (N, T - 1, d), float64, without the first, which says nothing of them."""
     batches: list[torch.Tensor] = []
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):

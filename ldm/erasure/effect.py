@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -25,12 +24,11 @@ from ldm.config.concepts import Concept
 from ldm.config.methods import EditConfig, SRSMEConfig
 from ldm.config.templates import load_template_set
 from ldm.diffusion.edits import edit_embeddings
-from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.text_layers import text_layers
+from ldm.diffusion.text_model import TextModel
 from ldm.diffusion.tokenizer import align_tokens, read_whole
 from ldm.erasure.leakage import changes_only
 from ldm.erasure.merge import by_form, gated_prompts
-from ldm.erasure.shift import WeightShift
+from ldm.erasure.shift import EmbeddingShift, WeightShift
 from ldm.erasure.targets import replaces_name, target_prompts
 from ldm.io.errors import notify
 
@@ -233,7 +231,7 @@ def _evenly(prompts: Iterable[str], concept: Concept, tokenizer: Any, num: int) 
 
 
 def measure_effect(
-    model: DiffusionModel, concept: Concept, shift: WeightShift, config: SRSMEConfig, form: str = "linear"
+    model: TextModel, concept: Concept, shift: WeightShift, config: SRSMEConfig, form: str = "linear"
 ) -> Effect:
     """Return the effect of a concept's shift, in the `form` in which it acts, on `effect_prompts`.
 
@@ -241,11 +239,11 @@ def measure_effect(
     only the other erases. Takes well below a second for a bundled model: two dozen prompts are embedded. Raises
     ValueError for a gate that does not fit the model.
     """
-    anchors, layers = effect_prompts(concept, config, model.tokenizers[0]), text_layers(model.unet)
+    anchors, layers = effect_prompts(concept, config, model.tokenizers[0]), model.text_layers
     gated, linear = by_form({"": shift}, form)
     if linear and not changes_only(shift, layers):
         return Effect(dict.fromkeys(anchors, math.nan))
-    crossed = _crossed(layers, shift) if linear else None
+    crossed = _crossed(model, layers, shift) if linear else None
     found = Effect(_on_prompts(model, anchors, True, gated, crossed))
     if crossed is None or replaces_name(concept, config):
         return found
@@ -257,7 +255,7 @@ def measure_effect(
 
 
 def _on_prompts(
-    model: DiffusionModel,
+    model: TextModel,
     anchors: Mapping[str, str],
     is_aligned: bool,
     gated: Mapping[str, WeightShift],
@@ -271,7 +269,7 @@ def _on_prompts(
     if is_aligned:
         for number, (prompt, anchor) in enumerate(anchors.items()):
             ways[number] = aims[number, align_tokens(model.tokenizers[0], prompt, anchor)] - before[number]
-    gram = _gram(model)
+    gram = model.output_gram
     squares = ((ways @ gram) * ways).sum((1, 2))  # of the ways through all layers
     if crossed is not None:
         products = ((before @ crossed) * ways).sum((1, 2))
@@ -283,20 +281,22 @@ def _on_prompts(
     return dict(zip(anchors, (products / squares).tolist(), strict=True))
 
 
-def anchor_change(model: DiffusionModel, concept: Concept) -> float:
+def anchor_change(model: TextModel, concept: Concept) -> float:
     """Return how much the outputs for a concept's name would change if it became the neutral word of its kind.
 
     Relative to these outputs, as `target_change` is: about 1 for mini-sd and 0.5 for mini-sd-minilm.
     """
     neutral = load_template_set(concept.kind).neutral
-    embeds, gram = _embed(model, [concept.prompt, neutral]), _gram(model)
+    embeds, gram = _embed(model, [concept.prompt, neutral]), model.output_gram
     before = embeds[concept.prompt]
     way = embeds[neutral][align_tokens(model.tokenizers[0], concept.prompt, neutral)] - before
     return math.sqrt(float(((way @ gram) * way).sum() / ((before @ gram) * before).sum()))
 
 
-def _crossed(layers: Mapping[str, nn.Module], shift: WeightShift) -> torch.Tensor:
+def _crossed(model: TextModel, layers: Mapping[str, nn.Module], shift: WeightShift) -> torch.Tensor:
     """Return the sum over layers of `dW^T W`, (d, d), float64."""
+    if isinstance(shift, EmbeddingShift):
+        return shift.embedding_change().T @ model.output_gram
     total: torch.Tensor | float = 0.0
     for name, layer in layers.items():
         if f"{name}.weight" in shift.parameter_names:
@@ -306,21 +306,7 @@ def _crossed(layers: Mapping[str, nn.Module], shift: WeightShift) -> torch.Tenso
     return total
 
 
-_grams: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
-
-
-def _gram(model: DiffusionModel) -> torch.Tensor:
-    """Return the sum over text layers of `W^T W`, (d, d), float64, computed once for each U-Net."""
-    if model.unet not in _grams:
-        total = torch.zeros(model.context_dim, model.context_dim, dtype=torch.float64)
-        for layer in text_layers(model.unet).values():
-            weight = layer.weight.detach().cpu().double()
-            total += weight.T @ weight
-        _grams[model.unet] = total
-    return _grams[model.unet]
-
-
-def _embed(model: DiffusionModel, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
+def _embed(model: TextModel, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
     """Return what cross-attention takes of each prompt, (tokens, d), float64 on the CPU; all are embedded in one pass.
 
     Those that the model remembers are not embedded again.

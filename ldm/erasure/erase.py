@@ -27,11 +27,11 @@ from ldm.config.methods import (
 )
 from ldm.diffusion.latents import latents_from_folder, sampled_batches
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.text_layers import text_layers
-from ldm.erasure.closed_form import Costs, ErasureSpace, closed_form_map, erasure_space
+from ldm.diffusion.text_model import TextModel
 from ldm.erasure.effect import anchor_change, measure_effect
 from ldm.erasure.gate_fitter import GateFitter, InseparableError
 from ldm.erasure.gated_edit import GatedEdit
+from ldm.erasure.initial_shift import initial_shift
 from ldm.erasure.leakage import base_norms, leakage, notify_of_leakage
 from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
 from ldm.erasure.methods import LOSSES
@@ -39,7 +39,7 @@ from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.protection import Protection, concept_metadata, solve_null_spaces
 from ldm.erasure.retain import RetainSet
 from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift, WeightShift
-from ldm.erasure.targets import anchor_embeds, replaces_name, target_prompts
+from ldm.erasure.targets import target_prompts
 from ldm.erasure.training import CURVE_COLUMNS, fit
 from ldm.io.errors import MissingFileError, notify
 from ldm.io.files import atomic_write, file_digest
@@ -70,7 +70,7 @@ class ErasureSummary:
 
 
 def erase(
-    model: DiffusionModel,
+    model: TextModel,
     artifacts: ArtifactPaths,
     concepts: Sequence[Concept],
     config: MethodConfig,
@@ -90,7 +90,7 @@ def erase(
 
 
 def erase_concepts(
-    model: DiffusionModel,
+    model: TextModel,
     artifacts: ArtifactPaths,
     concepts: Sequence[Concept],
     config: MethodConfig,
@@ -106,8 +106,10 @@ def erase_concepts(
     curve goes beside each shift as CSV. SRS-ME's shifts get a gate too where `gate` says so. `others` are concepts that
     an erasure should change little unless it is their own: without them those of the category, or of concepts that a
     user names, `concepts` themselves. Of several processes each makes its `shard`. Raises ValueError for a missing
-    basis or folder, and for settings that make nothing.
+    basis or folder, for settings that make nothing, and for training without a denoiser.
     """
+    if not isinstance(model, DiffusionModel) and (config.trains or not isinstance(config, SRSMEConfig)):
+        raise ValueError(f"{model.name} is a text encoder alone, from which nothing is trained: give a whole `model`")
     if isinstance(config, SRSMEConfig) and not config.trains and config.init == "zero":
         raise ValueError(
             "`mode` closed_form trains nothing from `init` zero: choose `init` closed_form, or `mode` learn"
@@ -162,8 +164,8 @@ def _made_from(inputs: Mapping[str, Any], existing: Mapping[str, Any], method: s
 class _EmbeddingCache:
     """The embeddings of prompts, and the norms of the text layers' outputs for them, each computed once."""
 
-    def __init__(self, model: DiffusionModel):
-        self.model = model
+    def __init__(self, model: TextModel):
+        self.model, self.layers = model, model.text_layers
         self.embeds: dict[str, torch.Tensor] = {}
         self.norms: dict[str, float] = {}
 
@@ -173,7 +175,7 @@ class _EmbeddingCache:
         new = self.model.embed_prompts(prompt for prompt in prompts if prompt not in self.embeds)
         if new:
             self.embeds |= new
-            self.norms |= base_norms(text_layers(self.model.unet), new)
+            self.norms |= base_norms(self.layers, new)
         return {prompt: self.embeds[prompt] for prompt in prompts}, self.norms
 
 
@@ -182,7 +184,7 @@ class _Erasure:
 
     def __init__(
         self,
-        model: DiffusionModel,
+        model: TextModel,
         artifacts: ArtifactPaths,
         config: MethodConfig,
         image_dir: Path,
@@ -204,7 +206,7 @@ class _Erasure:
         path = self.artifacts.find_basis(concept.label)
         basis = NullSpaceBasis.load(path)
         try:
-            basis.check(self.model.digests, self.model.context_dim, path)
+            basis.check(self.model, path)
             self._check_concept(basis, concept, path)
         except ValueError as error:
             raise MissingFileError(str(error), "basis", **self.artifacts.details(concept.label)) from error
@@ -223,7 +225,6 @@ class _Erasure:
             "created_by": CREATED_BY,
             "method": self.config.name,
             "base_model": self.model.name,
-            "base_digest": self.model.digest,
             "category": self.artifacts.category,
             **concept_metadata(concept),
             "prompt": concept.prompt,
@@ -232,6 +233,10 @@ class _Erasure:
             "config": self.config.acting(),
             "dtype": str(self.model.dtype),
         }
+        if self.model.digests:
+            metadata["base_digest"] = self.model.digests[0]
+        if not self.config.trains:
+            metadata["text_digest"] = self.model.text_digest  # to which alone a closed form is bound
         if isinstance(self.config, SRSMEConfig):
             metadata["prompts_digest"] = self._digest_prompts(concept, self.config)
         if self.gate.gate:
@@ -240,9 +245,15 @@ class _Erasure:
             metadata["basis_digest"] = file_digest(self.artifacts.basis(concept.label))
         if self.config.trains_on_images:
             metadata["data_digest"] = file_digest(image_folder(self.image_dir, concept))
-        else:
-            metadata |= self.model.generation_metadata
+        elif self.config.trains:
+            metadata |= self._whole_model.generation_metadata
         return metadata
+
+    @property
+    def _whole_model(self) -> DiffusionModel:
+        """The model with its denoiser, which training needs."""
+        assert isinstance(self.model, DiffusionModel)
+        return self.model
 
     def _digest_prompts(self, concept: Concept, config: SRSMEConfig) -> str:
         """Return a digest of the prompts that an erasure takes from concepts, templates and grammars."""
@@ -264,7 +275,7 @@ class _Erasure:
             if self.config.trains:
                 kind = LOSSES[self.config.name]
                 arguments = (initial,) if initial is not None else ()
-                losses[concept.label] = kind.from_config(self.model, concept, self.config, *arguments)
+                losses[concept.label] = kind.from_config(self._whole_model, concept, self.config, *arguments)
         curve = pd.DataFrame(columns=CURVE_COLUMNS)
         if losses:
             curve, start = self._train(concepts, list(losses.values()))
@@ -288,7 +299,7 @@ class _Erasure:
             return None
 
     def _initial_shift(self, concept: Concept) -> SeparableShift | None:
-        """Return what a method with a null space starts from; None for one without."""
+        """Return what a method with a null space starts from, or stops at; None for one without."""
         if not isinstance(self.config, SRSMEConfig):
             return None
         shift = initial_shift(self.model, concept, self.config, self.bases[concept.label], self.retain)
@@ -302,7 +313,8 @@ class _Erasure:
     def _train(self, concepts: Sequence[Concept], losses: Sequence[SingleConceptLoss]) -> tuple[pd.DataFrame, float]:
         """Learn, and return the learning curve and when the first iteration began."""
         second = self.execution.frozen_device
-        frozen = self.model.replicate_unet(torch.device(second)) if second else self.model
+        model = self._whole_model
+        frozen = model.replicate_unet(torch.device(second)) if second else model
         for loss in losses:
             loss.frozen, loss.checkpointing = frozen, self.execution.gradient_checkpointing
         batches: list[Iterator[Any]] = []
@@ -315,7 +327,7 @@ class _Erasure:
             together = (tuple(zip(*parts, strict=True)) for parts in zip(*batches, strict=False))
         for concept in concepts:
             self.cache.get([*self._protected(concept), concept.prompt])
-        self.model.offload()
+        model.offload()
         start = time.perf_counter()
         title = "erase " + ", ".join(concept.name for concept in concepts)
         return fit(trained, together, self.config, title), start
@@ -324,10 +336,10 @@ class _Erasure:
         config = self.config
         if isinstance(config, SelfSampledConfig):
             scope: Any = loss.edited_model
-            return sampled_batches(self.model, loss.target_embeds, config, scope)
+            return sampled_batches(self._whole_model, loss.target_embeds, config, scope)
         details = {"category": self.artifacts.category, "concept": concept.name}
         folder = image_folder(self.image_dir, concept)
-        return latents_from_folder(self.model, folder, config.train_batch_size, config.seed, **details)
+        return latents_from_folder(self._whole_model, folder, config.train_batch_size, config.seed, **details)
 
     def _protected(self, concept: Concept) -> list[str]:
         if self.config.needs_null_space:
@@ -383,35 +395,8 @@ class _Erasure:
     def _measure(self, concept: Concept, shift: WeightShift) -> dict[str, float]:
         """Return the leakage of a shift on its own and the protected prompts; NaN where text layers do not say all."""
         embeds, norms = self.cache.get([concept.prompt, *self._protected(concept)])
-        rows = leakage(text_layers(self.model.unet), {"": shift}, embeds, norms)
+        rows = leakage(self.cache.layers, {"": shift}, embeds, norms)
         return {row["prompt"]: row["leakage"] for row in rows}
-
-
-def initial_shift(
-    model: DiffusionModel, concept: Concept, config: SRSMEConfig, basis: NullSpaceBasis, retain: RetainSet
-) -> SeparableShift:
-    """Return what SRS-ME starts from or stops at: a concept's closed form in `basis`, or zero in its directions."""
-    anchors = target_prompts(concept, config, model.tokenizers[0])
-    target_embeds = model.drop_pooled(model.encode_prompt(list(anchors)))  # (P, tokens, d)
-    retain_cost = retain.cost(concept, config, len(target_embeds))
-    space = concept_space(config, basis.vectors, basis.protected, target_embeds, retain_cost)
-    layers = text_layers(model.unet)
-    if config.init == "zero":
-        return SeparableShift.zeros(layers, space.directions, config.basis_scale)
-    embedding_map = closed_form_map(space, target_embeds, anchor_embeds(model, anchors, replaces_name(concept, config)))
-    return SeparableShift.from_map(layers, space.directions, config.basis_scale, embedding_map)
-
-
-def concept_space(
-    config: SRSMEConfig,
-    basis: torch.Tensor,
-    protected_rows: torch.Tensor,
-    target_embeds: torch.Tensor,
-    retain_cost: torch.Tensor,
-) -> ErasureSpace:
-    """Return `closed_form.erasure_space` for a concept by SRS-ME's settings; `retain_cost` is that of `RetainSet`."""
-    costs = Costs(config.ridge_weight, config.preserve_scale, retain_cost)
-    return erasure_space(basis, protected_rows, target_embeds, costs, config.max_directions)
 
 
 def summary_table(summaries: Sequence[ErasureSummary]) -> pd.DataFrame:

@@ -148,8 +148,9 @@ class ConceptEraser:
         summaries = erase(self.model, artifacts, concepts, *settings)
         shifts: dict[str, WeightShift] = {}
         for concept in concepts:
-            shifts[concept.label] = WeightShift.load(artifacts.shift(concept.label)).in_memory()
-            shifts[concept.label].check(self.model.digests, self.model.unet)
+            shift = WeightShift.load(artifacts.shift(concept.label)).in_memory()
+            shift.check(self.model)
+            shifts[concept.label] = shift.on(self.model.text_layers)
         edit = self.config.edit.with_changes(form=self.form)
         notify_of_weak(shifts, edit, advice_on_weak(self.config.methods[method].trains))
         return shifts, summaries

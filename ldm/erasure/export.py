@@ -32,12 +32,11 @@ from ldm.diffusion.compvis import (
 from ldm.diffusion.edits import replace_parameters
 from ldm.diffusion.load import save_pipeline
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.effect import notify_of_weak
 from ldm.erasure.export_comfyui import check_comfyui, gates_table, save_comfyui
 from ldm.erasure.export_metadata import checkpoint_metadata, lora_metadata, save_with_metadata, unet_metadata
 from ldm.erasure.leakage import leakage, leakage_after_rounding, leakage_table, truncation_error
-from ldm.erasure.merge import check_unedited, merge, merged_weight
+from ldm.erasure.merge import SummedShifts, check_unedited, merge
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
 from ldm.io.files import SETTINGS_FILE, atomic_write_dir, is_written, write_dir_metadata
 from ldm.io.tensors import CREATED_BY, check_finite, named_writes
@@ -89,8 +88,8 @@ def export(
         raise ValueError("an export needs a shift, and a prompt to report the leakage on: give one of each")
     known: dict[str, str] = {}
     for label, shift in shifts.items():
-        if "base_digest" in shift.metadata:
-            shift.check(model.digests, model.unet)
+        if {"base_digest", "text_digest"} & shift.metadata.keys():
+            shift.check(model)
         if shift.content_digest and known.setdefault(shift.content_digest, label) != label:
             raise ValueError(
                 f"{shift.path} is there twice, as {known[shift.content_digest]} and as {label}: give it once"
@@ -99,8 +98,9 @@ def export(
     for form, names in (("linear", LINEAR_FORMATS), ("gated", GATED_FORMATS)):
         if set(names) & set(config.formats):
             notify_of_weak(shifts, edit.with_changes(form=form), "what is exported says it still: erase it anew")
-    dtype = getattr(torch, config.save_dtype)
+    layers, dtype = model.text_layers, getattr(torch, config.save_dtype)
     report: list[dict[str, Any]] = []
+    shifts = {label: shift.on(layers) for label, shift in shifts.items()}
     truncated = dict(shifts)
     if set(config.formats) & set(GATED_FORMATS):
         check_comfyui(model, shifts)
@@ -112,7 +112,7 @@ def export(
     merged_shifts = truncated if config.rank else dict(shifts)
     merged: Weights = {}
     if is_linear:
-        layers, embeds = text_layers(model.unet), model.embed_prompts(prompts)
+        embeds = model.embed_prompts(prompts)
         table = leakage_table(layers, merged_shifts, embeds)
         merged = merge(model.unet, list(merged_shifts.values()), dtype)
         check_finite(merged, f"{output_dir}")
@@ -217,14 +217,12 @@ def _merged_checkpoint(model: DiffusionModel, checkpoint: Path, shifts: Sequence
     tensors = load_compvis_state_dict(checkpoint)
     identity: Any = {name: name for name in tensors}
     names: Any = convert_ldm_unet_checkpoint(identity, model.unet.config)  # by diffusers' own rules
-    changed: dict[str, None] = {}
-    for shift in shifts:
-        changed |= dict.fromkeys(shift.parameter_names)
-    for parameter in changed:
+    summed = SummedShifts(shifts, model.text_layers)
+    for parameter in summed.parameter_names:
         averaged = EMA_PREFIX + names[parameter].removeprefix("model.").replace(".", "")
         for name in (names[parameter], averaged):
             if name in tensors:
-                tensors[name] = merged_weight(tensors[name], parameter, shifts)
+                tensors[name] = summed.merged(tensors[name], parameter)
     return tensors
 
 
@@ -332,7 +330,7 @@ def truncate_shifts(
             layer = name.removesuffix(".weight")
             up, down = (tensors[f"{layer}.{part}.weight"].double() for part in ("lora_B", "lora_A"))
             deltas[name] = up @ down
-        changes = leakage(text_layers(model.unet), {"": DenseShift(deltas)}, protected)
+        changes = leakage(model.text_layers, {"": DenseShift(deltas)}, protected)
         rows.append(
             {
                 "concept": metadata["concept"],

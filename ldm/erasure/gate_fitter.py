@@ -17,8 +17,8 @@ from ldm.config.everyday import everyday_captions, kin_names, plural, retain_cap
 from ldm.config.methods import GateConfig
 from ldm.config.spellings import compounds, lookalikes, misspellings, partial_names, says
 from ldm.config.templates import fill, fill_anchor, fill_phrase, load_template_set, without_article
-from ldm.diffusion.model import States
 from ldm.diffusion.text_encoder import PromptEncoder
+from ldm.diffusion.text_model import States
 from ldm.diffusion.text_states import LAST_STATE, text_encoder_layers
 from ldm.diffusion.tokenizer import align_tokens, last_piece, last_token, read_part, vocabulary_words
 from ldm.erasure.embedding_map import EmbeddingMap, fit_map

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ldm.diffusion.model import States
+from ldm.diffusion.text_model import States
 
 
 class KnownStates:

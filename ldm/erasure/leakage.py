@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ldm.erasure.shift import WeightShift, output_norms
+from ldm.erasure.output_norms import output_norms
+from ldm.erasure.shift import WeightShift
 from ldm.io.errors import notify
 
 LARGE_LEAKAGE = 0.05  # on what should stay, of which whoever makes a shift is told
@@ -51,7 +52,8 @@ def leakage(
     """
     base = base or base_norms(layers, embeds)
     rows = []
-    for label, shift in shifts.items():
+    for label, given in shifts.items():
+        shift = given.on(layers)
         if not changes_only(shift, layers):
             rows += [{"shift": label, "prompt": prompt, "leakage": math.nan} for prompt in embeds]
             continue
@@ -72,6 +74,7 @@ def joint_leakage(
     `linear` shifts. A prompt of leakage 0 keeps every bit of its outputs. NaN where a linear shift changes other layers
     too.
     """
+    linear = [shift.on(layers) for shift in linear]
     if not all(changes_only(shift, layers) for shift in linear):
         return dict.fromkeys(before, math.nan)
     matrices = (_beside_change(layer.weight, f"{name}.weight", linear) for name, layer in layers.items())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -25,8 +26,10 @@ from ldm.config.concepts import (
 from ldm.config.methods import METHODS, SRSMEConfig, did_you_mean
 from ldm.diffusion.edits import edit_embeddings, replace_parameters
 from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.text_layers import text_layers
+from ldm.diffusion.text_model import TextModel
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
-from ldm.erasure.shift import SHIFT_FILE_TYPE, WeightShift
+from ldm.erasure.shift import SHIFT_FILE_TYPE, EmbeddingShift, WeightShift
 from ldm.io.errors import MissingFileError
 from ldm.io.paths import SHIFT_SUFFIX, ArtifactPaths, merge_name
 from ldm.io.tensors import read_metadata
@@ -34,21 +37,69 @@ from ldm.io.tensors import read_metadata
 _MAX_REPORTED = 30  # protected prompts on which leakage is reported
 
 
-def merged_weight(
-    weight: torch.Tensor, name: str, shifts: Sequence[WeightShift], dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """Return `W + sum of dW` of one parameter: summed in float64 and rounded once, to `dtype` or the weight's own."""
-    total = weight.detach().cpu().double()
-    deltas = (shift.delta_weight(name) for shift in shifts if name in shift.parameter_names)
-    return sum(deltas, total).to(weight.device, dtype or weight.dtype)
+@dataclass(frozen=True)
+class _Block:
+    """Shifts of embeddings that are summed up together, known by the digests of their files, if they have such."""
+
+    digests: tuple[str, ...]
+    factors: tuple[tuple[torch.Tensor, torch.Tensor], ...] = field(compare=False)
+
+    @classmethod
+    def of(cls, shifts: Sequence[EmbeddingShift]) -> Self:
+        """Return the block of some shifts: one that is not as its file has it is known by its tensors, which are kept."""
+        digests = []
+        for shift in shifts:
+            is_as_read = shift.content_digest and "truncated_to_rank" not in shift.metadata
+            digests.append(shift.content_digest if is_as_read else f"made {id(shift.outputs)}")
+        return cls(tuple(digests), tuple((shift.outputs, shift.directions) for shift in shifts))
+
+
+@lru_cache(maxsize=2 * 16)  # so that a concept that is switched among many costs its own block
+def _sum_up(block: _Block) -> torch.Tensor:
+    """Return the sum of A S over the shifts of a block, (d, d), float64."""
+    outputs = torch.cat([outputs for outputs, _ in block.factors], dim=1)  # (d, all k)
+    return outputs @ torch.cat([directions for _, directions in block.factors])
+
+
+class SummedShifts:
+    """Several shifts as one: weights W of the text layers become `W (I + M) + D`, those of other layers `W + D`.
+
+    M (d, d) is the sum of A S of the shifts of embeddings, taken once for all layers, and D that of the others' dW. M
+    is the same in whatever order the shifts are: they are in that of their files' digests.
+    """
+
+    def __init__(self, shifts: Sequence[WeightShift], layers: Collection[str]):
+        """Sum up shifts for a denoiser whose text layers are called `layers`."""
+        self._others = [shift for shift in shifts if not isinstance(shift, EmbeddingShift)]
+        of_embeddings = [shift for shift in shifts if isinstance(shift, EmbeddingShift)]
+        self._text_weights = [f"{name}.weight" for name in layers] if of_embeddings else []
+        blocks: dict[str, list[EmbeddingShift]] = {}
+        for shift in sorted(of_embeddings, key=lambda shift: shift.content_digest):
+            blocks.setdefault(shift.content_digest[:1], []).append(shift)
+        self._change = sum((_sum_up(_Block.of(shifts)) for shifts in blocks.values()), torch.zeros(()))
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """The names of the parameters that any of the shifts changes."""
+        changed = dict.fromkeys(self._text_weights)
+        for shift in self._others:
+            changed |= dict.fromkeys(shift.parameter_names)
+        return list(changed)
+
+    def merged(self, weight: torch.Tensor, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return what becomes of one parameter: summed in float64, rounded once, to `dtype` or the weight's own."""
+        base = weight.detach().cpu().double()
+        total = base
+        if name in self._text_weights:
+            total = torch.addmm(base, base, self._change)
+        deltas = (shift.delta_weight(name) for shift in self._others if name in shift.parameter_names)
+        return sum(deltas, total).to(weight.device, dtype or weight.dtype)
 
 
 def merge(unet: nn.Module, shifts: Sequence[WeightShift], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Return `W + sum of dW` for the parameters that any shift changes, by `merged_weight`. Nothing is changed."""
-    changed: dict[str, None] = {}
-    for shift in shifts:
-        changed |= dict.fromkeys(shift.parameter_names)
-    return {name: merged_weight(unet.get_parameter(name), name, shifts, dtype) for name in changed}
+    """Return the weights that any shift changes, with all of them, by `SummedShifts`. Nothing is changed."""
+    summed = SummedShifts(shifts, text_layers(unet))
+    return {name: summed.merged(unet.get_parameter(name), name, dtype) for name in summed.parameter_names}
 
 
 @contextmanager
@@ -76,7 +127,7 @@ def edited(model: DiffusionModel, shifts: Mapping[str, WeightShift], form: str) 
             model.edited_by = ()
 
 
-def check_unedited(model: DiffusionModel) -> None:
+def check_unedited(model: TextModel) -> None:
     """Raise ValueError while shifts act on a model: what is made of it then would hold them twice, or not at all."""
     if model.edited_by:
         raise ValueError(
@@ -85,7 +136,7 @@ def check_unedited(model: DiffusionModel) -> None:
         )
 
 
-def gated_prompts(model: DiffusionModel, gated: Mapping[str, WeightShift]) -> GatedPrompts | None:
+def gated_prompts(model: TextModel, gated: Mapping[str, WeightShift]) -> GatedPrompts | None:
     """Return what the gates of shifts together make of prompts' embeddings; None for no shift.
 
     Raises ValueError for a gate that does not fit the model.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm.io.checks import check_header, is_count, is_number, is_texts
-from ldm.io.tensors import check_base_model, library_versions, load_tensors, save_tensors
+from ldm.io.tensors import EmbeddingModel, check_base_model, library_versions, load_tensors, save_tensors
 
 BASIS_FILE_TYPE = "null space basis"
 EXACT_TOLERANCE = 1e-7
@@ -172,12 +172,13 @@ class NullSpaceBasis:
         vectors, protected = parts
         return cls(vectors, protected, metadata)
 
-    def check(self, digests: Sequence[str], width: int, path: Path) -> None:
-        """Raise ValueError unless the basis is for the base model with these digests and embeddings that wide."""
-        check_base_model(self.metadata, digests, path)
-        if self.vectors.shape[1] != width:
+    def check(self, model: EmbeddingModel, path: Path) -> None:
+        """Raise ValueError unless the basis is for this model, or its text encoder, and for embeddings that wide."""
+        check_base_model(self.metadata, model, path)
+        if self.vectors.shape[1] != model.context_dim:
             raise ValueError(
-                f"{path} holds directions of {self.vectors.shape[1]} dimensions, the model's prompts have {width}"
+                f"{path} holds directions of {self.vectors.shape[1]} dimensions, the model's prompts have "
+                f"{model.context_dim}"
             )
 
 

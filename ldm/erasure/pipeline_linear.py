@@ -17,13 +17,13 @@ from ldm.config.templates import fill_anchor, load_template_set
 from ldm.diffusion.in_place import InPlaceWeights, Weights
 from ldm.diffusion.pipeline_encoder import PipelineEncoder
 from ldm.diffusion.pipeline_model import PipelineModel, unwrapped
-from ldm.erasure.erase import initial_shift
-from ldm.erasure.merge import merged_weight
+from ldm.erasure.initial_shift import initial_shift
+from ldm.erasure.merge import SummedShifts
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.pipeline_eraser import PipelineEraser, Reports
 from ldm.erasure.protection import check_apart
 from ldm.erasure.retain import RetainSet
-from ldm.erasure.shift import SeparableShift, WeightShift
+from ldm.erasure.shift import WeightShift
 from ldm.erasure.targets import anchor_embeds, held_out_prompts, replaces_name, target_prompts
 from ldm.io.files import SETTINGS_FILE
 
@@ -100,7 +100,8 @@ class LinearPipelineEraser(PipelineEraser):
         """Return the weights with the shifts in them, rounded once to their dtype."""
         base = self._weights.base()
         if self._merged[0] != shifts or self._merged[1] is not base:
-            merged = {name: merged_weight(weight, f"{name}.weight", shifts) for name, weight in base.items()}
+            summed = SummedShifts(shifts, base)
+            merged = {name: summed.merged(weight, f"{name}.weight") for name, weight in base.items()}
             self._merged = shifts, base, merged
         return self._merged[2]
 
@@ -122,9 +123,7 @@ class LinearPipelineEraser(PipelineEraser):
         retain.others = concepts
         shifts: dict[Concept, WeightShift] = {}
         for concept in tqdm(concepts, desc="shifts", unit="shift", delay=_QUIET_SECONDS, leave=False):
-            shift = initial_shift(model, concept, self.config, basis, retain)
-            coefficients = {name: value.detach().cpu() for name, value in shift.coefficients.items()}
-            shifts[concept] = SeparableShift(coefficients, shift.directions, shift.scale)
+            shifts[concept] = initial_shift(model, concept, self.config, basis, retain)
         merged = self._merge(list(shifts.values()))
         leakage = float(_leakage(self._weights.base(), merged, torch.stack(list(kept.values())).cpu()).max())
         reports: dict[Concept, dict[str, float]] = {}

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import NullSpaceConfig
-from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.text_model import TextModel
 from ldm.erasure.null_space import BASIS_FILE_TYPE, NullSpaceBasis, leave_one_out_factors, qr_factor
 from ldm.io.legacy import upgrade_digests
 from ldm.io.paths import ArtifactPaths
@@ -86,7 +86,7 @@ class ProtectedRows:
 
 
 def solve_null_spaces(
-    model: DiffusionModel,
+    model: TextModel,
     artifacts: ArtifactPaths,
     targets: Sequence[Concept],
     protection: Protection,
@@ -120,13 +120,13 @@ def solve_null_spaces(
         made_for = {
             "created_by": CREATED_BY,
             "base_model": model.name,
-            "base_digest": model.digest,
+            "text_digest": model.text_digest,
             "category": artifacts.category,
             **concept_metadata(concept),
             "always_protected_weight": config.always_protected_weight,
         }
         basis = replace(basis, metadata=made_for | basis.metadata)
-        _save_if_changed(basis, artifacts.basis(concept.label), model.digests)
+        _save_if_changed(basis, artifacts.basis(concept.label), model)
         summaries.append(_summarize(concept, basis, artifacts.basis(concept.label)))
     return summaries
 
@@ -138,7 +138,7 @@ def concept_metadata(concept: Concept) -> dict[str, Any]:
     return {"concept": concept.name, "aliases": list(concept.aliases), "concept_kind": concept.kind}
 
 
-def check_apart(model: DiffusionModel, concepts: Sequence[Concept], protected: Mapping[str, torch.Tensor]) -> None:
+def check_apart(model: TextModel, concepts: Sequence[Concept], protected: Mapping[str, torch.Tensor]) -> None:
     """Raise ValueError when a concept's name is protected too, as the model reads it, or is nothing to it.
 
     `protected` are the embeddings (tokens, d) of the protected prompts.
@@ -158,10 +158,14 @@ def check_apart(model: DiffusionModel, concepts: Sequence[Concept], protected: M
                 )
 
 
-def _save_if_changed(basis: NullSpaceBasis, path: Path, digests: Sequence[str]) -> None:
+def _save_if_changed(basis: NullSpaceBasis, path: Path, model: TextModel) -> None:
     """Keep a file that was made from the same inputs, whose last digits depend on the machine."""
+    said = upgrade_digests(read_metadata(path, BASIS_FILE_TYPE), model.digests)
     anew = {name: basis.metadata[name] for name in ("max_leakage", "created_by")}
-    if upgrade_digests(read_metadata(path, BASIS_FILE_TYPE), digests) | anew != basis.metadata:
+    if said.get("base_digest") in model.digests[:1]:  # by an older version, which named the whole model
+        said.pop("base_digest")
+        anew["text_digest"] = model.text_digest
+    if said | anew != basis.metadata:
         basis.save(path)
 
 

@@ -13,7 +13,7 @@ from ldm.config.everyday import retain_captions
 from ldm.config.methods import SRSMEConfig
 from ldm.config.spellings import says
 from ldm.config.templates import fill, load_template_set
-from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.text_model import TextModel
 from ldm.diffusion.tokenizer import vocabulary_words
 
 _NUM_CAPTIONS = 1000
@@ -28,7 +28,7 @@ class RetainSet:
     prompts are retained unless it is their own erasure.
     """
 
-    def __init__(self, model: DiffusionModel, others: Sequence[Concept]):
+    def __init__(self, model: TextModel, others: Sequence[Concept]):
         self.model, self.others = model, others
         self._grams: dict[tuple[str, ...], torch.Tensor] = {}
 

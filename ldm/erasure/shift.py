@@ -1,14 +1,15 @@
 """Weight shifts: the one home of a change that erases a concept and can be left out again.
 
 A separable shift is `dW = w (scale * S)` with directions S in the null space of what is protected
-(`ldm.erasure.null_space`); a dense one is dW as it is. (Separable Multi-Concept Erasure, arXiv 2402.05947.)
+(`ldm.erasure.null_space`); one of embeddings has w = W A for every layer, so that `(W + dW) e = W (e + A S e)`; a dense
+one is dW as it is. (Separable Multi-Concept Erasure, arXiv 2402.05947.)
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,15 +17,26 @@ import torch
 from torch import nn
 
 from ldm.erasure.gated_edit import GatedEdit, is_gated_tensor
+from ldm.erasure.output_norms import norms_through, output_norms, stacked_qr_factor
 from ldm.io.checks import check_header, is_count, is_mapping, is_number, is_text, is_texts
-from ldm.io.tensors import LazyTensors, check_base_model, library_versions, load_tensors, save_tensors
+from ldm.io.tensors import EmbeddingModel, LazyTensors, check_base_model, library_versions, load_tensors, save_tensors
 
 SHIFT_FILE_TYPE = "weight shift"
-_PROMPTS_AT_ONCE = 64  # whose embeddings are multiplied together
 _LARGEST = 1e30  # that a shift may add to a weight: float32 holds a little more
 _HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, where it says it
     **dict.fromkeys(
-        ("concept", "category", "method", "prompt", "anchor", "base_model", "base_digest", "concept_kind"), is_text
+        (
+            "concept",
+            "category",
+            "method",
+            "prompt",
+            "anchor",
+            "base_model",
+            "base_digest",
+            "text_digest",
+            "concept_kind",
+        ),
+        is_text,
     ),
     **dict.fromkeys(("captions", "protected", "aliases"), is_texts),
     **dict.fromkeys(("concept_index", "iterations", "rank"), is_count),
@@ -46,6 +58,10 @@ class WeightShift(ABC):
     def provenance(self) -> dict[str, Any]:
         """Return what is said of the shift by what is made with it: its metadata, and the digest of its contents."""
         return self.metadata | ({"content_digest": self.content_digest} if self.content_digest else {})
+
+    def on(self, layers: Mapping[str, nn.Linear]) -> WeightShift:
+        """Return the shift as it acts on a denoiser with these text layers."""
+        return self
 
     @property
     @abstractmethod
@@ -92,7 +108,9 @@ class WeightShift(ABC):
         """
         tensors, metadata = load_tensors(path, SHIFT_FILE_TYPE, hint, checked)
         check_header(Path(path), metadata, _HEADER)
-        kind = SeparableShift if "directions" in tensors else DenseShift
+        kind = DenseShift
+        if "directions" in tensors:
+            kind = EmbeddingShift if "outputs" in tensors else SeparableShift
         weights = tensors.where(lambda name: not is_gated_tensor(name))
         shift = kind.read(weights, metadata)
         if shift is not None and len(weights) < len(tensors):
@@ -106,9 +124,12 @@ class WeightShift(ABC):
     def in_memory(self) -> Self:
         """Return the shift, read whole: nothing of it changes where its file is written anew."""
 
-    def check(self, digests: Sequence[str], unet: nn.Module) -> None:
-        """Raise ValueError unless the shift was made for the base model with these digests and fits its weights."""
-        check_base_model(self.metadata, digests, self.path)
+    def check(self, model: EmbeddingModel) -> None:
+        """Raise ValueError unless the shift was made for the base model, or for its text encoder, and fits it."""
+        check_base_model(self.metadata, model, self.path)
+        unet = getattr(model, "unet", None)
+        if unet is None:
+            raise ValueError(f"{self.path} changes a U-Net's weights, and {model.name} is a text encoder alone")
         weights = dict(unet.named_parameters())
         for name in self.parameter_names:
             if name not in weights or weights[name].shape != self.shape(name):
@@ -212,7 +233,7 @@ class SeparableShift(WeightShift):
 
     def delta_output_norms(self, names: Sequence[str], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
         factor = stacked_qr_factor((self._weight(name) for name in names if name in self.parameter_names), self.rank)
-        return _norms(
+        return norms_through(
             (self.scale * self.directions, factor), embeds
         )  # (tokens, k) in between, smaller than (tokens, d)
 
@@ -242,6 +263,98 @@ class SeparableShift(WeightShift):
         if abs(scale) * largest * float(directions.abs().max()) > _LARGEST:
             return None
         return cls(weights, directions, scale, metadata)
+
+
+class EmbeddingShift(SeparableShift):
+    """`dW = W A S` for every text layer: one change of prompts' embeddings, e -> e + A S e, that needs no denoiser.
+
+    `outputs` A (d, k) and `directions` S (k, d) fit every denoiser of the same text encoder. What it does to the
+    weights of one is known where `on` has said which layers these are.
+    """
+
+    def __init__(
+        self,
+        outputs: torch.Tensor,
+        directions: torch.Tensor,
+        metadata: dict[str, Any] | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ):
+        self.outputs = outputs.detach().double().cpu()
+        super().__init__(_Products(weights or {}, self.outputs), directions, 1.0, metadata)
+
+    def on(self, layers: Mapping[str, nn.Linear]) -> EmbeddingShift:
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        return self._like(EmbeddingShift(self.outputs, self.directions, self.metadata, weights))
+
+    def in_memory(self) -> Self:
+        return self
+
+    def embedding_change(self) -> torch.Tensor:
+        """Return A S (d, d), which is added to the identity: what becomes of an embedding, float64."""
+        return self.outputs @ self.directions
+
+    def truncate(self, rank: int) -> EmbeddingShift:
+        """Return the shift with only its `rank` strongest directions in the layers that it acts on, as of any shift.
+
+        Without layers they are the strongest in the embeddings.
+        """
+        stacked = stacked_qr_factor(self.coefficients.values() or [self.outputs], self.rank)
+        strongest = torch.linalg.svd(stacked).Vh[:rank]  # (rank, k), the directions being orthonormal
+        metadata = self.metadata | {"truncated_to_rank": rank}
+        outputs, directions = self.outputs @ strongest.T, strongest @ self.directions
+        return self._like(EmbeddingShift(outputs, directions, metadata, self._products.weights))
+
+    def _like(self, made: EmbeddingShift) -> EmbeddingShift:
+        made.path, made.content_digest, made.gated = self.path, self.content_digest, self.gated
+        return made
+
+    @property
+    def _products(self) -> _Products:
+        assert isinstance(self.coefficients, _Products)
+        return self.coefficients
+
+    def check(self, model: EmbeddingModel) -> None:
+        """Raise ValueError unless the shift was made for the model's text encoder."""
+        check_base_model(self.metadata, model, self.path)
+        if len(self.outputs) != model.context_dim:
+            raise ValueError(
+                f"{self.path} changes embeddings of {len(self.outputs)} numbers, and the model's have "
+                f"{model.context_dim}: make it again"
+            )
+
+    def save(self, path: Path, metadata: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
+        """Write A and S in `dtype`: float32, or float16, which takes half of the room."""
+        tensors = {"outputs": self.outputs.to(dtype), "directions": self.directions.to(dtype)}
+        _check_size(path, float(self.outputs.abs().max()) * float(self.directions.abs().max()))
+        self._save(path, tensors, metadata | {"versions": library_versions()})
+
+    @classmethod
+    def read(cls, tensors: LazyTensors, metadata: dict[str, Any]) -> Self | None:
+        """Return the shift that a file's tensors are; None when they do not belong together."""
+        outputs, directions = tensors["outputs"], tensors["directions"]
+        if len(tensors) != 2 or directions.dim() != 2 or not directions.numel() or outputs.shape != directions.T.shape:
+            return None
+        if not outputs.is_floating_point() or not directions.is_floating_point():
+            return None
+        if float(outputs.abs().max()) * float(directions.abs().max()) > _LARGEST:
+            return None
+        return cls(outputs, directions, metadata)
+
+
+class _Products(Mapping[str, torch.Tensor]):
+    """`W A` (out, k) for weights W by the names of their layers, each made when it is asked for."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], outputs: torch.Tensor):
+        self.weights, self.outputs = weights, outputs
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.weights[name].cpu().double() @ self.outputs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 class DenseShift(WeightShift):
@@ -298,32 +411,3 @@ def _check_size(path: Path, largest: float) -> None:
     """Raise ValueError when a shift adds more to a weight than can be read back."""
     if not largest <= _LARGEST:
         raise ValueError(f"{path} is not written: it would add {largest:.0e} to a weight: lower `lr` or `basis_scale`")
-
-
-def stacked_qr_factor(matrices: Iterable[torch.Tensor], width: int) -> torch.Tensor:
-    """Return a triangle R (at most d, d), float64: `|e R^T|` is the norm of what `matrices` (out, d) make of e (d,)."""
-    stacked = [matrix.detach().cpu().double() for matrix in matrices]
-    return torch.linalg.qr(torch.cat(stacked), mode="r").R if stacked else torch.zeros(1, width, dtype=torch.float64)
-
-
-def output_norms(matrices: Iterable[torch.Tensor], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Return the norm of what all `matrices` (out, d) together make of each prompt's embedding (tokens, d)."""
-    if not embeds:
-        return {}
-    return _norms((stacked_qr_factor(matrices, next(iter(embeds.values())).shape[-1]),), embeds)
-
-
-def _norms(factors: Sequence[torch.Tensor], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Return the norm of what matrices (out, d), one after the other, make of each prompt's embedding (tokens, d)."""
-    norms: dict[str, float] = {}
-    prompts = list(embeds)
-    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-        some = prompts[start : start + _PROMPTS_AT_ONCE]
-        rows = torch.cat([embeds[prompt].cpu() for prompt in some]).double()  # (all tokens, d)
-        for factor in factors:
-            rows = rows @ factor.T
-        lengths = torch.tensor([len(embeds[prompt]) for prompt in some])
-        owners = torch.arange(len(some)).repeat_interleave(lengths)
-        squares = torch.zeros(len(some), dtype=rows.dtype).index_add(0, owners, rows.square().sum(dim=1))
-        norms |= dict(zip(some, squares.sqrt().tolist(), strict=True))
-    return norms

@@ -10,7 +10,7 @@ import torch
 from ldm.config.concepts import Concept
 from ldm.config.methods import SRSMEConfig
 from ldm.config.templates import fill_anchor, fill_phrase, load_template_set, without_article
-from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.text_model import TextModel
 from ldm.diffusion.tokenizer import align_tokens, last_token, read_whole
 
 
@@ -65,7 +65,7 @@ def held_out_prompts(concept: Concept, tokenizer: Any) -> dict[str, str]:
     return found
 
 
-def anchor_embeds(model: DiffusionModel, anchors: Mapping[str, str], is_aligned: bool) -> torch.Tensor:
+def anchor_embeds(model: TextModel, anchors: Mapping[str, str], is_aligned: bool) -> torch.Tensor:
     """Return the embeddings that prompts should get, (P, tokens, d), or (1, tokens, d) for all of them alike.
 
     `anchors` has the anchor of each prompt, which is aligned with it token by token where `replaces_name`.

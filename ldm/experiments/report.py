@@ -18,7 +18,6 @@ from ldm.config.everyday import COMPOSITIONS
 from ldm.config.methods import SRSMEConfig
 from ldm.config.models import load_model_config
 from ldm.diffusion.edits import edit_embeddings
-from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.capacity import DEFAULT_TOLERANCES, FurtherPrompts, measure_capacity, summarize_groups
 from ldm.erasure.leakage import joint_leakage, leakage, leakage_by_group
 from ldm.erasure.merge import by_form, gated_prompts
@@ -197,7 +196,7 @@ def _leakage_section(ledger: Ledger, experiment: Experiment) -> Section:
         "gate, whose outputs keep every bit. A change of weights lets none keep them: see how small its leakage is."
     )
     shifts = {name: ledger.load(record) for name, record in records.items()}
-    rows = leakage(text_layers(model.unet), shifts, model.embed_prompts(ledger.prompts))
+    rows = leakage(model.text_layers, shifts, model.embed_prompts(ledger.prompts))
     table = pd.DataFrame(rows).pivot(index="prompt", columns="shift", values="leakage")
     table = table.loc[ledger.prompts, list(records)].rename(index={"": EMPTY_PROMPT_LABEL})
     description = "a heat map of leakage, a row for each prompt and a column for each shift"
@@ -219,7 +218,7 @@ def _leakage_by_group(ledger: Ledger, experiment: Experiment) -> pd.DataFrame:
     gated, linear = by_form(shifts, experiment.form)
     with edit_embeddings(model, gated_prompts(model, gated)):
         after = model.embed_prompts(prompts)
-    return leakage_by_group(joint_leakage(text_layers(model.unet), list(linear.values()), before, after), groups)
+    return leakage_by_group(joint_leakage(model.text_layers, list(linear.values()), before, after), groups)
 
 
 def _curves_section(ledger: Ledger) -> Section:

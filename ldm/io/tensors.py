@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -236,18 +236,46 @@ def read_metadata(path: Path, file_type: str) -> dict[str, Any]:
         return {}
 
 
-def check_base_model(metadata: Mapping[str, Any], digests: Sequence[str], path: Path | str) -> None:
-    """Raise ValueError unless a file's metadata says that it was made for the base model with these digests.
+class EmbeddingModel(Protocol):
+    """What a file is made for: a whole model, or what turns its prompts into embeddings of `context_dim` numbers."""
 
-    The first is today's; a file with one of an older version is accepted, with a notice.
+    name: str
+
+    @property
+    def digests(self) -> Sequence[str]:
+        """The digests of the whole model, today's first; none of text encoders alone."""
+        ...
+
+    @property
+    def text_digest(self) -> str:
+        """The digest of its tokenizers and text encoders."""
+        ...
+
+    @property
+    def context_dim(self) -> int: ...
+
+
+def check_base_model(metadata: Mapping[str, Any], model: EmbeddingModel, path: Path | str) -> None:
+    """Raise ValueError unless a file's metadata says that it was made for this base model, or for its text encoder.
+
+    A file that names its text encoder by `text_digest` is for every model that has that one. One that knows its base
+    model by a digest of an older version is accepted, with a notice.
     """
-    made_for = metadata.get("base_digest")
-    if made_for in digests[1:]:
+    made_for, name = metadata.get("base_digest"), metadata.get("base_model", "unknown")
+    if "text_digest" in metadata:
+        made_for, expected = metadata["text_digest"], model.text_digest
+        if made_for != expected:
+            raise ValueError(
+                f"{path} was made for another text encoder (that of {name}, digest {str(made_for)[:14]}, not "
+                f"{expected[:14]}): pass `model` one that has it, or make it again"
+            )
+    elif made_for in model.digests[1:]:
         notify(f"{path} knows its base model by a digest of an older version, which leaves the tokenizer out")
-    elif made_for != digests[0]:
+    elif made_for not in model.digests[:1]:
+        expected = model.digests[0] if model.digests else "a text encoder alone"
         raise ValueError(
-            f"{path} was made for another base model ({metadata.get('base_model', 'unknown')}, digest "
-            f"{str(made_for)[:14]}, not {digests[0][:14]}): pass `model` that one, or make it again"
+            f"{path} was made for another base model ({name}, digest {str(made_for)[:14]}, not {expected[:14]}): pass "
+            "`model` that one, or make it again"
         )
 
 

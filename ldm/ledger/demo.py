@@ -23,7 +23,6 @@ from ldm.config.models import load_model_config
 from ldm.diffusion.edits import clone_sharing_weights
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import SeededNoise, sample_trajectory
-from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.export import export
 from ldm.erasure.leakage import embedding_leakage, leakage_after_rounding
 from ldm.erasure.merge import by_form, gated_prompts, merge
@@ -167,7 +166,7 @@ class DemoSession:
         with self._lock:
             self._originals[key] = original
             _bounded(self._originals, MAX_CACHED_IMAGES)
-        layers, before = text_layers(self.model.unet), self.model.drop_pooled(prompt_embeds)[0]
+        layers, before = self.model.text_layers, self.model.drop_pooled(prompt_embeds)[0]
         leakage = leakage_after_rounding(layers, merged, {prompt: before})[prompt]
         if gated:
             leakage = max(leakage, embedding_leakage(layers, before, self.model.drop_pooled(edited_embeds)[0]))

@@ -19,7 +19,6 @@ from ldm.config.methods import METHODS, NO_GATE, GateConfig, MethodConfig, NullS
 from ldm.config.models import load_model_config
 from ldm.diffusion.edits import remember_embeddings
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.contradictions import check_contradictions
 from ldm.erasure.effect import judge, stated_effects
 from ldm.erasure.erase import erase
@@ -53,7 +52,7 @@ def create_shifts(
 
     Raises ValueError for another model than the ledger's, and where what is protected says one of the concepts.
     """
-    check_base_model(ledger.header, model.digests, ledger.path)
+    check_base_model(ledger.header, model, ledger.path)
     start = time.perf_counter()
     check_contradictions(model, concepts, ledger.asked_for)
     protection = Protection(ledger.concepts, null_space, extra_prompts=ledger.header["protected"])
@@ -100,7 +99,7 @@ class _Measure:
     """The leakage of shifts on prompts whose embeddings, and outputs of the base model, are computed once."""
 
     def __init__(self, model: DiffusionModel, prompts: Sequence[str]):
-        self.layers = text_layers(model.unet)
+        self.layers = model.text_layers
         self.embeds = model.embed_prompts(dict.fromkeys(prompts))  # (tokens, d) each
         self.norms = base_norms(self.layers, self.embeds)
 
@@ -125,7 +124,7 @@ def leakage_on_added(ledger: Ledger, model: DiffusionModel, concepts: Sequence[C
     A row for each concept that was ever erased, by its last shift, and each of `concepts`: label, shift, added,
     leakage. None for a shift of other layers too, whose effect leakage would not say.
     """
-    check_base_model(ledger.header, model.digests, ledger.path)
+    check_base_model(ledger.header, model, ledger.path)
     measure = _Measure(model, [concept.prompt for concept in concepts])
     rows = []
     for concept in ledger.concepts:
@@ -173,7 +172,7 @@ def verify(ledger: Ledger, model: DiffusionModel) -> pd.DataFrame:
     add("history", ledger.last_hash, f"{len(ledger.entries)} changes, none altered or missing")
     if "migrated_from" in ledger.header:
         add(*_check_migration(ledger))
-    check_base_model(ledger.header, model.digests, ledger.path)
+    check_base_model(ledger.header, model, ledger.path)
     add(f"base {ledger.header['base_model']}", model.digest, "the model that the ledger was begun with")
     shifts: dict[str, WeightShift] = {}
     measure = _Measure(model, ledger.prompts)
@@ -183,7 +182,7 @@ def verify(ledger: Ledger, model: DiffusionModel) -> pd.DataFrame:
             digest = record["digest"]
             if digest not in shifts:
                 shifts[digest] = ledger.load(record)
-                shifts[digest].check(model.digests, model.unet)
+                shifts[digest].check(model)
                 _check_concept(ledger, label, record, shifts[digest].metadata)
                 changes = measure.changes(shifts[digest])
                 add(record["shift"], digest, _check_shift(ledger, record, shifts[digest], changes, known))

@@ -42,12 +42,12 @@ from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import SeededNoise, generate, initial_noise, sample_latents
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.closed_form import Costs, closed_form_map, erasure_space
-from ldm.erasure.erase import initial_shift
+from ldm.erasure.initial_shift import initial_shift
 from ldm.erasure.losses import JointSRSMELoss, SRSMELoss
-from ldm.erasure.merge import applied, merged_weight
+from ldm.erasure.merge import SummedShifts, applied
 from ldm.erasure.null_space import NullSpaceBasis, leave_one_out_factors, null_space
 from ldm.erasure.retain import RetainSet
-from ldm.erasure.shift import SeparableShift, WeightShift
+from ldm.erasure.shift import EmbeddingShift, SeparableShift, WeightShift
 from ldm.erasure.training import MomentumStopping, training_loop
 from ldm.io.images import image_to_tensor
 from ldm.io.paths import REPO_ROOT
@@ -369,7 +369,7 @@ def many(number: int = 100) -> None:
             target_embeds = own[k : k + 1]
             space = erasure_space(basis.vectors, basis.protected, target_embeds, costs)
             embedding_map = closed_form_map(space, target_embeds, embeds[:1])
-            shift = SeparableShift.from_map(layers, space.directions, 0.05, embedding_map)
+            shift = EmbeddingShift(embedding_map, space.directions)
             shift.save(Path(folder) / f"shift-{k}.safetensors", {})
             times.append(time.perf_counter() - start)
             memory.append(process.memory_info().rss)
@@ -381,18 +381,23 @@ def many(number: int = 100) -> None:
             f"rank {basis.metadata['rank']} of 768, {len(space.directions)} directions a shift",
             flush=True,
         )
-        before, start = process.memory_info().rss, time.perf_counter()
+        start = time.perf_counter()
         shifts = [WeightShift.load(Path(folder) / f"shift-{k}.safetensors") for k in range(number)]
-        added = 0
-        for name, layer in layers.items():
-            merged_weight(layer.weight, f"{name}.weight", shifts)
-            added = max(added, process.memory_info().rss - before)
         size = sum(path.stat().st_size for path in Path(folder).glob("shift-*"))
-        print(
-            f"  merging them: {time.perf_counter() - start:.1f} s, {added / 2**20:.0f} MiB more, "
-            f"{added / size:.2f} times the shifts' files ({size / 2**20:.0f} MiB)",
-            flush=True,
-        )
+        print(f"  reading their files, {size / 2**20:.0f} MiB: {time.perf_counter() - start:.1f} s", flush=True)
+    rank = len(space.directions)
+    drawn = [EmbeddingShift(torch.randn(768, rank), torch.randn(rank, 768) / 768) for _ in range(1000)]
+    together, one = partial(merge_all, layers, shifts), partial(merge_all, layers, shifts[:1])
+    time_together, time_one, time_drawn = seconds(together, one, partial(merge_all, layers, drawn))
+    report(f"merging {number} concepts into its text layers", time_together, time_one, "merging one")
+    report(f"merging 1,000 random ones of rank {rank}", time_drawn, time_one, "merging one")
+
+
+def merge_all(layers: dict[str, nn.Linear], shifts: Sequence[WeightShift]) -> None:
+    """Make the weights of all text layers with shifts in them."""
+    summed = SummedShifts(shifts, layers)
+    for name, layer in layers.items():
+        summed.merged(layer.weight, f"{name}.weight")
 
 
 def main() -> None:

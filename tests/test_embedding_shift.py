@@ -1,0 +1,121 @@
+"""Shifts of embeddings: one change for every denoiser of a text encoder, merged in one step, small in its file."""
+
+import pytest
+import torch
+from conftest import CPU, NamedModel
+
+from ldm.diffusion.load import load_model
+from ldm.diffusion.load_text import load_text_model
+from ldm.erasure.leakage import leakage
+from ldm.erasure.merge import SummedShifts, applied, merge
+from ldm.erasure.shift import DenseShift, EmbeddingShift, SeparableShift, WeightShift
+
+
+def random_shift(width: int, rank: int = 3, seed: int = 0) -> EmbeddingShift:
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64)).Q.T
+    return EmbeddingShift(torch.randn(width, rank, generator=generator), directions)
+
+
+def test_it_is_the_separable_shift_with_w_a_for_every_layer(tiny):
+    shift = random_shift(tiny.context_dim).on(tiny.text_layers)
+    layers = tiny.text_layers
+    coefficients = {name: layer.weight.double() @ shift.outputs for name, layer in layers.items()}
+    separable = SeparableShift(coefficients, shift.directions, 1.0)
+    assert shift.parameter_names == separable.parameter_names and shift.rank == 3
+    for name in shift.parameter_names:
+        assert torch.equal(shift.delta_weight(name), separable.delta_weight(name))
+        assert shift.shape(name) == separable.shape(name)
+    embeds = tiny.embed_prompts(["a dog", "VanGogh"])
+    rows = zip(leakage(layers, {"": shift}, embeds), leakage(layers, {"": separable}, embeds), strict=True)
+    assert all(own["leakage"] == pytest.approx(other["leakage"]) for own, other in rows)
+
+
+def test_the_edited_layers_are_the_layers_on_edited_embeddings(tiny):
+    shift, embeds = random_shift(tiny.context_dim), tiny.encode_prompt(["a dog"])[0]
+    changed = embeds + (embeds.double() @ shift.embedding_change().T).float()
+    before = {name: layer(changed) for name, layer in tiny.text_layers.items()}
+    with applied(tiny.unet, [shift]):
+        for name, layer in tiny.text_layers.items():
+            assert torch.allclose(layer(embeds), before[name], rtol=1e-4, atol=1e-5)
+
+
+def test_any_number_of_them_is_one_change_in_any_order_and_none_is_the_very_base(tiny, tmp_path):
+    shifts = []
+    for seed in range(20):
+        random_shift(tiny.context_dim, seed=seed).save(tmp_path / f"{seed}.safetensors", {})
+        shifts.append(WeightShift.load(tmp_path / f"{seed}.safetensors"))
+    merged, base = merge(tiny.unet, shifts), {name: value.clone() for name, value in tiny.unet.state_dict().items()}
+    total = sum((shift.embedding_change() for shift in shifts), torch.zeros(()))
+    for name, weight in merged.items():
+        expected = base[name].double() @ (torch.eye(tiny.context_dim).double() + total)
+        assert torch.allclose(weight.double(), expected, rtol=1e-5, atol=1e-5)
+    again = merge(tiny.unet, [WeightShift.load(shift.path) for shift in reversed(shifts)])
+    assert all(torch.equal(again[name], weight) for name, weight in merged.items())
+    one_out = merge(tiny.unet, shifts[1:])
+    assert all(not torch.equal(one_out[name], weight) for name, weight in merged.items())
+    with applied(tiny.unet, shifts):
+        assert any(not torch.equal(value, base[name]) for name, value in tiny.unet.state_dict().items())
+    assert all(torch.equal(value, base[name]) for name, value in tiny.unet.state_dict().items())
+
+
+def test_it_adds_up_with_shifts_of_weights(tiny):
+    shift, dense = random_shift(tiny.context_dim), DenseShift({"conv_in.weight": torch.ones(8, 4, 3, 3)})
+    names = [f"{name}.weight" for name in tiny.text_layers]
+    summed = SummedShifts([dense, shift], tiny.text_layers)
+    assert summed.parameter_names == [*names, "conv_in.weight"]
+    assert torch.equal(summed.merged(tiny.unet.conv_in.weight, "conv_in.weight"), tiny.unet.conv_in.weight + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_it_survives_a_file_in_either_precision(tiny, tmp_path, dtype):
+    shift, path = random_shift(tiny.context_dim), tmp_path / "s.safetensors"
+    shift.save(path, {"text_digest": tiny.text_digest, "base_model": "tiny"}, dtype)
+    loaded = WeightShift.load(path)
+    assert isinstance(loaded, EmbeddingShift) and loaded.rank == 3 and not loaded.parameter_names
+    assert torch.equal(loaded.outputs, shift.outputs.to(dtype).double())
+    assert torch.equal(loaded.directions, shift.directions.to(dtype).double())
+    loaded.check(tiny)
+    with pytest.raises(ValueError, match="another text encoder"):
+        loaded.check(NamedModel(tiny.digest, context_dim=tiny.context_dim, text_digest="other"))
+    with pytest.raises(ValueError, match="embeddings of 96 numbers, and the model's have 8"):
+        loaded.check(NamedModel(text_digest=tiny.text_digest))
+    assert loaded.on(tiny.text_layers).path == path
+
+
+def test_a_file_of_other_shapes_is_refused(tmp_path):
+    shift, path = random_shift(8), tmp_path / "s.safetensors"
+    shift.outputs = shift.outputs[:, :2]
+    shift.save(path, {})
+    with pytest.raises(ValueError, match="wrong names, shapes or sizes"):
+        WeightShift.load(path)
+    shift.outputs = torch.full((8, 3), 1e31).double()
+    with pytest.raises(ValueError, match="is not written: it would add"):
+        shift.save(path, {})
+
+
+def test_it_is_cut_as_the_separable_one_is(tiny):
+    shift = random_shift(tiny.context_dim, 5).on(tiny.text_layers)
+    separable = SeparableShift(dict(shift.coefficients), shift.directions, 1.0)
+    for rank in (1, 3, 5):
+        cut, expected = shift.truncate(rank), separable.truncate(rank)
+        assert isinstance(cut, EmbeddingShift) and cut.rank == rank and cut.metadata["truncated_to_rank"] == rank
+        for name in shift.parameter_names:
+            assert torch.allclose(cut.delta_weight(name), expected.delta_weight(name), atol=1e-9)
+    alone = random_shift(tiny.context_dim, 5).truncate(2)  # the nearest of that rank, in embeddings
+    values = torch.linalg.svdvals(shift.embedding_change())
+    difference = (alone.embedding_change() - shift.embedding_change()).norm()
+    assert float(difference) == pytest.approx(float(values[2:].norm()))
+
+
+def test_a_text_encoder_is_read_without_a_denoiser(tiny, tiny_path, tmp_path):
+    alone = load_text_model(tiny_path, CPU)
+    assert alone.text_digest == tiny.text_digest and not alone.digests and alone.context_dim == tiny.context_dim
+    assert torch.equal(alone.encode_prompt(["a dog"]), tiny.encode_prompt(["a dog"]))
+    assert not hasattr(alone, "unet") and alone.pipeline.vae is None
+    (tmp_path / "bare").mkdir()
+    for part in ("text_encoder", "tokenizer"):
+        for path in (tiny_path / part).iterdir():
+            (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
+    assert load_text_model(tmp_path / "bare", CPU).text_digest == tiny.text_digest
+    assert load_model(tiny_path, CPU).text_digest == tiny.text_digest
