@@ -26,6 +26,7 @@ def main() -> None:
     from ldm.diffusion.image_folder import generate_to_folder
     from ldm.erasure.effect import notify_of_weak
     from ldm.erasure.merge import describe_forms, edited, load_shifts, shifts_metadata
+    from ldm.erasure.portable import take_shifts
     from ldm.io.images import find_images
 
     cases = session.prompt_cases(args)
@@ -34,8 +35,7 @@ def main() -> None:
     config = load_model_config(model)
     sampling, edit = session.fill_settings(args, config.sampling), session.fill_settings(args, config.edit)
     shifts, name = load_shifts(session.artifact_paths(args, model.name, args.method), args.shifts)
-    for shift in shifts.values():
-        shift.check(model)
+    shifts = take_shifts(model, shifts)
     print(describe_sources(config, ["sampling", "edit"], arguments.spelled))
     print(describe_forms(shifts, edit.form))
     notify_of_weak(shifts, edit, "erase it anew, or look at what is generated")

@@ -30,6 +30,7 @@ def main() -> None:
     from ldm.cli import session
     from ldm.erasure.export import export
     from ldm.erasure.merge import load_shifts, reported_prompts
+    from ldm.erasure.portable import take_shifts
 
     config = arguments.export_config(args)
     model = session.load_model(args, session.first_device(args))
@@ -38,8 +39,7 @@ def main() -> None:
         raise ValueError(
             "`shifts` names no shift: give names such as 'Greg Rutkowski', indexes such as 0,1,2, or files"
         )
-    for shift in shifts.values():
-        shift.check(model)
+    shifts = take_shifts(model, shifts)
     prompts = reported_prompts(shifts, args.category)
     folder = args.save_path or args.artifacts_dir / "merged"
     session.print_export(export(model, shifts, folder / f"{model.name}-{name}", config, prompts))

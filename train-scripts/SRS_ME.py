@@ -23,6 +23,8 @@ def main() -> None:
     arguments.add_settings(parser, GateConfig)
     parser.option("joint", action="store_true", help="all concepts at once: SRS-ME-dagger")
     arguments.add_unet_dtype(parser)
+    text = "instead of a model, its text encoder and tokenizer alone, in a folder: its shifts fit every model with it"
+    parser.option("text_encoder", type=Path, default=None, metavar="FOLDER", help=text)
     parser.option(
         "estimate_memory", action="store_true", help="print the predicted peak memory of each choice, and end"
     )

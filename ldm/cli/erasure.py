@@ -29,7 +29,9 @@ from ldm.config.methods import (
 )
 from ldm.config.models import LEARNING_SETTINGS, ModelConfig, describe_sources, load_model_config
 from ldm.diffusion import load
+from ldm.diffusion.load_text import load_text_model
 from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.text_model import TextModel
 from ldm.erasure.contradictions import check_contradictions
 from ldm.erasure.effect import advice_on_weak, weak_effects
 from ldm.erasure.null_space import BASIS_FILE_TYPE
@@ -43,6 +45,10 @@ from ldm.io.tensors import read_metadata
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# What goes with a denoiser, and not with a text encoder alone.
+_OF_A_DENOISER = ("model", "ckpt_path", "config_path", "variant", "unet_dtype", "check", "export", "joint", "devices")
+_OF_A_DENOISER += ("frozen_device", "gradient_checkpointing", "estimate_memory")
 
 
 def run_erasure(args: Namespace, method: str) -> None:
@@ -60,7 +66,7 @@ def run_erasure(args: Namespace, method: str) -> None:
     device, frozen_device = _devices(args)
     device, shard = init_distributed(device)
     execution = ExecutionConfig(str(frozen_device) if frozen_device else None, args.gradient_checkpointing)
-    model = load_model(args, device, getattr(args, "unet_dtype", "float32"))  # which SRS_ME.py alone asks for
+    model = _load(args, device)
     model_config = load_model_config(model)
     config = method_config(args, model_config, method)
     sections = [f"methods.{method}"]
@@ -79,19 +85,29 @@ def run_erasure(args: Namespace, method: str) -> None:
     summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, others)
     has_others = getattr(args, "export", None) or getattr(args, "check", None)  # tables, which JSON tells apart
     if summaries:
-        output.show_table(summary_table(summaries), "shifts" if has_others else "")
+        output.show_table(summary_table(summaries, model), "shifts" if has_others else "")
     made = concepts if config.is_joint else shard.select(concepts)
     edit = fill_settings(args, model_config.edit)  # in whose form shifts act where no command says otherwise
     edit = edit if gate.gate else edit.with_changes(form="linear")
     shifts = _load_made(artifacts, concepts) if has_others and shard.rank == 0 else {}
     said = ["", *(concept.prompt for concept in concepts), *prompts]
-    if getattr(args, "check", None) and shifts:
+    if getattr(args, "check", None) and shifts and isinstance(model, DiffusionModel):
         kept = [concept.prompt for concept in protected if concept not in concepts]
         groups = {"erased": [concept.prompt for concept in concepts], "protected": [*prompts, *kept, ""]}
         _check_images(args, model, shifts, edit.form, groups)
     _check_erased(artifacts, made, config, edit, "; nothing is exported" if getattr(args, "export", None) else "")
-    if getattr(args, "export", None) and shifts:
+    if getattr(args, "export", None) and shifts and isinstance(model, DiffusionModel):
         _export(args, model, shifts, said)
+
+
+def _load(args: Namespace, device: torch.device) -> TextModel:
+    """Return the model that the arguments name, or the text encoder alone that --text_encoder of SRS_ME.py names."""
+    if getattr(args, "text_encoder", None) is None:
+        return load_model(args, device, getattr(args, "unet_dtype", "float32"))
+    given = [name for name in _OF_A_DENOISER if name in typed]
+    if given:
+        raise ValueError(f"`text_encoder` is read without a denoiser, for which `{given[0]}` is: leave one of both out")
+    return load_text_model(args.text_encoder, device)
 
 
 def _check_erased(
@@ -167,7 +183,8 @@ def show_plan(args: Namespace, method: str) -> None:
 
     concepts = named_concepts(args)
     protected, prompts = named_protection(args, concepts)
-    name = load.resolve_names(args.ckpt_path or args.model, args.config_path)[0]
+    source = getattr(args, "text_encoder", None) or args.ckpt_path or args.model
+    name = load.resolve_names(source, args.config_path)[0]
     artifacts = artifact_paths(args, name, method, category_of(args, concepts))
     rows = []
     for concept in concepts:
@@ -190,12 +207,13 @@ def show_plan(args: Namespace, method: str) -> None:
     )
     if getattr(args, "export", None):
         print(f"exported: {', '.join(args.export)} -> {args.export_dir or args.artifacts_dir / 'merged'}")
-    output.show_table(memory_table(args, method), "memory", title="predicted peak memory, GiB:")
+    if getattr(args, "text_encoder", None) is None:
+        output.show_table(memory_table(args, method), "memory", title="predicted peak memory, GiB:")
 
 
 def _solve_null_spaces(
     args: Namespace,
-    model: DiffusionModel,
+    model: TextModel,
     artifacts: ArtifactPaths,
     concepts: Sequence[Concept],
     protection: Protection,
@@ -219,9 +237,7 @@ def _solve_null_spaces(
         print(describe_basis(summary))
 
 
-def _are_enough(
-    model: DiffusionModel, paths: Sequence[Path], concepts: Sequence[Concept], protection: Protection
-) -> bool:
+def _are_enough(model: TextModel, paths: Sequence[Path], concepts: Sequence[Concept], protection: Protection) -> bool:
     """Return whether bases that are there are of this model, and protect the other concepts that a user names."""
     if not concepts[0].is_own:
         return True  # what they protect was said by index, and is the user's choice

@@ -33,6 +33,7 @@ from ldm.erasure.erase import erase as make_shifts
 from ldm.erasure.export import Export
 from ldm.erasure.export import export as write_formats
 from ldm.erasure.merge import check_unedited, edited, spellings_of
+from ldm.erasure.portable import take_shifts
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
 from ldm.io.paths import ArtifactPaths
@@ -141,9 +142,8 @@ def applied(model: DiffusionModel, shifts: Mapping[str, WeightShift], form: str 
     weights; without one as the model's settings say. Raises ValueError for a shift of another model.
     """
     _check_model(model)
-    for shift in _checked_shifts(shifts).values():
-        shift.check(model)
-    with edited(model, shifts, EditConfig(form or load_model_config(model).edit.form).form):
+    taken = take_shifts(model, _checked_shifts(shifts))
+    with edited(model, taken, EditConfig(form or load_model_config(model).edit.form).form):
         yield
 
 

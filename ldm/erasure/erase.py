@@ -48,6 +48,11 @@ from ldm.io.paths import ArtifactPaths
 from ldm.io.sharding import Shard
 from ldm.io.tensors import CREATED_BY, read_metadata
 
+# What is measured of a shift on its own and on protected prompts: the relative change of the text layers' outputs, or
+# without a denoiser of the embeddings themselves.
+OF_OUTPUTS = ("target_change", "max_leakage_protected")
+OF_EMBEDDINGS = ("embedding_change", "max_embedding_change_protected")
+
 
 @dataclass(frozen=True)
 class ErasureSummary:
@@ -235,6 +240,8 @@ class _Erasure:
         }
         if self.model.digests:
             metadata["base_digest"] = self.model.digests[0]
+        else:
+            metadata["measured_on"] = "embeddings"
         if not self.config.trains:
             metadata["text_digest"] = self.model.text_digest  # to which alone a closed form is bound
         if isinstance(self.config, SRSMEConfig):
@@ -364,7 +371,8 @@ class _Erasure:
         target_change = changes.pop(concept.prompt)
         max_leakage = max(changes.values())
         effects = self._effects(concept, shift)
-        measured = {"target_change": target_change, "max_leakage_protected": max_leakage}
+        names = OF_OUTPUTS if self.model.digests else OF_EMBEDDINGS
+        measured: dict[str, float] = dict(zip(names, (target_change, max_leakage), strict=True))
         if self.config.trains and isinstance(self.config, SRSMEConfig):
             measured["anchor_change"] = anchor_change(self.model, concept)
         metadata |= {name: value for name, value in measured.items() if math.isfinite(value)}
@@ -399,7 +407,9 @@ class _Erasure:
         return {row["prompt"]: row["leakage"] for row in rows}
 
 
-def summary_table(summaries: Sequence[ErasureSummary]) -> pd.DataFrame:
-    """Return a row for each erasure, without the columns that say nothing of any."""
+def summary_table(summaries: Sequence[ErasureSummary], model: TextModel) -> pd.DataFrame:
+    """Return a row for each erasure by a model, without the columns that say nothing of any."""
     table = pd.DataFrame([asdict(summary) for summary in summaries]).drop(columns="leakage", errors="ignore")
+    if not model.digests:
+        table = table.rename(columns=dict(zip(OF_OUTPUTS, OF_EMBEDDINGS, strict=True)))
     return table.replace("", math.nan).dropna(axis="columns", how="all").fillna("")

@@ -46,7 +46,7 @@ class _Block:
 
     @classmethod
     def of(cls, shifts: Sequence[EmbeddingShift]) -> Self:
-        """Return the block of some shifts: one that is not as its file has it is known by its tensors, which are kept."""
+        """Return the block of some shifts. One that is not as its file has it is known by its tensors."""
         digests = []
         for shift in shifts:
             is_as_read = shift.content_digest and "truncated_to_rank" not in shift.metadata
