@@ -3,11 +3,15 @@
 import pytest
 import torch
 from conftest import CPU, NamedModel
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 
+from ldm import erase, export
 from ldm.diffusion.load import load_model
 from ldm.diffusion.load_text import load_text_model
+from ldm.erasure.export_shift import as_written
 from ldm.erasure.leakage import leakage
-from ldm.erasure.merge import SummedShifts, applied, merge
+from ldm.erasure.merge import SummedShifts, applied, edited, merge
 from ldm.erasure.shift import DenseShift, EmbeddingShift, SeparableShift, WeightShift
 
 
@@ -70,7 +74,7 @@ def test_it_adds_up_with_shifts_of_weights(tiny):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_it_survives_a_file_in_either_precision(tiny, tmp_path, dtype):
     shift, path = random_shift(tiny.context_dim), tmp_path / "s.safetensors"
-    shift.save(path, {"text_digest": tiny.text_digest, "base_model": "tiny"}, dtype)
+    shift.rounded(dtype).save(path, {"text_digest": tiny.text_digest, "base_model": "tiny"})
     loaded = WeightShift.load(path)
     assert isinstance(loaded, EmbeddingShift) and loaded.rank == 3 and not loaded.parameter_names
     assert torch.equal(loaded.outputs, shift.outputs.to(dtype).double())
@@ -119,3 +123,76 @@ def test_a_text_encoder_is_read_without_a_denoiser(tiny, tiny_path, tmp_path):
             (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
     assert load_text_model(tmp_path / "bare", CPU).text_digest == tiny.text_digest
     assert load_model(tiny_path, CPU).text_digest == tiny.text_digest
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_path, tmp_path_factory):
+    """A tiny model, and a folder with the file, the card and the rest of a shift with a gate, in float16."""
+    folder = tmp_path_factory.mktemp("shared")
+    model = load_model(tiny_path, CPU)
+    few = {"retain_captions": 20, "retain_words": 10, "compositions": 5, "misspellings": 0, "gate": True}
+    shifts = erase(model, "VanGogh", protect="a dog", artifacts_dir=folder / "made", ridge_weight=1e-6, **few)
+    export(model, shifts, folder / "out", "shift", save_dtype="float16", rank=1)
+    return model, shifts["vangogh"], folder / "out-shift"
+
+
+def test_a_shared_file_is_small_and_says_what_is_long_beside_it(shared):
+    model, shift, folder = shared
+    assert sorted(path.name for path in folder.glob("VanGogh*")) == [
+        f"VanGogh.{end}" for end in ("json", "md", "safetensors")
+    ]
+    path = folder / "VanGogh.safetensors"
+    loaded = WeightShift.load(path)
+    loaded.check(model)
+    assert loaded.rank == 1 and loaded.gated is not None and loaded.metadata["protected"] == shift.metadata["protected"]
+    assert set(loaded.metadata["effects"]) == {"linear", "gated"} and loaded.metadata["max_leakage_protected"] < 0.01
+    with safe_open(path, "pt") as opened:
+        header = opened.metadata()["srs-me"]
+    assert len(header) < 1500 and "captions" not in header
+    beside = path.with_suffix(".json")
+    whole = beside.read_text()
+    beside.write_text(whole + " ")
+    with pytest.raises(ValueError, match="is not what was written beside VanGogh"):
+        WeightShift.load(path)
+    beside.unlink()
+    assert "protected" not in WeightShift.load(path).metadata
+    beside.write_text(whole)
+
+
+def test_the_loader_in_the_card_does_what_this_program_does(shared, tiny_path, tmp_path):
+    model, _, folder = shared
+    path = folder / "VanGogh.safetensors"
+    blocks = path.with_suffix(".md").read_text().split("```python\n")
+    code = blocks[2].split("```")[0]
+    assert len(code.splitlines()) < 40 and len(blocks[1].split("```")[0].splitlines()) == 5
+    module: dict = {}
+    exec(code, module)  # of our own card, as its reader would run it
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_path)
+    taken = {"": WeightShift.load(path)}
+    base = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    restore = module["erase"](pipe, str(path), gated=False)
+    expected = merge(model.unet, list(taken.values()))
+    for name, value in pipe.unet.state_dict().items():
+        assert torch.allclose(value, expected.get(name, base[name]), rtol=1e-6, atol=1e-7)
+    restore()
+    assert all(torch.equal(value, base[name]) for name, value in pipe.unet.state_dict().items())
+    prompts = ["a dog", "VanGogh", "a cat"]
+    before = pipe.encode_prompt(prompts, "cpu", 2, True)
+    restore = module["erase"](pipe, str(path))
+    after = pipe.encode_prompt(prompts, "cpu", 2, True, ["a dog", "a dog", "VanGogh"])
+    with edited(model, taken, "gated"):
+        embeds = model.encode_prompt(prompts)
+    assert torch.allclose(after[0][::2], embeds, atol=1e-5) and torch.equal(after[0][1::2], after[0][::2])
+    assert torch.equal(after[0][0], before[0][0]) and not torch.allclose(after[0][2], before[0][2], atol=1e-3)
+    assert torch.allclose(after[1][4], embeds[1], atol=1e-5) and torch.equal(after[1][0], before[0][0])
+    restore()
+    assert torch.equal(pipe.encode_prompt(prompts, "cpu", 2, False)[0], before[0])
+
+
+def test_a_trained_shift_and_a_half_that_files_do_not_have_are_not_shared(tiny, tmp_path):
+    shift = random_shift(tiny.context_dim).on(tiny.text_layers)
+    separable = SeparableShift(dict(shift.coefficients), shift.directions, 1.0)
+    with pytest.raises(ValueError, match="no other takes it: make it again in closed form"):
+        as_written(separable, torch.float16)
+    with pytest.raises(ValueError, match="written in float32 or float16"):
+        as_written(shift, torch.bfloat16)

@@ -13,8 +13,8 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
 TRAIN_METHODS = ("xattn", "noxattn", "selfattn", "full", "notime", "xlayer", "selflayer")
-LINEAR_FORMATS = ("compvis", "lora", "kohya", "unet", "diffusers")
-LORA_FORMATS = ("lora", "kohya")
+LINEAR_FORMATS = ("compvis", "lora", "kohya", "shift", "unet", "diffusers")
+CUT_FORMATS = ("lora", "kohya", "shift")  # one file a concept, of few directions
 GATED_FORMATS = ("comfyui",)
 FORMATS = LINEAR_FORMATS + GATED_FORMATS  # in the order in which they are written
 ANCHORS = ("empty", "category", "neutral")
@@ -372,8 +372,9 @@ class ExportConfig(Settings):
 
     formats: tuple[str, ...] = setting(
         ("diffusers",),
-        f"one or more of {','.join(FORMATS)}; lora and kohya are always cut to few directions, see rank; comfyui is a "
-        "custom node with the shifts' gates, whatever rank and save_dtype are",
+        f"one or more of {','.join(FORMATS)}; shift is a small file to share, with a card; it, lora and kohya are "
+        "always cut to few directions, see rank; comfyui is a custom node with the shifts' gates, whatever rank and "
+        "save_dtype are",
     )
     save_dtype: str = setting(
         "float32",
@@ -383,14 +384,14 @@ class ExportConfig(Settings):
     rank: int | str | None = setting(
         None,
         "directions that each shift keeps, or auto for the fewest with effect_fraction of its effect; without it "
-        "lora and kohya are cut as by auto, often to a single direction, and merged weights keep all: give a rank for "
-        "the same erasure in both",
+        "lora, kohya and shift are cut as by auto, often to a single direction, and merged weights keep all: give a "
+        "rank for the same erasure in both",
         minimum=1,
     )
     effect_fraction: float = setting(
         0.85,
-        "fraction of the effect on the concept's own prompts to keep, for an automatic rank, which lora and kohya have "
-        "without one; the table's truncation_error is what is missing",
+        "fraction of the effect on the concept's own prompts to keep, for an automatic rank, which lora, kohya and "
+        "shift have without one; the table's truncation_error is what is missing",
     )
 
     def __post_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,8 +18,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_kohy
 from torch import nn
 from tqdm import tqdm
 
-from ldm.config.concepts import OWN
-from ldm.config.methods import FORMATS, GATED_FORMATS, LINEAR_FORMATS, LORA_FORMATS, ExportConfig
+from ldm.config.methods import CUT_FORMATS, FORMATS, GATED_FORMATS, LINEAR_FORMATS, ExportConfig
 from ldm.config.models import load_model_config, save_settings
 from ldm.diffusion.compvis import (
     EMA_PREFIX,
@@ -34,7 +32,8 @@ from ldm.diffusion.load import save_pipeline
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.effect import notify_of_weak
 from ldm.erasure.export_comfyui import check_comfyui, gates_table, save_comfyui
-from ldm.erasure.export_metadata import checkpoint_metadata, lora_metadata, save_with_metadata, unet_metadata
+from ldm.erasure.export_metadata import checkpoint_metadata, file_stem, lora_metadata, save_with_metadata, unet_metadata
+from ldm.erasure.export_shift import as_written, save_shifts
 from ldm.erasure.leakage import leakage, leakage_after_rounding, leakage_table, truncation_error
 from ldm.erasure.merge import SummedShifts, check_unedited, merge
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
@@ -76,7 +75,7 @@ def export(
     check_unedited(model)
     if model.is_rounded:
         raise ValueError(f"an earlier export rounded the weights of {model.name}: load the model again")
-    merged_formats = set(config.formats) & set(LINEAR_FORMATS) - set(LORA_FORMATS)
+    merged_formats = set(config.formats) & set(LINEAR_FORMATS) - set(CUT_FORMATS)
     if model.checkpoint:
         merged_formats -= {"compvis"}  # which is merged into the checkpoint itself
     if model.dtype != torch.float32 and merged_formats:
@@ -104,10 +103,10 @@ def export(
     truncated = dict(shifts)
     if set(config.formats) & set(GATED_FORMATS):
         check_comfyui(model, shifts)
-    if set(config.formats) & set(LORA_FORMATS):
+    if set(config.formats) & set(CUT_FORMATS):
         _check_file_names(shifts)
     is_linear = bool(set(config.formats) & set(LINEAR_FORMATS))
-    if (config.rank and is_linear) or set(config.formats) & set(LORA_FORMATS):
+    if (config.rank and is_linear) or set(config.formats) & set(CUT_FORMATS):
         truncated, report = truncate_shifts(model, shifts, config)
     merged_shifts = truncated if config.rank else dict(shifts)
     merged: Weights = {}
@@ -124,7 +123,7 @@ def export(
     ordered = [name for name in FORMATS if name in config.formats]
     for name in ordered:
         target = output_dir if name == "diffusers" else output_dir.with_name(f"{output_dir.name}-{name}")
-        used = truncated if name in LORA_FORMATS else merged_shifts
+        used = truncated if name in CUT_FORMATS else merged_shifts
         if name in GATED_FORMATS:
             used = dict(shifts)
         metadata = {
@@ -138,7 +137,7 @@ def export(
         if not is_written(target, metadata, model.digests):
             pending.append((name, target, used, metadata))
         targets.append(target)
-    holds_weights = any(name not in (*LORA_FORMATS, *GATED_FORMATS) for name, *_ in pending)
+    holds_weights = any(name not in (*CUT_FORMATS, *GATED_FORMATS) for name, *_ in pending)
     with merged_and_cast(model, merged, dtype) if holds_weights else nullcontext():
         for name, target, used, metadata in tqdm(pending, desc="write", unit="format"):
             with atomic_write_dir(target) as folder:
@@ -230,7 +229,7 @@ def save_lora(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: 
     """Write one LoRA a concept, for `load_lora_weights` of a diffusers pipeline: strength 1 erases the concept."""
     pipeline: Any = type(model.pipeline)
     for label, shift in shifts.items():
-        name = _file_stem(label, shift)
+        name = file_stem(label, shift)
         save = partial(_save_lora_file, metadata=lora_metadata(model, label, shift, name, is_kohya=False))
         layers = _lora_tensors(shift, dtype)
         pipeline.save_lora_weights(
@@ -248,7 +247,7 @@ def save_kohya(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder:
     for label, shift in shifts.items():
         layers = {f"unet.{name}": value for name, value in _lora_tensors(shift, dtype).items()}
         tensors = {name: value.to(dtype) for name, value in convert_state_dict_to_kohya(layers).items()}
-        name = _file_stem(label, shift)
+        name = file_stem(label, shift)
         metadata = lora_metadata(model, label, shift, name, is_kohya=True)
         save_with_metadata(folder / f"{name}.safetensors", tensors, metadata)
 
@@ -258,6 +257,7 @@ _WRITERS: dict[str, _Writer] = {
     "compvis": save_compvis,
     "lora": save_lora,
     "kohya": save_kohya,
+    "shift": save_shifts,
     "unet": save_unet,
     "diffusers": save_diffusers,
     "comfyui": save_comfyui,
@@ -279,18 +279,11 @@ def _lora_tensors(shift: WeightShift, dtype: torch.dtype) -> Weights:
     return tensors
 
 
-def _file_stem(label: str, shift: WeightShift) -> str:
-    """Return such as 3-Jackson-Pollock, or red-fox where a user named it; nothing in it leads out of the folder."""
-    name = shift.metadata.get("concept", "shift")
-    is_own = shift.metadata.get("category") == OWN
-    return re.sub(r"\W+", "-", name if is_own else f"{label}-{name}").strip("-") or label
-
-
 def _check_file_names(shifts: Mapping[str, WeightShift]) -> None:
     """Raise ValueError for two shifts whose LoRAs would be one file."""
     labels: dict[str, str] = {}
     for label, shift in shifts.items():
-        name = _file_stem(label, shift).lower()  # as a file system may compare
+        name = file_stem(label, shift).lower()  # as a file system may compare
         if name in labels:
             raise ValueError(f"`shifts` {labels[name]} and {label} would both be {name}.safetensors: rename one")
         labels[name] = label
@@ -305,7 +298,7 @@ def truncate_shifts(
     others keep all directions), the effect that is missing (`truncation_error`), the largest leakage on what the shift
     protects, and its size as a LoRA. Raises ValueError for shifts that have no rank.
     """
-    cut = [name for name in LINEAR_FORMATS if name in config.formats and (config.rank or name in LORA_FORMATS)]
+    cut = [name for name in LINEAR_FORMATS if name in config.formats and (config.rank or name in CUT_FORMATS)]
     dtype = getattr(torch, config.save_dtype)
     truncated: dict[str, SeparableShift] = {}
     rows = []
@@ -324,13 +317,8 @@ def truncate_shifts(
         protected = model.embed_prompts(metadata["protected"])
         truncated_shift, error = _truncate(shift, own_embeds, config)
         truncated[label] = truncated_shift
-        tensors = _lora_tensors(truncated_shift, dtype)
-        deltas = {}
-        for name in truncated_shift.parameter_names:
-            layer = name.removesuffix(".weight")
-            up, down = (tensors[f"{layer}.{part}.weight"].double() for part in ("lora_B", "lora_A"))
-            deltas[name] = up @ down
-        changes = leakage(model.text_layers, {"": DenseShift(deltas)}, protected)
+        written, size = _as_cut(truncated_shift, dtype, cut)
+        changes = leakage(model.text_layers, {"": written}, protected)
         rows.append(
             {
                 "concept": metadata["concept"],
@@ -339,10 +327,24 @@ def truncate_shifts(
                 "formats": ", ".join(cut),
                 "truncation_error": error,
                 "max_leakage_protected": max(row["leakage"] for row in changes),
-                "KB": sum(value.numel() * value.element_size() for value in tensors.values()) / 1000,
+                "KB": size / 1000,
             }
         )
     return truncated, rows
+
+
+def _as_cut(shift: SeparableShift, dtype: torch.dtype, formats: Sequence[str]) -> tuple[WeightShift, int]:
+    """Return a shift as files of the formats have it, and the bytes of its tensors: those of a LoRA, if one is."""
+    if "shift" in formats:
+        written = as_written(shift, dtype)
+        if not {"lora", "kohya"} & set(formats):
+            return written, sum(value.nbytes for value in written.tensors(dtype).values())
+    tensors, deltas = _lora_tensors(shift, dtype), {}
+    for name in shift.parameter_names:
+        layer = name.removesuffix(".weight")
+        up, down = (tensors[f"{layer}.{part}.weight"].double() for part in ("lora_B", "lora_A"))
+        deltas[name] = up @ down
+    return DenseShift(deltas), sum(value.nbytes for value in tensors.values())
 
 
 def _truncate(shift: SeparableShift, own_embeds: torch.Tensor, config: ExportConfig) -> tuple[SeparableShift, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
+from ldm.config.concepts import OWN
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.shift import WeightShift
 from ldm.io.tensors import CREATED_BY, METADATA_KEY, named_writes
@@ -60,6 +62,13 @@ def family_of(model: DiffusionModel) -> Family:
         return Family("stable-diffusion-v1", f"sd_v1{suffix}", False, prediction_type)
     architecture = "stable-diffusion-v2-768-v" if is_velocity else "stable-diffusion-v2-512"
     return Family(architecture, f"sd_v2{suffix}", True, prediction_type)
+
+
+def file_stem(label: str, shift: WeightShift) -> str:
+    """Return such as 3-Jackson-Pollock, or red-fox where a user named it; nothing in it leads out of the folder."""
+    name = shift.metadata.get("concept", "shift")
+    is_own = shift.metadata.get("category") == OWN
+    return re.sub(r"\W+", "-", name if is_own else f"{label}-{name}").strip("-") or label
 
 
 def lora_metadata(model: DiffusionModel, label: str, shift: WeightShift, name: str, is_kohya: bool) -> dict[str, str]:

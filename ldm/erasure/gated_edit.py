@@ -50,15 +50,15 @@ class GatedEdit:
         penalties = {stream: found.penalty for stream, found in self.maps.items()}
         return {**self.report, "layers": dict(self.layers), "penalties": penalties}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return what a file holds of the edit, by name."""
+    def tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        """Return what a file holds of the edit, by name: its maps in `dtype`, but for their moments."""
         tensors = {}
         for name, gate in self.gates.items():
             tensors[f"gate.{name}.weights"] = gate.weights.half()  # which rounds nothing, see `fit_gate`
             tensors[f"gate.{name}.thresholds"] = gate.thresholds
         for stream, found in self.maps.items():
             for part in _MAP_PARTS:
-                tensors[f"map.{stream}.{part}"] = getattr(found, part).float()
+                tensors[f"map.{stream}.{part}"] = getattr(found, part).to(torch.float32 if part == "gram" else dtype)
         return tensors
 
     @classmethod

@@ -34,7 +34,7 @@ def take_shifts(model: TextModel, shifts: Mapping[str, WeightShift]) -> dict[str
         given.check(model)
         taken[label] = shift = given.on(model.text_layers)
         if is_foreign(shift, model):
-            taken[label] = _measured_on(model, shift)
+            taken[label] = measured_on(model, shift)
             base = str(shift.metadata.get("base_model", "another model"))
             shared.setdefault(base, []).append(str(shift.metadata.get("concept", label)))
     for base, names in shared.items():
@@ -51,8 +51,8 @@ def is_foreign(shift: WeightShift, model: TextModel) -> bool:
     return "text_digest" in shift.metadata and shift.metadata.get("base_digest") not in model.digests
 
 
-def _measured_on(model: TextModel, shift: WeightShift) -> WeightShift:
-    """Return a shift whose metadata say what it does to a model's outputs, as far as they name its prompts."""
+def measured_on(model: TextModel, shift: WeightShift) -> WeightShift:
+    """Return a shift whose metadata say what it does to the model's outputs, as far as they name its prompts."""
     measured = copy(shift)
     made_on = {"base_digest", "measured_on", "effects", "target_change", "max_leakage_protected"}
     measured.metadata = {name: value for name, value in shift.metadata.items() if name not in made_on}

@@ -268,8 +268,7 @@ class SeparableShift(WeightShift):
 class EmbeddingShift(SeparableShift):
     """`dW = W A S` for every text layer: one change of prompts' embeddings, e -> e + A S e, that needs no denoiser.
 
-    `outputs` A (d, k) and `directions` S (k, d) fit every denoiser of the same text encoder. What it does to the
-    weights of one is known where `on` has said which layers these are.
+    A (d, k) and S (k, d) fit every denoiser of the same text encoder; `on` says which layers' weights it changes.
     """
 
     def __init__(
@@ -289,15 +288,21 @@ class EmbeddingShift(SeparableShift):
     def in_memory(self) -> Self:
         return self
 
+    def rounded(self, dtype: torch.dtype) -> EmbeddingShift:
+        """Return the shift as a file in `dtype` has it."""
+        parts = self.tensors(dtype)
+        return self._like(EmbeddingShift(parts["outputs"], parts["directions"], self.metadata, self._products.weights))
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return what a file in `dtype` holds of the change, by name."""
+        return {"outputs": self.outputs.to(dtype), "directions": self.directions.to(dtype)}
+
     def embedding_change(self) -> torch.Tensor:
         """Return A S (d, d), which is added to the identity: what becomes of an embedding, float64."""
         return self.outputs @ self.directions
 
     def truncate(self, rank: int) -> EmbeddingShift:
-        """Return the shift with only its `rank` strongest directions in the layers that it acts on, as of any shift.
-
-        Without layers they are the strongest in the embeddings.
-        """
+        """Return the shift with only its `rank` strongest directions in its layers, or without such in embeddings."""
         stacked = stacked_qr_factor(self.coefficients.values() or [self.outputs], self.rank)
         strongest = torch.linalg.svd(stacked).Vh[:rank]  # (rank, k), the directions being orthonormal
         metadata = self.metadata | {"truncated_to_rank": rank}
@@ -322,9 +327,9 @@ class EmbeddingShift(SeparableShift):
                 f"{model.context_dim}: make it again"
             )
 
-    def save(self, path: Path, metadata: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
-        """Write A and S in `dtype`: float32, or float16, which takes half of the room."""
-        tensors = {"outputs": self.outputs.to(dtype), "directions": self.directions.to(dtype)}
+    def save(self, path: Path, metadata: dict[str, Any]) -> None:
+        """Write A and S in float32."""
+        tensors = self.tensors(torch.float32)
         _check_size(path, float(self.outputs.abs().max()) * float(self.directions.abs().max()))
         self._save(path, tensors, metadata | {"versions": library_versions()})
 

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ldm.io.errors import notify
-from ldm.io.files import atomic_write, published_digest, stream_digest
+from ldm.io.files import atomic_write, published_digest, stream_digest, write_text
 from ldm.io.legacy import upgrade
 
 METADATA_KEY = "srs-me"
 CREATED_BY = "srs-me"  # the program, in metadata
+_BESIDE = ".json"  # of the file that has what is too long for a header
 
 
 def library_versions() -> dict[str, str]:
@@ -35,12 +36,23 @@ def library_versions() -> dict[str, str]:
 _version = cache(version)  # which reads a file of the package
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], file_type: str, metadata: dict[str, Any]) -> None:
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    file_type: str,
+    metadata: dict[str, Any],
+    beside: Mapping[str, Any] | None = None,
+) -> None:
     """Write safetensors whose header says what the file is (`file_type`) and what made it (`metadata`).
 
-    The same content gives the same bytes: all of the header is one entry, as several would be written in random order.
-    Raises ValueError for a tensor with NaN or infinity, before anything is written.
+    Metadata that are too long for a header go `beside` it, into a JSON file of the same name whose digest the header
+    says. The same content gives the same bytes: all of the header is one entry, as several would be written in random
+    order. Raises ValueError for a tensor with NaN or infinity, before anything is written.
     """
+    if beside is not None:
+        text = json.dumps(beside, indent=1, ensure_ascii=False) + "\n"
+        write_text(Path(path).with_suffix(_BESIDE), text)
+        metadata = metadata | {"beside": hashlib.sha256(text.encode()).hexdigest()}
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     check_finite(contents, f"the {file_type} {path}")
     metadata = json.loads(json.dumps(metadata))  # as it will be read
@@ -175,7 +187,21 @@ def load_tensors(
             _check_older_file(path, file_type)
     elif header.content_digest != digest:
         raise ValueError(f"{path} is not as it was written (its contents have another digest): make it again")
-    return LazyTensors(path, tensors.names, digest, state), header.metadata
+    return LazyTensors(path, tensors.names, digest, state), _with_beside(path, header.metadata)
+
+
+def _with_beside(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a file's header with those beside it, if they are there.
+
+    Raises ValueError where these are not those that were written with the file.
+    """
+    beside = path.with_suffix(_BESIDE)
+    if "beside" not in metadata or not beside.is_file():
+        return metadata
+    content = beside.read_bytes()
+    if hashlib.sha256(content).hexdigest() != metadata["beside"]:
+        raise ValueError(f"{beside} is not what was written beside {path.name}: get both again, or remove the former")
+    return json.loads(content) | metadata
 
 
 def _finite_items(tensors: LazyTensors) -> Iterator[tuple[str, torch.Tensor]]:

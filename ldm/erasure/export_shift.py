@@ -1,0 +1,111 @@
+"""Shifts as small files to share: each with a card for people, and beside it what is too long for its header."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.diffusion.model import DiffusionModel
+from ldm.erasure.export_metadata import file_stem
+from ldm.erasure.portable import measured_on
+from ldm.erasure.shift import SHIFT_FILE_TYPE, EmbeddingShift, WeightShift
+from ldm.io.files import write_text
+from ldm.io.tensors import save_tensors
+
+_LOADER, _CARD = Path(__file__).with_name("card_loader.py"), Path(__file__).with_name("shift_card.md")
+# What a shift's header says in such a file. Lists of prompts and all settings stand beside it.
+_IN_HEADER = (
+    *("created_by", "method", "base_model", "base_digest", "text_digest", "category", "concept_index", "concept"),
+    *("concept_kind", "aliases", "prompt", "anchor", "iterations", "target_change", "max_leakage_protected", "effects"),
+)
+_OF_GATE = ("layers", "penalties", "gap", "false_alarms", "misses")
+
+
+def save_shifts(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
+    """Write a file for each shift, with its card, and a JSON file of what its header has no room for.
+
+    What they say of effect and leakage is measured on `model` with the shift as it is written, rounded to `dtype`.
+    """
+    for label, shift in shifts.items():
+        rounded = as_written(shift, dtype)
+        metadata = measured_on(model, rounded).metadata
+        metadata |= {"base_digest": model.digest, "base_model": model.config_name}
+        header = {name: metadata[name] for name in _IN_HEADER if name in metadata}
+        tensors = rounded.tensors(dtype)
+        if rounded.gated is not None:
+            tensors |= rounded.gated.tensors(dtype)
+            said = rounded.gated.metadata
+            header["gate"] = {name: said[name] for name in _OF_GATE if name in said}
+            metadata["gate"] = said
+        path = folder / f"{file_stem(label, shift)}.safetensors"
+        save_tensors(path, tensors, SHIFT_FILE_TYPE, header, beside=metadata)
+        write_text(path.with_suffix(".md"), _card(path, rounded, metadata, dtype))
+
+
+def as_written(shift: WeightShift, dtype: torch.dtype) -> EmbeddingShift:
+    """Return a shift of embeddings as a file in `dtype` has it.
+
+    Raises ValueError for one that is bound to a denoiser's weights, and for numbers that files do not have.
+    """
+    if not isinstance(shift, EmbeddingShift):
+        raise ValueError(
+            f"{shift.path} changes the weights of one denoiser, and no other takes it: make it again in closed form "
+            "(`mode` closed_form), or choose another `format`"
+        )
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError("shifts are written in float32 or float16: give `save_dtype` one of these")
+    return shift.rounded(dtype)
+
+
+def _card(path: Path, shift: EmbeddingShift, metadata: Mapping[str, Any], dtype: torch.dtype) -> str:
+    """Return the text of a shift's card."""
+    loader = re.sub(r"  # noqa.*", "", _LOADER.read_text(encoding="utf-8"))
+    prompt, gate = str(metadata.get("prompt", "")), shift.gated
+    names = list(dict.fromkeys([metadata["concept"], prompt, *metadata.get("aliases", ())]))
+    anchor = metadata.get("anchor") or "the neutral word of its kind, or nothing at all: see its settings"
+    return _CARD.read_text(encoding="utf-8").format(
+        concept=metadata["concept"],
+        base=metadata["base_model"],
+        digest=str(metadata["text_digest"])[:19],
+        names=", ".join(names),
+        anchor=anchor,
+        file=path.name,
+        size=path.stat().st_size,
+        dtype=str(dtype).removeprefix("torch."),
+        rank=shift.rank,
+        gate_size="" if gate is None else f", and a gate with a map of rank {len(gate.maps['tokens'].directions)}",
+        method=metadata.get("method", ""),
+        num_protected=len(metadata.get("protected", ())),
+        beside=path.with_suffix(".json").name,
+        measured="\n".join(f"| {name} | {value} |" for name, value in _measured(metadata)),
+        prompt=prompt.replace("'", " "),
+        no_gate="" if gate is not None else ", gated=False",
+        loader=loader,
+    )
+
+
+def _measured(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what was measured of a shift, each with what it is."""
+    rows: list[tuple[str, str]] = []
+    for form, said in metadata.get("effects", {}).items():
+        if said:
+            text = f"{said['mean']:.2f} on average, {said['least']:.2f} on the lowest prompts (1 is all of the way)"
+            rows.append((f"effect of the {'gate and map' if form == 'gated' else 'change of weights'}", text))
+    if "target_change" in metadata:
+        rows.append(("change of the outputs for its own name", f"{metadata['target_change']:.2g}"))
+    if "max_leakage_protected" in metadata:
+        rows.append(
+            ("largest change for a protected prompt, by the weights", f"{metadata['max_leakage_protected']:.1e}")
+        )
+    for name, text in (
+        ("false_alarms", "everyday captions that trip the gate"),
+        ("misses", "held-out prompts it misses"),
+    ):
+        found = metadata.get("gate", {}).get(name)
+        if found:
+            rows.append((text, f"{found[0]} of {found[1]} (95 %: {found[2]:.2%} to {found[3]:.2%})"))
+    return rows
