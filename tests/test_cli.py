@@ -258,7 +258,7 @@ def test_missing_and_foreign_bases(script, flags, solved, tmp_path, other_path):
     foreign = kept / "other" / path.relative_to(kept / "tiny")
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes(path.read_bytes())
-    is_error(script(ERASE, *others), "another base model")
+    is_error(script(ERASE, *others), "another text encoder")
     basis = NullSpaceBasis.load(path)
     NullSpaceBasis(basis.vectors[:, :5], basis.protected[:, :5], basis.metadata).save(path)
     is_error(script(ERASE, *solved), "5 dimensions", "SRSME_Solution.py")
@@ -276,7 +276,7 @@ def test_missing_and_foreign_shifts(script, flags, solved, tmp_path, other_path)
     )
     assert script(ERASE, *solved)[0] == 0
     shift = next(tmp_path.rglob("shift-1.safetensors"))
-    is_error(script(MERGE, "--model", other_path, *merge, "--shifts", shift), "another base model")
+    is_error(script(MERGE, "--model", other_path, *merge, "--shifts", shift), "another text encoder")
     is_error(script(MERGE, *flags, *merge, "--shifts", ""), "no shift", "0,1,2")
     assert not (tmp_path / "merged").exists()
 

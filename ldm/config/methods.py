@@ -13,10 +13,11 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
 TRAIN_METHODS = ("xattn", "noxattn", "selfattn", "full", "notime", "xlayer", "selflayer")
-LINEAR_FORMATS = ("compvis", "lora", "kohya", "shift", "unet", "diffusers")
+LINEAR_FORMATS = ("compvis", "lora", "kohya", "unet", "diffusers")
+SHARED_FORMATS = ("shift",)  # of changes of embeddings, with their gates
 CUT_FORMATS = ("lora", "kohya", "shift")  # one file a concept, of few directions
 GATED_FORMATS = ("comfyui",)
-FORMATS = LINEAR_FORMATS + GATED_FORMATS  # in the order in which they are written
+FORMATS = LINEAR_FORMATS + SHARED_FORMATS + GATED_FORMATS  # in the order in which they are written
 ANCHORS = ("empty", "category", "neutral")
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -18,7 +18,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_kohy
 from torch import nn
 from tqdm import tqdm
 
-from ldm.config.methods import CUT_FORMATS, FORMATS, GATED_FORMATS, LINEAR_FORMATS, ExportConfig
+from ldm.config.methods import CUT_FORMATS, FORMATS, GATED_FORMATS, LINEAR_FORMATS, SHARED_FORMATS, ExportConfig
 from ldm.config.models import load_model_config, save_settings
 from ldm.diffusion.compvis import (
     EMA_PREFIX,
@@ -41,6 +41,7 @@ from ldm.io.files import SETTINGS_FILE, atomic_write_dir, is_written, write_dir_
 from ldm.io.tensors import CREATED_BY, check_finite, named_writes
 
 Weights = dict[str, torch.Tensor]
+_OF_WEIGHTS = LINEAR_FORMATS + SHARED_FORMATS
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def export(
                 f"{shift.path} is there twice, as {known[shift.content_digest]} and as {label}: give it once"
             )
     edit = load_model_config(model).edit  # which refuses settings that could not be read from an export
-    for form, names in (("linear", LINEAR_FORMATS), ("gated", GATED_FORMATS)):
+    for form, names in (("linear", _OF_WEIGHTS), ("gated", GATED_FORMATS)):
         if set(names) & set(config.formats):
             notify_of_weak(shifts, edit.with_changes(form=form), "what is exported says it still: erase it anew")
     layers, dtype = model.text_layers, getattr(torch, config.save_dtype)
@@ -105,7 +106,7 @@ def export(
         check_comfyui(model, shifts)
     if set(config.formats) & set(CUT_FORMATS):
         _check_file_names(shifts)
-    is_linear = bool(set(config.formats) & set(LINEAR_FORMATS))
+    is_linear = bool(set(config.formats) & set(_OF_WEIGHTS))
     if (config.rank and is_linear) or set(config.formats) & set(CUT_FORMATS):
         truncated, report = truncate_shifts(model, shifts, config)
     merged_shifts = truncated if config.rank else dict(shifts)
@@ -132,7 +133,7 @@ def export(
             "base_digest": model.digest,
             "merged": {label: shift.provenance for label, shift in used.items()},
         }
-        if dtype != torch.float32 and name in LINEAR_FORMATS:
+        if dtype != torch.float32 and name in _OF_WEIGHTS:
             metadata["dtype"] = str(dtype)
         if not is_written(target, metadata, model.digests):
             pending.append((name, target, used, metadata))
@@ -298,7 +299,7 @@ def truncate_shifts(
     others keep all directions), the effect that is missing (`truncation_error`), the largest leakage on what the shift
     protects, and its size as a LoRA. Raises ValueError for shifts that have no rank.
     """
-    cut = [name for name in LINEAR_FORMATS if name in config.formats and (config.rank or name in CUT_FORMATS)]
+    cut = [name for name in _OF_WEIGHTS if name in config.formats and (config.rank or name in CUT_FORMATS)]
     dtype = getattr(torch, config.save_dtype)
     truncated: dict[str, SeparableShift] = {}
     rows = []

@@ -16,7 +16,7 @@ from ldm.erasure.shift import SHIFT_FILE_TYPE, EmbeddingShift, WeightShift
 from ldm.io.files import write_text
 from ldm.io.tensors import save_tensors
 
-_LOADER, _CARD = Path(__file__).with_name("card_loader.py"), Path(__file__).with_name("shift_card.md")
+_LOADER, _CARD = Path(__file__).with_stem("card_loader"), Path(__file__).with_name("shift_card.md")
 # What a shift's header says in such a file. Lists of prompts and all settings stand beside it.
 _IN_HEADER = (
     *("created_by", "method", "base_model", "base_digest", "text_digest", "category", "concept_index", "concept"),
@@ -26,7 +26,7 @@ _OF_GATE = ("layers", "penalties", "gap", "false_alarms", "misses")
 
 
 def save_shifts(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
-    """Write a file for each shift, with its card, and a JSON file of what its header has no room for.
+    """Write a file for each shift, with its card, and a JSON file of what is too long for its header.
 
     What they say of effect and leakage is measured on `model` with the shift as it is written, rounded to `dtype`.
     """

@@ -298,9 +298,9 @@ def check_base_model(metadata: Mapping[str, Any], model: EmbeddingModel, path: P
     elif made_for in model.digests[1:]:
         notify(f"{path} knows its base model by a digest of an older version, which leaves the tokenizer out")
     elif made_for not in model.digests[:1]:
-        expected = model.digests[0] if model.digests else "a text encoder alone"
+        expected = model.digests[0][:14] if model.digests else "a text encoder alone"
         raise ValueError(
-            f"{path} was made for another base model ({name}, digest {str(made_for)[:14]}, not {expected[:14]}): pass "
+            f"{path} was made for another base model ({name}, digest {str(made_for)[:14]}, not {expected}): pass "
             "`model` that one, or make it again"
         )
 
