@@ -147,6 +147,15 @@ def add_protect(parser: Parser, purpose: str) -> None:
     parser.option("protect", nargs="*", default=[], metavar="TEXT|FILE", help=text)
 
 
+def add_retain(parser: Parser) -> None:
+    """Add --retain: prompts by text or file that are not protected exactly."""
+    text = (
+        "prompts that shifts change little, though they are not protected exactly, and that trip no gate, each a text "
+        "or a file as of --protect; those that say the erased concept are left out; --retain_preserve_scale weighs them"
+    )
+    parser.option("retain", nargs="+", default=[], metavar="TEXT|FILE", help=text)
+
+
 def _parse_anchor(text: str) -> str:
     """Return an anchor. Raises ArgumentTypeError for a word that is called otherwise today, and for an empty text."""
     renamed = RENAMED_VALUES["anchor"]

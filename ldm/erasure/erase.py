@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,7 +35,7 @@ from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, Tra
 from ldm.erasure.methods import LOSSES
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.protection import Protection, concept_metadata, solve_null_spaces
-from ldm.erasure.retain import RetainSet
+from ldm.erasure.retain import RetainSet, notify_of_left_out
 from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift, WeightShift
 from ldm.erasure.targets import anchor_embeds, replaces_name, target_prompts
 from ldm.erasure.training import CURVE_COLUMNS, fit
@@ -78,6 +76,7 @@ def erase(
     image_dir: Path,
     gate: GateConfig = NO_GATE,
     others: Sequence[Concept] | None = None,
+    retain: Sequence[str] = (),
 ) -> list[ErasureSummary]:
     """Erase concepts by one method, solving the null spaces first where it needs them; what is there already is kept.
 
@@ -86,7 +85,7 @@ def erase(
     """
     if config.needs_null_space:
         solve_null_spaces(model, artifacts, concepts, protection)
-    return erase_concepts(model, artifacts, concepts, config, image_dir, gate=gate, others=others)
+    return erase_concepts(model, artifacts, concepts, config, image_dir, gate=gate, others=others, retain=retain)
 
 
 def erase_concepts(
@@ -99,14 +98,15 @@ def erase_concepts(
     shard: Shard = Shard(),
     gate: GateConfig = NO_GATE,
     others: Sequence[Concept] | None = None,
+    retain: Sequence[str] = (),
 ) -> list[ErasureSummary]:
     """Make and save each concept's shift, but for those that are there from the same inputs; return what each took.
 
     `image_dir` has a folder of images per concept, which is not asked for when nothing is trained on images. A learning
     curve goes beside each shift as CSV. SRS-ME's shifts get a gate too where `gate` says so. `others` are concepts that
     an erasure should change little unless it is their own: without them those of the category, or of concepts that a
-    user names, `concepts` themselves. Of several processes each makes its `shard`. Raises ValueError for a missing
-    basis or folder, and for settings that make nothing.
+    user names, `concepts` themselves; so are the prompts `retain` of SRS-ME's. Of several processes each makes its
+    `shard`. Raises ValueError for a missing basis or folder, and for settings that make nothing.
     """
     if isinstance(config, SRSMEConfig) and not config.trains and config.init == "zero":
         raise ValueError(
@@ -118,7 +118,7 @@ def erase_concepts(
         others = concepts if artifacts.category == OWN else erasable_concepts(artifacts.category)
     concepts = list(dict.fromkeys(concepts))
     concepts = concepts if config.is_joint else shard.select(concepts)
-    erasure = _Erasure(model, artifacts, config, image_dir, execution, gate, others)
+    erasure = _Erasure(model, artifacts, config, image_dir, execution, gate, RetainSet(model, others, retain))
     if config.needs_null_space:
         for concept in concepts:
             erasure.load_basis(concept)  # before any work, so that one that is missing costs none
@@ -137,6 +137,8 @@ def erase_concepts(
     rounds = [[concept] for concept in missing]
     if config.is_joint and missing:
         rounds = [list(concepts)]
+    if isinstance(config, SRSMEConfig):
+        notify_of_left_out(retain, missing)
     summaries: list[ErasureSummary] = []
     progress = rounds if config.trains else tqdm(rounds, desc="shifts", unit="shift")
     for together in progress:
@@ -188,14 +190,13 @@ class _Erasure:
         image_dir: Path,
         execution: ExecutionConfig,
         gate: GateConfig,
-        others: Sequence[Concept],
+        retain: RetainSet,
     ):
         self.model, self.artifacts, self.config = model, artifacts, config
         self.image_dir, self.execution = image_dir, execution
         self.gate = gate if isinstance(config, SRSMEConfig) else gate.with_changes(gate=False)
         self.gate_fitter: GateFitter | None = None
-        self.others = list(others)
-        self.retain = RetainSet(model, self.others)
+        self.retain = retain
         self.cache = _EmbeddingCache(model)
         self.bases: dict[str, NullSpaceBasis] = {}
 
@@ -233,7 +234,8 @@ class _Erasure:
             "dtype": str(self.model.dtype),
         }
         if isinstance(self.config, SRSMEConfig):
-            metadata["prompts_digest"] = self._digest_prompts(concept, self.config)
+            targets = target_prompts(concept, self.config, self.model.tokenizers[0])
+            metadata |= self.retain.metadata(targets, concept, self.config)
         if self.gate.gate:
             metadata["gate_config"] = self.gate.to_dict()
         if self.config.needs_null_space:
@@ -243,12 +245,6 @@ class _Erasure:
         else:
             metadata |= self.model.generation_metadata
         return metadata
-
-    def _digest_prompts(self, concept: Concept, config: SRSMEConfig) -> str:
-        """Return a digest of the prompts that an erasure takes from concepts, templates and grammars."""
-        targets = list(target_prompts(concept, config, self.model.tokenizers[0]).items())
-        content = json.dumps([targets, self.retain.groups(concept, config)])
-        return hashlib.sha256(content.encode()).hexdigest()
 
     def run(self, concepts: Sequence[Concept], metadata: Mapping[str, dict[str, Any]]) -> list[ErasureSummary]:
         """Make and save the shifts of concepts that are trained together, or of one."""
@@ -280,7 +276,8 @@ class _Erasure:
             return None
         if self.gate_fitter is None:
             retained = [prompt for basis in self.bases.values() for prompt in basis.metadata["protected"]]
-            self.gate_fitter = GateFitter(self.model, self.others, retained, self.gate)
+            retained += self.retain.prompts
+            self.gate_fitter = GateFitter(self.model, self.retain.others, retained, self.gate)
         try:
             return self.gate_fitter.fit(concept)
         except InseparableError as error:
