@@ -167,7 +167,8 @@ def test_other_retain_prompts_make_a_shift_anew_and_it_says_which_it_has(tiny, t
     def said() -> dict:
         return read_metadata(artifacts.shift(VAN_GOGH.label), SHIFT_FILE_TYPE)
 
-    assert make() == 1 and "retain" not in said()
+    assert make() == 1 and "retain" not in said() and "retain_preserve_scale" not in said()["config"]
+    assert make(config=CLOSED.with_changes(retain_preserve_scale=7.0)) == 0  # which weighs nothing
     with pytest.warns(Notice, match=r"`retain` is without .*: 'a church by VanGogh' \(VanGogh\)$"):
         assert make(*OWN[:3]) == 1
     assert said()["retain"]["prompts"] == 3 and len(said()["retain"]["digest"]) == 64
@@ -175,7 +176,7 @@ def test_other_retain_prompts_make_a_shift_anew_and_it_says_which_it_has(tiny, t
         warnings.simplefilter("error", Notice)
         assert make(*OWN[:3]) == 0 and make("a tree") == 1 and make() == 1 and make() == 0
     assert make("a tree", config=CLOSED.with_changes(retain_preserve_scale=0.0)) == 1  # which its gate takes
-    assert make(config=CLOSED.with_changes(retain_preserve_scale=0.0)) == 1
+    assert make() == 1
 
 
 def test_a_users_prompts_are_among_those_that_trip_no_gate(tiny, tmp_path, monkeypatch):

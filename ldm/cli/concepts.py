@@ -102,6 +102,18 @@ def category_targets(args: Namespace) -> list[Concept]:
     return parse_erase_targets(list(map(str, indexes)), args.category)
 
 
+def listed_concepts(args: Namespace) -> list[Concept]:
+    """Return the concepts that --concepts, or --erased_index in --category, lists. Raises ValueError for none or both.
+
+    As `category_targets` too.
+    """
+    if bool(args.concepts) == bool(args.erased_index):
+        raise ValueError("the concepts are those of `concepts` or of `erased_index`: give one of them")
+    if args.kind and not args.concepts:
+        raise ValueError("`kind` goes with `concepts`: those of `erased_index` have theirs")
+    return read_concepts(args.concepts, args.kind) if args.concepts else category_targets(args)
+
+
 def category_indexes(texts: str | Sequence[str], category: str) -> list[int]:
     """Return the indexes of the category's concepts that texts name.
 

@@ -236,6 +236,8 @@ class _Erasure:
         if isinstance(self.config, SRSMEConfig):
             targets = target_prompts(concept, self.config, self.model.tokenizers[0])
             metadata |= self.retain.metadata(targets, concept, self.config)
+            if not self.retain.prompts:
+                del metadata["config"]["retain_preserve_scale"]  # which weighs nothing
         if self.gate.gate:
             metadata["gate_config"] = self.gate.to_dict()
         if self.config.needs_null_space:
