@@ -220,7 +220,7 @@ class _Erasure:
 
     def build_metadata(self, concept: Concept) -> dict[str, Any]:
         """Return what a shift's file says that it was made from, as far as it is known before it is made."""
-        metadata = {
+        metadata: dict[str, Any] = {
             "created_by": CREATED_BY,
             "method": self.config.name,
             "base_model": self.model.name,
