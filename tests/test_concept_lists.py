@@ -182,6 +182,11 @@ def test_protected_prompts_come_from_texts_and_files(tmp_path):
     (tmp_path / "b.csv").write_text("concept,aliases\nMonet,Claude Monet\n")
     prompts = read_prompts(["a dog", str(tmp_path / "a.txt"), str(tmp_path / "b.csv")])
     assert prompts == ["a dog", "an oil painting", "Monet", "Claude Monet"]
+    (tmp_path / "c.csv").write_text("prompt,evaluation_seed,case_number\na dog,1,0\na cat,2,1\na dog,3,2\n")
+    assert read_prompts([str(tmp_path / "c.csv")]) == ["a dog", "a cat"]
+    (tmp_path / "d.csv").write_text("prompt\na dog\n")
+    with pytest.raises(ValueError, match="lacks the column evaluation_seed, case_number"):
+        read_prompts([str(tmp_path / "d.csv")])
     with pytest.raises(ValueError, match="empty text"):
         read_prompts([" "])
 

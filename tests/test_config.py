@@ -30,6 +30,7 @@ SRS_ME = {
     "captions_preserve_scale": 0.0,
     "neutral_preserve_scale": 0.0,
     "others_preserve_scale": 0.0,
+    "retain_preserve_scale": 10.0,
     "anchor": "empty",
     "target_templates": 0,
     "template_set": "category",
@@ -221,6 +222,7 @@ def test_without_a_gradient_the_closed_forms_settings_act_alone():
         "captions_preserve_scale",
         "neutral_preserve_scale",
         "others_preserve_scale",
+        "retain_preserve_scale",
         "anchor",
         "target_templates",
         "template_set",
@@ -243,6 +245,7 @@ def test_the_bundled_models_settings():
         None,
     )
     changes = {"ridge_weight": 1e-3, "preserve_scale": 2, "vocab_preserve_scale": 0, "target_templates": 4}
+    changes["retain_preserve_scale"] = 10
     assert logos.methods["SRS-ME"] == config.with_changes(**changes)
     others = [name for name in METHODS if name != "SRS-ME"]
     assert all(logos.methods[name] == mini_sd.methods[name] for name in others)
@@ -251,11 +254,11 @@ def test_the_bundled_models_settings():
 
 
 def with_default_steps(config: ModelConfig) -> ModelConfig:
-    """Return a config whose closed forms have the default `max_steps`, which does not act in them."""
+    """Return a config whose closed forms have the defaults of `max_steps`, which does not act in them, and of later."""
     methods = dict(config.methods)
     for name, method in methods.items():
         if not method.trains:
-            methods[name] = method.with_changes(max_steps=1000)
+            methods[name] = method.with_changes(max_steps=1000, retain_preserve_scale=10.0)
     return dataclasses.replace(config, methods=methods)
 
 

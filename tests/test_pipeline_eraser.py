@@ -599,7 +599,7 @@ def test_protected_prompts_keep_every_bit_or_are_refused(plain, pipe, eraser):
     eraser.erase("Picasso", protect=["a village by the sea"])
     assert torch.equal(encode(pipe, "a village by the sea")[0], encode(plain, "a village by the sea")[0])
     encoder = PipelineEncoder.of(plain)
-    edits = eraser._fitted(encoder, encoder.fingerprint(), eraser._concepts, eraser._protected)
+    edits = eraser._fitted(encoder, encoder.fingerprint(), eraser._concepts, eraser._kept)
     by_text = {text: edits[concept] for text, concept in eraser._concepts.items()}
     message = f"the gate of 'Picasso' takes the protected prompt '{SAYING[0]}' for it: leave that out of `protect`"
     with pytest.raises(ValueError, match=message):  # one that no check of its text finds

@@ -39,7 +39,7 @@ SMOKE: dict[str, list[str]] = {
     "generate-data.py": ["--seeds_per_prompt", "4", "--save_path", "data/smoke"],
     "make-prompts.py": ["--seeds_per_prompt", "1"],
     "report.py": ["--seeds_per_prompt", "1", "--num_inference_steps", "2", "--unprotected_prompts", "1"],
-    "capacity.py": ["--unprotected_prompts", "1"],
+    "capacity.py": ["--unprotected_prompts", "1", "--num_captions", "20"],
     "scenes.py": [
         *EXPERIMENT,
         "--unprotected_prompts",

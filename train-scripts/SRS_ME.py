@@ -18,6 +18,7 @@ from ldm.config.methods import FORMATS, GateConfig, JointSRSMEConfig, SRSMEConfi
 def main() -> None:
     parser = arguments.make_parser(__doc__)
     concepts.add_protection(parser)
+    concepts.add_retain(parser)
     concepts.add_erasure(parser, SRSMEConfig)
     arguments.add_null_space(parser)
     arguments.add_settings(parser, GateConfig)

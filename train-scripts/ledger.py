@@ -11,7 +11,7 @@ an older version as one of today's, which no list of concepts can change.
 from pathlib import Path
 
 from ldm.cli import arguments, habits, ledger
-from ldm.cli.concepts import add_concepts
+from ldm.cli.concepts import add_concepts, add_retain
 from ldm.cli.run import run
 from ldm.config.methods import METHODS, EditConfig, GateConfig
 from ldm.io.paths import REPO_ROOT
@@ -42,6 +42,7 @@ def main() -> None:
     add_concepts(commands["add"])
     text = "further prompts that every shift protects, each a text, or a file: .txt with one a line, .csv, .yaml"
     commands["init"].option("protect", nargs="*", default=[], metavar="TEXT|FILE", help=text)
+    add_retain(commands["init"])
     for name in ("erase", "restore"):
         commands[name].add_argument("concept", nargs="+", help="names, files of names, indexes, or all")
     commands["erase"].option(

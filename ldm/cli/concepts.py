@@ -102,6 +102,18 @@ def category_targets(args: Namespace) -> list[Concept]:
     return parse_erase_targets(list(map(str, indexes)), args.category)
 
 
+def listed_concepts(args: Namespace) -> list[Concept]:
+    """Return the concepts that --concepts, or --erased_index in --category, lists. Raises ValueError for none or both.
+
+    As `category_targets` too.
+    """
+    if bool(args.concepts) == bool(args.erased_index):
+        raise ValueError("the concepts are those of `concepts` or of `erased_index`: give one of them")
+    if args.kind and not args.concepts:
+        raise ValueError("`kind` goes with `concepts`: those of `erased_index` have theirs")
+    return read_concepts(args.concepts, args.kind) if args.concepts else category_targets(args)
+
+
 def category_indexes(texts: str | Sequence[str], category: str) -> list[int]:
     """Return the indexes of the category's concepts that texts name.
 
@@ -145,6 +157,15 @@ def add_protect(parser: Parser, purpose: str) -> None:
     """Add --protect: prompts by text or file, which are for a `purpose`."""
     text = f"{purpose}, each a text such as 'a dog', or a file: .txt with one a line, .csv, .yaml"
     parser.option("protect", nargs="*", default=[], metavar="TEXT|FILE", help=text)
+
+
+def add_retain(parser: Parser) -> None:
+    """Add --retain: prompts by text or file that are not protected exactly."""
+    text = (
+        "prompts that shifts change little, though they are not protected exactly, and that trip no gate, each a text "
+        "or a file as of --protect; those that say the erased concept are left out; --retain_preserve_scale weighs them"
+    )
+    parser.option("retain", nargs="+", default=[], metavar="TEXT|FILE", help=text)
 
 
 def _parse_anchor(text: str) -> str:

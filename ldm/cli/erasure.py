@@ -15,6 +15,7 @@ from ldm.cli.arguments import Namespace, spelled, typed, typed_settings
 from ldm.cli.concepts import category_of, named_concepts, named_protection
 from ldm.cli.devices import init_distributed, parse_devices
 from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config, print_export
+from ldm.config.concept_lists import read_prompts
 from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import (
     NO_GATE,
@@ -42,6 +43,7 @@ from ldm.io.legacy import upgrade_digests
 from ldm.io.paths import ArtifactPaths, merge_name
 from ldm.io.sharding import Shard
 from ldm.io.tensors import read_metadata
+from ldm.ledger.lines import some_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,11 +60,12 @@ def run_erasure(args: Namespace, method: str) -> None:
     """
     from ldm.erasure.erase import erase_concepts, summary_table
 
-    for name, owner in (("clip_path", "check"), ("export_dir", "export")):
+    for name, owner in (("clip_path", "check"), ("export_dir", "export"), ("retain_preserve_scale", "retain")):
         if name in typed and not getattr(args, owner):
             raise ValueError(f"`{name}` goes with `{owner}`: give that too, or leave it out")
     concepts = named_concepts(args)
     protected, prompts = named_protection(args, concepts)
+    retain = read_prompts(getattr(args, "retain", []), "retain")
     device, frozen_device = _devices(args)
     device, shard = init_distributed(device)
     execution = ExecutionConfig(str(frozen_device) if frozen_device else None, args.gradient_checkpointing)
@@ -82,7 +85,7 @@ def run_erasure(args: Namespace, method: str) -> None:
     gate = _gate_config(args, model_config) if isinstance(config, SRSMEConfig) else NO_GATE
     others = protected if concepts[0].is_own else None
     image_dir = args.training_image_dir
-    summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, others)
+    summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, others, retain)
     has_others = getattr(args, "export", None) or getattr(args, "check", None)  # tables, which JSON tells apart
     if summaries:
         output.show_table(summary_table(summaries, model), "shifts" if has_others else "")
@@ -183,6 +186,7 @@ def show_plan(args: Namespace, method: str) -> None:
 
     concepts = named_concepts(args)
     protected, prompts = named_protection(args, concepts)
+    retain = read_prompts(getattr(args, "retain", []), "retain")
     source = getattr(args, "text_encoder", None) or args.ckpt_path or args.model
     name = load.resolve_names(source, args.config_path)[0]
     artifacts = artifact_paths(args, name, method, category_of(args, concepts))
@@ -205,6 +209,8 @@ def show_plan(args: Namespace, method: str) -> None:
     print(
         f"protected: {', '.join([*always, *map(repr, prompts)])}; the concepts {', '.join(others)}, each but by its own"
     )
+    if retain:
+        print(f"changed little: {some_of(map(repr, retain))}")
     if getattr(args, "export", None):
         print(f"exported: {', '.join(args.export)} -> {args.export_dir or args.artifacts_dir / 'merged'}")
     if getattr(args, "text_encoder", None) is None:

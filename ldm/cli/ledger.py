@@ -34,6 +34,7 @@ def init(args: Namespace) -> None:
     concepts = _concepts_to_know(args)
     prompts = read_prompts(args.protect)
     check_apart_from(prompts, concepts)
+    retain = read_prompts(args.retain, "retain")
     path = history_path(args.ledger_dir)
     with ledger_lock(path.parent):
         if path.exists():
@@ -50,12 +51,15 @@ def init(args: Namespace) -> None:
         check_apart(model, concepts, model.embed_prompts(prompts))
         check_contradictions(model, concepts, prompts)
         header = make_header(model, category_of(args, concepts), concepts, prompts, source)
+        header |= {"retain": retain} if retain else {}
         ledger = Ledger.create(path, header)
         model.notify_of_cuts(ledger.prompts)
     print(
         f"{len(concepts)} concepts of {model.name}; always protected: the empty prompt, "
         f"{some_of(ledger.header['protected'][1:])}"
     )
+    if retain:
+        print(f"changed little: {some_of(retain)}")
 
 
 def _concepts_to_know(args: Namespace) -> list[Concept]:

@@ -90,7 +90,9 @@ def _naming_commands(ledger: Ledger, name: str, concepts: Sequence[Concept], ind
     texts = [_text_of(concept) for concept in concepts]
     arguments: list[str] = []
     if name == "init":
-        arguments = _model_arguments(header) + (["--protect", *ledger.asked_for] if ledger.asked_for else [])
+        arguments = _model_arguments(header)
+        for flag, prompts in (("--protect", ledger.asked_for), ("--retain", ledger.retain)):
+            arguments += [flag, *prompts] if prompts else []
     if not concepts[0].is_own:
         indexes = ",".join(str(concept.index) for concept in concepts)
         category = ["--category", ledger.category] if name == "init" else []

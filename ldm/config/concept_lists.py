@@ -24,7 +24,7 @@ from ldm.config.spellings import says
 from ldm.config.templates import KINDS
 from ldm.config.yaml_files import check_keys, read_mapping
 from ldm.io.errors import notify
-from ldm.io.prompts import read_rows
+from ldm.io.prompts import is_prompt_csv, read_prompt_csv, read_rows
 
 MAX_CONCEPTS = 5000  # at once
 MAX_CHARS = 200  # of a concept's name, which prompts have to say
@@ -74,21 +74,26 @@ def _is_phrases_file(path: str) -> bool:
     return path.lower().endswith(".txt") and Path(path).is_file()
 
 
-def read_prompts(values: Sequence[str]) -> list[str]:
+def read_prompts(values: Sequence[str], setting: str = "protect") -> list[str]:
     """Return the prompts that texts and files say: a .txt has one a line, a .csv or .yaml concepts as `read_concepts`.
 
-    Raises ValueError, with the place, for a file that is not so, and for a text with nothing in it.
+    A .csv may be a prompt list too. Raises ValueError, with the place, for a file that is not so, and for a text with
+    nothing in it, which the `setting` has.
     """
     prompts: dict[str, None] = {}
     for value in values:
         path = Path(value)
         if path.suffix.lower() == ".txt":
             prompts |= dict.fromkeys(line for _, line in _read_lines(path))
+        elif path.suffix.lower() == ".csv" and is_prompt_csv(path):
+            prompts |= dict.fromkeys(case.prompt for case in read_prompt_csv(path))
         elif path.suffix.lower() in _SUFFIXES:
             for concept in _read_file(path, None, None).values():
                 prompts |= dict.fromkeys(concept.spellings)
         elif not value.strip():
-            raise ValueError("`protect` has an empty text: give prompts, or leave it out (the empty one is protected)")
+            raise ValueError(
+                f"`{setting}` has an empty text: give prompts, or leave it out (the empty one is protected)"
+            )
         else:
             prompts[value] = None
     return list(prompts)

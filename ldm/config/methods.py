@@ -164,6 +164,7 @@ class SRSMEConfig(MethodConfig):
     others_preserve_scale: float = setting(
         0.0, "the same for prompts that say the category's other concepts, captions with them included", minimum=0
     )
+    retain_preserve_scale: float = setting(10.0, "the same for the prompts of retain, the user's own", minimum=0)
     anchor: str = setting(
         "empty",
         "what the closed form makes of the concept: the empty prompt, its category's anchor, or each prompt with a "

@@ -69,6 +69,7 @@ def make_own_shifts(
     method: str = "SRS-ME",
     artifacts_dir: Path | str = "artifacts",
     training_image_dir: Path | str = "data",
+    retain: Sequence[str] | str = (),
     **settings: Any,
 ) -> tuple[dict[str, WeightShift], list[ErasureSummary]]:
     """Return what `erase` does, and what each new shift took.
@@ -76,6 +77,8 @@ def make_own_shifts(
     `kind` says what kind of thing the concepts are (style, object, person, brand, generic), `anchor` what takes their
     place: a text such as "a painting", or a setting (empty, category, neutral). `settings` are those of the `method`,
     or of its null spaces and gates, in place of the model's own: one of training, such as `lr`, asks for training.
+    `retain` are prompts, or files of them, that shifts change little though nothing protects them exactly, by the
+    setting `retain_preserve_scale`, and that trip no gate; those that say a concept are left out where it is erased.
     Shifts are kept below `artifacts_dir`, where one that is there from the same inputs is taken; `training_image_dir`
     has a folder of images per concept, for a method that trains on them.
     """
@@ -98,9 +101,10 @@ def make_own_shifts(
     if "gate" not in settings and model_config.edit.form != "gated":
         gate = NO_GATE
     artifacts = ArtifactPaths(Path(artifacts_dir), method, model.name, OWN, 1, 0)  # as the scripts do
-    everything = [*named, *others]
+    everything, retained = [*named, *others], read_prompts([retain] if isinstance(retain, str) else retain, "retain")
     protection = Protection(everything, null_space, prompts)
-    took = make_shifts(model, artifacts, named, config, protection, Path(training_image_dir), gate, everything)
+    image_dir = Path(training_image_dir)
+    took = make_shifts(model, artifacts, named, config, protection, image_dir, gate, everything, retained)
     shifts: dict[str, WeightShift] = {}
     for concept in named:  # whole, since the same concept with other settings is written to the same file
         shift = WeightShift.load(artifacts.shift(concept.label)).in_memory()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from ldm.config.everyday import COMPOSITIONS
 from ldm.config.methods import NullSpaceConfig, SRSMEConfig
 from ldm.config.spellings import says
 from ldm.diffusion.model import DiffusionModel
-from ldm.erasure.closed_form import closed_form_map
+from ldm.erasure.closed_form import NoProjectionError, closed_form_map
 from ldm.erasure.initial_shift import concept_space
 from ldm.erasure.null_space import null_space, qr_factor, relative_singular_values
 from ldm.erasure.output_norms import stacked_qr_factor
@@ -101,13 +102,14 @@ def measure_capacity(
         for tolerance in tolerances:
             basis = null_space(factor, tolerance, null_space_config.null_space_method)[0]
             erased = _Erased(torch.zeros_like(surrogate.weight), 0.0)
-            if len(basis):
-                space = concept_space(config, basis, factor, target_embeds, retain_cost)
-                difference = (target_embeds - aims).double().flatten(0, 1)
-                projection = ((difference @ space.directions.T).norm() / difference.norm()).item()
-                embedding_map = closed_form_map(space, target_embeds, aims)
-                shift = SeparableShift.from_map({"": surrogate}, space.directions, 1.0, embedding_map)
-                erased = _Erased(shift.delta_weight(".weight"), projection)
+            with suppress(NoProjectionError):  # nothing erases it there
+                if len(basis):
+                    space = concept_space(config, basis, factor, target_embeds, retain_cost)
+                    difference = (target_embeds - aims).double().flatten(0, 1)
+                    projection = ((difference @ space.directions.T).norm() / difference.norm()).item()
+                    embedding_map = closed_form_map(space, target_embeds, aims)
+                    shift = SeparableShift.from_map({"": surrogate}, space.directions, 1.0, embedding_map)
+                    erased = _Erased(shift.delta_weight(".weight"), projection)
             results[tolerance, concept.label] = erased
     owners: dict[tuple[str, str], str | None] = {(prompt, "protected"): None for prompt in always}
     for group, owned in (("protected", protected), ("held_out", held_out)):
@@ -186,13 +188,14 @@ def _summarize(
         rank, fixed_rank = (int((values > tolerance).sum()) for values in (taken_values, fixed_values))
         directions = max((rank - fixed_rank) / len(erased), 1e-9)
         here = leakage[leakage.tolerance == tolerance]
+        is_full = not any(entry.projection for entry in erased)  # so that not even these fit
         rows.append(
             {
                 "tolerance": tolerance,
                 "rank": rank,
                 "nullity": width - rank,
                 "directions": directions,
-                "remaining_concepts": int((width - rank) / directions),
+                "remaining_concepts": 0 if is_full else int((width - rank) / directions),
                 "min_projection": min(entry.projection for entry in erased),
                 "max_leakage_protected": here[here.group == "protected"].leakage.max(),
                 "max_leakage_held_out": here[here.group == "held_out"].leakage.max(),

@@ -22,6 +22,10 @@ MIN_GAIN = 0.03
 _RELATIVE_ZERO = 1e-7
 
 
+class NoProjectionError(ValueError):
+    """Say that a concept has no projection on the null space, in which nothing can erase it alone."""
+
+
 @dataclass(frozen=True)
 class Costs:
     """What a change costs: its size, and what it does to protected prompts and to everything else that should stay.
@@ -57,15 +61,15 @@ def erasure_space(
     largest projection of the concept on a direction of the null space and E the protected prompts (`protected_rows`,
     (r, d)). The directions are those with the most projection for their cost: the right singular vectors of `X S^T
     C^(-1/2)`, down to a value of `MIN_GAIN`, led back through `C^(-1/2) S`. Beyond them a gradient on the concept's
-    prompts hardly acts, yet Adam changes every coefficient alike. Raises ValueError where the concept has no
-    projection: what is protected says all of it. So too for a cost beyond what numbers can hold.
+    prompts hardly acts, yet Adam changes every coefficient alike. Raises NoProjectionError where the concept has no
+    projection: what is protected says all of it, and ValueError for a cost beyond what numbers can hold.
     """
     null_basis = torch.linalg.qr(basis.T).Q.T  # S (m, d)
     target_rows = target_embeds.flatten(0, 1).cpu().double()  # (P * tokens, d)
     projection = target_rows @ null_basis.T
     size = torch.linalg.matrix_norm(projection, ord=2)
     if size <= _RELATIVE_ZERO * target_rows.norm():
-        raise ValueError(
+        raise NoProjectionError(
             "the protected prompts say all that the concept says, so that nothing can erase it alone: "
             "protect fewer, or raise `rank_rtol`"
         )

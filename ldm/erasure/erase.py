@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,7 +35,7 @@ from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, Tra
 from ldm.erasure.methods import LOSSES
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.protection import Protection, concept_metadata, solve_null_spaces
-from ldm.erasure.retain import RetainSet
+from ldm.erasure.retain import RetainSet, notify_of_left_out
 from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift, WeightShift
 from ldm.erasure.targets import target_prompts
 from ldm.erasure.training import CURVE_COLUMNS, fit
@@ -83,6 +81,7 @@ def erase(
     image_dir: Path,
     gate: GateConfig = NO_GATE,
     others: Sequence[Concept] | None = None,
+    retain: Sequence[str] = (),
 ) -> list[ErasureSummary]:
     """Erase concepts by one method, solving the null spaces first where it needs them; what is there already is kept.
 
@@ -91,7 +90,7 @@ def erase(
     """
     if config.needs_null_space:
         solve_null_spaces(model, artifacts, concepts, protection)
-    return erase_concepts(model, artifacts, concepts, config, image_dir, gate=gate, others=others)
+    return erase_concepts(model, artifacts, concepts, config, image_dir, gate=gate, others=others, retain=retain)
 
 
 def erase_concepts(
@@ -104,14 +103,16 @@ def erase_concepts(
     shard: Shard = Shard(),
     gate: GateConfig = NO_GATE,
     others: Sequence[Concept] | None = None,
+    retain: Sequence[str] = (),
 ) -> list[ErasureSummary]:
     """Make and save each concept's shift, but for those that are there from the same inputs; return what each took.
 
     `image_dir` has a folder of images per concept, which is not asked for when nothing is trained on images. A learning
     curve goes beside each shift as CSV. SRS-ME's shifts get a gate too where `gate` says so. `others` are concepts that
     an erasure should change little unless it is their own: without them those of the category, or of concepts that a
-    user names, `concepts` themselves. Of several processes each makes its `shard`. Raises ValueError for a missing
-    basis or folder, for settings that make nothing, and for training without a denoiser.
+    user names, `concepts` themselves; so are the prompts `retain` of SRS-ME's. Of several processes each makes its
+    `shard`. Raises ValueError for a missing basis or folder, for settings that make nothing, and for training without a
+    denoiser.
     """
     if not isinstance(model, DiffusionModel) and (config.trains or not isinstance(config, SRSMEConfig)):
         raise ValueError(f"{model.name} is a text encoder alone, from which nothing is trained: give a whole `model`")
@@ -125,7 +126,7 @@ def erase_concepts(
         others = concepts if artifacts.category == OWN else erasable_concepts(artifacts.category)
     concepts = list(dict.fromkeys(concepts))
     concepts = concepts if config.is_joint else shard.select(concepts)
-    erasure = _Erasure(model, artifacts, config, image_dir, execution, gate, others)
+    erasure = _Erasure(model, artifacts, config, image_dir, execution, gate, RetainSet(model, others, retain))
     if config.needs_null_space:
         for concept in concepts:
             erasure.load_basis(concept)  # before any work, so that one that is missing costs none
@@ -144,6 +145,8 @@ def erase_concepts(
     rounds = [[concept] for concept in missing]
     if config.is_joint and missing:
         rounds = [list(concepts)]
+    if isinstance(config, SRSMEConfig):
+        notify_of_left_out(retain, missing)
     summaries: list[ErasureSummary] = []
     progress = rounds if config.trains else tqdm(rounds, desc="shifts", unit="shift")
     for together in progress:
@@ -195,14 +198,13 @@ class _Erasure:
         image_dir: Path,
         execution: ExecutionConfig,
         gate: GateConfig,
-        others: Sequence[Concept],
+        retain: RetainSet,
     ):
         self.model, self.artifacts, self.config = model, artifacts, config
         self.image_dir, self.execution = image_dir, execution
         self.gate = gate if isinstance(config, SRSMEConfig) else gate.with_changes(gate=False)
         self.gate_fitter: GateFitter | None = None
-        self.others = list(others)
-        self.retain = RetainSet(model, self.others)
+        self.retain = retain
         self.cache = _EmbeddingCache(model)
         self.bases: dict[str, NullSpaceBasis] = {}
 
@@ -226,7 +228,7 @@ class _Erasure:
 
     def build_metadata(self, concept: Concept) -> dict[str, Any]:
         """Return what a shift's file says that it was made from, as far as it is known before it is made."""
-        metadata = {
+        metadata: dict[str, Any] = {
             "created_by": CREATED_BY,
             "method": self.config.name,
             "base_model": self.model.name,
@@ -245,7 +247,10 @@ class _Erasure:
         if not self.config.trains:
             metadata["text_digest"] = self.model.text_digest  # to which alone a closed form is bound
         if isinstance(self.config, SRSMEConfig):
-            metadata["prompts_digest"] = self._digest_prompts(concept, self.config)
+            targets = target_prompts(concept, self.config, self.model.tokenizers[0])
+            metadata |= self.retain.metadata(targets, concept, self.config)
+            if not self.retain.prompts:
+                del metadata["config"]["retain_preserve_scale"]  # which weighs nothing
         if self.gate.gate:
             metadata["gate_config"] = self.gate.to_dict()
         if self.config.needs_null_space:
@@ -261,12 +266,6 @@ class _Erasure:
         """The model with its denoiser, which training needs."""
         assert isinstance(self.model, DiffusionModel)
         return self.model
-
-    def _digest_prompts(self, concept: Concept, config: SRSMEConfig) -> str:
-        """Return a digest of the prompts that an erasure takes from concepts, templates and grammars."""
-        targets = list(target_prompts(concept, config, self.model.tokenizers[0]).items())
-        content = json.dumps([targets, self.retain.groups(concept, config)])
-        return hashlib.sha256(content.encode()).hexdigest()
 
     def run(self, concepts: Sequence[Concept], metadata: Mapping[str, dict[str, Any]]) -> list[ErasureSummary]:
         """Make and save the shifts of concepts that are trained together, or of one."""
@@ -298,7 +297,8 @@ class _Erasure:
             return None
         if self.gate_fitter is None:
             retained = [prompt for basis in self.bases.values() for prompt in basis.metadata["protected"]]
-            self.gate_fitter = GateFitter(self.model, self.others, retained, self.gate)
+            retained += self.retain.prompts
+            self.gate_fitter = GateFitter(self.model, self.retain.others, retained, self.gate)
         try:
             return self.gate_fitter.fit(concept)
         except InseparableError as error:

@@ -99,14 +99,16 @@ class ConceptEraser:
         method: str = "SRS-ME",
         image_dir: Path | str = "data",
         protect: Sequence[str] | str = (),
+        retain: Sequence[str] | str = (),
         **options: Any,
     ) -> list[ErasureSummary]:
         """Erase concepts by name, and return what each new shift took and its measured leakage.
 
         A name of the category is its concept, whose shift leaves all others of the category alone. Any other is a
         concept of the user's own, which is erased as by `ldm.erase`, with further `options`. `protect` are prompts that
-        stay as they are too. `image_dir` has a folder of images per concept, for a method that trains on them. Raises
-        ValueError, and erases nothing, for an unknown method, a watermark, and what contradicts itself.
+        stay as they are too, and `retain` those that change little, as in `ldm.erase`. `image_dir` has a folder of
+        images per concept, for a method that trains on them. Raises ValueError, and erases nothing, for an unknown
+        method, a watermark, and what contradicts itself.
         """
         if method not in METHODS:
             known = ", ".join(METHODS)
@@ -120,10 +122,13 @@ class ConceptEraser:
                 f"{self.category}, which the model's config has settings for"
             )
         protected = [protect] if isinstance(protect, str) else list(protect)
-        shifts, summaries = self._make_listed(list(dict.fromkeys(listed)), protected, method, Path(image_dir))
+        retained = [retain] if isinstance(retain, str) else list(retain)
+        kept = read_prompts(protected), read_prompts(retained, "retain")
+        shifts, summaries = self._make_listed(list(dict.fromkeys(listed)), *kept, method, Path(image_dir))
         if own:
             options = {"gate": self.form == "gated", **options}
             options |= {"method": method, "artifacts_dir": self.artifacts_dir, "training_image_dir": image_dir}
+            options["retain"] = retained
             own_shifts, took = make_own_shifts(self.model, own, [*protected, *self._own_concepts()], **options)
             shifts, summaries = shifts | own_shifts, summaries + took
         shifts = self.shifts | shifts
@@ -133,19 +138,18 @@ class ConceptEraser:
         return summaries
 
     def _make_listed(
-        self, concepts: Sequence[Concept], protect: Sequence[str], method: str, image_dir: Path
+        self, concepts: Sequence[Concept], prompts: Sequence[str], retain: Sequence[str], method: str, image_dir: Path
     ) -> tuple[dict[str, WeightShift], list[ErasureSummary]]:
         """Return a shift for each of some concepts of the category, by label, and what each new one took."""
         if not concepts:
             return {}, []
         check_unedited(self.model)
-        prompts = read_prompts(protect)
         check_contradictions(self.model, concepts, prompts)
         artifacts = ArtifactPaths(self.artifacts_dir, method, self.model.name, self.category, 1, 0)  # as the scripts do
         protection = Protection(erasable_concepts(self.category), self.config.null_space, prompts)
         gate = self.config.gate if self.form == "gated" else NO_GATE
         settings = self.config.methods[method], protection, image_dir, gate
-        summaries = erase(self.model, artifacts, concepts, *settings)
+        summaries = erase(self.model, artifacts, concepts, *settings, retain=retain)
         shifts: dict[str, WeightShift] = {}
         for concept in concepts:
             shift = WeightShift.load(artifacts.shift(concept.label)).in_memory()

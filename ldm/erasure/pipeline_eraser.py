@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -15,6 +16,7 @@ from ldm.config.templates import load_template_set
 from ldm.diffusion.pipeline_encoder import PipelineEncoder
 from ldm.erasure.effect import LEAST_EFFECT, LEAST_GATED_EFFECT
 from ldm.erasure.pipeline_concepts import Details, as_list, check_said, names_all, new_concepts, tidied
+from ldm.erasure.retain import notify_of_left_out
 from ldm.io.errors import notify
 
 _ATTRIBUTE = "_concept_eraser"  # of a pipeline from which something is erased
@@ -22,6 +24,20 @@ _ATTRIBUTE = "_concept_eraser"  # of a pipeline from which something is erased
 MAX_DISTANCE_LEFT = {"linear": round(1 - LEAST_EFFECT, 2), "gated": round(1 - LEAST_GATED_EFFECT, 2)}
 
 Reports = dict[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Prompts that stay as they are, and those that only change little, or trip no gate."""
+
+    protected: tuple[str, ...] = ()
+    retained: tuple[str, ...] = ()
+
+    def with_more(self, protected: Sequence[str], retained: Sequence[str]) -> Kept:
+        """Return these and further ones, once each."""
+        return Kept(
+            tuple(dict.fromkeys([*self.protected, *protected])), tuple(dict.fromkeys([*self.retained, *retained]))
+        )
 
 
 class PipelineEraser(ABC):
@@ -38,7 +54,7 @@ class PipelineEraser(ABC):
         self._pipe: Any = pipe
         self._encoder = PipelineEncoder.of(pipe)
         self._concepts: dict[str, Concept] = {}  # by the text that erased them
-        self._protected: list[str] = []
+        self._kept = Kept()
         self._originals = 0  # blocks of `original` that run now
 
     @staticmethod
@@ -58,6 +74,7 @@ class PipelineEraser(ABC):
         kind: str | Mapping[str, str] | None = None,
         aliases: Mapping[str, Sequence[str]] | None = None,
         anchor: str | Mapping[str, str] | None = None,
+        retain: Sequence[str] | str = (),
     ) -> Reports:
         """Erase concepts by text, one or several, and return what was measured of each new one.
 
@@ -65,7 +82,8 @@ class PipelineEraser(ABC):
         kind of thing it is, for all texts or by text, and `aliases` its other spellings, by text. `anchor` is what
         prompts become: the same with this text instead of the concept's name, for all texts or by text, and by default
         with a neutral word of its kind. One that names what is erased already changes nothing. `protect` are prompts
-        that stay as they are, whatever is erased until all is restored.
+        that stay as they are, whatever is erased until all is restored, and `retain` those that trip no gate, or in the
+        form linear change little: prompts of it that say what is erased are left out.
         Raises ValueError, and erases nothing, for what cannot be erased, and for a text that says another ("Vincent van
         Gogh" says "Van Gogh"): these are one concept, and the one an alias of the other.
         """
@@ -76,11 +94,12 @@ class PipelineEraser(ABC):
                 "`ConceptEraser` of the pipeline returns, or restore them there"
             )
         new = new_concepts(texts, Details(kind, aliases, anchor), self._concepts)
-        added = [prompt for prompt in as_list(protect, "protect") if prompt not in self._protected]
-        concepts, protected = {**self._concepts, **new}, [*self._protected, *added]
-        check_said(concepts, protected)
-        reports = self._fit(concepts, protected)  # an interrupt in it too: all of the concepts are erased, or none
-        self._set(concepts, protected)
+        kept = self._kept.with_more(as_list(protect, "protect"), as_list(retain, "retain"))
+        concepts = {**self._concepts, **new}
+        check_said(concepts, kept.protected)
+        notify_of_left_out(kept.retained, new.values())
+        reports = self._fit(concepts, kept)  # an interrupt in it too: all of the concepts are erased, or none
+        self._set(concepts, kept)
         for text in new:
             left, limit = reports[text]["distance_left"], MAX_DISTANCE_LEFT[self.form]
             if left > limit:
@@ -101,9 +120,7 @@ class PipelineEraser(ABC):
         for text, label in found.items():
             if label is None:
                 raise ValueError(f"'{text}' is not erased: erased are {', '.join(self.erased) or 'none'}")
-        self._set(
-            {text: concept for text, concept in self._concepts.items() if text not in found.values()}, self._protected
-        )
+        self._set({text: concept for text, concept in self._concepts.items() if text not in found.values()}, self._kept)
 
     @contextmanager
     def original(self) -> Generator[None]:
@@ -119,7 +136,7 @@ class PipelineEraser(ABC):
     def report(self) -> pd.DataFrame:
         """Return a row for each erased concept: its kind, its anchor, and what was measured of it."""
         rows: list[dict[str, Any]] = []
-        reports = self._fit(self._concepts, self._protected) if self._concepts else {}
+        reports = self._fit(self._concepts, self._kept) if self._concepts else {}
         for text, concept in self._concepts.items():
             anchor = concept.anchor or load_template_set(concept.kind).neutral
             rows.append({"concept": text, "kind": concept.kind, "anchor": anchor})
@@ -128,14 +145,14 @@ class PipelineEraser(ABC):
                 rows[-1][name] = "{} of {}".format(*value) if isinstance(value, list) else value
         return pd.DataFrame(rows, columns=["concept", "kind", "anchor", *self.measured])
 
-    def _set(self, concepts: dict[str, Concept], protected: list[str]) -> None:
+    def _set(self, concepts: dict[str, Concept], kept: Kept) -> None:
         """Let these concepts be erased and no others, or, where that fails, those that were."""
-        before = self._concepts, self._protected
-        self._concepts, self._protected = concepts, protected if concepts else []
+        before = self._concepts, self._kept
+        self._concepts, self._kept = concepts, kept if concepts else Kept()
         try:
             self._sync()
         except BaseException:
-            self._concepts, self._protected = before
+            self._concepts, self._kept = before
             raise
         if concepts:
             setattr(self._pipe, _ATTRIBUTE, self)
@@ -147,7 +164,7 @@ class PipelineEraser(ABC):
         return next((label for label, concept in self._concepts.items() if concept.is_named(text)), None)
 
     @abstractmethod
-    def _fit(self, concepts: Mapping[str, Concept], protected: Sequence[str]) -> Reports:
+    def _fit(self, concepts: Mapping[str, Concept], kept: Kept) -> Reports:
         """Find what erases each of these concepts from the pipeline as it is now, and return what was measured of it.
 
         Nothing is erased yet. Raises ValueError for what cannot be erased.

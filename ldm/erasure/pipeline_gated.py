@@ -16,12 +16,12 @@ from ldm.diffusion.pipeline_encoder import OUTPUTS, SIDES, EncodedPrompts, Pipel
 from ldm.erasure.gate_fitter import GateFitter, InseparableError
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.known_states import KnownStates
-from ldm.erasure.pipeline_eraser import PipelineEraser, Reports
+from ldm.erasure.pipeline_eraser import Kept, PipelineEraser, Reports
 from ldm.io.errors import notify
 from ldm.io.tensors import tensor_digest
 
 _PROMPTS_AT_ONCE = 64  # that the text encoders embed in one pass
-_MAX_STATES = 8  # of the text encoders, `clip_skip`s and protected prompts, for which edits are kept
+_MAX_STATES = 8  # of the text encoders, `clip_skip`s and kept prompts, for which edits are kept
 _MAX_RETURNED = 10_000  # prompts' embeddings that are known again
 
 Edits = dict[Concept, GatedEdit]
@@ -43,21 +43,21 @@ class GatedPipelineEraser(PipelineEraser):
         super().__init__(pipe)
         self.config = GateConfig()
         self._methods_before: dict[str, Any] = {}  # those that the user gave this very pipeline
-        # by the state of the text encoders and `clip_skip`, and by what is protected and the `config`
+        # by the state of the text encoders and `clip_skip`, and by what is kept and the `config`
         self._edits: dict[tuple[tuple[Hashable, int | None], Hashable], Edits] = {}
         self._known: tuple[Hashable, KnownStates] = None, KnownStates()  # of text encoders in one state
         self._returned: dict[str, None] = {}  # digests of the embeddings of prompts
-        self._active: tuple[list[Concept], list[str]] = [], []  # and what is protected, in these embeddings
+        self._active: tuple[list[Concept], Kept] = [], Kept()  # and what is kept, in these embeddings
 
-    def _fit(self, concepts: Mapping[str, Concept], protected: Sequence[str]) -> Reports:
+    def _fit(self, concepts: Mapping[str, Concept], kept: Kept) -> Reports:
         if not self._concepts:
             self._encoder = PipelineEncoder.of(self._pipe)  # whose `encode_prompt` may be the user's own by now
-        edits = self._fitted(self._encoder, self._encoder.fingerprint(), concepts, protected)
+        edits = self._fitted(self._encoder, self._encoder.fingerprint(), concepts, kept)
         return {text: edits[concept].report for text, concept in concepts.items()}
 
     def _sync(self) -> None:
         methods = {"encode_prompt": self._encode_prompt, "save_pretrained": self._save_pretrained}
-        active = list(self._concepts.values()), self._protected
+        active = list(self._concepts.values()), self._kept
         if active != self._active:
             self._returned.clear()
         if self._concepts and not self._active[0]:
@@ -74,19 +74,19 @@ class GatedPipelineEraser(PipelineEraser):
         self._active = active
 
     def _fitted(
-        self, encoder: PipelineEncoder, fingerprint: Hashable, concepts: Mapping[str, Concept], protected: Sequence[str]
+        self, encoder: PipelineEncoder, fingerprint: Hashable, concepts: Mapping[str, Concept], kept: Kept
     ) -> Edits:
         """Return the edits of concepts for text encoders with a fingerprint, fitted where they are not yet.
 
         Raises ValueError where no gate tells a concept from other prompts, or leaves a protected one alone.
         """
-        state = (fingerprint, encoder.clip_skip), (tuple(protected), self.config)
+        state = (fingerprint, encoder.clip_skip), (kept, self.config)
         edits = self._edits.get(state, {})
         lacking = [concept for concept in concepts.values() if concept not in edits]
         if lacking:
-            self._notify_of_refit(lacking, encoder.clip_skip, protected)
-            edits = {**edits, **self._fit_gates(encoder, fingerprint, lacking, list(concepts.values()), protected)}
-            _check_protected(encoder, {text: edits[concept] for text, concept in concepts.items()}, protected)
+            self._notify_of_refit(lacking, encoder.clip_skip, kept)
+            edits = {**edits, **self._fit_gates(encoder, fingerprint, lacking, list(concepts.values()), kept)}
+            _check_protected(encoder, {text: edits[concept] for text, concept in concepts.items()}, kept.protected)
             self._edits[state] = edits
             for oldest in list(self._edits)[:-_MAX_STATES]:
                 del self._edits[oldest]
@@ -98,7 +98,7 @@ class GatedPipelineEraser(PipelineEraser):
         fingerprint: Hashable,
         lacking: Sequence[Concept],
         concepts: Sequence[Concept],
-        protected: Sequence[str],
+        kept: Kept,
     ) -> Edits:
         """Return the edits of the concepts that are `lacking`, whose gates leave all of the `concepts` but their own.
 
@@ -110,20 +110,20 @@ class GatedPipelineEraser(PipelineEraser):
             self._known = state, KnownStates()
         is_first = not self._known[1].layers
         try:
-            fitter = GateFitter(encoder, concepts, protected, self.config, self._known[1])
+            fitter = GateFitter(encoder, concepts, [*kept.protected, *kept.retained], self.config, self._known[1])
             return {concept: fitter.fit(concept) for concept in lacking}
         except InseparableError as error:
             self._known = None, KnownStates()
             if not is_first:
-                return self._fit_gates(encoder, fingerprint, lacking, concepts, protected)
+                return self._fit_gates(encoder, fingerprint, lacking, concepts, kept)
             reason = str(error).rpartition(": ")[0]  # without the advice to erase it by other means
             advice = "name it more narrowly, protect fewer prompts, or take the `form` linear"
             raise ValueError(f"{reason}: {advice}") from error
 
-    def _notify_of_refit(self, lacking: Sequence[Concept], clip_skip: int | None, protected: Sequence[str]) -> None:
+    def _notify_of_refit(self, lacking: Sequence[Concept], clip_skip: int | None, kept: Kept) -> None:
         fitted: set[Concept] = set()
         for (_, settings), edits in self._edits.items():
-            if settings == (tuple(protected), self.config):
+            if settings == (kept, self.config):
                 fitted.update(edits)
         names = [concept.name for concept in lacking if concept in fitted]
         if names:
@@ -139,11 +139,11 @@ class GatedPipelineEraser(PipelineEraser):
         """
         encoder = replace(self._encoder, lora_scale=given.get("lora_scale"))
         fingerprint = encoder.fingerprint()
-        edits = self._fitted(encoder, fingerprint, self._concepts, self._protected)
+        edits = self._fitted(encoder, fingerprint, self._concepts, self._kept)
         gated: dict[str, GatedPrompts] = dict.fromkeys(SIDES, self._together(edits))
         if given.get("clip_skip") is not None:
             skipping = replace(encoder, clip_skip=given["clip_skip"])
-            skipped = self._fitted(skipping, fingerprint, self._concepts, self._protected)
+            skipped = self._fitted(skipping, fingerprint, self._concepts, self._kept)
             own = {concept: replace(edit, maps=skipped[concept].maps) for concept, edit in edits.items()}
             gated[""] = self._together(own)
         return gated

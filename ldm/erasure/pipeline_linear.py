@@ -20,7 +20,7 @@ from ldm.diffusion.pipeline_model import PipelineModel, unwrapped
 from ldm.erasure.initial_shift import initial_shift
 from ldm.erasure.merge import SummedShifts
 from ldm.erasure.null_space import NullSpaceBasis
-from ldm.erasure.pipeline_eraser import PipelineEraser, Reports
+from ldm.erasure.pipeline_eraser import Kept, PipelineEraser, Reports
 from ldm.erasure.protection import check_apart
 from ldm.erasure.retain import RetainSet
 from ldm.erasure.shift import WeightShift
@@ -54,22 +54,22 @@ class LinearPipelineEraser(PipelineEraser):
         self._made_for: Hashable = None  # what the shifts depend on beside the concepts
         self._shifts: dict[Concept, WeightShift] = {}
         self._reports: dict[Concept, dict[str, float]] = {}
-        self._retain: tuple[Hashable, RetainSet] | None = None  # for text encoders in one state
+        self._retain: tuple[Hashable, RetainSet] | None = None  # for text encoders in one state, and prompts
         self._active: list[WeightShift] = []
         self._merged: tuple[list[WeightShift], Weights, Weights] = [], {}, {}  # shifts, weights without and with them
 
-    def _fit(self, concepts: Mapping[str, Concept], protected: Sequence[str]) -> Reports:
+    def _fit(self, concepts: Mapping[str, Concept], kept: Kept) -> Reports:
         if self.config.trains:
             raise ValueError("a pipeline's weights are changed in closed form: set `mode` closed_form in `config`")
         self._check_own()
         if not self._concepts:
             self._weights.forget()  # what they were at an earlier time
         fingerprint = PipelineEncoder.of(self._pipe).fingerprint()
-        made_for = fingerprint, tuple(protected), self.config, self.null_space
+        made_for = fingerprint, kept, self.config, self.null_space
         if made_for != self._made_for or not set(concepts.values()) <= set(self._shifts):
             with self.original():
                 self._weights.base()  # before any work, so that weights out of reach cost none
-                self._make(PipelineModel.of(self._pipe), fingerprint, list(concepts.values()), protected)
+                self._make(PipelineModel.of(self._pipe), fingerprint, list(concepts.values()), kept)
             self._made_for = made_for
         return {text: self._reports[concept] for text, concept in concepts.items()}
 
@@ -105,27 +105,26 @@ class LinearPipelineEraser(PipelineEraser):
             self._merged = shifts, base, merged
         return self._merged[2]
 
-    def _make(
-        self, model: PipelineModel, fingerprint: Hashable, concepts: Sequence[Concept], protected: Sequence[str]
-    ) -> None:
+    def _make(self, model: PipelineModel, fingerprint: Hashable, concepts: Sequence[Concept], kept: Kept) -> None:
         """Make the shifts of all concepts, each of which leaves the others alone, and measure what they do together.
 
         The pipeline is without any of them meanwhile.
         """
-        prompts = list(dict.fromkeys([*always_protected_prompts(), *protected]))
-        kept = model.embed_prompts(prompts)  # (tokens, d) each
-        check_apart(model, concepts, kept)
+        prompts = list(dict.fromkeys([*always_protected_prompts(), *kept.protected]))
+        protected = model.embed_prompts(prompts)  # (tokens, d) each
+        check_apart(model, concepts, protected)
         settings = self.null_space.rank_rtol, self.null_space.null_space_method
-        basis = NullSpaceBasis.fit(list(kept.values()), prompts, *settings)
-        if self._retain is None or self._retain[0] != fingerprint:
-            self._retain = fingerprint, RetainSet(model, concepts)
+        basis = NullSpaceBasis.fit(list(protected.values()), prompts, *settings)
+        retained_by = fingerprint, kept.retained
+        if self._retain is None or self._retain[0] != retained_by:
+            self._retain = retained_by, RetainSet(model, concepts, kept.retained)
         retain = self._retain[1]
         retain.others = concepts
         shifts: dict[Concept, WeightShift] = {}
         for concept in tqdm(concepts, desc="shifts", unit="shift", delay=_QUIET_SECONDS, leave=False):
             shifts[concept] = initial_shift(model, concept, self.config, basis, retain)
         merged = self._merge(list(shifts.values()))
-        leakage = float(_leakage(self._weights.base(), merged, torch.stack(list(kept.values())).cpu()).max())
+        leakage = float(_leakage(self._weights.base(), merged, torch.stack(list(protected.values())).cpu()).max())
         reports: dict[Concept, dict[str, float]] = {}
         for concept in concepts:
             reports[concept] = self._measure(model, concept, merged) | {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -15,21 +18,25 @@ from ldm.config.spellings import says
 from ldm.config.templates import fill, load_template_set
 from ldm.diffusion.text_model import TextModel
 from ldm.diffusion.tokenizer import vocabulary_words
+from ldm.io.errors import notify
 
 _NUM_CAPTIONS = 1000
 _COMPOSED = 3  # captions in which each composed template says a concept, or a neutral word
 _NUM_NAMES = 220  # made-up names, which stand for all that nobody lists
+_SHOWN = 3  # prompts in a notice
 
 
 class RetainSet:
-    """Everyday captions, neutral prompts, and prompts that say the other concepts.
+    """Everyday captions, neutral prompts, prompts that say the other concepts, and prompts of the user's own.
 
     Neutral prompts say a neutral word, or a made-up name, as others say a concept. `others` are the concepts whose
-    prompts are retained unless it is their own erasure.
+    prompts are retained unless it is their own erasure, and `prompts` those of the user, but for those that say what is
+    erased.
     """
 
-    def __init__(self, model: TextModel, others: Sequence[Concept]):
+    def __init__(self, model: TextModel, others: Sequence[Concept], prompts: Sequence[str] = ()):
         self.model, self.others = model, others
+        self.prompts = list(dict.fromkeys(prompts))
         self._grams: dict[tuple[str, ...], torch.Tensor] = {}
 
     @cached_property
@@ -50,12 +57,29 @@ class RetainSet:
             number = sum(len(part) for part in parts)
             for part in parts:
                 total += scale * num_targets / number * self._gram(part)
+        left_out = _prompts_saying(self.prompts, concept)
+        number = len(self.prompts) - len(left_out)
+        if config.retain_preserve_scale and number:
+            gram = self._gram(self.prompts) - self._gram(left_out)  # so that for no concept all are embedded again
+            total += config.retain_preserve_scale * num_targets / number * gram
         return total
+
+    def metadata(self, targets: Mapping[str, str], concept: Concept, config: SRSMEConfig) -> dict[str, Any]:
+        """Return what a shift's file says of the prompts that it is made of, `targets` with their anchors among them.
+
+        That is a digest of all that are taken from concepts, templates, grammars and the user, and of the user's alone
+        their number and digest.
+        """
+        content: list[Any] = [list(targets.items()), self.groups(concept, config)]
+        if not self.prompts:
+            return {"prompts_digest": _digest(content)}
+        own = {"prompts": len(self.prompts), "digest": _digest(self.prompts)}
+        return {"prompts_digest": _digest([*content, self.prompts]), "retain": own}
 
     def groups(self, concept: Concept, config: SRSMEConfig) -> list[tuple[float, list[list[str]]]]:
         """Return the groups of prompts that are retained, in parts, each group with its scale.
 
-        None of them says the concept. The words of the vocabulary are not among them.
+        None of them says the concept. The words of the vocabulary, and the user's prompts, are not among them.
         """
         found: list[tuple[float, list[list[str]]]] = []
         if config.captions_preserve_scale:
@@ -99,3 +123,21 @@ class RetainSet:
         if key not in self._grams:
             self._grams[key] = self.model.prompt_gram(prompts)
         return self._grams[key]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _prompts_saying(prompts: Iterable[str], concept: Concept) -> list[str]:
+    return [prompt for prompt in prompts if says(prompt, concept.spellings)]
+
+
+def notify_of_left_out(prompts: Iterable[str], concepts: Iterable[Concept]) -> None:
+    """Say which of a user's prompts the erasures of concepts do not retain: those that say the concept."""
+    shown: list[str] = []
+    for concept in concepts:
+        shown += [f"'{prompt}' ({concept.name})" for prompt in _prompts_saying(prompts, concept)]
+    if shown:
+        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+        notify(f"`retain` is without the prompts that say what is erased: {', '.join(shown[:_SHOWN])}{more}")

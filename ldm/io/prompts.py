@@ -76,6 +76,15 @@ def read_prompt_csv(path: Path) -> list[PromptCase]:
     return list(cases.values())
 
 
+def is_prompt_csv(path: Path) -> bool:
+    """Return whether a file is a CSV file with a column of prompts, and so a prompt list or meant as one.
+
+    Raises ValueError for one that is no CSV file.
+    """
+    rows = read_rows(path)[1] if Path(path).is_file() else []
+    return bool(rows) and COLUMNS[0] in rows[0]
+
+
 def read_rows(path: Path) -> tuple[list[int], list[list[str]]]:
     """Return the rows of a CSV file that are not blank, the header first, and the number of each one's first line."""
     try:

@@ -157,6 +157,11 @@ class Ledger:
         return [prompt for prompt in self.header["protected"] if prompt not in always_protected_prompts()]
 
     @property
+    def retain(self) -> list[str]:
+        """The prompts that the owner asked shifts to change little, though none protects them exactly."""
+        return self.header.get("retain", [])
+
+    @property
     def prompts(self) -> list[str]:
         """All that a shift is to leave alone, but for its own concept: what is always protected, and the concepts."""
         return self.prompts_after(len(self.entries))

@@ -60,6 +60,8 @@ def parse_header(content: Mapping[str, Any]) -> list[Concept]:
     texts += [content[name] for name in _SOURCE if content.get(name) is not None]
     if not all(map(is_text, texts)) or not is_texts(content["protected"]):
         raise ValueError
+    if not is_texts(content.get("retain", [])):
+        raise ValueError
     listed, category, version = content["concepts"], content["category"], content.get("version", 1)
     if type(version) is not int or version not in (1, VERSION) or not isinstance(listed, list) or not listed:
         raise ValueError

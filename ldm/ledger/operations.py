@@ -66,7 +66,8 @@ def create_shifts(
                 ledger.root / "shifts", config.name, model.name, category, 0, len(ledger.entries) + 1
             )
             if together:
-                made = erase(model, artifacts, together, config, protection, image_dir, gate, others=_retained(ledger))
+                retained = _retained(ledger), ledger.retain
+                made = erase(model, artifacts, together, config, protection, image_dir, gate, *retained)
                 leakages |= {summary.concept: summary.leakage for summary in made}
             placed |= dict.fromkeys((concept.label for concept in together), artifacts)
         seconds, peak_gib = round(time.perf_counter() - start, 1), round(peak_memory() / 2**30, 2)
