@@ -23,6 +23,7 @@ from ldm.erasure.prompt_rows import PromptRows
 _OWN_WEIGHT = 0.02  # of the covariance of a concept's own rows, against that of all other rows
 _LOOKALIKE_GAP = 0.2  # that lookalikes stay below a concept's prompts to count for its threshold
 _TASKS_AT_ONCE = 32
+_STRIDE = 1
 _HARD_ROUNDS, _NUM_HARD, _HARD_WEIGHT = 3, 256, 0.1  # how often, and with what weight, the hardest rows count again
 
 
@@ -110,7 +111,7 @@ def _fit_batch(tasks: Sequence[GateTask], negatives: Negatives, position: float)
         weights = negatives.weights(torch.stack([fit.solve() for fit in fits]))
         scores = _scores(negatives, weights, out)
         for fit, task, weight, row in zip(fits, tasks, weights, scores, strict=True):
-            hardest = row.topk(min(_NUM_HARD, int(row.isfinite().sum()))).indices
+            hardest = row.topk(min(_NUM_HARD, int(row.isfinite().sum()))).indices[::_STRIDE]
             alike = negatives.whiten(task.lookalikes.best(weight))
             fit.add(torch.cat([negatives.rows[hardest], alike]))
     weights = negatives.weights(torch.stack([fit.solve() for fit in fits])).half().float()  # as files have it
@@ -153,9 +154,7 @@ def _with_threshold(
 class _Discriminant:
     """Fisher's discriminant of a concept's last tokens, in the coordinates of its negatives, as hard rows are added.
 
-    There the covariance is `a I + U^T D U`: one, less the rows that are left out, and more for what counts more. So the
-    direction is `o - U^T (a D^-1 + U U^T)^-1 U o`, but for its scale, where o is what the concept's mean is away from
-    that of the others (Woodbury's identity).
+    There the covariance is one, less the rows that are left out, and more for those that count more.
     """
 
     def __init__(self, own: Positives, negatives: Negatives, left_out: torch.Tensor):
@@ -164,28 +163,18 @@ class _Discriminant:
         kept = len(left_out) - len(out)
         self._mean = -out.sum(0) / kept
         self._offset = rows.mean(0) - self._mean
-        self._scale = len(left_out) / kept
         spread = rows - rows.mean(0)
-        self._rows = torch.cat([out, self._mean[None], spread])
-        self._products = self._rows @ self._rows.T  # U U^T
-        sizes = torch.tensor([len(out), 1, len(spread)])
-        self._sizes = torch.tensor([-1 / kept, -1, _OWN_WEIGHT / len(spread)]).repeat_interleave(sizes)
+        self._covariance = len(left_out) / kept * torch.eye(len(self._mean)) - out.T @ out / kept
+        self._covariance += _OWN_WEIGHT * spread.T @ spread / len(spread) - self._mean[:, None] * self._mean
 
     def add(self, hard: torch.Tensor) -> None:
         """Let rows (h, d) that are taken for the concept count more."""
         hard = hard - self._mean
-        mixed = self._rows @ hard.T  # (k, h)
-        corner = torch.cat([mixed, hard @ hard.T])
-        self._products = torch.cat([torch.cat([self._products, mixed.T]), corner], dim=1)
-        self._rows = torch.cat([self._rows, hard])
-        self._scale *= 1 - _HARD_WEIGHT
-        added = torch.full((len(hard),), _HARD_WEIGHT / len(hard))
-        self._sizes = torch.cat([(1 - _HARD_WEIGHT) * self._sizes, added])
+        self._covariance = (1 - _HARD_WEIGHT) * self._covariance + _HARD_WEIGHT / len(hard) * hard.T @ hard
 
     def solve(self) -> torch.Tensor:
         """Return the direction (d,), whose score of the means' distance is 1."""
-        inner = self._products + torch.diag(self._scale / self._sizes)
-        direction = self._offset - self._rows.T @ torch.linalg.solve(inner, self._rows @ self._offset)
+        direction = torch.linalg.solve(self._covariance, self._offset)
         return direction / (direction @ self._offset)
 
 

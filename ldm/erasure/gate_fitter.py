@@ -246,18 +246,17 @@ class GateFitter:
 
     def _thinned(self, prompts: Sequence[str], states: States) -> Rows:
         """Return the rows of hidden states (N, T, d) that can matter, those of each prompt for itself, in float32."""
-        lengths = self._lengths(prompts)
+        ids = self._token_ids(prompts)
         thinned: dict[tuple[str, int], list[torch.Tensor]] = {}
         for key, state in states.items():
-            kept = [kept_positions(length, state.shape[1]) for length in lengths]
+            kept = [kept_positions(len(tokens), state.shape[1], sum(tokens)) for tokens in ids]
             thinned[key] = [rows[positions].float() for rows, positions in zip(state, kept, strict=True)]
         return thinned
 
-    def _lengths(self, prompts: Sequence[str]) -> list[int]:
-        """Return how many tokens of each prompt are read, with those that mark its beginning and end."""
+    def _token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each prompt that are read, with those that mark its beginning and end."""
         limit = self.tokenizer.model_max_length
-        ids = self.tokenizer(list(prompts), truncation=True, max_length=limit, verbose=False).input_ids
-        return [len(tokens) for tokens in ids]
+        return self.tokenizer(list(prompts), truncation=True, max_length=limit, verbose=False).input_ids
 
     def _embed(
         self, prompts: Sequence[str], layers: Mapping[str, int | Collection[int]]
@@ -278,7 +277,7 @@ class GateFitter:
         """Return the maps of a concept's prompts, whose embeddings are (N, rows, d), onto their anchors, by stream."""
         number, aims, config = self.tokenizer.model_max_length, self._aims(own.all, own.anchors), self.config
         settings = config.map_ridge, config.map_rank, config.map_loss
-        kept = [kept_positions(length, number) for length in self._lengths(own.all)]
+        kept = [kept_positions(len(tokens), number, sum(tokens)) for tokens in self._token_ids(own.all)]
         targets, goals = (
             torch.cat([rows[positions] for rows, positions in zip(found, kept, strict=True)])
             for found in (embeds, aims)

@@ -61,7 +61,8 @@ class Encoder:
 
 def thinned(embeds: torch.Tensor, length: int) -> PromptRows:
     """Return the rows of prompts that can matter."""
-    return PromptRows.whole(embeds[:, kept_positions(length, TOKENS)])
+    parts = [rows[kept_positions(length, TOKENS, number)] for number, rows in enumerate(embeds)]
+    return PromptRows.join(parts, WIDTH)
 
 
 def joined(parts: list[PromptRows]) -> PromptRows:
@@ -80,9 +81,8 @@ def make_tasks(encoder: Encoder, embeds: torch.Tensor, alike: torch.Tensor, left
 
 def make_map(embeds: torch.Tensor, anchors: torch.Tensor) -> EmbeddingMap:
     """Return the map of a concept's prompts onto their anchors."""
-    kept = kept_positions(NAME_LENGTH, TOKENS)
-    targets, aims = (rows[:, kept].flatten(0, 1) for rows in (embeds, anchors))
-    counts = row_counts(kept, TOKENS).repeat(len(embeds))
+    targets, aims = (thinned(rows, NAME_LENGTH).rows for rows in (embeds, anchors))
+    counts = row_counts(kept_positions(NAME_LENGTH, TOKENS, 0), TOKENS).repeat(len(embeds))
     return fit_map(targets, aims, MAP_RIDGE, MAP_RANK, MAP_LOSS, counts).rounded()
 
 
