@@ -20,11 +20,10 @@ import torch
 from ldm.erasure.negatives import Negatives
 from ldm.erasure.prompt_rows import PromptRows
 
-_OWN_WEIGHT = 0.02  # of the covariance of a concept's own rows, against that of all other rows
+_OWN_WEIGHT = 0.1  # of the covariance of a concept's own rows, against that of all other rows
 _LOOKALIKE_GAP = 0.2  # that lookalikes stay below a concept's prompts to count for its threshold
 _TASKS_AT_ONCE = 32
-_STRIDE = 1
-_HARD_ROUNDS, _NUM_HARD, _HARD_WEIGHT = 3, 256, 0.1  # how often, and with what weight, the hardest rows count again
+_HARD_ROUNDS, _NUM_HARD, _HARD_WEIGHT = 3, 1000, 0.1  # how often, and with what weight, the hardest rows count again
 
 
 class NoGateError(ValueError):
@@ -111,7 +110,7 @@ def _fit_batch(tasks: Sequence[GateTask], negatives: Negatives, position: float)
         weights = negatives.weights(torch.stack([fit.solve() for fit in fits]))
         scores = _scores(negatives, weights, out)
         for fit, task, weight, row in zip(fits, tasks, weights, scores, strict=True):
-            hardest = row.topk(min(_NUM_HARD, int(row.isfinite().sum()))).indices[::_STRIDE]
+            hardest = row.topk(min(_NUM_HARD, int(row.isfinite().sum()))).indices
             alike = negatives.whiten(task.lookalikes.best(weight))
             fit.add(torch.cat([negatives.rows[hardest], alike]))
     weights = negatives.weights(torch.stack([fit.solve() for fit in fits])).half().float()  # as files have it

@@ -238,7 +238,7 @@ class GateFitter:
         """
         found: dict[tuple[str, int], list[torch.Tensor]] = {}
         starts = range(0, len(prompts), _PROMPTS_AT_ONCE)
-        for start in tqdm(starts, desc="prompts for gates", unit="batch", delay=_QUIET_SECONDS, leave=False):
+        for start in _with_progress(starts):
             part = prompts[start : start + _PROMPTS_AT_ONCE]
             for key, rows in self._thinned(part, self._encode(part, layers or self.layers)).items():
                 found.setdefault(key, []).extend(rows)
@@ -266,7 +266,7 @@ class GateFitter:
         embeds: list[torch.Tensor] = []
         batches: dict[tuple[str, int], list[torch.Tensor]] = {}
         starts = range(0, len(prompts), _PROMPTS_AT_ONCE)
-        for start in tqdm(starts, desc="prompts for gates", unit="batch", delay=_QUIET_SECONDS, leave=False):
+        for start in _with_progress(starts):
             found, states = self.model.encode_with_states(list(prompts[start : start + _PROMPTS_AT_ONCE]), needed)
             embeds.append(found.cpu())
             for key, state in states.items():
@@ -331,6 +331,12 @@ class GateFitter:
             "misspelt_misses": rate(int((misspelt <= 0).sum()), len(misspelt)),
             "distance_left": round(left, 3),
         }
+
+
+def _with_progress(starts: Sequence[int]) -> Iterable[int]:
+    """Return where each batch of prompts begins, beside a progress bar where there are several."""
+    title = "prompts for gates"
+    return tqdm(starts, desc=title, unit="batch", delay=_QUIET_SECONDS, leave=False, disable=len(starts) < 2 or None)
 
 
 def mean_distance_left(before: torch.Tensor, after: torch.Tensor, aims: torch.Tensor) -> float:
