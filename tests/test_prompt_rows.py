@@ -32,10 +32,12 @@ def test_rows_of_prompts_are_found_again():
     assert torch.equal(joined.at(torch.tensor([1, 0, 2])), torch.tensor([[2.0, 3.0], [9.0, 9.0], [0.0, 7.0]]))
     chosen = joined.select([2, 0])
     assert torch.equal(chosen.rows, torch.cat([RAGGED[2], RAGGED[0]])) and chosen.counts.tolist() == [3, 2]
-    weight = torch.tensor([1.0, -1.0])
+    [weight] = weights = torch.tensor([[1.0, -1.0]])
     assert joined.highest(joined.rows @ weight).tolist() == [-1, 0, 5]
-    assert torch.equal(joined.best(weight), torch.stack([RAGGED[0][0], RAGGED[1][0], RAGGED[2][0]]))  # of two the first
-    assert len(PromptRows.join([], 2).best(weight)) == 0
+    assert torch.equal(
+        joined.best(weights), torch.stack([RAGGED[0][0], RAGGED[1][0], RAGGED[2][0]])
+    )  # of two the first
+    assert len(PromptRows.join([], 2).best(weights)) == 0
 
 
 def test_the_covariance_of_whitened_negatives_is_one_but_for_the_ridge():

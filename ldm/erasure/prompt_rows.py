@@ -71,9 +71,9 @@ class PromptRows:
         lowest = torch.full((len(self),), -torch.inf)
         return lowest.scatter_reduce(0, self.owners, scores, "amax")
 
-    def best(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the row of each prompt that a weight (d,) scores highest, (N, d)."""
-        scores, owners = self.rows @ weight, self.owners
+    def best(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return the row of each prompt that any of some weights (g, d) scores highest, (N, d)."""
+        scores, owners = (self.rows @ weights.T).amax(1), self.owners
         found = (scores == self.highest(scores)[owners]).nonzero().flatten()
         first = torch.full((len(self),), len(scores)).scatter_reduce(0, owners[found], found, "amin")
         return self.rows[first]
