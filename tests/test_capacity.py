@@ -12,10 +12,10 @@ from ldm.erasure.capacity import FurtherPrompts, measure_capacity, summarize_gro
 from ldm.erasure.closed_form import Costs, closed_form_map, erasure_space
 from ldm.erasure.gate import Gate
 from ldm.erasure.gated_edit import GatedEdit
+from ldm.erasure.initial_shift import separable_shift
 from ldm.erasure.leakage import leakage
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.protection import ProtectedRows
-from ldm.erasure.shift import SeparableShift
 from ldm.experiments.gate_capacity import measure_gate_capacity
 from ldm.experiments.gates import FittedGates
 
@@ -48,7 +48,7 @@ def test_capacity_counts_free_dimensions_and_the_leakage_that_shifts_have(tiny):
         gram = 0.5 * 2 * tiny.vocab_gram_without(concept.name, *concept.aliases)
         space = erasure_space(basis.vectors, basis.protected, targets, Costs(0.1, 2.0, gram))
         embedding_map = closed_form_map(space, targets, tiny.encode_uncond())
-        shifts.append(SeparableShift.from_map(layers, space.directions, 1.0, embedding_map))
+        shifts.append(separable_shift(layers, space.directions, 1.0, embedding_map))
     # The two others' shifts together change the outputs for Cezanne's prompt: by the sum of what each adds.
     cezanne, changed, base = embeds["Cezanne"].double(), 0.0, 0.0
     for name, layer in layers.items():

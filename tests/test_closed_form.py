@@ -6,9 +6,9 @@ from torch import nn
 
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.closed_form import MIN_GAIN, Costs, ErasureSpace, closed_form_map, erasure_space
+from ldm.erasure.initial_shift import separable_shift
 from ldm.erasure.merge import applied
 from ldm.erasure.null_space import NullSpaceBasis
-from ldm.erasure.shift import SeparableShift
 
 ZEROS = torch.zeros(9, 9, dtype=torch.float64)
 
@@ -123,7 +123,7 @@ def test_one_map_of_the_embeddings_serves_all_layers():
     layers = {"a": nn.Linear(9, 4, bias=False), "b": nn.Linear(9, 6, bias=False)}
     embeds = torch.randn(5, 9, dtype=torch.float64)
     for scale in (1.0, 0.05):
-        shift = SeparableShift.from_map(layers, space.directions, scale, embedding_map)
+        shift = separable_shift(layers, space.directions, scale, embedding_map)
         assert all(weight.requires_grad and weight.dtype == torch.float32 for weight in shift.parameters())
         for name, layer in layers.items():
             weight = layer.weight.detach().double()
@@ -142,7 +142,7 @@ def test_the_closed_form_is_the_cheapest_change_towards_the_anchors_keys_and_val
     for gram in (torch.zeros(96, 96, dtype=torch.float64), tiny.vocab_gram_without("VanGogh")):
         space = space_of(basis, targets, ridge_weight, preserve_gram=gram)
         embedding_map = closed_form_map(space, targets, anchor)
-        shift = SeparableShift.from_map(layers, space.directions, scale, embedding_map)
+        shift = separable_shift(layers, space.directions, scale, embedding_map)
         size = max_projection(basis, target_rows) ** 2
         for name, layer in layers.items():
             delta, weight = shift.delta_weight(f"{name}.weight"), layer.weight.double()
@@ -158,7 +158,7 @@ def test_without_a_cost_a_concept_predicts_its_anchors_noise(tiny):
     targets, anchor = tiny.encode_prompt(["VanGogh", "VanGogh painting"]), tiny.encode_prompt(["a photo of a church"])
     identity = torch.eye(96, dtype=torch.float64)
     space = ErasureSpace(identity, 1e-12 * identity)
-    exact = SeparableShift.from_map(layers, identity, 0.5, closed_form_map(space, targets, anchor))
+    exact = separable_shift(layers, identity, 0.5, closed_form_map(space, targets, anchor))
     latents, timestep = torch.randn(1, *tiny.latent_shape), torch.tensor(500)
     with applied(tiny.unet, [exact]):
         edited = tiny.predict_noise(latents, timestep, targets[:1])

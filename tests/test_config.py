@@ -15,9 +15,9 @@ from ldm.config.methods import (
     NullSpaceConfig,
     SamplingConfig,
     SRSMEConfig,
-    setting,
 )
 from ldm.config.models import DEFAULT_CONFIG, ModelConfig, bundled_config, named_settings, read_model_config, read_yaml
+from ldm.config.settings import setting
 from ldm.io.paths import REPO_ROOT
 
 # What the original repository and the paper use for Stable Diffusion v1 (arXiv 2402.05947).

@@ -21,11 +21,9 @@ from ldm.config.methods import (
     ExportConfig,
     NullSpaceConfig,
     SamplingConfig,
-    Settings,
     SRSMEConfig,
-    check_value,
-    did_you_mean,
 )
+from ldm.config.settings import Settings, check_value, did_you_mean
 from ldm.io.errors import notify
 from ldm.io.paths import REPO_ROOT
 

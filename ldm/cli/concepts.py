@@ -28,7 +28,8 @@ from ldm.config.concepts import (
     parse_erase_targets,
     parse_indexes,
 )
-from ldm.config.methods import ANCHORS, EditConfig, MethodConfig, did_you_mean
+from ldm.config.methods import ANCHORS, EditConfig, MethodConfig
+from ldm.config.settings import did_you_mean
 from ldm.io.errors import notify
 
 _OLD_PROTECT = (["exact"], ["spectrum"])  # values of --protect when it was another flag

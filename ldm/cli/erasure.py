@@ -58,7 +58,8 @@ def run_erasure(args: Namespace, method: str) -> None:
 
     Raises NotErasedError, when all is written, where a shift's own effect was not found.
     """
-    from ldm.erasure.erase import erase_concepts, summary_table
+    from ldm.erasure.erase import erase_concepts
+    from ldm.erasure.summary import summary_table
 
     for name, owner in (("clip_path", "check"), ("export_dir", "export"), ("retain_preserve_scale", "retain")):
         if name in typed and not getattr(args, owner):
@@ -73,15 +74,17 @@ def run_erasure(args: Namespace, method: str) -> None:
     model_config = load_model_config(model)
     config = method_config(args, model_config, method)
     sections = [f"methods.{method}"]
-    sections += ["null_space"] if config.needs_null_space else []
+    sections += ["null_space"] if config.solves_null_space else []
     sections += ["gate"] if isinstance(config, SRSMEConfig) else []
     print(describe_sources(model_config, sections, spelled | _implied(config, model_config.methods[method])))
     _report_unused(args, config)
     artifacts = artifact_paths(args, model.name, method, category_of(args, concepts))
     check_contradictions(model, concepts, prompts)
-    if config.needs_null_space:
+    if config.solves_null_space:
         protection = Protection(protected, fill_settings(args, model_config.null_space), prompts)
         _solve_null_spaces(args, model, artifacts, concepts, protection, shard)
+    elif config.makes_gates_alone:
+        retain = [*retain, *prompts]  # which no gate may take for its concept
     gate = _gate_config(args, model_config) if isinstance(config, SRSMEConfig) else NO_GATE
     others = protected if concepts[0].is_own else None
     image_dir = args.training_image_dir

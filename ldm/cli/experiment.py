@@ -18,9 +18,9 @@ from ldm.config.methods import (
     JointSRSMEConfig,
     MethodConfig,
     SRSMEConfig,
-    did_you_mean,
 )
 from ldm.config.scenes import load_scene
+from ldm.config.settings import did_you_mean
 from ldm.io.paths import REPO_ROOT
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from ldm.cli.arguments import (
     typed_settings,
 )
 from ldm.cli.devices import parse_devices
-from ldm.config.methods import MethodConfig, Settings, SRSMEConfig, did_you_mean
+from ldm.config.methods import MethodConfig, SRSMEConfig
 from ldm.config.models import ModelConfig, with_asked
+from ldm.config.settings import Settings, did_you_mean
 from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
 from ldm.io.legacy import renamed_setting

@@ -19,7 +19,8 @@ from ldm.config.concepts import (
     find_by_name,
     identity_of,
 )
-from ldm.config.methods import ANCHORS, did_you_mean
+from ldm.config.methods import ANCHORS
+from ldm.config.settings import did_you_mean
 from ldm.config.spellings import says
 from ldm.config.templates import KINDS
 from ldm.config.yaml_files import check_keys, read_mapping

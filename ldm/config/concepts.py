@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Self
 
-from ldm.config.methods import did_you_mean
+from ldm.config.settings import did_you_mean
 from ldm.config.templates import KINDS, fill, load_template_set, with_article
 from ldm.config.yaml_files import check_keys, read_mapping
 from ldm.io.paths import REPO_ROOT

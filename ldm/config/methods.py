@@ -6,11 +6,11 @@ Diffusion v1; a model's YAML is merged over them (`ldm.config.models`), and what
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from ldm.config.settings import Settings, setting
 
 TRAIN_METHODS = ("xattn", "noxattn", "selfattn", "full", "notime", "xlayer", "selflayer")
 LINEAR_FORMATS = ("compvis", "lora", "kohya", "unet", "diffusers")
@@ -20,90 +20,6 @@ GATED_FORMATS = ("comfyui",)
 FORMATS = LINEAR_FORMATS + SHARED_FORMATS + GATED_FORMATS  # in the order in which they are written
 ANCHORS = ("empty", "category", "neutral")
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def setting(
-    default: Any,
-    help_text: str,
-    choices: tuple[str, ...] = (),
-    minimum: float | None = None,
-    above: float | None = None,
-    training_only: bool = False,
-) -> Any:
-    """Declare a field: its default, meaning and possible values, and whether it acts only in training."""
-    metadata = {
-        "help": help_text,
-        "choices": choices,
-        "minimum": minimum,
-        "above": above,
-        "training_only": training_only,
-    }
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all settings share: their values are checked when they are made."""
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            limits = {**entry.metadata, "type": str(entry.type)}
-            check_value(entry.name, getattr(self, entry.name), limits)
-
-    def with_changes(self, **changes: Any) -> Self:
-        """Return a copy with other values. Raises ValueError, with the nearest name, for an unknown setting."""
-        known = [entry.name for entry in fields(self)]
-        for name in changes:
-            if name not in known:
-                raise ValueError(f"no setting {name}{did_you_mean(name, known)}: choose from {', '.join(known)}")
-        return replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as they are written into metadata."""
-        return asdict(self)
-
-
-_MOST_INT, _MOST_FLOAT, _MOST_SEED = 10**9, 1e30, 2**63 - 1  # what torch's own types hold, with room
-
-
-def _is_of_type(value: Any, kind: str) -> bool:
-    """Return whether a value is of a type of an annotation such as 'int | str | None'; None is of none of them."""
-    fits = {
-        "bool": isinstance(value, bool),
-        "int": isinstance(value, int) and not isinstance(value, bool),
-        "float": isinstance(value, int | float) and not isinstance(value, bool),
-        "str": isinstance(value, str),
-        "tuple[str, ...]": isinstance(value, tuple | list) and all(isinstance(item, str) for item in value),
-    }
-    names = [name.strip() for name in kind.split("|")]
-    return any(fits.get(name, False) for name in names) or not set(names) & set(fits)
-
-
-def check_value(name: str, value: Any, limits: Any) -> None:
-    """Raise ValueError for a value outside the `limits` of a field's metadata and its type, or that is not finite."""
-    if value is None and "None" in limits.get("type", "None"):
-        return
-    choices, minimum, above = (limits.get(key) for key in ("choices", "minimum", "above"))
-    if choices and value not in choices:
-        raise ValueError(f"`{name}` '{value}' is none of {', '.join(choices)}")
-    kind = limits.get("type", "")
-    if not _is_of_type(value, kind):
-        raise ValueError(f"`{name}` {value!r} is not of the type {kind}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"`{name}` '{value}' is not a finite number")
-    most = _MOST_SEED if name == "seed" else _MOST_INT if isinstance(value, int) else _MOST_FLOAT
-    if isinstance(value, int | float) and abs(value) > most:
-        raise ValueError(f"`{name}` '{value}' is too large: {most:g} is the most")
-    if minimum is not None and not isinstance(value, str) and value < minimum:
-        raise ValueError(f"`{name}` '{value}' is not a number from {minimum:g}")
-    if above is not None and value <= above:
-        raise ValueError(f"`{name}` '{value}' is not above {above:g}")
-
-
-def did_you_mean(name: str, known: list[str]) -> str:
-    """Return ', did you mean X?' for the nearest of the `known` names; empty when none is near."""
-    nearest = get_close_matches(name, known, n=1)
-    return f", did you mean {nearest[0]}?" if nearest else ""
 
 
 @dataclass(frozen=True)
@@ -126,6 +42,16 @@ class MethodConfig(Settings):
         return True
 
     @property
+    def makes_gates_alone(self) -> bool:
+        """Whether its shifts are gates that change no weights."""
+        return False
+
+    @property
+    def solves_null_space(self) -> bool:
+        """Whether it acts in null spaces that have to be solved."""
+        return self.needs_null_space and not self.makes_gates_alone
+
+    @property
     def trains_on_images(self) -> bool:
         """Whether images of the concept are needed."""
         return self.needs_images and self.trains
@@ -146,7 +72,12 @@ class SRSMEConfig(MethodConfig):
     name: ClassVar[str] = "SRS-ME"
     needs_null_space: ClassVar[bool] = True
 
-    mode: str = setting("learn", "stop at the closed form, or train by gradient", choices=("closed_form", "learn"))
+    mode: str = setting(
+        "learn",
+        "stop at the closed form, train by gradient, or make a gate alone, which changes no weights and whose number "
+        "has no bound",
+        choices=("closed_form", "learn", "gate"),
+    )
     init: str = setting("zero", "what a shift starts from", choices=("closed_form", "zero"))
     ridge_weight: float = setting(0.003, "weight of |dW|^2, relative to the concept's projection", above=0)
     preserve_scale: float = setting(
@@ -194,6 +125,10 @@ class SRSMEConfig(MethodConfig):
     @property
     def trains(self) -> bool:
         return self.mode == "learn"
+
+    @property
+    def makes_gates_alone(self) -> bool:
+        return self.mode == "gate"
 
 
 @dataclass(frozen=True)

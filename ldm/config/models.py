@@ -20,10 +20,9 @@ from ldm.config.methods import (
     MethodConfig,
     NullSpaceConfig,
     SamplingConfig,
-    Settings,
     SRSMEConfig,
-    did_you_mean,
 )
+from ldm.config.settings import Settings, did_you_mean
 from ldm.config.yaml_files import read_mapping
 from ldm.io.errors import notify
 from ldm.io.files import SETTINGS_FILE, write_text

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import safe_open
 
-from ldm.config.methods import did_you_mean
+from ldm.config.settings import did_you_mean
 from ldm.diffusion.components import WHOLE_MODEL, UnusableModelError, read_config
 
 # The beginning of the names of weight files, and whether an index with shards is taken before a single file beside it,

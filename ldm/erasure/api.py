@@ -21,14 +21,13 @@ from ldm.config.methods import (
     ExportConfig,
     MethodConfig,
     SamplingConfig,
-    did_you_mean,
 )
 from ldm.config.models import load_model_config, with_asked
+from ldm.config.settings import did_you_mean
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.sampling import generate as sample
 from ldm.erasure.contradictions import check_contradictions
 from ldm.erasure.effect import advice_on_weak, notify_of_weak
-from ldm.erasure.erase import ErasureSummary
 from ldm.erasure.erase import erase as make_shifts
 from ldm.erasure.export import Export
 from ldm.erasure.export import export as write_formats
@@ -36,6 +35,7 @@ from ldm.erasure.merge import check_unedited, edited, spellings_of
 from ldm.erasure.portable import take_shifts
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
+from ldm.erasure.summary import ErasureSummary
 from ldm.io.paths import ArtifactPaths
 from ldm.io.prompts import PromptCase
 

@@ -24,7 +24,7 @@ from ldm.erasure.null_space import null_space, qr_factor, relative_singular_valu
 from ldm.erasure.output_norms import stacked_qr_factor
 from ldm.erasure.protection import ProtectedRows
 from ldm.erasure.retain import RetainSet
-from ldm.erasure.shift import SeparableShift
+from ldm.erasure.shift import EmbeddingShift
 from ldm.erasure.targets import anchor_embeds, replaces_name, target_prompts
 
 DEFAULT_TOLERANCES = (1e-7, 1e-4, 5e-4, 2e-3, 5e-3, 2e-2)  # to compare where nobody names others
@@ -108,7 +108,7 @@ def measure_capacity(
                     difference = (target_embeds - aims).double().flatten(0, 1)
                     projection = ((difference @ space.directions.T).norm() / difference.norm()).item()
                     embedding_map = closed_form_map(space, target_embeds, aims)
-                    shift = SeparableShift.from_map({"": surrogate}, space.directions, 1.0, embedding_map)
+                    shift = EmbeddingShift(embedding_map, space.directions).on({"": surrogate})
                     erased = _Erased(shift.delta_weight(".weight"), projection)
             results[tolerance, concept.label] = erased
     owners: dict[tuple[str, str], str | None] = {(prompt, "protected"): None for prompt in always}

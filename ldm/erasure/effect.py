@@ -118,7 +118,8 @@ def judge(
     limits go up and down, those of gates too; those that count are `limit` and `least_limit`.
     """
     effects = stated_effects(metadata)
-    said = effects.get(form) or effects.get("linear")
+    used = next((name for name in (form, "linear", "gated") if effects.get(name)), "")
+    said = effects.get(used)
     if not said:
         change, whole = metadata.get("target_change"), metadata.get("anchor_change", _ANCHOR_CHANGE)
         are_numbers = all(isinstance(value, float) and math.isfinite(value) for value in (change, whole))
@@ -130,7 +131,7 @@ def judge(
         return False, {"mean": change, "least": change, "lowest_prompt": own, "limit": limit, "least_limit": limit}
     mean, least = said["mean"], said["least"]
     limit = least_effect
-    if form == "gated" and effects.get(form):
+    if used == "gated":
         limit *= LEAST_GATED_EFFECT / LEAST_EFFECT
     least_limit = limit * LEAST_PROMPT_EFFECT / LEAST_EFFECT
     return mean >= limit and least >= least_limit, {**said, "limit": limit, "least_limit": least_limit}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,17 @@ from ldm.diffusion.latents import latents_from_folder, sampled_batches
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.effect import anchor_change, measure_effect
-from ldm.erasure.gate_fitter import GateFitter, InseparableError
-from ldm.erasure.gated_edit import GatedEdit
+from ldm.erasure.gate_fitter import GateFitter, InseparableError, NoGatesError
+from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.initial_shift import initial_shift
-from ldm.erasure.leakage import base_norms, leakage, notify_of_leakage
+from ldm.erasure.leakage import base_norms, gated_leakage, leakage, notify_of_leakage
 from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
 from ldm.erasure.methods import LOSSES
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.protection import Protection, concept_metadata, solve_null_spaces
 from ldm.erasure.retain import RetainSet, notify_of_left_out
-from ldm.erasure.shift import SHIFT_FILE_TYPE, SeparableShift, WeightShift
+from ldm.erasure.shift import SHIFT_FILE_TYPE, EmbeddingShift, SeparableShift, WeightShift
+from ldm.erasure.summary import OF_EMBEDDINGS, OF_OUTPUTS, ErasureSummary
 from ldm.erasure.targets import target_prompts
 from ldm.erasure.training import CURVE_COLUMNS, fit
 from ldm.io.errors import MissingFileError, notify
@@ -45,31 +45,6 @@ from ldm.io.legacy import ADDED_KEYS, upgrade_digests
 from ldm.io.paths import ArtifactPaths
 from ldm.io.sharding import Shard
 from ldm.io.tensors import CREATED_BY, read_metadata
-
-# What is measured of a shift on its own and on protected prompts: the relative change of the text layers' outputs, or
-# without a denoiser of the embeddings themselves.
-OF_OUTPUTS = ("target_change", "max_leakage_protected")
-OF_EMBEDDINGS = ("embedding_change", "max_embedding_change_protected")
-
-
-@dataclass(frozen=True)
-class ErasureSummary:
-    """What an erasure took, its effect, and the leakage of its shift on its own prompt and on what is protected.
-
-    The effect is `effect.Effect.mean`, of its gate where it has one. Of a gate it is the gap that its threshold lies
-    in, and how many everyday captions trip it.
-    """
-
-    concept: str
-    iterations: int
-    seconds: float
-    momentum: float
-    effect: float
-    target_change: float
-    max_leakage_protected: float
-    gate_gap: float = math.nan
-    gate_false_alarms: str = ""
-    leakage: Mapping[str, float] = field(default_factory=dict, repr=False)  # on each protected prompt
 
 
 def erase(
@@ -88,8 +63,10 @@ def erase(
     The shifts lie at `artifacts.shift(concept.label)`. `image_dir` has a folder of images per concept, for a method
     that trains on them. Returns what `erase_concepts` does.
     """
-    if config.needs_null_space:
+    if config.solves_null_space:
         solve_null_spaces(model, artifacts, concepts, protection)
+    elif config.makes_gates_alone:
+        retain = [*retain, *protection.extra_prompts]  # which no gate may take for its concept
     return erase_concepts(model, artifacts, concepts, config, image_dir, gate=gate, others=others, retain=retain)
 
 
@@ -126,8 +103,10 @@ def erase_concepts(
         others = concepts if artifacts.category == OWN else erasable_concepts(artifacts.category)
     concepts = list(dict.fromkeys(concepts))
     concepts = concepts if config.is_joint else shard.select(concepts)
+    if config.makes_gates_alone:
+        gate = gate.with_changes(gate=True)
     erasure = _Erasure(model, artifacts, config, image_dir, execution, gate, RetainSet(model, others, retain))
-    if config.needs_null_space:
+    if config.solves_null_space:
         for concept in concepts:
             erasure.load_basis(concept)  # before any work, so that one that is missing costs none
     metadata = {concept.label: erasure.build_metadata(concept) for concept in concepts}
@@ -145,13 +124,15 @@ def erase_concepts(
     rounds = [[concept] for concept in missing]
     if config.is_joint and missing:
         rounds = [list(concepts)]
+    if config.makes_gates_alone and missing:
+        rounds = [missing]  # which are fitted in batches
     if isinstance(config, SRSMEConfig):
         notify_of_left_out(retain, missing)
     summaries: list[ErasureSummary] = []
-    progress = rounds if config.trains else tqdm(rounds, desc="shifts", unit="shift")
+    progress = rounds if config.trains or config.makes_gates_alone else tqdm(rounds, desc="shifts", unit="shift")
     for together in progress:
         summaries += erasure.run(together, metadata)
-    if config.needs_null_space:
+    if config.solves_null_space:
         notify_of_leakage({summary.concept: summary.leakage for summary in summaries})
     return summaries
 
@@ -253,7 +234,7 @@ class _Erasure:
                 del metadata["config"]["retain_preserve_scale"]  # which weighs nothing
         if self.gate.gate:
             metadata["gate_config"] = self.gate.to_dict()
-        if self.config.needs_null_space:
+        if self.config.solves_null_space:
             metadata["basis_digest"] = file_digest(self.artifacts.basis(concept.label))
         if self.config.trains_on_images:
             metadata["data_digest"] = file_digest(image_folder(self.image_dir, concept))
@@ -270,6 +251,8 @@ class _Erasure:
     def run(self, concepts: Sequence[Concept], metadata: Mapping[str, dict[str, Any]]) -> list[ErasureSummary]:
         """Make and save the shifts of concepts that are trained together, or of one."""
         start = time.perf_counter()
+        if self.config.makes_gates_alone:
+            return self._make_gates(concepts, metadata)
         if self.config.needs_null_space:
             self.bases = {concept.label: self.load_basis(concept) for concept in concepts}
         shifts: dict[str, WeightShift] = {}
@@ -291,16 +274,38 @@ class _Erasure:
             self._save(concept, shifts[concept.label], metadata[concept.label], curve, seconds) for concept in concepts
         ]
 
-    def _gated_edit(self, concept: Concept) -> GatedEdit | None:
-        """Return the gated edit that erases a concept; None where none is asked for, or no gate tells the concept."""
-        if not self.gate.gate:
-            return None
+    def _make_gates(self, concepts: Sequence[Concept], metadata: Mapping[str, dict[str, Any]]) -> list[ErasureSummary]:
+        """Make and save shifts that are gates alone. Raises NoGatesError when all that can be made are saved."""
+        summaries: list[ErasureSummary] = []
+        reasons: dict[str, str] = {}
+        start = time.perf_counter()
+        progress = tqdm(concepts, desc="gates", unit="gate")
+        for concept, found in zip(progress, self._fitter().fit_all(concepts), strict=True):
+            if isinstance(found, ValueError):
+                reasons[concept.label] = str(found)
+                continue
+            curve, seconds = pd.DataFrame(columns=CURVE_COLUMNS), time.perf_counter() - start
+            shift = EmbeddingShift.none(found)
+            summaries.append(self._save(concept, shift, metadata[concept.label], curve, seconds))
+            start = time.perf_counter()
+        if reasons:
+            raise NoGatesError(reasons, len(summaries))
+        return summaries
+
+    def _fitter(self) -> GateFitter:
+        """Return what fits the gates of all concepts."""
         if self.gate_fitter is None:
             retained = [prompt for basis in self.bases.values() for prompt in basis.metadata["protected"]]
             retained += self.retain.prompts
             self.gate_fitter = GateFitter(self.model, self.retain.others, retained, self.gate)
+        return self.gate_fitter
+
+    def _gated_edit(self, concept: Concept) -> GatedEdit | None:
+        """Return the gated edit that erases a concept; None where none is asked for, or no gate tells the concept."""
+        if not self.gate.gate:
+            return None
         try:
-            return self.gate_fitter.fit(concept)
+            return self._fitter().fit(concept)
         except InseparableError as error:
             notify(str(error))
             return None
@@ -349,9 +354,10 @@ class _Erasure:
         return latents_from_folder(self._whole_model, folder, config.train_batch_size, config.seed, **details)
 
     def _protected(self, concept: Concept) -> list[str]:
-        if self.config.needs_null_space:
+        if self.config.solves_null_space:
             return self.bases[concept.label].metadata["protected"]
-        return always_protected_prompts()
+        kept = self.retain.prompts if self.config.makes_gates_alone else []
+        return list(dict.fromkeys([*always_protected_prompts(), *kept]))
 
     def _save(
         self, concept: Concept, shift: WeightShift, metadata: dict[str, Any], curve: pd.DataFrame, seconds: float
@@ -361,12 +367,15 @@ class _Erasure:
         with atomic_write(path.with_suffix(".csv")) as partial:
             curve.to_csv(partial, index=False)
         metadata = metadata | {"iterations": len(curve)}
-        if self.config.needs_null_space:
+        if self.config.solves_null_space:
             basis = self.bases[concept.label].metadata
             metadata |= {name: basis[name] for name in ("protected", "rank", "rank_rtol")}
-        start = time.perf_counter()
-        shift.gated = self._gated_edit(concept)
-        seconds += time.perf_counter() - start
+        if self.config.makes_gates_alone:
+            metadata["protected"] = self._protected(concept)
+        else:
+            start = time.perf_counter()
+            shift.gated = self._gated_edit(concept)
+            seconds += time.perf_counter() - start
         changes = self._measure(concept, shift)
         target_change = changes.pop(concept.prompt)
         max_leakage = max(changes.values())
@@ -394,7 +403,7 @@ class _Erasure:
         config, forms = self.config, ["gated"] if shift.gated else []
         if not isinstance(config, SRSMEConfig):
             return effects
-        for form in [*([] if config.trains else ["linear"]), *forms]:
+        for form in [*(["linear"] if not config.trains and shift.rank else []), *forms]:
             said = measure_effect(self.model, concept, shift, config, form).to_dict()
             if said:
                 effects[form] = said
@@ -402,14 +411,10 @@ class _Erasure:
 
     def _measure(self, concept: Concept, shift: WeightShift) -> dict[str, float]:
         """Return the leakage of a shift on its own and the protected prompts; NaN where text layers do not say all."""
+        if shift.gated and shift.is_gate_alone:
+            prompts = list(dict.fromkeys([concept.prompt, *self._protected(concept)]))
+            rows, states = self.model.encode_with_states(prompts, GatedPrompts({"": shift.gated}).layers)
+            return gated_leakage(self.model, shift.gated, dict(zip(prompts, rows, strict=True)), states)
         embeds, norms = self.cache.get([concept.prompt, *self._protected(concept)])
         rows = leakage(self.cache.layers, {"": shift}, embeds, norms)
         return {row["prompt"]: row["leakage"] for row in rows}
-
-
-def summary_table(summaries: Sequence[ErasureSummary], model: TextModel) -> pd.DataFrame:
-    """Return a row for each erasure by a model, without the columns that say nothing of any."""
-    table = pd.DataFrame([asdict(summary) for summary in summaries]).drop(columns="leakage", errors="ignore")
-    if not model.digests:
-        table = table.rename(columns=dict(zip(OF_OUTPUTS, OF_EMBEDDINGS, strict=True)))
-    return table.replace("", math.nan).dropna(axis="columns", how="all").fillna("")

@@ -12,14 +12,15 @@ from diffusers import DiffusionPipeline
 
 from ldm.config.concept_lists import make_concept, read_prompts
 from ldm.config.concepts import Concept, erasable_concepts, find_by_name
-from ldm.config.methods import METHODS, NO_GATE, EditConfig, ExportConfig, SamplingConfig, did_you_mean
+from ldm.config.methods import METHODS, NO_GATE, EditConfig, ExportConfig, SamplingConfig
 from ldm.config.models import ModelConfig, load_model_config
+from ldm.config.settings import did_you_mean
 from ldm.diffusion.load import load_model
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.api import export, find_label, generate, make_own_shifts
 from ldm.erasure.contradictions import check_contradictions
 from ldm.erasure.effect import advice_on_weak, notify_of_weak
-from ldm.erasure.erase import ErasureSummary, erase
+from ldm.erasure.erase import erase
 from ldm.erasure.export import Export
 from ldm.erasure.merge import check_unedited, edited
 from ldm.erasure.pipeline_concepts import names_all
@@ -28,6 +29,7 @@ from ldm.erasure.pipeline_gated import GatedPipelineEraser
 from ldm.erasure.pipeline_linear import LinearPipelineEraser
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
+from ldm.erasure.summary import ErasureSummary
 from ldm.io.paths import ArtifactPaths, merge_name
 
 if TYPE_CHECKING:

@@ -18,7 +18,14 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_kohy
 from torch import nn
 from tqdm import tqdm
 
-from ldm.config.methods import CUT_FORMATS, FORMATS, GATED_FORMATS, LINEAR_FORMATS, SHARED_FORMATS, ExportConfig
+from ldm.config.methods import (
+    CUT_FORMATS,
+    FORMATS,
+    GATED_FORMATS,
+    LINEAR_FORMATS,
+    SHARED_FORMATS,
+    ExportConfig,
+)
 from ldm.config.models import load_model_config, save_settings
 from ldm.diffusion.compvis import (
     EMA_PREFIX,
@@ -93,6 +100,11 @@ def export(
         if shift.content_digest and known.setdefault(shift.content_digest, label) != label:
             raise ValueError(
                 f"{shift.path} is there twice, as {known[shift.content_digest]} and as {label}: give it once"
+            )
+        if shift.is_gate_alone and set(config.formats) & set(LINEAR_FORMATS):
+            raise ValueError(
+                f"the shift of {shift.metadata.get('concept', label)} is a gate alone, which no weights hold: choose "
+                f"`format` {' or '.join(SHARED_FORMATS + GATED_FORMATS)}, or make it again with `mode` closed_form"
             )
     edit = load_model_config(model).edit  # which refuses settings that could not be read from an export
     for form, names in (("linear", _OF_WEIGHTS), ("gated", GATED_FORMATS)):
@@ -352,7 +364,7 @@ def _truncate(shift: SeparableShift, own_embeds: torch.Tensor, config: ExportCon
     """Return the shift at the config's rank (None or auto: the lowest with enough effect), and the missing effect."""
     ranks = [min(config.rank, shift.rank)] if isinstance(config.rank, int) else range(1, shift.rank + 1)
     truncated, error = shift, 0.0
-    for rank in ranks:
+    for rank in ranks if shift.rank else ():
         truncated = shift.truncate(rank)
         error = truncation_error(shift, truncated, own_embeds)
         if error <= 1 - config.effect_fraction:

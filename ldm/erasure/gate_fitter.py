@@ -40,6 +40,16 @@ _FALSE_ALARMS_SHOWN = 5
 _QUIET_SECONDS = 1.5  # before a progress bar shows
 
 
+class NoGatesError(ValueError):
+    """Say of which concepts of several there is no gate, and why: `reasons` by label."""
+
+    def __init__(self, reasons: Mapping[str, str], num_made: int):
+        first = next(iter(reasons.values()))
+        more = f"; nor {len(reasons) - 1} more: {', '.join(list(reasons)[1:])}" if len(reasons) > 1 else ""
+        super().__init__(f"{first}{more}. The gates of the other {num_made} are kept: leave these out, or rename them")
+        self.reasons = reasons
+
+
 class InseparableError(ValueError):
     """Say that no gate tells a concept's prompts from others, and which."""
 

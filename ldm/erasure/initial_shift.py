@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import nn
 
 from ldm.config.concepts import Concept
 from ldm.config.methods import SRSMEConfig
@@ -30,7 +33,24 @@ def initial_shift(
     outputs = closed_form_map(space, target_embeds, anchor_embeds(model, anchors, replaces_name(concept, config)))
     if not config.trains:
         return EmbeddingShift(outputs, space.directions).on(model.text_layers)
-    return SeparableShift.from_map(model.text_layers, space.directions, config.basis_scale, outputs)
+    return separable_shift(model.text_layers, space.directions, config.basis_scale, outputs)
+
+
+def separable_shift(
+    layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float, outputs: torch.Tensor
+) -> SeparableShift:
+    """Return a trainable shift that starts from a closed form: `dW = W A S`, A (d, k) the `outputs`.
+
+    Raises ValueError for a scale with which float32 cannot hold the coefficients.
+    """
+    coefficients = {}
+    for name, layer in layers.items():
+        weight = layer.weight.double() @ (outputs / scale).to(layer.weight.device)  # (out, k)
+        coefficients[name] = weight.float()
+        if not torch.allclose(coefficients[name].double(), weight, rtol=1e-3, atol=1e-6 * weight.abs().max().item()):
+            raise ValueError(f"`basis_scale` {scale:g} makes a shift that float32 cannot hold: choose such as 1e-4")
+        coefficients[name].requires_grad_()
+    return SeparableShift(coefficients, directions, scale)
 
 
 def concept_space(

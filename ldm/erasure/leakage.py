@@ -14,6 +14,8 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ldm.diffusion.text_model import States, TextModel
+from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.output_norms import output_norms
 from ldm.erasure.shift import WeightShift
 from ldm.io.errors import notify
@@ -82,6 +84,17 @@ def joint_leakage(
     changed = output_norms(matrices, rows) if linear else base_norms(layers, _differences(before, after))
     base = base_norms(layers, before)
     return {prompt: changed[prompt] / base[prompt] for prompt in before}
+
+
+def gated_leakage(
+    model: TextModel, edit: GatedEdit, rows: Mapping[str, torch.Tensor], states: States
+) -> dict[str, float]:
+    """Return the leakage of a gate and its map on prompts with embeddings (rows, d) and hidden `states`."""
+    embeds = torch.stack(list(rows.values()))
+    before, after = (model.drop_pooled(each) for each in (embeds, GatedPrompts({"": edit})(embeds, states)))
+    return joint_leakage(
+        model.text_layers, (), dict(zip(rows, before, strict=True)), dict(zip(rows, after, strict=True))
+    )
 
 
 def _differences(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -23,7 +23,8 @@ from ldm.config.concepts import (
     load_concepts,
     parse_indexes,
 )
-from ldm.config.methods import METHODS, SRSMEConfig, did_you_mean
+from ldm.config.methods import METHODS, SRSMEConfig
+from ldm.config.settings import did_you_mean
 from ldm.diffusion.edits import edit_embeddings, replace_parameters
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
@@ -71,7 +72,7 @@ class SummedShifts:
     def __init__(self, shifts: Sequence[WeightShift], layers: Collection[str]):
         """Sum up shifts for a denoiser whose text layers are called `layers`."""
         self._others = [shift for shift in shifts if not isinstance(shift, EmbeddingShift)]
-        of_embeddings = [shift for shift in shifts if isinstance(shift, EmbeddingShift)]
+        of_embeddings = [shift for shift in shifts if isinstance(shift, EmbeddingShift) and shift.rank]
         self._text_weights = [f"{name}.weight" for name in layers] if of_embeddings else []
         blocks: dict[str, list[EmbeddingShift]] = {}
         for shift in sorted(of_embeddings, key=lambda shift: shift.content_digest):
@@ -114,8 +115,8 @@ def applied(unet: nn.Module, shifts: Sequence[WeightShift]) -> Generator[None]:
 def edited(model: DiffusionModel, shifts: Mapping[str, WeightShift], form: str) -> Generator[None]:
     """While the block runs, let the model be without the concepts of `shifts`; then it is the very base model again.
 
-    In the `form` gated a shift acts on the prompts that trip its gate, in the form linear on the weights, which is also
-    what one without a gate does. Raises ValueError for a gate that does not fit the model, and as `check_unedited`.
+    In the `form` gated a shift acts on the prompts that trip its gate, in the form linear on the weights, as `by_form`
+    says. Raises ValueError for a gate that does not fit the model, and as `check_unedited`.
     """
     check_unedited(model)
     gated, linear = by_form(shifts, form)
@@ -150,8 +151,12 @@ def gated_prompts(model: TextModel, gated: Mapping[str, WeightShift]) -> GatedPr
 
 
 def by_form(shifts: Mapping[str, WeightShift], form: str) -> tuple[dict[str, WeightShift], dict[str, WeightShift]]:
-    """Return the shifts that act by their gates, and those that act on the weights, where `form` is asked for."""
-    gated = {label: shift for label, shift in shifts.items() if form == "gated" and shift.gated is not None}
+    """Return the shifts that act by their gates, and those that act on the weights, where `form` is asked for.
+
+    One without a gate acts on the weights in either form, and a gate alone by itself.
+    """
+    has_gate = [label for label, shift in shifts.items() if shift.gated is not None]
+    gated = {label: shifts[label] for label in has_gate if form == "gated" or shifts[label].is_gate_alone}
     return gated, {label: shift for label, shift in shifts.items() if label not in gated}
 
 

@@ -68,7 +68,7 @@ def measured_on(model: TextModel, shift: WeightShift) -> WeightShift:
     if concept is None or config is None:
         return measured
     effects: dict[str, Any] = {}
-    for form in ("linear", "gated") if shift.gated else ("linear",):
+    for form in [*(["linear"] if shift.rank else []), *(["gated"] if shift.gated else [])]:
         said = measure_effect(model, concept, shift, config, form).to_dict()
         effects[form] = {
             name: float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value for name, value in said.items()

@@ -64,6 +64,11 @@ class WeightShift(ABC):
         return self
 
     @property
+    def is_gate_alone(self) -> bool:
+        """Whether it changes no weights, and acts by its gate in whatever form is asked for."""
+        return self.gated is not None and self.rank == 0
+
+    @property
     @abstractmethod
     def parameter_names(self) -> list[str]:
         """The names of the parameters that it changes."""
@@ -112,9 +117,10 @@ class WeightShift(ABC):
         if "directions" in tensors:
             kind = EmbeddingShift if "outputs" in tensors else SeparableShift
         weights = tensors.where(lambda name: not is_gated_tensor(name))
-        shift = kind.read(weights, metadata)
-        if shift is not None and len(weights) < len(tensors):
-            shift.gated = GatedEdit.read(tensors, metadata.get("gate"))
+        gated = GatedEdit.read(tensors, metadata.get("gate")) if len(weights) < len(tensors) else None
+        shift = EmbeddingShift.none(gated, metadata) if gated and not weights else kind.read(weights, metadata)
+        if shift is not None:
+            shift.gated = gated
         if shift is None or (shift.gated is None and len(weights) < len(tensors)):
             raise ValueError(f"{path} has tensors of wrong names, shapes or sizes for a weight shift: make it again")
         shift.path, shift.content_digest = path, tensors.content_digest
@@ -158,26 +164,6 @@ class SeparableShift(WeightShift):
         for name, layer in layers.items():
             shape = layer.out_features, len(directions)
             coefficients[name] = torch.zeros(shape, device=layer.weight.device, requires_grad=True)
-        return cls(coefficients, directions, scale)
-
-    @classmethod
-    def from_map(
-        cls, layers: Mapping[str, nn.Linear], directions: torch.Tensor, scale: float, embedding_map: torch.Tensor
-    ) -> Self:
-        """Return a trainable shift: `dW = W A S`, A (d, k) the `embedding_map` of `ldm.erasure.closed_form`.
-
-        Raises ValueError for a scale with which float32 cannot hold the coefficients.
-        """
-        scaled = embedding_map / scale
-        coefficients = {}
-        for name, layer in layers.items():
-            weight = layer.weight.double() @ scaled.to(layer.weight.device)  # (out, k)
-            coefficients[name] = weight.float()
-            if not torch.allclose(
-                coefficients[name].double(), weight, rtol=1e-3, atol=1e-6 * weight.abs().max().item()
-            ):
-                raise ValueError(f"`basis_scale` {scale:g} makes a shift that float32 cannot hold: choose such as 1e-4")
-            coefficients[name].requires_grad_()
         return cls(coefficients, directions, scale)
 
     def parameters(self) -> list[torch.Tensor]:
@@ -281,6 +267,14 @@ class EmbeddingShift(SeparableShift):
         self.outputs = outputs.detach().double().cpu()
         super().__init__(_Products(weights or {}, self.outputs), directions, 1.0, metadata)
 
+    @classmethod
+    def none(cls, gated: GatedEdit, metadata: dict[str, Any] | None = None) -> EmbeddingShift:
+        """Return the shift that is a gate alone: it changes no weights."""
+        width = len(gated.maps["tokens"].outputs)
+        shift = EmbeddingShift(torch.zeros(width, 0), torch.zeros(0, width), metadata)
+        shift.gated = gated
+        return shift
+
     def on(self, layers: Mapping[str, nn.Linear]) -> EmbeddingShift:
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
         return self._like(EmbeddingShift(self.outputs, self.directions, self.metadata, weights))
@@ -294,7 +288,9 @@ class EmbeddingShift(SeparableShift):
         return self._like(EmbeddingShift(parts["outputs"], parts["directions"], self.metadata, self._products.weights))
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Return what a file in `dtype` holds of the change, by name."""
+        """Return what a file in `dtype` holds of the change, by name; nothing of a gate alone."""
+        if not self.rank:
+            return {}
         return {"outputs": self.outputs.to(dtype), "directions": self.directions.to(dtype)}
 
     def embedding_change(self) -> torch.Tensor:
@@ -330,7 +326,8 @@ class EmbeddingShift(SeparableShift):
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
         """Write A and S in float32."""
         tensors = self.tensors(torch.float32)
-        _check_size(path, float(self.outputs.abs().max()) * float(self.directions.abs().max()))
+        if self.rank:
+            _check_size(path, float(self.outputs.abs().max()) * float(self.directions.abs().max()))
         self._save(path, tensors, metadata | {"versions": library_versions()})
 
     @classmethod

@@ -24,10 +24,11 @@ from ldm.config.methods import MethodConfig, NullSpaceConfig, SamplingConfig
 from ldm.config.models import load_model_config
 from ldm.diffusion.image_folder import generate_to_folder
 from ldm.diffusion.model import DiffusionModel
-from ldm.erasure.erase import ErasureSummary, erase_concepts
+from ldm.erasure.erase import erase_concepts
 from ldm.erasure.merge import by_form, edited, shifts_metadata
 from ldm.erasure.protection import Protection, solve_null_spaces
 from ldm.erasure.shift import WeightShift
+from ldm.erasure.summary import ErasureSummary
 from ldm.io.files import file_digest
 from ldm.io.paths import ArtifactPaths
 from ldm.io.prompts import PromptCase, make_cases
@@ -82,7 +83,7 @@ class Experiment:
         gate = model_config.gate.with_changes(gate=model_config.gate.gate and self.form == "gated")
         protected = [get_concept(self.category, index) for index in protected_indices]
         protection = Protection(protected, null_space)
-        if config.needs_null_space:  # before any image, so that one without free dimensions costs none
+        if config.solves_null_space:  # before any image, so that one without free dimensions costs none
             solve_null_spaces(self.model, artifacts, concepts, protection)
         image_dir = self.folder / "training-images"
         if config.trains_on_images:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.config.concepts import Concept, always_protected_prompts, identity_of
-from ldm.config.methods import did_you_mean
+from ldm.config.settings import did_you_mean
 from ldm.config.templates import without_article
 from ldm.io.checks import is_json
 from ldm.io.errors import MissingFileError

@@ -19,18 +19,23 @@ from ldm.config.methods import METHODS, NO_GATE, GateConfig, MethodConfig, NullS
 from ldm.config.models import load_model_config
 from ldm.diffusion.edits import remember_embeddings
 from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.text_model import States
 from ldm.erasure.contradictions import check_contradictions
 from ldm.erasure.effect import judge, stated_effects
 from ldm.erasure.erase import erase
-from ldm.erasure.leakage import base_norms, changes_only, leakage
+from ldm.erasure.gate_fitter import NoGatesError
+from ldm.erasure.gated_edit import GatedEdit
+from ldm.erasure.leakage import base_norms, changes_only, gated_leakage, leakage
 from ldm.erasure.merge import applied
 from ldm.erasure.protection import Protection, concept_metadata
 from ldm.erasure.shift import WeightShift
+from ldm.io.errors import notify
 from ldm.io.files import stream_digest
 from ldm.io.paths import ArtifactPaths
 from ldm.io.tensors import check_base_model
 from ldm.ledger.ledger import Ledger
 
+_PROMPTS_AT_ONCE = 64  # that the text encoders embed in one pass
 _FROM_A_COPY = "get the ledger and its shifts back from a copy"
 
 
@@ -67,8 +72,13 @@ def create_shifts(
             )
             if together:
                 retained = _retained(ledger), ledger.retain
-                made = erase(model, artifacts, together, config, protection, image_dir, gate, *retained)
-                leakages |= {summary.concept: summary.leakage for summary in made}
+                try:
+                    made = erase(model, artifacts, together, config, protection, image_dir, gate, *retained)
+                    leakages |= {summary.concept: summary.leakage for summary in made}
+                except NoGatesError as error:
+                    notify(str(error))
+                    concepts = [concept for concept in concepts if concept.label not in error.reasons]
+                    together = [concept for concept in together if concept.label not in error.reasons]
             placed |= dict.fromkeys((concept.label for concept in together), artifacts)
         seconds, peak_gib = round(time.perf_counter() - start, 1), round(peak_memory() / 2**30, 2)
         prompts = ledger.prompts
@@ -84,7 +94,7 @@ def create_shifts(
         is_erased, said = judge(shift.metadata, form)
         if is_erased is not None:
             record |= {"effect": said["mean"], "is_erased": is_erased}
-        if config.needs_null_space:
+        if config.solves_null_space:
             record["null_space"] = null_space.to_dict()
         records[concept.label] = record | {"seconds": seconds, "peak_gib": peak_gib}
     return records
@@ -100,7 +110,8 @@ class _Measure:
     """The leakage of shifts on prompts whose embeddings, and outputs of the base model, are computed once."""
 
     def __init__(self, model: DiffusionModel, prompts: Sequence[str]):
-        self.layers = model.text_layers
+        self.model, self.layers = model, model.text_layers
+        self._read: dict[tuple[Any, ...], tuple[dict[str, torch.Tensor], States]] = {}  # by the states that gates read
         self.embeds = model.embed_prompts(dict.fromkeys(prompts))  # (tokens, d) each
         self.norms = base_norms(self.layers, self.embeds)
 
@@ -111,7 +122,25 @@ class _Measure:
         """
         if not changes_only(shift, self.layers):
             return {}
+        if shift.gated and shift.is_gate_alone:
+            return gated_leakage(self.model, shift.gated, *self._states(shift.gated))
         return {row["prompt"]: row["leakage"] for row in leakage(self.layers, {"": shift}, self.embeds, self.norms)}
+
+    def _states(self, edit: GatedEdit) -> tuple[dict[str, torch.Tensor], States]:
+        """Return the embeddings of all prompts, (rows, d) each, and the hidden states that a gate reads, read once."""
+        key = tuple(sorted(edit.layers.items()))
+        if key not in self._read:
+            prompts, layers = list(self.embeds), {name: [layer] for name, layer in edit.layers.items()}
+            rows: dict[str, torch.Tensor] = {}
+            parts: dict[tuple[str, int], list[torch.Tensor]] = {}
+            for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+                some = prompts[start : start + _PROMPTS_AT_ONCE]
+                found, states = self.model.encode_with_states(some, layers)
+                rows |= dict(zip(some, found, strict=True))
+                for name, state in states.items():
+                    parts.setdefault(name, []).append(state)
+            self._read[key] = rows, {name: torch.cat(found) for name, found in parts.items()}
+        return self._read[key]
 
 
 def _largest(changes: Mapping[str, float], leave_out: str | None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldm.config.methods import Settings, setting
+from ldm.config.settings import Settings, setting
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ldm.config.concepts import (
     match_concept,
     parse_indexes,
 )
-from ldm.config.methods import did_you_mean
+from ldm.config.settings import did_you_mean
 from ldm.config.spellings import says
 from ldm.io.errors import notify
 from ldm.io.files import read_dir_metadata

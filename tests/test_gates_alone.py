@@ -1,0 +1,112 @@
+"""Shifts that are gates alone: no null space, no change of weights, and any number of them."""
+
+import pytest
+import torch
+from conftest import CPU, ROOT, is_error
+
+from ldm import applied, erase, export, load_model
+from ldm.diffusion.load_text import load_text_model
+from ldm.erasure.export_shift import as_written
+from ldm.erasure.merge import by_form, merge
+from ldm.erasure.shift import WeightShift
+from ldm.ledger.ledger import Ledger
+from ldm.ledger.operations import verify
+
+FEW = {"retain_captions": 20, "retain_words": 10, "compositions": 5, "misspellings": 0}
+FLAGS = [text for name, value in FEW.items() for text in (f"--{name}", value)]
+NAMES = ["VanGogh", "Picasso", "Cezanne"]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_path, tmp_path_factory):
+    """A tiny model and gates alone of three concepts."""
+    folder = tmp_path_factory.mktemp("alone")
+    model = load_model(tiny_path, CPU)
+    return model, erase(model, NAMES, protect="a dog", mode="gate", artifacts_dir=folder, **FEW), folder
+
+
+def test_a_gate_alone_changes_no_weights_and_acts_in_either_form(made):
+    model, shifts, _ = made
+    assert list(shifts) == ["vangogh", "picasso", "cezanne"]
+    assert all(
+        shift.is_gate_alone and shift.rank == 0 and not shift.metadata.get("basis_digest") for shift in shifts.values()
+    )
+    assert merge(model.unet, list(shifts.values())) == {}
+    before = {text: model.encode_prompt([text]) for text in ("VanGogh", "a dog", "")}
+    for form in ("gated", "linear"):
+        gated, linear = by_form(shifts, form)
+        assert list(gated) == list(shifts) and not linear
+        with applied(model, shifts, form):
+            after = {text: model.encode_prompt([text]) for text in before}
+        assert torch.equal(after["a dog"], before["a dog"]) and torch.equal(after[""], before[""])
+        assert not torch.equal(after["VanGogh"], before["VanGogh"])
+
+
+def test_what_is_measured_of_it_is_what_its_gate_does(made):
+    _, shifts, _ = made
+    for shift in shifts.values():
+        metadata = shift.metadata
+        assert metadata["max_leakage_protected"] == 0 and metadata["target_change"] > 0.1
+        assert set(metadata["effects"]) == {"gated"} and "a dog" in metadata["protected"]
+
+
+def test_its_file_has_no_weights_and_is_as_small_as_its_gate(made):
+    model, shifts, _ = made
+    shift = shifts["vangogh"]
+    loaded = WeightShift.load(shift.path)
+    loaded.check(model)
+    assert loaded.is_gate_alone and not as_written(loaded, torch.float16).tensors(torch.float16)
+
+
+def test_no_weights_hold_it_and_its_own_formats_do(made, tmp_path):
+    model, shifts, _ = made
+    with pytest.raises(ValueError, match="is a gate alone, which no weights hold: choose `format` shift or comfyui"):
+        export(model, shifts, tmp_path / "out", "unet")
+    written = export(model, shifts, tmp_path / "out", "shift").targets[0]
+    assert len(list(written.glob("*.safetensors"))) == 3
+    assert WeightShift.load(written / "Picasso.safetensors").is_gate_alone
+
+
+def test_a_text_encoder_alone_makes_it_too(made, tiny_path, tmp_path):
+    model, _, _ = made
+    shifts = erase_text_encoder(tiny_path, tmp_path)
+    shifts.check(model)
+    assert shifts.is_gate_alone and shifts.metadata["measured_on"] == "embeddings"
+
+
+def erase_text_encoder(path, folder) -> WeightShift:
+    """Return the gate alone that is made of a text encoder, by the functions that the script calls."""
+    from pathlib import Path
+
+    from ldm.config.concept_lists import make_concept
+    from ldm.config.methods import GateConfig, SRSMEConfig
+    from ldm.erasure.erase import erase_concepts
+    from ldm.io.paths import ArtifactPaths
+
+    artifacts = ArtifactPaths(folder, "SRS-ME", "text", "own", 1, 0)
+    concept, config = make_concept("VanGogh"), SRSMEConfig(mode="gate")
+    model = load_text_model(path, CPU)
+    erase_concepts(model, artifacts, [concept], config, Path("data"), gate=GateConfig(**FEW))
+    return WeightShift.load(artifacts.shift("vangogh"))
+
+
+def test_a_ledger_of_gates_alone_erases_restores_and_proves(script, tiny_path, tmp_path):
+    root, names = ["--ledger_dir", tmp_path / "ledger"], ["VanGogh", "Picasso", "a red fox"]
+    ledger = "train-scripts/ledger.py"
+    assert script(ledger, "init", *root, "--model", tiny_path, "--concepts", *names, "--protect", "a dog")[0] == 0
+    code, out, err = script(ledger, "erase", "all", *root, "--mode", "gate", "--least_effect", "-9", *FLAGS)
+    assert code in (0, 3), err
+    assert script(ledger, "restore", "Picasso", *root)[0] == 0
+    kept = Ledger(tmp_path / "ledger")
+    assert set(kept.active_shifts()) == {"vangogh", "redfox"}
+    assert all(shift.is_gate_alone for shift in kept.shifts().values())
+    checked = verify(kept, load_model(tiny_path, CPU))
+    assert "the base model, bit for bit" in set(checked["check"])
+
+
+def test_a_name_without_a_gate_is_said_and_the_others_are_kept(script, tiny_path, tmp_path):
+    arguments = ["--model", tiny_path, "--mode", "gate", "--artifacts_dir", tmp_path, *FLAGS]
+    result = script("train-scripts/SRS_ME.py", "--concepts", "VanGogh", "photo", *arguments)
+    is_error(result, "The gates of the other 1 are kept")
+    assert [path.name for path in tmp_path.rglob("shift-*.safetensors")] == ["shift-vangogh.safetensors"]
+    assert ROOT.is_dir()
