@@ -93,7 +93,7 @@ def erase_concepts(
     """
     if not isinstance(model, DiffusionModel) and (config.trains or not isinstance(config, SRSMEConfig)):
         raise ValueError(f"{model.name} is a text encoder alone, from which nothing is trained: give a whole `model`")
-    if isinstance(config, SRSMEConfig) and not config.trains and config.init == "zero":
+    if isinstance(config, SRSMEConfig) and config.mode == "closed_form" and config.init == "zero":
         raise ValueError(
             "`mode` closed_form trains nothing from `init` zero: choose `init` closed_form, or `mode` learn"
         )

@@ -284,8 +284,8 @@ class EmbeddingShift(SeparableShift):
 
     def rounded(self, dtype: torch.dtype) -> EmbeddingShift:
         """Return the shift as a file in `dtype` has it."""
-        parts = self.tensors(dtype)
-        return self._like(EmbeddingShift(parts["outputs"], parts["directions"], self.metadata, self._products.weights))
+        parts = self.outputs.to(dtype), self.directions.to(dtype)
+        return self._like(EmbeddingShift(*parts, self.metadata, self._products.weights))
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return what a file in `dtype` holds of the change, by name; nothing of a gate alone."""
