@@ -94,6 +94,14 @@ def test_a_ledger_of_gates_alone_erases_restores_and_proves(script, tiny_path, t
     assert "the base model, bit for bit" in set(checked["check"])
 
 
+def test_a_ledger_says_which_names_have_no_gate(script, tiny_path, tmp_path):
+    root, names = ["--ledger_dir", tmp_path / "ledger"], ["VanGogh", "Picasso", "Cezanne"]
+    assert script("train-scripts/ledger.py", "init", *root, "--model", tiny_path, "--concepts", *names)[0] == 0
+    code, _, err = script("train-scripts/ledger.py", "erase", "all", *root, "--mode", "gate", *FLAGS)
+    assert code == 3 and "Cezanne: no gate was found" in err and "no gate tells 'Cezanne'" in err
+    assert set(Ledger(tmp_path / "ledger" / HISTORY_FILE).active_shifts()) == {"vangogh", "picasso"}
+
+
 def test_a_name_without_a_gate_is_said_and_the_others_are_kept(script, tiny_path, tmp_path):
     arguments = ["--model", tiny_path, "--mode", "gate", "--artifacts_dir", tmp_path, *FLAGS]
     result = script("train-scripts/SRS_ME.py", "--concepts", "VanGogh", "Picasso", "Cezanne", *arguments)

@@ -145,6 +145,11 @@ def erase(args: Namespace) -> None:
         if records:
             ledger.append(records)
     status(args)
+    left = [concept.name for concept in concepts if concept.label not in {**records, **ledger.active_shifts()}]
+    if left:
+        raise NotErasedError(
+            f"{some_of(left, _NUM_SHOWN)}: no gate was found, as a notice above says: erase another way"
+        )
     _check_erased(ledger, {concept.label for concept in concepts}, args.least_effect)  # what was active before too
 
 
