@@ -1,5 +1,7 @@
 """Shifts of embeddings: one change for every denoiser of a text encoder, merged in one step, small in its file."""
 
+import hashlib
+
 import pytest
 import torch
 from conftest import CPU, NamedModel
@@ -13,6 +15,7 @@ from ldm.erasure.export_shift import as_written
 from ldm.erasure.leakage import leakage
 from ldm.erasure.merge import SummedShifts, applied, edited, merge
 from ldm.erasure.shift import DenseShift, EmbeddingShift, SeparableShift, WeightShift
+from ldm.io.tensors import load_tensors, save_tensors
 
 
 def random_shift(width: int, rank: int = 3, seed: int = 0) -> EmbeddingShift:
@@ -154,6 +157,14 @@ def test_a_shared_file_is_small_and_says_what_is_long_beside_it(shared):
     beside.write_text(whole + " ")
     with pytest.raises(ValueError, match="is not what was written beside VanGogh"):
         WeightShift.load(path)
+    save_tensors(folder / "other.safetensors", {"x": torch.zeros(1)}, "thing", {}, beside={"b": 1})
+    assert load_tensors(folder / "other.safetensors", "thing")[1]["b"] == 1
+    text = "[1]"
+    (folder / "other.json").write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    save_tensors(folder / "other.safetensors", {"x": torch.zeros(1)}, "thing", {"beside": digest})
+    with pytest.raises(ValueError, match="holds no metadata"):
+        load_tensors(folder / "other.safetensors", "thing")
     beside.unlink()
     assert "protected" not in WeightShift.load(path).metadata
     beside.write_text(whole)

@@ -201,7 +201,13 @@ def _with_beside(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     content = beside.read_bytes()
     if hashlib.sha256(content).hexdigest() != metadata["beside"]:
         raise ValueError(f"{beside} is not what was written beside {path.name}: get both again, or remove the former")
-    return json.loads(content) | metadata
+    try:
+        said = json.loads(content)
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        raise ValueError(f"{beside} holds no metadata: get it and {path.name} again, or remove it")
+    return said | metadata
 
 
 def _finite_items(tensors: LazyTensors) -> Iterator[tuple[str, torch.Tensor]]:
