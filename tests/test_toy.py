@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from ldm.diffusion.tokenizer import tokenizer_digest
 from ldm.io.files import file_digest
 from ldm.io.paths import REPO_ROOT
 from ldm.toy.captions import KINDS, build_tokenizer, kept_tokenizer, sample_caption
-from ldm.toy.dataset import render_dataset
+from ldm.toy.dataset import WORLDS, DatasetKind, render_dataset
 from ldm.toy.logos import _CODES
 from ldm.toy.natural import is_held_out, sample_natural_caption
 from ldm.toy.render import STYLES, render, render_concept, render_watermark
@@ -140,11 +141,13 @@ def test_natural_captions_say_what_they_show_in_the_mixtures_fractions():
 
 @pytest.mark.slow
 def test_a_dataset_is_the_same_for_the_same_seed_and_kind_of_captions():
-    mixture_weights = list(read_yaml(MINILM_CONFIG).dataset.mixture_weights)
-    images, texts = render_dataset(12, 3, mixture_weights, "natural", workers=1)
-    again, same = render_dataset(12, 3, mixture_weights, "natural", workers=2)
-    _, listed = render_dataset(12, 3, mixture_weights, workers=1)
+    kind = DatasetKind.of(read_yaml(MINILM_CONFIG).dataset)
+    images, texts = render_dataset(12, 3, kind, workers=1)
+    again, same = render_dataset(12, 3, kind, workers=2)
+    _, listed = render_dataset(12, 3, replace(kind, captions="listed"), workers=1)
     assert images.shape == (12, 64, 64, 3) and np.array_equal(images, again) and texts == same != listed
+    at_dusk, same = render_dataset(12, 3, replace(kind, world="dusk"), workers=1)
+    assert texts == same and np.array_equal(at_dusk, np.stack([WORLDS["dusk"](image) for image in images]))
 
 
 def test_embeddings_of_captions_are_the_encoders_in_half_precision(bert_path):
