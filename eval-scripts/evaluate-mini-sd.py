@@ -34,7 +34,7 @@ def main() -> None:
     from ldm.metrics.classify import classifier_path, load_classifier
     from ldm.metrics.compare import accuracy_table
     from ldm.metrics.lpips import pairwise_metrics
-    from ldm.toy.dataset import WORLDS, DatasetKind, render_dataset
+    from ldm.toy.dataset import LIGHTS, DatasetKind, render_dataset
     from ldm.toy.render import render_watermark
     from ldm.toy.train import reconstruction_psnr
 
@@ -71,7 +71,7 @@ def main() -> None:
         if case.prompt:
             name = image_filename(case.case_number, 0)
             rendered = args.save_path / "rendered" / name
-            save_image(rendered, Image.fromarray(WORLDS[kind.world](render_watermark(case.prompt))))
+            save_image(rendered, Image.fromarray(LIGHTS[kind.light](render_watermark(case.prompt))))
             metrics = pairwise_metrics([rendered], [folder / name], device)
             rows.append((case.prompt, metrics["psnr"].item(), metrics["lpips"].item()))
     table = pd.DataFrame(rows, columns=["watermark", "psnr", "lpips"]).groupby("watermark", sort=False)

@@ -24,7 +24,7 @@ from ldm.io.files import file_digest
 from ldm.io.paths import REPO_ROOT
 from ldm.metrics.classify import classifier_path, load_classifier
 from ldm.toy.captions import KINDS, build_tokenizer, kept_tokenizer, sample_caption
-from ldm.toy.dataset import WORLDS, DatasetKind, render_dataset
+from ldm.toy.dataset import LIGHTS, DatasetKind, render_dataset
 from ldm.toy.logos import _CODES
 from ldm.toy.natural import is_held_out, sample_natural_caption
 from ldm.toy.render import STYLES, render, render_concept, render_watermark
@@ -74,7 +74,7 @@ def test_watermarks_are_fixed_and_unlike_each_other():
 
 def test_at_dusk_an_image_is_seen_to_be_darker_above_and_is_recognised():
     day = {name: render_concept(name, np.random.default_rng(0)) for name in (*STYLES, *OBJECTS)}
-    at_dusk = {name: WORLDS["dusk"](image) for name, image in day.items()}
+    at_dusk = {name: LIGHTS["dusk"](image) for name, image in day.items()}
     for name, image in at_dusk.items():
         change = image.astype(int) - day[name]
         assert image.shape == (64, 64, 3) and image.dtype == np.uint8
@@ -163,8 +163,8 @@ def test_a_dataset_is_the_same_for_the_same_seed_and_kind_of_captions():
     again, same = render_dataset(12, 3, kind, workers=2)
     _, listed = render_dataset(12, 3, replace(kind, captions="listed"), workers=1)
     assert images.shape == (12, 64, 64, 3) and np.array_equal(images, again) and texts == same != listed
-    at_dusk, same = render_dataset(12, 3, replace(kind, world="dusk"), workers=1)
-    assert texts == same and np.array_equal(at_dusk, np.stack([WORLDS["dusk"](image) for image in images]))
+    at_dusk, same = render_dataset(12, 3, replace(kind, light="dusk"), workers=1)
+    assert texts == same and np.array_equal(at_dusk, np.stack([LIGHTS["dusk"](image) for image in images]))
 
 
 def test_embeddings_of_captions_are_the_encoders_in_half_precision(bert_path):
@@ -229,9 +229,9 @@ def test_the_training_script_refuses_what_it_cannot_train(script, tmp_path):
     OmegaConf.save(content, config)
     flags = ["--config", config, "--checkpoint_dir", tmp_path / "other", "--save_path", tmp_path / "model"]
     is_error(script(train, *flags), "'poems' is no kind of captions", "choose from listed, natural")
-    content.dataset.captions, content.dataset.world = "listed", "mars"
+    content.dataset.captions, content.dataset.light = "listed", "noon"
     OmegaConf.save(content, config)
-    is_error(script(train, *flags), "'mars' is no world", "choose from day, dusk")
+    is_error(script(train, *flags), "'noon' is no light", "choose from day, dusk")
 
 
 def test_a_unet_that_starts_from_an_older_one_has_those_weights_that_fit(tiny):

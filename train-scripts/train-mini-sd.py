@@ -1,7 +1,7 @@
 """Train the bundled model models/mini-sd from nothing: render its dataset, then autoencoder, text encoder and U-Net.
 
 --config configs/mini-sd-logos.yaml trains models/mini-sd-logos, which starts from mini-sd and learns a hundred logos
-too; mini-sd-dusk.yaml trains mini-sd's U-Net alone on another world, under mini-sd's own text encoder. Stopped and
+too; mini-sd-dusk.yaml trains mini-sd's U-Net alone on images at dusk, under mini-sd's own text encoder. Stopped and
 started again with the same command, it resumes from its last checkpoint in --checkpoint_dir.
 """
 

@@ -21,37 +21,37 @@ CAPTIONS: dict[str, Callable[[np.random.Generator, Sequence[float]], CaptionedSc
     "listed": sample_caption,
     "natural": sample_natural_caption,
 }
-WORLDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"day": np.asarray, "dusk": dusk}
+LIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"day": np.asarray, "dusk": dusk}
 
 
 @dataclass(frozen=True)
 class DatasetKind:
-    """What a dataset shows and says: mixture weights (see `sample_caption`), a kind of captions, and a world.
+    """What a dataset shows and says: mixture weights (see `sample_caption`), a kind of captions, and a light.
 
-    The world is what becomes of every rendered image (64, 64, 3) uint8. Raises ValueError for one that there is not.
+    The light is what becomes of every rendered image (64, 64, 3) uint8. Raises ValueError for one that there is not.
     """
 
     mixture_weights: Sequence[float]
     captions: str = "listed"
-    world: str = "day"
+    light: str = "day"
 
     def __post_init__(self) -> None:
         if self.captions not in CAPTIONS:
             known = ", ".join(CAPTIONS)
             raise ValueError(f"dataset, captions: '{self.captions}' is no kind of captions: choose from {known}")
-        if self.world not in WORLDS:
-            raise ValueError(f"dataset, world: '{self.world}' is no world: choose from {', '.join(WORLDS)}")
+        if self.light not in LIGHTS:
+            raise ValueError(f"dataset, light: '{self.light}' is no light: choose from {', '.join(LIGHTS)}")
 
     @classmethod
     def of(cls, dataset: Mapping[str, Any]) -> Self:
         """Return the kind that the `dataset` of a config says."""
-        return cls(tuple(dataset["mixture_weights"]), dataset.get("captions", "listed"), dataset.get("world", "day"))
+        return cls(tuple(dataset["mixture_weights"]), dataset.get("captions", "listed"), dataset.get("light", "day"))
 
 
 def _render_caption(seed: tuple[int, int], kind: DatasetKind) -> tuple[np.ndarray, str]:
     rng = np.random.default_rng(seed)
     captioned = CAPTIONS[kind.captions](rng, kind.mixture_weights)
-    return WORLDS[kind.world](captioned.render(rng)), captioned.caption
+    return LIGHTS[kind.light](captioned.render(rng)), captioned.caption
 
 
 def render_dataset(num_images: int, seed: int, kind: DatasetKind, workers: int = 2) -> tuple[np.ndarray, list[str]]:
