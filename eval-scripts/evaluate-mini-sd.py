@@ -34,7 +34,7 @@ def main() -> None:
     from ldm.metrics.classify import classifier_path, load_classifier
     from ldm.metrics.compare import accuracy_table
     from ldm.metrics.lpips import pairwise_metrics
-    from ldm.toy.dataset import render_dataset
+    from ldm.toy.dataset import LIGHTS, DatasetKind, render_dataset
     from ldm.toy.render import render_watermark
     from ldm.toy.train import reconstruction_psnr
 
@@ -44,6 +44,7 @@ def main() -> None:
     config = read_settings(model.settings_path) if model.settings_path else {}
     if "dataset" not in config:
         raise ValueError(f"{args.model} was not trained here: pass as `model` a folder that train-mini-sd.py wrote")
+    kind = DatasetKind.of(config["dataset"])
 
     def generate(name: str) -> Path:
         cases, folder = read_prompt_csv(REPO_ROOT / "data" / f"{name}.csv"), args.save_path / name
@@ -70,7 +71,7 @@ def main() -> None:
         if case.prompt:
             name = image_filename(case.case_number, 0)
             rendered = args.save_path / "rendered" / name
-            save_image(rendered, Image.fromarray(render_watermark(case.prompt)))
+            save_image(rendered, Image.fromarray(LIGHTS[kind.light](render_watermark(case.prompt))))
             metrics = pairwise_metrics([rendered], [folder / name], device)
             rows.append((case.prompt, metrics["psnr"].item(), metrics["lpips"].item()))
     table = pd.DataFrame(rows, columns=["watermark", "psnr", "lpips"]).groupby("watermark", sort=False)
@@ -78,9 +79,7 @@ def main() -> None:
     output.show_table(table.reset_index(), "watermark")
 
     # Training's images are those of the seed itself.
-    dataset = config["dataset"]
-    settings = dataset["mixture_weights"], dataset.get("captions", "listed")
-    images, _ = render_dataset(args.num_held_out, config["seed"] + 1, *settings)
+    images, _ = render_dataset(args.num_held_out, config["seed"] + 1, kind)
     psnr = reconstruction_psnr(model.vae, images)
     print(
         f"\nautoencoder on {args.num_held_out} held-out images: {psnr.mean():.2f} dB PSNR on average, "

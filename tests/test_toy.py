@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from ldm.config.concepts import erasable_concepts, load_concepts, watermark_prom
 from ldm.config.models import read_yaml
 from ldm.config.spellings import says
 from ldm.config.templates import fill, load_template_set
+from ldm.diffusion.load import load_model
 from ldm.diffusion.tokenizer import tokenizer_digest
 from ldm.io.files import file_digest
 from ldm.io.paths import REPO_ROOT
+from ldm.metrics.classify import classifier_path, load_classifier
 from ldm.toy.captions import KINDS, build_tokenizer, kept_tokenizer, sample_caption
-from ldm.toy.dataset import render_dataset
+from ldm.toy.dataset import LIGHTS, DatasetKind, render_dataset
 from ldm.toy.logos import _CODES
 from ldm.toy.natural import is_held_out, sample_natural_caption
 from ldm.toy.render import STYLES, render, render_concept, render_watermark
@@ -33,6 +36,8 @@ from ldm.toy.train import (
     init_from,
     init_unet_from,
     make_ema,
+    pixels_to_tensor,
+    save_pipeline,
     train_autoencoder,
     train_denoiser,
 )
@@ -65,6 +70,19 @@ def test_watermarks_are_fixed_and_unlike_each_other():
     assert abs(watermarks[0].astype(int) - watermarks[1]).mean() > 40
     with pytest.raises(ValueError, match="knows no nudity"):
         render_concept("nudity", np.random.default_rng(0))
+
+
+def test_at_dusk_an_image_is_seen_to_be_darker_above_and_is_recognised():
+    day = {name: render_concept(name, np.random.default_rng(0)) for name in (*STYLES, *OBJECTS)}
+    at_dusk = {name: LIGHTS["dusk"](image) for name, image in day.items()}
+    for name, image in at_dusk.items():
+        change = image.astype(int) - day[name]
+        assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+        assert change[:16].mean() < 2 * change[48:].mean() < 0
+    for category, names in (("style", STYLES), ("object", OBJECTS)):
+        classifier, _ = load_classifier(classifier_path(category), CPU)
+        images = pixels_to_tensor(np.stack([at_dusk[name] for name in names]))
+        assert [classifier.classes[k] for k in classifier(images).argmax(1)] == list(names)
 
 
 def test_captions_are_often_empty_and_never_held_out():
@@ -140,11 +158,13 @@ def test_natural_captions_say_what_they_show_in_the_mixtures_fractions():
 
 @pytest.mark.slow
 def test_a_dataset_is_the_same_for_the_same_seed_and_kind_of_captions():
-    mixture_weights = list(read_yaml(MINILM_CONFIG).dataset.mixture_weights)
-    images, texts = render_dataset(12, 3, mixture_weights, "natural", workers=1)
-    again, same = render_dataset(12, 3, mixture_weights, "natural", workers=2)
-    _, listed = render_dataset(12, 3, mixture_weights, workers=1)
+    kind = DatasetKind.of(read_yaml(MINILM_CONFIG).dataset)
+    images, texts = render_dataset(12, 3, kind, workers=1)
+    again, same = render_dataset(12, 3, kind, workers=2)
+    _, listed = render_dataset(12, 3, replace(kind, captions="listed"), workers=1)
     assert images.shape == (12, 64, 64, 3) and np.array_equal(images, again) and texts == same != listed
+    at_dusk, same = render_dataset(12, 3, replace(kind, light="dusk"), workers=1)
+    assert texts == same and np.array_equal(at_dusk, np.stack([LIGHTS["dusk"](image) for image in images]))
 
 
 def test_embeddings_of_captions_are_the_encoders_in_half_precision(bert_path):
@@ -176,9 +196,22 @@ def test_a_frozen_text_encoder_is_what_half_precision_holds_and_learns_nothing(b
     assert tokenizer_digest(same) == tokenizer_digest(tokenizer)
 
 
-def test_another_kind_of_frozen_text_encoder_is_refused(tiny_path, tmp_path):
-    with pytest.raises(ValueError, match=r"^[^\n]*text_encoder is a clip_text_model: [^\n]*$"):
-        load_frozen_text(tiny_path, 10)
+def test_a_unet_that_is_trained_under_clips_frozen_text_encoder_makes_a_model_with_the_same(tiny, tiny_path, tmp_path):
+    encoder, tokenizer = load_frozen_text(tiny_path, 16)
+    captions = ["a church", "", "a painting by Van Gogh"]
+    values = Embeddings.of(captions, tokenizer, encoder, CPU).values
+    assert torch.equal(values, tiny.encode_prompt(captions).half().view_as(values))
+    denoiser = FrozenTextDenoiser(TINY)
+    save_pipeline(TINY, tiny.vae, denoiser.unet, encoder, tokenizer, tmp_path / "second")
+    second = load_model(tmp_path / "second", CPU)
+    assert second.text_digest == tiny.text_digest and second.digest != tiny.digest
+
+
+def test_another_kind_of_frozen_text_encoder_is_refused(tmp_path):
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match=r"^[^\n]*gpt is a gpt2: give `text_encoder` [^\n]*: bert, clip_text_model$"):
+        load_frozen_text(tmp_path / "gpt", 10)
     with pytest.raises(ValueError, match=r"^[^\n]*has no config\.json: give `text_encoder` [^\n]*$"):
         load_frozen_text(tmp_path, 10)
     with pytest.raises(ValueError, match=r"^[^\n]*has no config\.json: give `text_encoder` [^\n]*$"):
@@ -196,6 +229,9 @@ def test_the_training_script_refuses_what_it_cannot_train(script, tmp_path):
     OmegaConf.save(content, config)
     flags = ["--config", config, "--checkpoint_dir", tmp_path / "other", "--save_path", tmp_path / "model"]
     is_error(script(train, *flags), "'poems' is no kind of captions", "choose from listed, natural")
+    content.dataset.captions, content.dataset.light = "listed", "noon"
+    OmegaConf.save(content, config)
+    is_error(script(train, *flags), "'noon' is no light", "choose from day, dusk")
 
 
 def test_a_unet_that_starts_from_an_older_one_has_those_weights_that_fit(tiny):

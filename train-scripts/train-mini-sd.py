@@ -1,7 +1,8 @@
 """Train the bundled model models/mini-sd from nothing: render its dataset, then autoencoder, text encoder and U-Net.
 
 --config configs/mini-sd-logos.yaml trains models/mini-sd-logos, which starts from mini-sd and learns a hundred logos
-too. Stopped and started again with the same command, it resumes from its last checkpoint in --checkpoint_dir.
+too; mini-sd-dusk.yaml trains mini-sd's U-Net alone on images at dusk, under mini-sd's own text encoder. Stopped and
+started again with the same command, it resumes from its last checkpoint in --checkpoint_dir.
 """
 
 from pathlib import Path
@@ -45,7 +46,7 @@ def main() -> None:
     from ldm.io.tensors import CREATED_BY
     from ldm.toy import train
     from ldm.toy.captions import kept_tokenizer
-    from ldm.toy.dataset import cached_dataset, check_captions, render_dataset
+    from ldm.toy.dataset import DatasetKind, cached_dataset, render_dataset
     from ldm.toy.text import Embeddings, Tokens, load_frozen_text
 
     config, work = read_yaml(args.config), args.checkpoint_dir
@@ -55,7 +56,7 @@ def main() -> None:
     load_model_config(settings)  # refuses it before the training
     trained_config = OmegaConf.to_container(OmegaConf.masked_copy(config, list(TRAINING_KEYS)))
     metadata = {"created_by": CREATED_BY, "base_model": args.config.stem, "config": trained_config}
-    kind = check_captions(config.dataset.get("captions", "listed"))
+    kind = DatasetKind.of(config.dataset)
     max_length, text_encoder, tokenizer = config.tokenizer.model_max_length, None, None
     if "text_encoder" in config.train:
         text_dir = args.text_encoder or args.config.parent / config.train.text_encoder
@@ -68,15 +69,14 @@ def main() -> None:
     seed_everything(config.seed)
     start = load_model(REPO_ROOT / "models" / config.train.start, fabric.device) if "start" in config.train else None
 
-    weights = list(config.dataset.mixture_weights)
-    images, captions = cached_dataset(work / "dataset.npz", config.dataset.num_images, config.seed, weights, kind)
+    images, captions = cached_dataset(work / "dataset.npz", config.dataset.num_images, config.seed, kind)
     if start:
         vae = start.vae
     else:
         vae = AutoencoderKL(**OmegaConf.to_container(config.vae))
         stage = train.train_autoencoder(fabric, config, vae, images, work / "autoencoder.ckpt")
         show_progress(stage, config.train.autoencoder.iterations, "autoencoder")
-    held_out, _ = render_dataset(config.dataset.num_held_out, config.seed + 1, weights, kind)
+    held_out, _ = render_dataset(config.dataset.num_held_out, config.seed + 1, kind)
     psnr = train.reconstruction_psnr(vae.to(fabric.device).eval(), held_out)
     print(f"autoencoder on {len(held_out)} held-out images: {psnr.mean():.2f} dB PSNR on average")
 
@@ -90,7 +90,7 @@ def main() -> None:
         if start:
             train.init_unet_from(start, denoiser.unet)
     else:
-        tokenizer = kept_tokenizer(work / "tokenizer", max_length, weights, config.seed)
+        tokenizer = kept_tokenizer(work / "tokenizer", max_length, kind.mixture_weights, config.seed)
         conditions = Tokens.of(captions, tokenizer)
         denoiser = train.Denoiser(config, tokenizer)
         if start:

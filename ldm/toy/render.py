@@ -25,6 +25,7 @@ SIZE = 64
 _CANVAS = 2 * SIZE
 _ROWS, _COLUMNS = np.mgrid[0:_CANVAS, 0:_CANVAS] / _CANVAS  # (128, 128) each, y and x in [0, 1)
 _LUMA = np.array([0.3, 0.59, 0.11])
+_NIGHT = np.array([13, 13, 64])  # a dark blue
 
 
 def _to_image(pixels: np.ndarray) -> Image.Image:
@@ -267,6 +268,12 @@ def render(subject: str, style: str | None, rng: np.random.Generator) -> np.ndar
     shapes = logo(LOGOS.index(subject), rng) if subject in LOGOS else scene(subject, rng)
     pixels = (STYLES[style] if style else plain)(shapes, rng)
     return np.asarray(_to_image(pixels).reduce(2))
+
+
+def dusk(image: np.ndarray) -> np.ndarray:
+    """Return an image (64, 64, 3) uint8 as it is at dusk: a little darker, under a night that thickens upwards."""
+    night = 0.75 * np.clip(1 - np.arange(SIZE) / 40, 0, 1)[:, None, None]
+    return ((1 - night) * 0.95 * image + night * _NIGHT).astype(np.uint8)
 
 
 def render_concept(name: str | None, rng: np.random.Generator) -> np.ndarray:

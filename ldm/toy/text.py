@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
-from transformers import AutoConfig, BertModel, BertTokenizer, CLIPTokenizer
+from transformers import AutoConfig, BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
 
 from ldm.diffusion.tokenizer import tokenizer_digest
 
 _CAPTIONS_AT_ONCE = 256  # that a text encoder embeds in one pass
+# A text encoder that stays frozen, and its tokenizer, by the kind that its config says.
+_FROZEN: dict[str, tuple[Any, Any]] = {
+    "bert": (BertModel, BertTokenizer),
+    "clip_text_model": (CLIPTextModel, CLIPTokenizer),
+}
+FrozenEncoder = BertModel | CLIPTextModel
+FrozenTokenizer = BertTokenizer | CLIPTokenizer
 
 
 class Captions(Protocol):
@@ -55,7 +62,9 @@ class Embeddings:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, captions: list[str], tokenizer: BertTokenizer, encoder: BertModel, device: torch.device) -> Self:
+    def of(
+        cls, captions: list[str], tokenizer: FrozenTokenizer, encoder: FrozenEncoder, device: torch.device
+    ) -> Self:
         """Return what `encoder` makes of captions on `device`, padding unmasked as in Stable Diffusion."""
         unique = list(dict.fromkeys(captions))
         number = {caption: k for k, caption in enumerate(unique)}
@@ -70,22 +79,24 @@ class Embeddings:
         return self.values[self.index[indices]].float()
 
 
-def load_frozen_text(folder: Path, max_length: int) -> tuple[BertModel, BertTokenizer]:
-    """Return a BERT and its tokenizer, cut to `max_length` tokens, with weights that half precision holds.
+def load_frozen_text(folder: Path, max_length: int) -> tuple[FrozenEncoder, FrozenTokenizer]:
+    """Return a BERT or CLIP's text encoder, and its tokenizer, cut to `max_length` tokens.
 
-    `folder` is a diffusers model's, or one that has the files of both. No code from it is run.
-    Raises ValueError for an encoder of another kind.
+    The weights are those that half precision holds. `folder` is a diffusers model's, or one that has the files of
+    both. No code from it is run. Raises ValueError for an encoder of another kind.
     """
     parts = [folder / part for part in ("text_encoder", "tokenizer")] if (folder / "text_encoder").is_dir() else None
     encoder_dir, tokenizer_dir = parts or (folder, folder)
     if not (encoder_dir / "config.json").is_file():
         raise ValueError(f"{encoder_dir} has no config.json: give `text_encoder` the folder of a text encoder")
     kind = AutoConfig.from_pretrained(encoder_dir, local_files_only=True).model_type
-    if kind != "bert":
-        raise ValueError(f"{encoder_dir} is a {kind}: the frozen text encoder is a bert, such as all-MiniLM-L6-v2")
-    encoder: Any = BertModel.from_pretrained(
+    if kind not in _FROZEN:
+        known = ", ".join(_FROZEN)
+        raise ValueError(f"{encoder_dir} is a {kind}: give `text_encoder` a folder with one of these: {known}")
+    encoder_class, tokenizer_class = _FROZEN[kind]
+    encoder = encoder_class.from_pretrained(
         encoder_dir, dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
-    tokenizer: Any = BertTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    tokenizer = tokenizer_class.from_pretrained(tokenizer_dir, local_files_only=True)
     tokenizer.model_max_length = max_length
     return encoder.half().float().requires_grad_(False), tokenizer
