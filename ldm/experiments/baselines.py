@@ -15,19 +15,8 @@ import pandas as pd
 from ldm.config.concepts import Concept
 from ldm.config.templates import load_template_set
 from ldm.diffusion.text_encoder import PromptEncoder
-from ldm.experiments.gates import (
-    CAPTIONS,
-    HELD_OUT,
-    KIN,
-    MISSPELT,
-    NEAR_MISSES,
-    RESPELT,
-    FittedGates,
-    Judged,
-    find_names,
-    format_rate,
-    milliseconds,
-)
+from ldm.experiments.gates import FittedGates, Judged, format_rate, milliseconds
+from ldm.experiments.prompt_sets import CAPTIONS, HELD_OUT, KIN, MISSPELT, NEAR_MISSES, RESPELT, find_names
 
 KEYWORDS, GATES, REWRITING = "keyword filter", "gate and map", "gate, text rewritten"
 _FALSE_ALARMS, _MISSES = (CAPTIONS, KIN, NEAR_MISSES), (HELD_OUT, RESPELT, MISSPELT)
