@@ -16,7 +16,16 @@ from ldm.config.concepts import Concept
 from ldm.config.templates import load_template_set
 from ldm.diffusion.text_encoder import PromptEncoder
 from ldm.experiments.gates import FittedGates, Judged, format_rate, milliseconds
-from ldm.experiments.prompt_sets import CAPTIONS, HELD_OUT, KIN, MISSPELT, NEAR_MISSES, RESPELT, find_names
+from ldm.experiments.prompt_sets import (
+    CAPTIONS,
+    HELD_OUT,
+    KIN,
+    MISSPELT,
+    NEAR_MISSES,
+    RESPELT,
+    NameIndex,
+    find_names,
+)
 
 KEYWORDS, GATES, REWRITING = "keyword filter", "gate and map", "gate, text rewritten"
 _FALSE_ALARMS, _MISSES = (CAPTIONS, KIN, NEAR_MISSES), (HELD_OUT, RESPELT, MISSPELT)
@@ -62,6 +71,7 @@ def _cost(model: PromptEncoder, gates: FittedGates, judged: Judged) -> dict[str,
     number, owner = hits[0]
     prompt, together = judged.prompts.prompts[number], gates.together
     embeds, states = model.encode_with_states([prompt], together.layers)
+    index = NameIndex(gates.concepts)
 
     def embed_rewritten() -> None:
         together.fired(states)
@@ -70,5 +80,5 @@ def _cost(model: PromptEncoder, gates: FittedGates, judged: Judged) -> dict[str,
     return {
         GATES: milliseconds(lambda: together(embeds, states)),
         REWRITING: milliseconds(embed_rewritten),
-        KEYWORDS: milliseconds(lambda: find_names([prompt], gates.concepts)),
+        KEYWORDS: milliseconds(lambda: index.find([prompt])),
     }

@@ -6,6 +6,7 @@ Those that are made of a name say it; which other names of the list stand in a p
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ CAPTIONS, KIN, NEAR_MISSES, RESTORED = "everyday captions", "kin names", "near m
 _CAPTION_SEED = 1  # those of 0 are what a gate's own report counts
 _NUM_MISSPELT = 40  # misspelt names of each concept
 _NUM_COMPOSED = 40  # captions with a restored concept in them, of each spelling
+_WORD_RE = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -129,17 +131,30 @@ def respellings(name: str) -> list[str]:
     return [text for text in dict.fromkeys(found) if text != name]
 
 
+class NameIndex:
+    """The names of concepts by their first words, so that of a thousand only those are sought that a prompt may say."""
+
+    def __init__(self, concepts: Sequence[Concept]):
+        self.concepts = concepts
+        self._numbers: dict[str, set[int]] = {}
+        for number, concept in enumerate(concepts):
+            for spelling in concept.spellings:
+                words = _WORD_RE.findall(spelling.lower())
+                self._numbers.setdefault(words[0] if words else "", set()).add(number)
+
+    def find(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Return which concepts' spellings stand in each prompt, (N, C) bool."""
+        found = torch.zeros(len(prompts), len(self.concepts), dtype=torch.bool)
+        for row, prompt in zip(found, prompts, strict=True):
+            for word in {"", *_WORD_RE.findall(prompt.lower())}:
+                for number in self._numbers.get(word, ()):
+                    row[number] |= says(prompt, self.concepts[number].spellings)
+        return found
+
+
 def find_names(prompts: Sequence[str], concepts: Sequence[Concept]) -> torch.Tensor:
     """Return which concepts' spellings stand in each prompt, (N, C) bool."""
-    in_lower_case = [tuple(spelling.lower() for spelling in concept.spellings) for concept in concepts]
-    found = torch.zeros(len(prompts), len(concepts), dtype=torch.bool)
-    for row, prompt in zip(found, prompts, strict=True):
-        text = " ".join(prompt.lower().split())
-        for number, spellings in enumerate(in_lower_case):
-            # of a thousand concepts few are left by plain search, and only these are worth a pattern
-            if any(spelling in text for spelling in spellings):
-                row[number] = says(prompt, concepts[number].spellings)
-    return found
+    return NameIndex(concepts).find(prompts)
 
 
 def find_said(prompt_set: PromptSet, concepts: Sequence[Concept], tokenizer: Any) -> torch.Tensor:
