@@ -23,7 +23,7 @@ SCRIPTS = sorted([*(ROOT / "train-scripts").glob("*.py"), *(ROOT / "eval-scripts
 FRONT = ROOT / "train-scripts" / "cate-cls-test.py"  # of its twin in eval-scripts, which it runs
 # A folder imports only from folders before its own.
 LAYERS = ["io", "config", "diffusion", "erasure", "metrics", "toy", "ledger", "experiments", "cli"]
-NUMERICS = ["null_space", "closed_form", "embedding_map", "gate", "gated_edit", "shift"]
+NUMERICS = ["null_space", "closed_form", "embedding_map", "prompt_rows", "negatives", "gate", "gated_edit", "shift"]
 HEAVY = {"torch", "pandas", "diffusers", "shtab", "tqdm"}  # of tqdm: --quiet is heeded when it is imported
 MAX_SCRIPT_LINES, MAX_MODULE_LINES = 110, 420
 FLAG = re.compile(r"(?<![\w-])--[a-z]\w*")

@@ -22,9 +22,11 @@ from ldm.diffusion.text_states import LAST_STATE
 from ldm.erasure import comfyui_node, export_comfyui
 from ldm.erasure.embedding_map import fit_map
 from ldm.erasure.export import export
-from ldm.erasure.gate import Negatives, Positives, fit_gate
+from ldm.erasure.gate import GateTask, Positives, fit_gate
 from ldm.erasure.gated_edit import GatedEdit
 from ldm.erasure.merge import edited
+from ldm.erasure.negatives import Negatives
+from ldm.erasure.prompt_rows import PromptRows
 from ldm.erasure.shift import SeparableShift, WeightShift
 from ldm.io.files import METADATA_FILE, read_dir_metadata
 
@@ -199,9 +201,9 @@ def make_shift(model, label: str, layer: int, folder) -> WeightShift:
     last = torch.tensor([model.tokenizers[0](prompt).input_ids.index(end) - 1 for prompt in own])
     gates = {}
     for encoder in model.text_encoders:
-        rows, other = states[encoder, layer], other_states[encoder, layer]
-        none = torch.zeros(len(other), dtype=torch.bool)
-        gates[encoder] = fit_gate(Positives(rows, last), Negatives(other), none, other[:0], 0.01, 0.5)
+        rows, other = (PromptRows.whole(found[encoder, layer]) for found in (states, other_states))
+        task = GateTask(Positives(rows, last), torch.zeros(len(other), dtype=torch.bool), other.select([]))
+        gates[encoder] = fit_gate(task, Negatives(other, 0.01), 0.5)
     neutral = model.encode_prompt(["an artist"])
     maps = {"tokens": fit_map(model.drop_pooled(embeds).flatten(0, 1), _like(model.drop_pooled(neutral), own), 1e-3, 8)}
     if "text_encoder_2" in model.text_encoders:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.erasure.embedding_map import EmbeddingMap, fit_map, join_maps
+from ldm.erasure.embedding_map import EmbeddingMap, fit_map, join_maps, main_directions
 
 WIDTH, TINY_RIDGE = 12, 1e-12
 
@@ -109,3 +109,77 @@ def test_maps_in_the_same_directions_are_joined_in_these_alone():
     joined = join_maps(maps)
     assert len(joined.directions) == 4 and isinstance(joined, EmbeddingMap)
     assert torch.allclose(joined.directions @ joined.directions.T, torch.eye(4, dtype=torch.float64), atol=1e-9)
+
+
+def distance_left(found: EmbeddingMap, targets: torch.Tensor, anchors: torch.Tensor) -> float:
+    """Return the penalised mean square distance that a map leaves, which its fit makes smallest."""
+    outputs = found.outputs @ found.directions
+    return float((found(targets) - anchors).square().sum() / len(targets) + found.penalty * outputs.square().sum())
+
+
+def test_a_cut_map_leaves_the_least_that_its_rank_can_leave():
+    """No map of rank r does better: the best one has the gains of the r largest singular values."""
+    targets, anchors = random_rows(60, WIDTH, seed=0), random_rows(60, WIDTH, seed=1)
+    whole = fit_map(targets, anchors, 0.1, WIDTH)
+    gains, before = whole.gains, float((targets - anchors).square().sum()) / 60
+    assert torch.allclose(gains, gains.sort(descending=True).values)
+    for rank in (1, 3, 7):
+        found = whole.cut(rank)
+        assert found.directions.shape == (rank, WIDTH)
+        assert torch.allclose(found.directions @ found.directions.T, torch.eye(rank, dtype=torch.float64), atol=1e-9)
+        assert distance_left(found, targets, anchors) == pytest.approx(before - float(gains[:rank].sum()))
+        others = whole.outputs @ whole.directions  # cut in the outputs' own metric instead
+        left, values, right = torch.linalg.svd(others)
+        plain = EmbeddingMap(left[:, :rank] * values[:rank], right[:rank], found.gram, whole.penalty)
+        assert distance_left(found, targets, anchors) < distance_left(plain, targets, anchors)
+    assert whole.cut(WIDTH) is whole
+
+
+def test_cut_maps_are_joined_as_whole_ones_are():
+    """Their normal equations are those of a fit in their own directions."""
+    targets, anchors = random_rows(60, WIDTH, seed=0), random_rows(60, WIDTH, seed=1)
+    found = fit_map(targets, anchors, 0.1, WIDTH).cut(4)
+    projections = targets @ found.directions.T
+    gram = projections.T @ projections / 60 + found.penalty * torch.eye(4)
+    assert torch.allclose(found.gram, gram)
+    assert torch.allclose(found.outputs @ gram, (anchors - targets).T @ projections / 60)
+    joined = join_maps([found, found])
+    rows = random_rows(5, WIDTH, seed=2)
+    assert len(joined.directions) == 4 and torch.allclose(joined(rows), found(rows), atol=0.2)
+
+
+def test_the_rank_is_the_lowest_that_leaves_hardly_more_than_the_whole():
+    rows = random_rows(80, WIDTH, seed=0)
+    change = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
+    change[0, 1], change[2, 3], change[4, 5] = 3, 2, 0.1  # whose shares of the way are about 9, 4 and 0.01 of 13
+    anchors = rows + rows @ change
+    assert [len(fit_map(rows, anchors, TINY_RIDGE, WIDTH, loss).directions) for loss in (0.5, 0.1, 1e-4)] == [1, 2, 3]
+
+
+def test_rows_count_as_often_as_is_said():
+    targets, anchors = random_rows(20, WIDTH, seed=0), random_rows(20, WIDTH, seed=1)
+    counts = torch.tensor([1.0] * 15 + [3.0] * 5)
+    repeated = [rows.repeat_interleave(counts.long(), 0) for rows in (targets, anchors)]
+    found, expected = fit_map(targets, anchors, 0.1, 4, counts=counts), fit_map(*repeated, 0.1, 4)
+    assert torch.allclose(found(targets), expected(targets), atol=1e-6)
+
+
+def test_few_of_many_directions_are_the_main_ones():
+    rows = random_rows(400, 120, seed=0) * torch.logspace(0, -3, 120)
+    found, largest = main_directions(rows, 8)
+    values, vectors = torch.linalg.eigh(rows.T @ rows)
+    assert found.shape == (8, 120) and largest == pytest.approx(float(values[-1]), rel=1e-3)
+    assert (vectors[:, -8:].T @ found.T).square().sum() > 8 * 0.999
+    again, _ = main_directions(rows, 8)
+    assert torch.equal(found, again)
+
+
+def test_a_rounded_map_is_what_half_precision_has_and_does_the_same():
+    targets, anchors = random_rows(40, WIDTH, seed=0), random_rows(40, WIDTH, seed=1)
+    whole = fit_map(targets, anchors, 0.01, 6)
+    found = whole.rounded()
+    for part in (found.outputs, found.directions):
+        assert part.dtype == torch.float64 and torch.equal(part.half().double(), part)
+    assert torch.allclose(found(targets), whole(targets), atol=5e-3) and torch.equal(found.gram, whole.gram)
+    large = EmbeddingMap(1e9 * whole.outputs, whole.directions, whole.gram, whole.penalty)
+    assert large.rounded() is large

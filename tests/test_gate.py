@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from ldm.erasure import gate as gates
-from ldm.erasure.gate import Gate, Negatives, NoGateError, Positives, fit_gate, join_gates
+from ldm.erasure.gate import Gate, GateTask, NoGateError, Positives, fit_gate, fit_gates, join_gates
+from ldm.erasure.negatives import Negatives
+from ldm.erasure.prompt_rows import PromptRows
 
 WIDTH, TOKENS, RIDGE, POSITION = 16, 5, 0.01, 0.6
 NONE = torch.zeros(0, TOKENS, WIDTH)  # no lookalikes
@@ -14,18 +16,25 @@ def random_rows(num: int, seed: int) -> torch.Tensor:
     return torch.randn(num, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def saying(num: int, seed: int, axis: int = 0, strength: float = 8.0) -> Positives:
-    """Return prompts whose token number 2 is far along one axis."""
+def saying(num: int, seed: int, axis: int = 0, strength: float = 8.0) -> torch.Tensor:
+    """Return the rows of prompts whose token number 2 is far along one axis."""
     rows = random_rows(num, seed)
     rows[:, 2] *= 0.2
     rows[:, 2, axis] += strength
-    return Positives(rows, torch.full((num,), 2))
+    return rows
 
 
-def fit(group: Positives, negatives: torch.Tensor, lookalikes: torch.Tensor = NONE, **other) -> Gate:
-    left_out = other.pop("left_out", torch.zeros(len(negatives), dtype=torch.bool))
-    settings = {"ridge": RIDGE, "position": POSITION} | other
-    return fit_gate(group, Negatives(negatives), left_out, lookalikes, **settings)
+def task(rows: torch.Tensor, negatives: torch.Tensor, lookalikes: torch.Tensor = NONE, **other) -> GateTask:
+    left_out = other.get("left_out", torch.zeros(len(negatives), dtype=torch.bool))
+    last_tokens = torch.full((len(rows),), 2)
+    positives = Positives(PromptRows.whole(rows), last_tokens, other.get("clearance"))
+    return GateTask(positives, left_out, PromptRows.whole(lookalikes))
+
+
+def fit(rows: torch.Tensor, negatives: torch.Tensor, lookalikes: torch.Tensor = NONE, **other) -> Gate:
+    position = other.pop("position", POSITION)
+    others = Negatives(PromptRows.whole(negatives), RIDGE)
+    return fit_gate(task(rows, negatives, lookalikes, **other), others, position)
 
 
 def scores(gate: Gate, rows: torch.Tensor) -> torch.Tensor:
@@ -37,8 +46,8 @@ def test_a_gate_fires_on_all_that_say_the_concept_and_on_no_other():
     group, negatives = saying(12, 0), random_rows(200, 1)
     gate = fit(group, negatives)
     assert gate.weights.shape == (1, WIDTH) and gate.thresholds.shape == (1,) and gate.gap > 0
-    assert (gate.margins(group.rows) > 0).all() and (gate.margins(negatives) < 0).all()
-    assert (gate.margins(saying(50, 2).rows) > 0).all() and (gate.margins(random_rows(50, 3)) < 0).all()
+    assert (gate.margins(group) > 0).all() and (gate.margins(negatives) < 0).all()
+    assert (gate.margins(saying(50, 2)) > 0).all() and (gate.margins(random_rows(50, 3)) < 0).all()
 
 
 def test_one_row_is_enough_wherever_it_stands():
@@ -46,7 +55,7 @@ def test_one_row_is_enough_wherever_it_stands():
     gate = fit(group, negatives)
     moved = negatives[:TOKENS].clone()
     for position in range(TOKENS):
-        moved[position, position] = group.rows[0, 2]
+        moved[position, position] = group[0, 2]
     assert (gate.margins(moved) > 0).all()
 
 
@@ -54,7 +63,7 @@ def test_one_row_is_enough_wherever_it_stands():
 def test_the_threshold_lies_at_the_position_in_the_gap(position):
     group, negatives = saying(12, 0), random_rows(200, 1)
     gate = fit(group, negatives, position=position)
-    lowest, highest = scores(gate, group.rows).min(), scores(gate, negatives).max()
+    lowest, highest = scores(gate, group).min(), scores(gate, negatives).max()
     assert gate.gap == pytest.approx(float(lowest - highest), abs=1e-5)
     assert float(gate.thresholds[0]) == pytest.approx(float(highest + position * (lowest - highest)), abs=1e-5)
 
@@ -62,7 +71,7 @@ def test_the_threshold_lies_at_the_position_in_the_gap(position):
 def test_scores_are_in_units_of_the_distance_of_the_means():
     group, negatives = saying(12, 0), random_rows(200, 1)
     gate = fit(group, negatives)
-    distance = group.rows[:, 2].mean(0) - negatives.flatten(0, 1).mean(0)
+    distance = group[:, 2].mean(0) - negatives.flatten(0, 1).mean(0)
     assert float(gate.weights[0] @ distance) == pytest.approx(1, abs=2e-3)  # as half precision has it
 
 
@@ -73,7 +82,7 @@ def test_weights_are_those_of_half_precision_exactly():
 
 def test_prompts_that_are_left_out_do_not_count():
     group, negatives = saying(12, 0), random_rows(200, 1)
-    own = saying(3, 9).rows
+    own = saying(3, 9)
     left_out = torch.tensor([False] * 200 + [True] * 3)
     with_own = fit(group, torch.cat([negatives, own]), left_out=left_out)
     without = fit(group, negatives)
@@ -83,29 +92,47 @@ def test_prompts_that_are_left_out_do_not_count():
         fit(group, torch.cat([negatives, own]))
 
 
-def test_statistics_are_those_of_all_rows_but_the_left_out_and_with_the_lookalikes():
-    rows, alike = random_rows(300, 1), random_rows(7, 2)  # more than one batch of sums
+def test_the_direction_is_fishers_with_the_covariance_of_all_but_the_left_out(monkeypatch):
+    monkeypatch.setattr(gates, "_HARD_ROUNDS", 0)
+    group, negatives = saying(12, 0), random_rows(300, 1)
     left_out = torch.arange(300) % 3 == 0
-    mean, covariance = Negatives(rows).statistics(left_out, alike)
-    kept = torch.cat([rows[~left_out], alike]).flatten(0, 1).double()
-    assert mean.dtype == covariance.dtype == torch.float64
-    assert torch.allclose(mean, kept.mean(0)) and torch.allclose(covariance, kept.T.cov(correction=0))
+    gate = fit(group, negatives, left_out=left_out)
+    every, kept = (rows.flatten(0, 1).double() for rows in (negatives, negatives[~left_out]))
+    ridge = RIDGE * every.T.cov(correction=0).diagonal().mean() * len(every) / len(kept) * torch.eye(WIDTH)
+    own = group[:, 2].double()
+    covariance = kept.T.cov(correction=0) + ridge + 0.02 * own.T.cov(correction=0)
+    offset = own.mean(0) - kept.mean(0)
+    direction = torch.linalg.solve(covariance, offset)
+    assert torch.allclose(gate.weights[0].double(), direction / (direction @ offset), atol=1e-4)
+
+
+def test_a_gate_does_not_depend_on_those_that_are_fitted_with_it():
+    negatives = random_rows(300, 1)
+    others = Negatives(PromptRows.whole(negatives), RIDGE)
+    tasks = [task(saying(12, seed, axis=seed), negatives, random_rows(4, seed + 20)) for seed in range(6)]
+    together = fit_gates(tasks, others, POSITION)
+    for number, found in enumerate(together):
+        assert isinstance(found, Gate)
+        alone = fit_gate(tasks[number], others, POSITION)
+        assert torch.equal(found.weights, alone.weights) and torch.equal(found.thresholds, alone.thresholds)
+    many = fit_gates(tasks[:1] * 40, others, POSITION)  # more than are fitted at once
+    assert all(isinstance(gate, Gate) and torch.equal(gate.weights, many[0].weights) for gate in many)
 
 
 def test_misspelt_names_have_to_be_clear_of_all_others_and_of_lookalikes():
-    group, negatives, alike = saying(12, 0), random_rows(200, 1), saying(4, 5, strength=4).rows
-    gate = fit(Positives(group.rows, group.last_tokens, 0.15), negatives, alike)
+    group, negatives, alike = saying(12, 0), random_rows(200, 1), saying(4, 5, strength=4)
+    gate = fit(group, negatives, alike, clearance=0.15)
     highest = torch.cat([scores(gate, negatives), scores(gate, alike)]).max()
     assert float(gate.thresholds[0]) == pytest.approx(float(highest) + 0.15, abs=1e-5) and gate.gap == 0
     assert (gate.margins(alike) < 0).all() and (gate.margins(negatives) < 0).all()
-    overlapping = fit(Positives(negatives[:5], torch.zeros(5, dtype=torch.long), 0.15), negatives)
+    overlapping = fit(negatives[:5], negatives, clearance=0.15)
     assert (overlapping.margins(negatives) < 0).all()  # where names need not trip it, no gap is no error
 
 
 def test_lookalikes_lower_no_threshold_of_the_name_itself():
-    group, negatives, alike = saying(12, 0), random_rows(200, 1), saying(4, 5, strength=7.5).rows
+    group, negatives, alike = saying(12, 0), random_rows(200, 1), saying(4, 5, strength=7.5)
     gate = fit(group, negatives, alike)
-    lowest, highest = scores(gate, group.rows).min(), scores(gate, negatives).max()
+    lowest, highest = scores(gate, group).min(), scores(gate, negatives).max()
     assert float(gate.thresholds[0]) == pytest.approx(float(highest + POSITION * (lowest - highest)), abs=1e-5)
 
 
@@ -127,7 +154,7 @@ def test_no_gap_is_an_error_that_names_the_worst_first():
 def test_the_hardest_others_count_again_which_widens_the_gap(monkeypatch):
     """Of 400 prompts two have one of the concept's two axes, too few to be much of a covariance."""
     group, negatives = saying(12, 0), random_rows(400, 1)
-    group.rows[:, 2, 1] += 6
+    group[:, 2, 1] += 6
     negatives[:2, 3] = 0
     negatives[:2, 3, 1] = 7
     monkeypatch.setattr(gates, "_NUM_HARD", 10)
@@ -142,13 +169,13 @@ def test_joined_gates_fire_where_any_does():
     negatives = random_rows(200, 1)
     groups = [saying(12, 0, axis=0), saying(12, 2, axis=1, strength=10)]
     first, second = (fit(group, negatives) for group in groups)
-    misspelt = fit(Positives(groups[0].rows, groups[0].last_tokens, 0.15), negatives)
+    misspelt = fit(groups[0], negatives, clearance=0.15)
     joined = join_gates([first, second, misspelt])
     assert joined.weights.shape == (3, WIDTH) and joined.gap == min(first.gap, second.gap)
-    rows = torch.cat([groups[0].rows, groups[1].rows, negatives])
+    rows = torch.cat([groups[0], groups[1], negatives])
     expected = torch.stack([gate.margins(rows) for gate in (first, second, misspelt)]).amax(0)
     assert torch.allclose(joined.margins(rows), expected, atol=1e-6)
-    assert (first.margins(groups[1].rows) < 0).all() and (joined.margins(groups[1].rows) > 0).all()
+    assert (first.margins(groups[1]) < 0).all() and (joined.margins(groups[1]) > 0).all()
 
 
 def test_a_gate_reads_halves_as_it_reads_floats():

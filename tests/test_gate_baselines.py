@@ -59,7 +59,7 @@ def detectors(tiny_path):
         gate = Gate(torch.zeros(1, 96), torch.tensor([threshold]), gap=0.5)
         maps = {"tokens": fit_map(rows, -rows, 0.1, 2)}
         edits.append(GatedEdit({"text_encoder": gate}, {"text_encoder": LAST_STATE}, maps))
-    fitted = FittedGates(CONCEPTS, edits, {}, [1.0, 2.0])
+    fitted = FittedGates(CONCEPTS, edits, {}, 1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gates, "_NUM_TIMED", 1)
         report = evaluate_gates(tiny, fitted, make_prompt_sets(CONCEPTS, 10, tiny.tokenizers[0]), 3.0)

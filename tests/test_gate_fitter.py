@@ -12,7 +12,7 @@ from ldm.config.methods import GateConfig
 from ldm.config.templates import fill, load_template_set
 from ldm.diffusion.load import load_model
 from ldm.diffusion.tokenizer import align_tokens, last_token
-from ldm.erasure import gate_fitter
+from ldm.erasure import gate_fitter, gate_prompts
 from ldm.erasure.gate_fitter import GateFitter, InseparableError, mean_distance_left, rate
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.known_states import KnownStates
@@ -32,7 +32,7 @@ def model():
 @pytest.fixture(scope="module")
 def fitter(model):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate_fitter, "_NUM_UNSEEN", 100)
+        patch.setattr(gate_prompts, "_NUM_UNSEEN", 100)
         patch.setattr(gate_fitter, "_MAX_TRIED", 4)
         return GateFitter(model, erasable_concepts("style")[:9], RETAINED, SMALL)
 
@@ -64,7 +64,7 @@ def test_a_gate_fires_on_all_that_it_was_fitted_on_and_on_no_prompt_of_others(mo
     prompts = [fill(template, "Picasso") for template in load_template_set("style").templates]
     read = [text for text in prompts if len(model.tokenizers[0](text).input_ids) <= 16]
     assert len(read) > 10 and (margins(model, edit, read) > 0).all()
-    others = [text for text in fitter.prompts if "picasso" not in text.lower()]
+    others = [text for text in fitter.texts.negatives if "picasso" not in text.lower()]
     assert len(others) > 400 and (margins(model, edit, others) < 0).all()
 
 
@@ -146,25 +146,27 @@ def test_a_name_in_lower_case_counts_where_the_tokenizer_tells_it_apart(model):
             return SimpleNamespace(input_ids=[0, *ids, 1] if add_special_tokens else ids)
 
     concept = Concept(0, "Monet", "Monet", ("Claude Monet",))
-    assert gate_fitter._spellings(Cased(), concept) == ["Monet", "Claude Monet", "monet", "claude monet"]
-    assert gate_fitter._spellings(model.tokenizers[0], concept) == ["Monet", "Claude Monet"]
+    assert gate_prompts.told_apart(Cased(), concept) == ["Monet", "Claude Monet", "monet", "claude monet"]
+    assert gate_prompts.told_apart(model.tokenizers[0], concept) == ["Monet", "Claude Monet"]
     with pytest.raises(ValueError, match="the model's tokenizer keeps nothing of '🍎'"):  # nothing of its own
-        gate_fitter._spellings(Cased(), Concept(0, "🍎", "🍎", kind="object"))
+        gate_prompts.told_apart(Cased(), Concept(0, "🍎", "🍎", kind="object"))
 
 
 def test_an_object_is_said_by_its_plural_too():
-    found = gate_fitter._with_plurals(Concept(0, "golf ball", "golf ball", ("red box",), kind="object"))
+    found = gate_prompts.with_plurals(Concept(0, "golf ball", "golf ball", ("red box",), kind="object"))
     assert found.spellings == ("golf ball", "golf ball", "red box", "golf balls", "red boxes")
     artist = Concept(0, "Monet", "Monet", kind="style")
-    assert gate_fitter._with_plurals(artist) is artist
+    assert gate_prompts.with_plurals(artist) is artist
 
 
 def test_words_of_a_name_are_none_of_its_negatives_in_either_case(fitter, monkeypatch):
-    monkeypatch.setattr(fitter, "words", ["Gogh", "gogh", "van", "dog"])
-    monkeypatch.setattr(fitter, "rare_words", ["Vincdog", "dogcat"])
+    monkeypatch.setattr(fitter.texts, "words", ["Gogh", "gogh", "van", "dog"])
+    monkeypatch.setattr(fitter.texts, "rare_words", ["Vincdog", "dogcat"])
     concept = Concept(0, "VanGogh", "VanGogh", ("Vincent van Gogh",), kind="style")
-    own = fitter._own_prompts(concept)
-    left_out = fitter._left_out(concept, own, ["Gogh", "gogh", "van", "dog", "Vincdog", "dogcat", "a vincent van gogh"])
+    own = fitter.texts.own(concept)
+    left_out = fitter.texts.left_out(
+        concept, own, ["Gogh", "gogh", "van", "dog", "Vincdog", "dogcat", "a vincent van gogh"]
+    )
     assert left_out.tolist() == [True, True, True, False, True, False, True]
 
 
@@ -180,7 +182,7 @@ def test_known_states_encode_what_is_new_and_forget_what_is_not_asked_for():
 
     def encode(prompts):
         encoded.append(list(prompts))
-        return {("text_encoder", 1): torch.tensor([[[float(len(text))]] for text in prompts])}
+        return {("text_encoder", 1): [torch.tensor([[float(len(text))]]) for text in prompts]}
 
     for prompts, new in (
         (["a", "bb"], [["a", "bb"]]),
@@ -189,14 +191,14 @@ def test_known_states_encode_what_is_new_and_forget_what_is_not_asked_for():
         (["bb"], [["bb"]]),
     ):
         encoded.clear()
-        states = known.states("group", prompts, encode)
-        assert states["text_encoder", 1].flatten().tolist() == [len(text) for text in prompts] and encoded == new
-    known.states("other group", ["bb"], encode)
+        rows = known.rows("group", prompts, encode)
+        assert [len(text) for text in prompts] == [float(row) for row in rows["text_encoder", 1]] and encoded == new
+    known.rows("other group", ["bb"], encode)
     assert encoded == [["bb"]] * 2
 
 
 def test_a_fitter_goes_on_with_what_an_earlier_one_knows(model, monkeypatch):
-    monkeypatch.setattr(gate_fitter, "_NUM_UNSEEN", 20)
+    monkeypatch.setattr(gate_prompts, "_NUM_UNSEEN", 20)
     monkeypatch.setattr(gate_fitter, "_MAX_TRIED", 2)
     known = KnownStates()
     first = GateFitter(model, [PICASSO], RETAINED, SMALL, known)
@@ -207,13 +209,13 @@ def test_a_fitter_goes_on_with_what_an_earlier_one_knows(model, monkeypatch):
 
 @pytest.mark.parametrize("gate_anchor", ["neutral", "empty"])
 def test_an_anchor_of_its_own_is_what_a_concepts_prompts_become(model, monkeypatch, fitter, gate_anchor):
-    monkeypatch.setattr(fitter, "config", SMALL.with_changes(gate_anchor=gate_anchor))
+    monkeypatch.setattr(fitter.texts, "config", SMALL.with_changes(gate_anchor=gate_anchor))
     own = Concept(0, "a fox", "a fox", ("fox",), kind="object", anchor="a dog")
-    anchors = fitter._own_prompts(own).anchors
+    anchors = fitter.texts.own(own).anchors
     expected = {"a fox": "a dog", "fox": "a dog", "a toy fox": "a toy dog", "a fox and a chair": "a dog and a chair"}
     assert {prompt: anchors[prompt] for prompt in expected} == expected
     neutral = {"neutral": "a toy object", "empty": ""}[gate_anchor]
-    assert fitter._own_prompts(replace(own, anchor=None)).anchors["a toy fox"] == neutral
+    assert fitter.texts.own(replace(own, anchor=None)).anchors["a toy fox"] == neutral
 
 
 def test_the_way_left_is_what_is_missing_along_the_line_to_the_aim():
@@ -222,3 +224,28 @@ def test_the_way_left_is_what_is_missing_along_the_line_to_the_aim():
     assert mean_distance_left(before, before, aims) == 1 and mean_distance_left(before, aims, aims) == 0
     assert mean_distance_left(before, half, aims) == pytest.approx((1 / 2 + 1 / 4) / 2)
     assert mean_distance_left(before, half, before) == 1
+
+
+def test_concepts_that_are_fitted_together_get_what_each_gets_alone(fitter, edit):
+    others = [Concept(0, name, name, kind="style") for name in ("Cezanne", "the", "Rembrandt")]
+    found = list(fitter.fit_all([others[0], PICASSO, *others[1:]]))
+    assert isinstance(found[2], ValueError) and "everyday captions" in str(found[2])
+    together = [found[1], found[3]]
+    for each, alone in zip(together, (edit, fitter.fit(others[2])), strict=True):
+        assert isinstance(each, GatedEdit) and each.report == alone.report
+        for name, tensor in alone.tensors().items():
+            assert torch.equal(each.tensors()[name], tensor)
+
+
+def test_a_surname_of_several_concepts_is_told_and_trips_the_gate_of_none(model, monkeypatch):
+    monkeypatch.setattr(gate_prompts, "_NUM_UNSEEN", 20)
+    monkeypatch.setattr(gate_fitter, "_MAX_TRIED", 2)
+    names = ["fox Picasso", "church Picasso"]
+    concepts = [Concept(0, name, name, kind="person") for name in names]
+    with pytest.warns(Notice, match=r"said alone .* trip no gate.*: Picasso \(fox Picasso, church Picasso\)$"):
+        fitter = GateFitter(model, concepts, [], SMALL)
+    said_alone = ["Picasso", "a photo of Picasso", "Picasso smiles"]
+    for own, other in zip(concepts, reversed(names), strict=True):
+        found = fitter.fit(own)
+        assert (margins(model, found, held_out(model, own)) > 0).all()
+        assert (margins(model, found, [*said_alone, other, f"a photo of {other}"]) < 0).all()

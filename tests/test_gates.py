@@ -83,7 +83,7 @@ def test_a_gate_that_always_fires_has_all_false_alarms_and_one_that_never_does_a
     path = tmp_path / "captions.txt"
     path.write_text("a dog\na lake by Monet\nnew shoes by nike\n")
     edits = [gate_that(True, 96), gate_that(False, 96)]
-    fitted = FittedGates(CONCEPTS, edits, {"x": "no gate"}, [1.0, 2.0])
+    fitted = FittedGates(CONCEPTS, edits, {"x": "no gate"}, 1.0)
     prompt_sets = [*make_prompt_sets(CONCEPTS, 10, tiny.tokenizers[0]), read_captions(path)]
     report = evaluate_gates(tiny, fitted, prompt_sets, 3.0)
     counts = report.summary["counts"]
@@ -154,7 +154,7 @@ def test_rounding_states_can_change_a_decision(tiny, monkeypatch):
     exact, rounded = (float((rows.float() @ weights.T).amax()) for rows in (states, states.bfloat16()))
     assert exact != rounded
     gate = Gate(weights, torch.tensor([(exact + rounded) / 2]))
-    fitted = FittedGates(CONCEPTS[:1], [GatedEdit({"text_encoder": gate}, {"text_encoder": LAST_STATE}, {})], {}, [1.0])
+    fitted = FittedGates(CONCEPTS[:1], [GatedEdit({"text_encoder": gate}, {"text_encoder": LAST_STATE}, {})], {}, 1.0)
     decisions = gates.decide(tiny, fitted, ["a dog"], at_once=64)
     assert (decisions.margins > 0).item() != (decisions.rounded["bfloat16"] > 0).item()
 
@@ -164,13 +164,12 @@ def test_concepts_without_a_gate_are_kept_with_the_reason():
         def __init__(self):
             pass
 
-        def fit(self, concept):
-            if concept.name == "Nike":
-                raise ValueError("no gate tells it")
-            return gate_that(True, 4)
+        def fit_all(self, concepts):
+            for concept in concepts:
+                yield ValueError("no gate tells it") if concept.name == "Nike" else gate_that(True, 4)
 
     fitted = fit_gates(Fitter(), CONCEPTS)
-    assert [concept.name for concept in fitted.concepts] == ["Monet"] and len(fitted.edits) == len(fitted.seconds) == 1
+    assert [concept.name for concept in fitted.concepts] == ["Monet"] and len(fitted.edits) == 1
     assert fitted.refused == {"Nike": "no gate tells it"}
     with pytest.raises(ValueError, match="none of the 1 concepts has a gate: no gate tells it"):
         fit_gates(Fitter(), CONCEPTS[1:])

@@ -24,7 +24,7 @@ from ldm.config.concept_lists import make_concept
 from ldm.config.methods import GateConfig
 from ldm.diffusion.load import silence_hf_logging
 from ldm.diffusion.pipeline_encoder import PipelineEncoder
-from ldm.erasure import gate_fitter
+from ldm.erasure import gate_fitter, gate_prompts
 from ldm.erasure.gate_fitter import GateFitter, InseparableError
 from ldm.erasure.pipeline_concepts import Details, new_concepts
 from ldm.erasure.pipeline_eraser import PipelineEraser
@@ -48,11 +48,11 @@ def quick_fits():
     """Let gates be fitted against fewer prompts."""
     silence_hf_logging()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate_fitter, "_NUM_UNSEEN", 20)
+        patch.setattr(gate_prompts, "_NUM_UNSEEN", 20)
         patch.setattr(gate_fitter, "_MAX_TRIED", 2)
         patch.setattr(gate_fitter, "_NUM_JUDGED", 50)
         patch.setattr(gate_fitter, "_NUM_TRIED", 150)
-        patch.setattr(gate_fitter, "_NUM_LOOKALIKES", 20)
+        patch.setattr(gate_prompts, "_NUM_LOOKALIKES", 20)
         yield
 
 
@@ -286,7 +286,7 @@ def test_the_second_time_what_does_not_depend_on_the_concepts_is_known(monkeypat
     eraser.erase("VanGogh", kind="style")
     second = counted[first:]
     assert len(second) < 0.7 * first and "a photo of a church" not in second
-    assert not set(second) & set(GateFitter(eraser._encoder, [], [], SMALL, eraser._known[1]).captions)
+    assert not set(second) & set(GateFitter(eraser._encoder, [], [], SMALL, eraser._known[1]).texts.captions)
     assert alone.items() < next(iter(eraser._edits.values())).items()  # the first edit is still the same
     pipe.text_encoder.get_input_embeddings().weight.data.mul_(1.05)
     with pytest.warns(Notice, match="fitting anew"):

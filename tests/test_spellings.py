@@ -3,7 +3,7 @@
 import pytest
 
 from ldm.config.concepts import erasable_concepts, get_concept
-from ldm.config.spellings import compounds, lookalikes, misspellings, partial_names, says
+from ldm.config.spellings import compounds, lookalikes, misspellings, partial_names, says, shared_last_words
 
 WORDS = ["goat", "painting", "river", "sofa", "yellow"]
 
@@ -63,6 +63,19 @@ def test_partial_names_are_what_names_nothing_by_itself():
     assert partial_names(["J. Pollock"]) == [] and partial_names(["Picasso"]) == []
     van_gogh = partial_names(get_concept("style", 1).spellings)
     assert "Vincent" in van_gogh and not {"Van Gogh", "Gogh"} & set(van_gogh)
+
+
+def test_last_words_that_several_names_share_are_found_unless_they_are_a_name_themselves():
+    names = {
+        "Barack Obama": ["Barack Obama", "Barack Hussein Obama"],
+        "Michelle Obama": ["Michelle Obama"],
+        "Pablo Picasso": ["Pablo Picasso", "Picasso"],
+        "Paloma Picasso": ["Paloma Picasso"],
+        "Kim Novak": ["Kim Novak"],
+        "Kim": ["Kim", ""],
+    }
+    assert shared_last_words(names) == {"Obama": ["Barack Obama", "Michelle Obama"]}
+    assert shared_last_words({"a": ["Van Gogh", "Vincent van Gogh"]}) == {}  # one concept's own
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,12 @@ class GateConfig(Settings):
     gate_position: float = setting(0.7, "where in the gap the threshold lies, 0 to 1", minimum=0)
     gate_ridge: float = setting(0.01, "ridge of the discriminant, relative to the covariance", above=0)
     map_ridge: float = setting(0.001, "ridge of the map, relative to the largest projection", above=0)
-    map_rank: int = setting(64, "directions of the map", minimum=1)
+    map_rank: int = setting(64, "directions in which the map is solved", minimum=1)
+    map_loss: float = setting(
+        0.03,
+        "of the way to the anchor, what a map of fewer directions may leave more than one of all of them",
+        minimum=0,
+    )
     retain_captions: int = setting(1500, "everyday captions that trip no gate", minimum=1)
     retain_words: int = setting(750, "words of the vocabulary that trip no gate", minimum=1)
     compositions: int = setting(80, "everyday captions with the concept in them that trip it", minimum=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 
 def misspellings(name: str) -> list[str]:
@@ -62,6 +62,25 @@ def partial_names(spellings: Collection[str], common: Collection[str] = ()) -> l
             if word.lower() not in known and len(word) > 2:
                 words[word] = None
     return list(words)
+
+
+def shared_last_words(names: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
+    """Return the last words of names that several concepts share, such as surnames, and which concepts these are.
+
+    `names` has the spellings of each concept. A word that is a spelling itself says the concept that it is one of.
+    """
+    known: set[str] = set()
+    written: dict[str, str] = {}
+    owners: dict[str, dict[str, None]] = {}
+    for concept, spellings in names.items():
+        for spelling in spellings:
+            known.add(spelling.lower())
+            *first, last = spelling.split() or [""]
+            if first:
+                written.setdefault(last.lower(), last)
+                owners.setdefault(last.lower(), {})[concept] = None
+    shared = [word for word, found in owners.items() if len(found) > 1 and word not in known]
+    return {written[word]: list(owners[word]) for word in shared}
 
 
 def says(text: str, spellings: Collection[str]) -> bool:

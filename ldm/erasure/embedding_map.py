@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 _RELATIVE_ZERO = 1e-6
+_OVERSAMPLING, _POWERS = 16, 2  # of directions, and of products with the moments
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,95 @@ class EmbeddingMap:
         added = precise @ self.directions.to(rows.device).T @ self.outputs.to(rows.device).T
         return (precise + added).to(rows.dtype)
 
+    @property
+    def gains(self) -> torch.Tensor:
+        """Return what each direction takes off the mean square distance to the anchors, (k,), the largest first.
 
-def fit_map(targets: torch.Tensor, anchors: torch.Tensor, ridge: float, rank: int) -> EmbeddingMap:
+        Directions are those of `cut`. That is `tr(A gram A^T)` in parts: what is left of the way, measured along it.
+        """
+        return self._reduced()[0]
+
+    def cut(self, rank: int) -> EmbeddingMap:
+        """Return the map of that rank which leaves least of the way to the anchors, with its own normal equations.
+
+        It is `A gram^(1/2)` in its main directions: reduced-rank regression. Directions that are left out are those of
+        the regression's outputs, not of the rows that it was fitted on.
+        """
+        if rank >= len(self.directions):
+            return self
+        kept = self._reduced()[1][:rank] @ self.directions  # (r, d)
+        directions = torch.linalg.qr(kept.T).Q.T
+        turned = directions @ self.directions.T  # (r, k)
+        gram = turned @ self.gram @ turned.T
+        cross = self.outputs @ self.gram @ turned.T  # (d, r)
+        return EmbeddingMap(torch.linalg.solve(gram, cross.T).T, directions, (gram + gram.T) / 2, self.penalty)
+
+    def cut_to(self, loss: float, length: float) -> EmbeddingMap:
+        """Return the map of the lowest rank that leaves at most `loss` more of the way than this one does.
+
+        `length` is the mean square distance of the rows that it was fitted on from their anchors.
+        """
+        gains = self.gains
+        lost = gains.sum() - gains.cumsum(0)  # (k,), by what each rank takes less
+        return self.cut(1 + int((lost > loss * length).sum()))
+
+    def rounded(self) -> EmbeddingMap:
+        """Return the map whose outputs and directions are numbers of half precision, as files have them."""
+        rounded = [part.half().double() for part in (self.outputs, self.directions)]
+        if not all(bool(part.isfinite().all()) for part in rounded):  # too large for it
+            return self
+        return EmbeddingMap(*rounded, self.gram, self.penalty)
+
+    def _reduced(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the squared singular values (k,) of `A gram^(1/2)`, and its right vectors times `gram^(-1/2)`."""
+        values, vectors = torch.linalg.eigh(self.gram)
+        root = vectors * values.sqrt() @ vectors.T
+        squares, right = torch.linalg.eigh(root @ self.outputs.T @ self.outputs @ root)  # the largest last
+        return squares.flip(0).clamp(min=0), right.flip(1).T @ (vectors / values.sqrt() @ vectors.T)
+
+
+def fit_map(
+    targets: torch.Tensor,
+    anchors: torch.Tensor,
+    ridge: float,
+    rank: int,
+    loss: float = 0.0,
+    counts: torch.Tensor | None = None,
+) -> EmbeddingMap:
     """Return the map of rows `targets` (n, d) to `anchors` (n, d), in the `rank` main directions of the targets.
 
-    `ridge` is relative to the largest mean square of a projection.
+    `ridge` is relative to the largest mean square of a projection. The map is cut to the lowest rank that leaves at
+    most `loss` more of the way to the anchors, as a fraction of it. `counts` (n,) says how often each row counts.
     """
-    targets = targets.double()
-    moments = targets.T @ targets / len(targets)  # (d, d)
-    values, vectors = torch.linalg.eigh(moments)  # the largest last
-    directions = vectors[:, -min(rank, len(targets), len(values)) :].T
-    projections = targets @ directions.T  # (n, k)
-    penalty = ridge * float(values[-1])
-    eye = torch.eye(len(directions), dtype=torch.float64)
-    gram = projections.T @ projections / len(targets) + penalty * eye
-    cross = (anchors.double() - targets).T @ projections / len(targets)  # (d, k)
-    return EmbeddingMap(torch.linalg.solve(gram, cross.T).T, directions, gram, penalty)
+    counts = torch.ones(len(targets)) if counts is None else counts
+    roots = (counts / counts.sum()).sqrt().to(targets)[:, None]
+    scaled, changes = roots * targets, roots * (anchors - targets)
+    directions, largest = main_directions(scaled, rank)
+    projections = scaled @ directions.to(scaled).T  # (n, k)
+    cross = (changes.T @ projections).double()  # (d, k)
+    penalty, precise = ridge * largest, projections.double()
+    gram = precise.T @ precise + penalty * torch.eye(len(directions), dtype=torch.float64)
+    found = EmbeddingMap(torch.linalg.solve(gram, cross.T).T, directions, gram, penalty)
+    return found.cut_to(loss, float(changes.square().sum())) if loss else found
+
+
+def main_directions(rows: torch.Tensor, rank: int) -> tuple[torch.Tensor, float]:
+    """Return the `rank` main directions (k, d) of rows (n, d), float64, and the sum of squares along the first one.
+
+    Of few out of many, a random start is multiplied by the rows' moments a few times (Halko et al., arXiv 0909.4061).
+    """
+    sketch = rank + _OVERSAMPLING
+    if sketch >= min(rows.shape):
+        values, vectors = torch.linalg.eigh(rows.double().T @ rows.double())
+        return vectors[:, -min(rank, *rows.shape) :].T, float(values[-1])
+    start = torch.randn(rows.shape[1], sketch, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(start.to(rows)).Q
+    for _ in range(_POWERS):
+        basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q  # (d, sketch)
+    basis = torch.linalg.qr(basis.double()).Q
+    projections = (rows @ basis.to(rows)).double()
+    values, vectors = torch.linalg.eigh(projections.T @ projections)  # the largest last
+    return (basis @ vectors[:, -rank:]).T, float(values[-1])
 
 
 def join_maps(maps: Sequence[EmbeddingMap]) -> EmbeddingMap:

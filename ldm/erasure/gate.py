@@ -17,9 +17,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ldm.erasure.negatives import Negatives
+from ldm.erasure.prompt_rows import PromptRows
+
 _OWN_WEIGHT = 0.02  # of the covariance of a concept's own rows, against that of all other rows
 _LOOKALIKE_GAP = 0.2  # that lookalikes stay below a concept's prompts to count for its threshold
-_HARD_ROUNDS, _NUM_HARD, _HARD_WEIGHT = 3, 2000, 0.1  # how often, and with what weight, the hardest rows count again
+_TASKS_AT_ONCE = 32
+_HARD_ROUNDS, _NUM_HARD, _HARD_WEIGHT = 3, 256, 0.1  # how often, and with what weight, the hardest rows count again
 
 
 class NoGateError(ValueError):
@@ -52,80 +56,137 @@ class Gate:
         return scores.amax(1) - self.thresholds.to(rows.device)
 
 
-class Negatives:
-    """The rows (N, T, d) of prompts that do not say a concept, and their sums, taken once for all concepts."""
-
-    def __init__(self, rows: torch.Tensor):
-        self.rows = rows
-        self._moments = _moments(rows)
-
-    def statistics(self, left_out: torch.Tensor, lookalikes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean (d,) and covariance (d, d), float64, of all rows but those of the prompts `left_out` (N,).
-
-        The rows of `lookalikes` (L, T, d) count too.
-        """
-        count, first, second = self._moments
-        for rows, sign in ((self.rows[left_out], -1), (lookalikes, 1)):
-            own_count, own_first, own_second = _moments(rows)
-            count, first, second = count + sign * own_count, first + sign * own_first, second + sign * own_second
-        mean = first / count
-        return mean, second / count - mean[:, None] * mean
-
-
-def _moments(rows: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """Return the number of rows in (N, T, d), their sum (d,) and the sum of `e^T e` (d, d), in float64."""
-    width = rows.shape[-1]
-    first, second = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-    for batch in rows.split(256):
-        flat = batch.flatten(0, 1).double()
-        first += flat.sum(0)
-        second += flat.T @ flat
-    return rows.shape[0] * rows.shape[1], first, second
-
-
 @dataclass(frozen=True)
 class Positives:
-    """The prompts that say a concept in one way: their rows (n, T, d), and where its last token is in each, (n,).
+    """The prompts that say a concept in one way: their rows, and where its last token is in each, (n,).
 
     With a `clearance` not all of them need to trip the gate, as misspelt names: the threshold then is that far above
     the highest other prompt, in units of the distance of the means.
     """
 
-    rows: torch.Tensor
+    rows: PromptRows
     last_tokens: torch.Tensor
     clearance: float | None = None
 
 
-def fit_gate(
-    group: Positives,
-    negatives: Negatives,
-    left_out: torch.Tensor,
-    lookalikes: torch.Tensor,
-    ridge: float,
-    position: float,
-) -> Gate:
-    """Return a gate of one direction for prompts that say a concept in one way.
+@dataclass(frozen=True)
+class GateTask:
+    """What a gate is fitted on: prompts that say a concept in one way, and which others count.
 
-    `left_out` marks the negative prompts that say the concept, (N,). `lookalikes` (L, T, d) are the rows of made-up
-    words that are spelled much alike: they shape the direction, and raise the threshold as far as they stay clear of
-    the concept. `ridge` is added to the covariance, relative to its mean diagonal; the threshold lies at the fraction
-    `position` of the gap. Raises NoGateError where there is no gap.
+    `left_out` marks the negative prompts that say the concept, (N,). `lookalikes` are the rows of made-up words that
+    are spelled much alike: they shape the direction, and raise the threshold as far as they stay clear of the concept.
     """
-    others = [(negatives.rows, left_out), (lookalikes, None)]
-    weight = _discriminant(group, others, *negatives.statistics(left_out, lookalikes), ridge)
-    weight = weight.half().float()  # as files have it
-    highest = _best_scores(negatives.rows, weight, left_out)[0]
-    alike = _best_scores(lookalikes, weight)[0]
-    if group.clearance is not None:
-        return Gate(weight[None], (torch.cat([highest, alike]).max() + group.clearance)[None])
-    lowest = (group.rows @ weight).amax(1).min()
-    gap = (lowest - highest.max()).item()
-    below = alike[alike < lowest - _LOOKALIKE_GAP]
-    bound = torch.cat([highest, below]).max()
+
+    positives: Positives
+    left_out: torch.Tensor
+    lookalikes: PromptRows
+
+
+def fit_gates(tasks: Sequence[GateTask], negatives: Negatives, position: float) -> list[Gate | NoGateError]:
+    """Return a gate of one direction for each task, or what tells that there is none.
+
+    The threshold lies at the fraction `position` of the gap. What a task gets does not depend on the others, which are
+    there since the rows of all negatives are read once for many of them.
+    """
+    found: list[Gate | NoGateError] = []
+    for start in range(0, len(tasks), _TASKS_AT_ONCE):
+        found += _fit_batch(tasks[start : start + _TASKS_AT_ONCE], negatives, position)
+    return found
+
+
+def fit_gate(task: GateTask, negatives: Negatives, position: float) -> Gate:
+    """Return a gate of one direction. Raises NoGateError where there is no gap."""
+    [found] = fit_gates([task], negatives, position)
+    if isinstance(found, NoGateError):
+        raise found
+    return found
+
+
+def _fit_batch(tasks: Sequence[GateTask], negatives: Negatives, position: float) -> list[Gate | NoGateError]:
+    """Return what `fit_gates` does for a few tasks."""
+    out = [negatives.rows_left_out(task.left_out) for task in tasks]
+    fits = [_Discriminant(task.positives, negatives, rows) for task, rows in zip(tasks, out, strict=True)]
+    for _ in range(_HARD_ROUNDS):
+        weights = negatives.weights(torch.stack([fit.solve() for fit in fits]))
+        scores = _scores(negatives, weights, out)
+        for fit, task, weight, row in zip(fits, tasks, weights, scores, strict=True):
+            hardest = row.topk(min(_NUM_HARD, int(row.isfinite().sum()))).indices
+            alike = negatives.whiten(task.lookalikes.best(weight))
+            fit.add(torch.cat([negatives.rows[hardest], alike]))
+    weights = negatives.weights(torch.stack([fit.solve() for fit in fits])).half().float()  # as files have it
+    scores = _scores(negatives, weights, out)
+    found: list[Gate | NoGateError] = []
+    for task, weight, row in zip(tasks, weights, scores, strict=True):
+        found.append(_with_threshold(task, weight, row, negatives, position))
+    return found
+
+
+def _scores(negatives: Negatives, weights: torch.Tensor, left_out: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the scores (n, R) of all rows of negatives, minus infinity where they are left out.
+
+    There are always as many columns in the product, since its rounding may depend on their number.
+    """
+    padded = torch.zeros(_TASKS_AT_ONCE, weights.shape[1])
+    padded[: len(weights)] = weights
+    return negatives.scores(padded)[: len(weights)].masked_fill(torch.stack(list(left_out)), -torch.inf)
+
+
+def _with_threshold(
+    task: GateTask, weight: torch.Tensor, scores: torch.Tensor, negatives: Negatives, position: float
+) -> Gate | NoGateError:
+    """Return the gate of a task whose weight (d,) scores the rows of its negatives so, (R,)."""
+    own, highest = task.positives, scores.max()
+    alike = task.lookalikes.highest(task.lookalikes.rows @ weight)
+    if own.clearance is not None:
+        return Gate(weight[None], (torch.cat([highest[None], alike]).max() + own.clearance)[None])
+    lowest = own.rows.highest(own.rows.rows @ weight).min()
+    gap = (lowest - highest).item()
     if gap <= 0:
-        above = (highest >= lowest).nonzero()[:, 0]
-        raise NoGateError(gap, above[highest[above].argsort(descending=True)].tolist())
+        above = (scores >= lowest).nonzero()[:, 0]
+        worst_first = above[scores[above].argsort(descending=True)]
+        return NoGateError(gap, negatives.prompts_of(worst_first, task.left_out))
+    below = alike[alike < lowest - _LOOKALIKE_GAP]
+    bound = torch.cat([highest[None], below]).max()
     return Gate(weight[None], (bound + position * (lowest - bound))[None], gap)
+
+
+class _Discriminant:
+    """Fisher's discriminant of a concept's last tokens, in the coordinates of its negatives, as hard rows are added.
+
+    There the covariance is `a I + U^T D U`: one, less the rows that are left out, and more for what counts more. So the
+    direction is `o - U^T (a D^-1 + U U^T)^-1 U o`, but for its scale, where o is what the concept's mean is away from
+    that of the others (Woodbury's identity).
+    """
+
+    def __init__(self, own: Positives, negatives: Negatives, left_out: torch.Tensor):
+        rows = negatives.whiten(own.rows.at(own.last_tokens))  # (n, d)
+        out = negatives.rows[left_out]
+        kept = len(left_out) - len(out)
+        self._mean = -out.sum(0) / kept
+        self._offset = rows.mean(0) - self._mean
+        self._scale = len(left_out) / kept
+        spread = rows - rows.mean(0)
+        self._rows = torch.cat([out, self._mean[None], spread])
+        self._products = self._rows @ self._rows.T  # U U^T
+        sizes = torch.tensor([len(out), 1, len(spread)])
+        self._sizes = torch.tensor([-1 / kept, -1, _OWN_WEIGHT / len(spread)]).repeat_interleave(sizes)
+
+    def add(self, hard: torch.Tensor) -> None:
+        """Let rows (h, d) that are taken for the concept count more."""
+        hard = hard - self._mean
+        mixed = self._rows @ hard.T  # (k, h)
+        corner = torch.cat([mixed, hard @ hard.T])
+        self._products = torch.cat([torch.cat([self._products, mixed.T]), corner], dim=1)
+        self._rows = torch.cat([self._rows, hard])
+        self._scale *= 1 - _HARD_WEIGHT
+        added = torch.full((len(hard),), _HARD_WEIGHT / len(hard))
+        self._sizes = torch.cat([(1 - _HARD_WEIGHT) * self._sizes, added])
+
+    def solve(self) -> torch.Tensor:
+        """Return the direction (d,), whose score of the means' distance is 1."""
+        inner = self._products + torch.diag(self._scale / self._sizes)
+        direction = self._offset - self._rows.T @ torch.linalg.solve(inner, self._rows @ self._offset)
+        return direction / (direction @ self._offset)
 
 
 def join_gates(gates: Sequence[Gate]) -> Gate:
@@ -133,41 +194,3 @@ def join_gates(gates: Sequence[Gate]) -> Gate:
     gaps = [gate.gap for gate in gates if gate.gap]
     weights, thresholds = torch.cat([gate.weights for gate in gates]), torch.cat([gate.thresholds for gate in gates])
     return Gate(weights, thresholds, min(gaps, default=0.0))
-
-
-def _best_scores(
-    rows: torch.Tensor, weight: torch.Tensor, left_out: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the highest score of each prompt's rows (N, T, d), minus infinity where left out, and that row: (N, d)."""
-    best = (rows @ weight).max(1)
-    scores = best.values if left_out is None else best.values.masked_fill(left_out, -torch.inf)
-    return scores, rows[torch.arange(len(rows)), best.indices]
-
-
-def _discriminant(
-    group: Positives,
-    others: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
-    mean: torch.Tensor,
-    covariance: torch.Tensor,
-    ridge: float,
-) -> torch.Tensor:
-    """Return Fisher's discriminant of a group's last tokens, (d,) float32, whose score of the means' distance is 1.
-
-    It is found anew a few times, each time with more weight on the rows of `others`, rows (N, T, d) and which prompts
-    are left out, that it takes for the concept.
-    """
-    own = group.rows[torch.arange(len(group.rows)), group.last_tokens].double()  # (n, d)
-    offset, spread = own.mean(0) - mean, own - own.mean(0)
-    fixed = ridge * covariance.diagonal().mean() * torch.eye(len(mean), dtype=covariance.dtype)
-    fixed += _OWN_WEIGHT * spread.T @ spread / len(spread)
-    weight = torch.zeros(len(mean))
-    for iteration in range(_HARD_ROUNDS + 1):
-        direction = torch.linalg.solve(covariance + fixed, offset)
-        weight = (direction / (direction @ offset)).float()
-        if iteration < _HARD_ROUNDS:
-            found = [_best_scores(rows, weight, left_out) for rows, left_out in others]
-            scores, rows = torch.cat([each[0] for each in found]), torch.cat([each[1] for each in found])
-            hardest = scores.topk(min(_NUM_HARD, int(scores.isfinite().sum()))).indices
-            hard = rows[hardest].double() - mean  # (h, d)
-            covariance = (1 - _HARD_WEIGHT) * covariance + _HARD_WEIGHT * hard.T @ hard / len(hard)
-    return weight

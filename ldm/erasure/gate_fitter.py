@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from ldm.config.concepts import Concept, always_protected_prompts
-from ldm.config.everyday import everyday_captions, kin_names, plural, retain_captions
+from ldm.config.concepts import Concept
+from ldm.config.everyday import everyday_captions, kin_names
 from ldm.config.methods import GateConfig
-from ldm.config.spellings import compounds, lookalikes, misspellings, partial_names, says
-from ldm.config.templates import fill, fill_anchor, fill_phrase, load_template_set, without_article
+from ldm.config.spellings import says
 from ldm.diffusion.model import States
 from ldm.diffusion.text_encoder import PromptEncoder
 from ldm.diffusion.text_states import LAST_STATE, text_encoder_layers
-from ldm.diffusion.tokenizer import align_tokens, last_piece, last_token, read_part, vocabulary_words
+from ldm.diffusion.tokenizer import align_tokens
 from ldm.erasure.embedding_map import EmbeddingMap, fit_map
-from ldm.erasure.gate import Gate, Negatives, NoGateError, Positives, fit_gate, join_gates
+from ldm.erasure.gate import Gate, GateTask, NoGateError, Positives, fit_gates, join_gates
+from ldm.erasure.gate_prompts import GatePrompts, OwnPrompts, check_rare, evenly, with_plurals
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.known_states import KnownStates
+from ldm.erasure.negatives import Negatives
+from ldm.erasure.prompt_rows import PromptRows, kept_positions, row_counts
 from ldm.erasure.targets import held_out_prompts
 from ldm.io.errors import notify
 
-Item = TypeVar("Item")
+Rows = Mapping[tuple[str, int], list[torch.Tensor]]  # by text encoder and layer: the rows (t, d) of each prompt
 
 _PROMPTS_AT_ONCE = 64  # that the text encoders embed in one pass
+_CONCEPTS_AT_ONCE = 8  # whose gates are fitted in one go
 _NUM_TRIED, _MAX_TRIED = 400, 8  # prompts, and at most so many concepts and layers, by which the hidden state is chosen
-_NUM_UNSEEN = 800  # made-up words among which false alarms of the states are counted
 _NEAR_BEST = 0.75  # of the largest gap that a state has to reach
 _NUM_JUDGED = 500  # captions of another grammar, on which false alarms are counted
-_OTHER_TEMPLATES = 8  # by which prompts say the concepts that are not erased
-_NUM_LOOKALIKES = 60  # made-up words for each spelling
 _SMALL_GAP = 0.05  # in units of the distance between a concept and all else
-_MAX_SAYING = 0.2  # the largest fraction of captions that may say a concept
 _FALSE_ALARMS_SHOWN = 5
 _QUIET_SECONDS = 1.5  # before a progress bar shows
-_SURNAMES = ("Miller", "Jones", "Silva", "Petrov", "Larsen", "Kim", "Rossi", "Novak")  # of people who are no concept
 
 
 class InseparableError(ValueError):
@@ -49,28 +45,14 @@ class InseparableError(ValueError):
 
 
 @dataclass(frozen=True)
-class _OwnPrompts:
-    """The prompts that say a concept as (prompt, name), the misspelt ones apart, and the anchor prompt of each."""
+class _Prepared:
+    """A concept with what its gates are fitted on: the states of its own prompts, and its tasks by text encoder."""
 
-    plain: list[tuple[str, str]]
-    misspelt: list[tuple[str, str]]
-    anchors: dict[str, str]
-    last_tokens: torch.Tensor  # (N,), where each prompt's name ends, in the order of `all`
-
-    @property
-    def all(self) -> list[str]:
-        return [prompt for prompt, _ in (*self.plain, *self.misspelt)]
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """What a concept's gate is fitted against: prompts that do not say it, their rows, and those of lookalikes."""
-
-    prompts: Sequence[str]
-    left_out: torch.Tensor  # (N,), which of the prompts say it after all
-    negatives: Negatives
-    lookalikes: torch.Tensor
-    is_quiet: bool = False
+    concept: Concept
+    own: OwnPrompts
+    states: States
+    maps: Mapping[str, EmbeddingMap]
+    tasks: Mapping[str, list[GateTask]]
 
 
 class GateFitter:
@@ -90,21 +72,13 @@ class GateFitter:
     ):
         known = known or KnownStates()
         self.model, self.config, self.tokenizer = model, config, model.tokenizers[0]
-        self.captions = retain_captions(config.retain_captions)
-        words = vocabulary_words(self.tokenizer)
-        self.common = set(words)
-        self.words = _evenly(words, config.retain_words)
-        made = compounds(words, config.retain_words + _NUM_UNSEEN)
-        unseen, self.rare_words = made[:_NUM_UNSEEN], made[_NUM_UNSEEN:]
-        prompts = [*always_protected_prompts(), *retained, *self.captions, *self.words, *self.rare_words]
-        for concept in others:
-            prompts += _other_prompts(concept, self.common)
-        self.prompts = list(dict.fromkeys(prompts))
-        known.layers = self.layers = known.layers or self._choose_layers(others, unseen)
-        states = known.states("negatives", self.prompts, self._encode_chosen)
-        self.negatives = {name: Negatives(states[name, layer]) for name, layer in self.layers.items()}
+        self.texts = GatePrompts(self.tokenizer, others, retained, config)
+        known.layers = self.layers = known.layers or self._choose_layers(others)
+        rows = known.rows("negatives", self.texts.negatives, self._encode_rows)
+        self.negatives = {name: self._negatives(rows[name, layer]) for name, layer in self.layers.items()}
         self.judged = everyday_captions(_NUM_JUDGED)
-        self.judged_states = known.states("judged", self.judged, self._encode_chosen)
+        whole = known.rows("judged", self.judged, self._encode_whole)
+        self.judged_states = {key: torch.stack(found) for key, found in whole.items()}
 
     def fit(self, concept: Concept) -> GatedEdit:
         """Return the edit that erases a concept.
@@ -112,93 +86,75 @@ class GateFitter:
         Raises ValueError, naming prompts, where no gate tells it from others, for a name that many everyday captions
         say, and for one of which the model's tokenizer keeps nothing.
         """
-        concept = _with_plurals(concept)
-        _check_rare(concept, self.captions)
-        own = self._own_prompts(concept)
+        [found] = self.fit_all([concept])
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    def fit_all(self, concepts: Sequence[Concept]) -> Iterator[GatedEdit | ValueError]:
+        """Return for each concept, one after the other, the edit that erases it, or why `fit` gives none.
+
+        Those of a few concepts are fitted together, which is faster and gives the same.
+        """
+        for start in range(0, len(concepts), _CONCEPTS_AT_ONCE):
+            yield from self._fit_some(concepts[start : start + _CONCEPTS_AT_ONCE])
+
+    def _fit_some(self, concepts: Sequence[Concept]) -> list[GatedEdit | ValueError]:
+        prepared: list[_Prepared | ValueError] = []
+        for concept in concepts:
+            try:
+                prepared.append(self._prepare(with_plurals(concept)))
+            except ValueError as error:
+                prepared.append(error)
+        tasks: dict[str, list[GateTask]] = {name: [] for name in self.layers}
+        for each in prepared:
+            if isinstance(each, _Prepared):
+                for name, own in each.tasks.items():
+                    tasks[name] += own
+        found: dict[str, Iterator[Gate | NoGateError]] = {}
+        for name, every in tasks.items():
+            found[name] = iter(fit_gates(every, self.negatives[name], self.config.gate_position))
+        edits: list[GatedEdit | ValueError] = []
+        for each in prepared:
+            if isinstance(each, ValueError):
+                edits.append(each)
+                continue
+            own = {name: [next(found[name]) for _ in each.tasks[name]] for name in self.layers}
+            try:
+                gates = {name: self._join_gates(each.concept, each.own, results) for name, results in own.items()}
+            except InseparableError as error:
+                edits.append(error)
+                continue
+            edit = GatedEdit(gates, self.layers, each.maps)
+            edits.append(replace(edit, report=self._report(each.concept, each.own, edit, each.states)))
+        return edits
+
+    def _prepare(self, concept: Concept) -> _Prepared:
+        """Return what the gates of a concept are fitted on, and its maps. Raises ValueError as `fit` does."""
+        check_rare(concept, self.texts.captions)
+        own = self.texts.own(concept)
         embeds, states = self._embed(own.all, self.layers)
-        alike = self._encode(self._lookalike_prompts(concept), self.layers)
-        left_out, gates = self._left_out(concept, own, self.prompts), {}
+        alike = self._encode_rows(self.texts.lookalikes(concept))
+        left_out = self.texts.left_out(concept, own, self.texts.negatives)
+        tasks: dict[str, list[GateTask]] = {}
         for name, layer in self.layers.items():
-            trial = _Trial(self.prompts, left_out, self.negatives[name], alike[name, layer])
-            gates[name] = self._fit_gate(concept, own, states[name, layer], trial)
-        edit = GatedEdit(gates, self.layers, self._fit_maps(own, embeds))
-        return replace(edit, report=self._report(concept, own, edit, states))
+            rows = self._thinned(own.all, {(name, layer): states[name, layer]})[name, layer]
+            tasks[name] = self._tasks(own, rows, left_out, PromptRows.join(alike[name, layer], rows[0].shape[1]))
+        return _Prepared(concept, own, states, self._fit_maps(own, embeds), tasks)
 
-    def _own_prompts(self, concept: Concept) -> _OwnPrompts:
-        """Return the prompts that say a concept, as far as the model reads all of them."""
-        tokenizer, kind = self.tokenizer, load_template_set(concept.kind)
-        rng = random.Random(f"compositions {concept.name}")
-        templates = [*kind.templates, *concept.templates]
-        spellings = _spellings(tokenizer, concept)
-        said = [(template, spelling) for spelling in spellings for template in templates]
-        for number in range(self.config.compositions):
-            template = rng.choice(kind.composed_templates).replace("{caption}", rng.choice(self.captions))
-            said.append((template, spellings[number % len(spellings)]))
-        wrong = [text for spelling in spellings for text in misspellings(spelling)]
-        wrong = [text for text in dict.fromkeys(wrong) if not says(text, concept.spellings)]
-        rng.shuffle(wrong)
-        wrong = wrong[: self.config.misspellings]
-        misspelt = [(templates[number % len(templates)], text) for number, text in enumerate(wrong)]
-        anchors: dict[str, str] = {}
-        groups: list[dict[str, str]] = [{}, {}]
-        for group, pairs in zip(groups, (said, misspelt), strict=True):
-            for template, name in pairs:
-                prompt = fill_phrase(template, name)
-                if prompt not in anchors and read_part(tokenizer, prompt) is None:
-                    group[prompt] = name
-                    anchors[prompt] = self._anchor_prompt(concept, template)
-        if not groups[0]:
-            raise ValueError(
-                f"'{concept.prompt}' is longer than the model's {tokenizer.model_max_length} tokens: give the "
-                "concept a shorter name"
-            )
-        plain, wrongly = list(groups[0].items()), list(groups[1].items())
-        positions = [last_token(tokenizer, prompt, without_article(name)) or 0 for prompt, name in (*plain, *wrongly)]
-        return _OwnPrompts(plain, wrongly, anchors, torch.tensor(positions))
-
-    def _anchor_prompt(self, concept: Concept, template: str) -> str:
-        """Return what the prompt becomes that says a concept in a template."""
-        if concept.anchor is None and self.config.gate_anchor == "empty":
-            return ""
-        return fill_anchor(template, concept.anchor, load_template_set(concept.kind).neutral)
-
-    def _lookalike_prompts(self, concept: Concept) -> list[str]:
-        """Return prompts that say nearly a concept: made-up words spelled much alike, and parts of its names."""
-        templates, made = load_template_set(concept.kind).templates, []
-        for spelling in dict.fromkeys(spelling.lower() for spelling in concept.spellings):
-            tail = last_piece(self.tokenizer, spelling)
-            made += lookalikes(spelling, self.words, _NUM_LOOKALIKES, tail)
-        alike = [fill_phrase(templates[number % len(templates)], word) for number, word in enumerate(made)]
-        return [text for text in (*alike, *_partial_prompts(concept, self.common)) if not says(text, concept.spellings)]
-
-    def _choose_layers(self, others: Sequence[Concept], unseen: Sequence[str]) -> dict[str, int]:
+    def _choose_layers(self, others: Sequence[Concept]) -> dict[str, int]:
         """Return, for each text encoder, the hidden state that gates read, judged by a few of `others` and other names.
 
-        Of the states with nearly the largest gap it is the one with the fewest false alarms among `unseen` words.
+        Of the states with nearly the largest gap it is the one with the fewest false alarms among unseen words.
         """
-        shown = _evenly(self.prompts, _NUM_TRIED)
         names = [Concept(number, name, name) for number, name in enumerate(kin_names())]
-        concepts = [*_evenly(names, _MAX_TRIED // 2), *_evenly(others, _MAX_TRIED // 2)]
+        concepts = [*evenly(names, _MAX_TRIED // 2), *evenly(others, _MAX_TRIED // 2)]
         chosen = {}
         for name, encoder in self.model.text_encoders.items():
             number = len(text_encoder_layers(encoder))
             tried = [*range(0, number - 1, -(-number // _MAX_TRIED)), LAST_STATE]
-            shown_states = self._encode(shown, {name: tried})
-            negatives = {layer: Negatives(shown_states[name, layer]) for layer in tried}
-            gates: dict[int, list[Gate]] = {layer: [] for layer in tried}
-            for concept in concepts:
-                try:
-                    own = self._own_prompts(concept)
-                except ValueError:  # longer than the model reads
-                    continue
-                states = self._encode(own.all, {name: tried})
-                alike = self._encode(self._lookalike_prompts(concept), {name: tried})
-                left_out = self._left_out(concept, own, shown)
-                for layer in tried:
-                    trial = _Trial(shown, left_out, negatives[layer], alike[name, layer], is_quiet=True)
-                    with suppress(ValueError):
-                        gates[layer].append(self._fit_gate(concept, own, states[name, layer], trial))
-            unseen_states = self._encode(unseen, {name: tried})
+            gates = self._try_layers(name, tried, concepts)
+            unseen_states = self._encode(self.texts.unseen, {name: tried})
             gaps = {layer: sum(gate.gap for gate in found) for layer, found in gates.items()}
             alarms = {}
             for layer, found in gates.items():
@@ -208,13 +164,100 @@ class GateFitter:
             chosen[name] = min(near, key=lambda layer: (alarms[layer], -gaps[layer]))
         return chosen
 
+    def _try_layers(self, name: str, tried: Sequence[int], concepts: Sequence[Concept]) -> dict[int, list[Gate]]:
+        """Return the gates of some concepts that read each of the layers tried, of those that it tells from others."""
+        shown = evenly(self.texts.negatives, _NUM_TRIED)
+        shown_rows = self._encode_rows(shown, {name: tried})
+        negatives = {layer: self._negatives(shown_rows[name, layer]) for layer in tried}
+        gates: dict[int, list[Gate]] = {layer: [] for layer in tried}
+        for concept in concepts:
+            try:
+                own = self.texts.own(concept)
+            except ValueError:  # longer than the model reads
+                continue
+            rows = self._encode_rows(own.all, {name: tried})
+            alike = self._encode_rows(self.texts.lookalikes(concept), {name: tried})
+            left_out = self.texts.left_out(concept, own, shown)
+            for layer in tried:
+                own_rows = rows[name, layer]
+                tasks = self._tasks(own, own_rows, left_out, PromptRows.join(alike[name, layer], own_rows[0].shape[1]))
+                found = fit_gates(tasks, negatives[layer], self.config.gate_position)
+                told = [gate for gate in found if isinstance(gate, Gate)]
+                if told and isinstance(found[0], Gate):
+                    gates[layer].append(join_gates(told))
+        return gates
+
+    def _negatives(self, rows: Sequence[torch.Tensor]) -> Negatives:
+        return Negatives(PromptRows.join(rows, rows[0].shape[1]), self.config.gate_ridge)
+
+    def _tasks(
+        self, own: OwnPrompts, rows: Sequence[torch.Tensor], left_out: torch.Tensor, alike: PromptRows
+    ) -> list[GateTask]:
+        """Return what the gates of a concept are fitted on, one for each name and one for its misspelt names."""
+        tasks: list[GateTask] = []
+        for numbers in own.by_name.values():
+            group = PromptRows.join([rows[number] for number in numbers], rows[0].shape[1])
+            tasks.append(GateTask(Positives(group, own.last_tokens[numbers]), left_out, alike))
+        if own.misspelt:
+            first = len(own.plain)
+            group = PromptRows.join(rows[first:], rows[0].shape[1])
+            misspelt = Positives(group, own.last_tokens[first:], self.config.misspelling_clearance)
+            tasks.append(GateTask(misspelt, left_out, alike))
+        return tasks
+
+    def _join_gates(self, concept: Concept, own: OwnPrompts, found: Sequence[Gate | NoGateError]) -> Gate:
+        """Return the gate of a concept: of the spellings that it tells, and of its misspelt names.
+
+        Raises InseparableError where that is not its first one.
+        """
+        gates: list[Gate] = []
+        for number, (gate, name) in enumerate(zip(found, [*own.by_name, "misspelt"], strict=False)):
+            if isinstance(gate, Gate):
+                gates.append(gate)
+                continue
+            shown = ", ".join(f"'{self.texts.negatives[negative]}'" for negative in gate.negatives[:3])
+            text = f"no gate tells '{name}' from other prompts, as some say it to the model too ({shown})"
+            if not number:
+                advice = "erase it without a gate, or name it more narrowly"
+                raise InseparableError(f"{text}: {advice}") from gate
+            notify(f"{text}: prompts that call {concept.name} so are not erased")
+        return join_gates(gates)
+
     def _encode(self, prompts: Sequence[str], layers: Mapping[str, int | Collection[int]]) -> States:
         """Return the hidden states of prompts (N, T, d), by text encoder and layer, on the CPU."""
         return self._embed(prompts, layers)[1]
 
-    def _encode_chosen(self, prompts: Sequence[str]) -> States:
-        """Return the hidden states of prompts that gates read."""
-        return self._encode(prompts, self.layers)
+    def _encode_whole(self, prompts: Sequence[str]) -> Rows:
+        """Return all rows of the hidden states of prompts that gates read."""
+        return {key: list(states) for key, states in self._encode(prompts, self.layers).items()}
+
+    def _encode_rows(self, prompts: Sequence[str], layers: Mapping[str, int | Collection[int]] | None = None) -> Rows:
+        """Return the rows that can matter of prompts' hidden states, by default of those that gates read.
+
+        Those of a few prompts are thinned before the next ones are encoded, so that the whole is never held.
+        """
+        found: dict[tuple[str, int], list[torch.Tensor]] = {}
+        starts = range(0, len(prompts), _PROMPTS_AT_ONCE)
+        for start in tqdm(starts, desc="prompts for gates", unit="batch", delay=_QUIET_SECONDS, leave=False):
+            part = prompts[start : start + _PROMPTS_AT_ONCE]
+            for key, rows in self._thinned(part, self._encode(part, layers or self.layers)).items():
+                found.setdefault(key, []).extend(rows)
+        return found
+
+    def _thinned(self, prompts: Sequence[str], states: States) -> Rows:
+        """Return the rows of hidden states (N, T, d) that can matter, those of each prompt for itself, in float32."""
+        lengths = self._lengths(prompts)
+        thinned: dict[tuple[str, int], list[torch.Tensor]] = {}
+        for key, state in states.items():
+            kept = [kept_positions(length, state.shape[1]) for length in lengths]
+            thinned[key] = [rows[positions].float() for rows, positions in zip(state, kept, strict=True)]
+        return thinned
+
+    def _lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Return how many tokens of each prompt are read, with those that mark its beginning and end."""
+        limit = self.tokenizer.model_max_length
+        ids = self.tokenizer(list(prompts), truncation=True, max_length=limit, verbose=False).input_ids
+        return [len(tokens) for tokens in ids]
 
     def _embed(
         self, prompts: Sequence[str], layers: Mapping[str, int | Collection[int]]
@@ -231,54 +274,19 @@ class GateFitter:
                 batches.setdefault(key, []).append(state.cpu())
         return torch.cat(embeds), {key: torch.cat(parts) for key, parts in batches.items()}
 
-    def _left_out(self, concept: Concept, own: _OwnPrompts, prompts: Sequence[str]) -> torch.Tensor:
-        """Return which of the prompts say a concept, or a part of its names, and so are none of its negatives, (N,)."""
-        own_texts = {*own.anchors, *_partial_prompts(concept, self.common)}
-        names = [without_article(spelling) for spelling in concept.spellings]
-        words = {word.lower() for name in names for word in name.split() if len(word) > 2}
-        own_texts |= {text for text in self.words if text.lower() in words}  # a small vocabulary, or one with capitals
-        own_texts |= {text for text in self.rare_words if any(word[:4] in text.lower() for word in words)}
-        return torch.tensor([text in own_texts or says(text, concept.spellings) for text in prompts])
-
-    def _fit_gate(self, concept: Concept, own: _OwnPrompts, rows: torch.Tensor, trial: _Trial) -> Gate:
-        """Return the gate of a concept, whose prompts `own.all` have `rows` (N, T, d): of the spellings that it tells.
-
-        Raises InseparableError where that is not its first one.
-        """
-        config = self.config
-        groups: dict[str, list[int]] = {}
-        for number, (_, name) in enumerate(own.plain):
-            groups.setdefault(name, []).append(number)
-        last_tokens = own.last_tokens
-        settings = trial.left_out, trial.lookalikes, config.gate_ridge, config.gate_position
-        gates = []
-        for number, (name, numbers) in enumerate(groups.items()):
-            try:
-                gates.append(fit_gate(Positives(rows[numbers], last_tokens[numbers]), trial.negatives, *settings))
-            except NoGateError as error:
-                shown = ", ".join(f"'{trial.prompts[negative]}'" for negative in error.negatives[:3])
-                text = f"no gate tells '{name}' from other prompts, as some say it to the model too ({shown})"
-                if not number:
-                    advice = "erase it without a gate, or name it more narrowly"
-                    raise InseparableError(f"{text}: {advice}") from error
-                if not trial.is_quiet:
-                    notify(f"{text}: prompts that call {concept.name} so are not erased")
-        if own.misspelt:
-            first = len(own.plain)
-            group = Positives(rows[first:], last_tokens[first:], config.misspelling_clearance)
-            gates.append(fit_gate(group, trial.negatives, *settings))
-        return join_gates(gates)
-
-    def _fit_maps(self, own: _OwnPrompts, embeds: torch.Tensor) -> dict[str, EmbeddingMap]:
+    def _fit_maps(self, own: OwnPrompts, embeds: torch.Tensor) -> dict[str, EmbeddingMap]:
         """Return the maps of a concept's prompts, whose embeddings are (N, rows, d), onto their anchors, by stream."""
-        number, aim = self.tokenizer.model_max_length, self._aims(own.all, own.anchors)
-        streams = {"tokens": slice(0, number), "pooled": slice(number, None)}
-        maps = {}
-        for stream, part in streams.items():
-            targets = embeds[:, part].flatten(0, 1)
-            if len(targets):
-                goals = aim[:, part].flatten(0, 1)
-                maps[stream] = fit_map(targets, goals, self.config.map_ridge, self.config.map_rank)
+        number, aims, config = self.tokenizer.model_max_length, self._aims(own.all, own.anchors), self.config
+        settings = config.map_ridge, config.map_rank, config.map_loss
+        kept = [kept_positions(length, number) for length in self._lengths(own.all)]
+        targets, goals = (
+            torch.cat([rows[positions] for rows, positions in zip(found, kept, strict=True)])
+            for found in (embeds, aims)
+        )
+        counts = torch.cat([row_counts(positions, number) for positions in kept])
+        maps = {"tokens": fit_map(targets, goals, *settings, counts).rounded()}
+        if embeds.shape[1] > number:  # XL's last row
+            maps["pooled"] = fit_map(embeds[:, -1], aims[:, -1], *settings).rounded()
         return maps
 
     def _aims(self, prompts: Iterable[str], anchors: Mapping[str, str]) -> torch.Tensor:
@@ -293,13 +301,13 @@ class GateFitter:
             aims.append(rows[[*alignment, *pooled]])
         return torch.stack(aims)
 
-    def _report(self, concept: Concept, own: _OwnPrompts, edit: GatedEdit, states: States) -> dict[str, Any]:
+    def _report(self, concept: Concept, own: OwnPrompts, edit: GatedEdit, states: States) -> dict[str, Any]:
         """Return what is known of an edit: its gap, false alarms, misses, and the least distance to its threshold.
 
         `distance_left` is how much of the way to the anchor is left of held-out prompts, by `mean_distance_left`.
         """
         held_out = held_out_prompts(concept, self.tokenizer)
-        anchors = {prompt: self._anchor_prompt(concept, template) for prompt, template in held_out.items()}
+        anchors = {prompt: self.texts.anchor(concept, template) for prompt, template in held_out.items()}
         alarms, found = edit.margins(self.judged_states), torch.zeros(0)
         measured = anchors or own.anchors  # a long name is cut in all of the former
         embeds, seen = self._embed(list(measured), edit.layers)
@@ -344,62 +352,3 @@ def rate(count: int, total: int) -> list[float]:
         return [0, 0, 0.0, 1.0]
     interval = binomtest(count, total).proportion_ci(method="wilson")
     return [count, total, round(float(interval.low), 5), round(float(interval.high), 5)]
-
-
-def _spellings(tokenizer: Any, concept: Concept) -> list[str]:
-    """Return the spellings of a concept that a tokenizer tells apart. Raises ValueError where it keeps none."""
-    empty, unknown, found = list(tokenizer("").input_ids), tokenizer.unk_token_id, {}
-    in_lower_case = [spelling.lower() for spelling in concept.spellings]  # which many tokenizers do not tell apart
-    for spelling in (*concept.spellings, *in_lower_case):
-        ids = tokenizer(spelling).input_ids
-        if list(ids) != empty and unknown not in tokenizer(spelling, add_special_tokens=False).input_ids:
-            found.setdefault(tuple(ids), spelling)
-    if not found:
-        raise ValueError(f"the model's tokenizer keeps nothing of '{concept.prompt}': give the concept another name")
-    return list(found.values())
-
-
-def _with_plurals(concept: Concept) -> Concept:
-    """Return a concept with the plurals of its spellings among them, where it is an object, or may be one."""
-    if concept.kind not in ("object", "generic"):
-        return concept
-    plurals: list[str] = []
-    for spelling in dict.fromkeys(without_article(spelling) for spelling in concept.spellings):
-        words = spelling.split()
-        if concept.kind == "object" or (words and words[-1].islower()):  # and no proper name
-            plurals.append(" ".join([*words[:-1], plural(words[-1])]))
-    return replace(concept, aliases=(*concept.aliases, *(text for text in plurals if not concept.is_named(text))))
-
-
-def _evenly(items: Sequence[Item], num: int) -> list[Item]:
-    """Return at most `num` of the items, evenly spaced."""
-    return list(items[:: max(1, len(items) // num)][:num])
-
-
-def _check_rare(concept: Concept, captions: Sequence[str]) -> None:
-    """Raise ValueError for a name that many everyday captions say, such as a stop word."""
-    saying = [text for text in captions if says(text, concept.spellings)]
-    if len(saying) > _MAX_SAYING * len(captions):
-        shown = ", ".join(f"'{text}'" for text in saying[:3])
-        raise ValueError(
-            f"'{concept.prompt}' is said by {len(saying)} of {len(captions)} everyday captions ({shown}): name the "
-            "concept more narrowly"
-        )
-
-
-def _other_prompts(concept: Concept, common: Collection[str]) -> list[str]:
-    """Return prompts that say a concept by its name, by the neutral word of its kind, and by parts of its names."""
-    kind = load_template_set(concept.kind)
-    prompts = [fill(template, kind.neutral) for template in kind.templates]
-    for name in concept.spellings:
-        prompts += [fill_phrase(template, name) for template in kind.templates[:_OTHER_TEMPLATES]]
-    return prompts + _partial_prompts(concept, common)
-
-
-def _partial_prompts(concept: Concept, common: Collection[str]) -> list[str]:
-    """Return prompts that say parts of a concept's names, such as first names, alone and of somebody else."""
-    templates, prompts = load_template_set(concept.kind).templates, []
-    for part in partial_names([without_article(spelling) for spelling in concept.spellings], common):
-        prompts += [fill(template, part) for template in templates[:_OTHER_TEMPLATES]]
-        prompts += [fill(template, f"{part} {name}") for name, template in zip(_SURNAMES, templates, strict=False)]
-    return prompts

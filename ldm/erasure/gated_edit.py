@@ -58,7 +58,7 @@ class GatedEdit:
             tensors[f"gate.{name}.thresholds"] = gate.thresholds
         for stream, found in self.maps.items():
             for part in _MAP_PARTS:
-                tensors[f"map.{stream}.{part}"] = getattr(found, part).float()
+                tensors[f"map.{stream}.{part}"] = _as_file_has(getattr(found, part))
         return tensors
 
     @classmethod
@@ -173,6 +173,12 @@ def _stack_gates(edits: Mapping[str, GatedEdit]) -> dict[tuple[str, int], tuple[
             owners += [number] * len(gate.weights)
         stacks[key] = join_gates([gate for _, gate in members]), owners
     return stacks
+
+
+def _as_file_has(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a part of a map in half precision where that rounds nothing, as of maps fitted so, else in float32."""
+    half = tensor.half()
+    return half if torch.equal(half.double(), tensor) else tensor.float()
 
 
 def _fits(gate: Gate, layer: int, config: Any) -> bool:

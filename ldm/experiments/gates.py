@@ -30,12 +30,12 @@ _ROUNDED_TO = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class FittedGates:
-    """The edits of the concepts that have a gate, in the same order, why others have none, and the seconds it took."""
+    """The edits of the concepts that have a gate, in the same order, why others have none, and the seconds of each."""
 
     concepts: Sequence[Concept]
     edits: Sequence[GatedEdit]
     refused: Mapping[str, str]  # by the name of a concept
-    seconds: Sequence[float]
+    seconds: float
 
     @property
     def together(self) -> GatedPrompts:
@@ -70,16 +70,15 @@ def fit_gates(fitter: GateFitter, concepts: Sequence[Concept]) -> FittedGates:
     fitted: list[Concept] = []
     edits: list[GatedEdit] = []
     refused: dict[str, str] = {}
-    seconds: list[float] = []
-    for concept in tqdm(concepts, desc="gates", unit="gate"):
-        start = time.perf_counter()
-        try:
-            edits.append(fitter.fit(concept))
-        except ValueError as error:
-            refused[concept.name] = str(error)
-            continue
-        fitted.append(concept)
-        seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    results = tqdm(fitter.fit_all(concepts), desc="gates", unit="gate", total=len(concepts))
+    for concept, found in zip(concepts, results, strict=True):
+        if isinstance(found, ValueError):
+            refused[concept.name] = str(found)
+        else:
+            fitted.append(concept)
+            edits.append(found)
+    seconds = (time.perf_counter() - start) / len(concepts)
     if not edits:
         raise ValueError(f"none of the {len(concepts)} concepts has a gate: {next(iter(refused.values()))}")
     return FittedGates(fitted, edits, refused, seconds)
@@ -139,7 +138,7 @@ def evaluate_gates(
         "bytes": int(concepts["bytes"].sum()),
         "decisions": precision,
         "seconds_before_gates": setup_seconds,
-        "seconds_per_gate": statistics.median(gates.seconds),
+        "seconds_per_gate": gates.seconds,
         "seconds_judging": judge_seconds,
         **_cost(model, gates, prompts[0]),
     }
@@ -231,7 +230,6 @@ def _concept_table(gates: FittedGates, judged: Sequence[Judged]) -> pd.DataFrame
                 "misspelt": misspelt[1],
                 "least_margin": float(least[number]),
                 "bytes": sum(part.nbytes for name, part in edit.tensors().items() if name.startswith("gate.")),
-                "seconds": gates.seconds[number],
             }
         )
     table = pd.DataFrame(rows)

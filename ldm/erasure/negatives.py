@@ -1,0 +1,84 @@
+"""The rows of prompts that trip no gate, in coordinates in which their covariance is one: taken once for all concepts.
+
+With mean m and covariance C = L L^T, its ridge included, a row e is z = L^-1 (e - m). A direction v of such rows is the
+weight w = L^-T v of the rows as they are, since v z = w (e - m).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ldm.erasure.prompt_rows import PromptRows
+
+_ROWS_AT_ONCE = 8192
+
+
+class Negatives:
+    """Rows of prompts that trip no gate. Rows that are the same in several prompts, as their beginnings, count once.
+
+    `ridge` is added to the covariance, relative to its mean diagonal.
+    """
+
+    def __init__(self, prompts: PromptRows, ridge: float):
+        distinct, self._places = _distinct(prompts.rows)
+        self._owners = prompts.owners
+        rows = prompts.rows[distinct]
+        self._mean, covariance = _moments(rows)
+        covariance += ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+        self._factor = torch.linalg.cholesky(covariance)
+        eye = torch.eye(len(covariance), dtype=torch.float64)
+        self._inverse = torch.linalg.solve_triangular(self._factor, eye, upper=False).float()  # L^-1
+        self.rows = torch.cat([self.whiten(part) for part in rows.split(_ROWS_AT_ONCE)])  # (R, d), float32
+
+    def whiten(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows (n, d) in coordinates in which the covariance of the negatives is one, float32."""
+        return (rows.double() - self._mean).float() @ self._inverse.T
+
+    def weights(self, directions: torch.Tensor) -> torch.Tensor:
+        """Return the weights (n, d) that score rows as directions (n, d) score whitened ones, but for a constant."""
+        return directions @ self._inverse
+
+    def scores(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return what weights (n, d) make of all rows as they were, (n, R)."""
+        precise = weights.double()
+        directions = (precise @ self._factor).float()
+        return directions @ self.rows.T + (precise @ self._mean).float()[:, None]
+
+    def rows_left_out(self, left_out: torch.Tensor) -> torch.Tensor:
+        """Return which rows are of no prompt but those `left_out`, (N,): (R,)."""
+        result = torch.ones(len(self.rows), dtype=torch.bool)
+        result[self._places[~left_out[self._owners]]] = False
+        return result
+
+    def prompts_of(self, rows: torch.Tensor, left_out: torch.Tensor) -> list[int]:
+        """Return the prompts that have some of the rows, given by number and in their order, but for those left out."""
+        found: dict[int, None] = {}
+        for row in rows.tolist():
+            owners = self._owners[self._places == row]
+            found |= dict.fromkeys(owners[~left_out[owners]].tolist())
+        return list(found)
+
+
+def _distinct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the numbers of the rows that are the same as no earlier one, and which of these each row is, (R,)."""
+    known: dict[bytes, int] = {}
+    first: list[int] = []
+    places: list[int] = []
+    for number, row in enumerate(rows.numpy()):
+        place = known.setdefault(row.tobytes(), len(first))
+        if place == len(first):
+            first.append(number)
+        places.append(place)
+    return torch.tensor(first, dtype=torch.long), torch.tensor(places, dtype=torch.long)
+
+
+def _moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean (d,) and the covariance (d, d) of rows, in float64."""
+    width = rows.shape[1]
+    first, second = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+    for part in rows.split(_ROWS_AT_ONCE):
+        precise = part.double()
+        first += precise.sum(0)
+        second += precise.T @ precise
+    mean = first / len(rows)
+    return mean, second / len(rows) - mean[:, None] * mean
