@@ -24,6 +24,7 @@ from ldm.experiments.prompt_sets import (
     MISSPELT,
     RESPELT,
     RESTORED,
+    SHARED,
     TEMPLATES,
     make_prompt_sets,
     read_captions,
@@ -120,13 +121,22 @@ def test_restored_concepts_are_said_by_all_templates_and_in_captions_and_by_no_o
     assert RESTORED not in [each.name for each in make_prompt_sets(CONCEPTS, 10, tokenizer)]
 
 
+def test_last_names_that_two_concepts_share_are_said_alone(tiny):
+    couple = [Concept(k, name, name, kind="person") for k, name in enumerate(["Marie Curie", "Pierre Curie"])]
+    found = {each.name: each for each in make_prompt_sets(couple[:1], 10, tiny.tokenizers[0], couple[1:])}
+    prompts = found[SHARED].prompts
+    assert prompts[0] == "Curie" and len(prompts) > 5 and all(says(prompt, ["Curie"]) for prompt in prompts)
+    assert not any(says(prompt, concept.spellings) for prompt in prompts for concept in couple)
+    assert SHARED not in [each.name for each in make_prompt_sets(CONCEPTS, 10, tiny.tokenizers[0])]
+
+
 @pytest.mark.parametrize("fires", [True, False])
 def test_a_restored_concept_keeps_every_bit_unless_a_gate_of_another_fires(tiny, monkeypatch, fires):
     monkeypatch.setattr(gates, "_NUM_TIMED", 1)
     rows = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
     edit = replace(gate_that(fires, 96), maps={"tokens": fit_map(rows, -rows, 0.1, 2)})
     prompt_sets = make_prompt_sets(CONCEPTS[:1], 10, tiny.tokenizers[0], CONCEPTS[1:])
-    report = evaluate_gates(tiny, FittedGates(CONCEPTS[:1], [edit], {}, [1.0]), prompt_sets, 3.0)
+    report = evaluate_gates(tiny, FittedGates(CONCEPTS[:1], [edit], {}, 1.0), prompt_sets, 3.0)
     total = len(next(each for each in prompt_sets if each.name == RESTORED).prompts)
     counts = report.summary["counts"][RESTORED]
     assert counts["false_alarms"][:2] == [total * fires, total] and counts["kept"][:2] == [total * (not fires), total]
@@ -144,7 +154,7 @@ def test_margins_of_all_gates_at_once_are_those_of_each(tiny):
         edits.append(GatedEdit({"text_encoder": gate}, {"text_encoder": LAST_STATE}, {}))
     states = tiny.encode_with_states(["a dog", "a lake by Monet"], {"text_encoder": [LAST_STATE]})[1]
     alone = torch.stack([edit.margins(states) for edit in edits], dim=1)
-    torch.testing.assert_close(FittedGates(CONCEPTS, edits, {}, [1.0]).together.margins(states), alone)
+    torch.testing.assert_close(FittedGates(CONCEPTS, edits, {}, 1.0).together.margins(states), alone)
 
 
 def test_rounding_states_can_change_a_decision(tiny, monkeypatch):

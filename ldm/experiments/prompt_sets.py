@@ -16,13 +16,14 @@ import torch
 
 from ldm.config.concepts import Concept
 from ldm.config.everyday import everyday_captions, kin_names, near_misses
-from ldm.config.spellings import misspellings, says
+from ldm.config.spellings import misspellings, says, shared_last_words
 from ldm.config.templates import fill, load_template_set
 from ldm.diffusion.tokenizer import read_part
 from ldm.io.prompts import read_prompt_csv
 
 HELD_OUT, TEMPLATES, MISSPELT, RESPELT = "held-out templates", "templates", "misspelt names", "other spellings"
-CAPTIONS, KIN, NEAR_MISSES, RESTORED = "everyday captions", "kin names", "near misses", "restored concepts"
+CAPTIONS, KIN, NEAR_MISSES = "everyday captions", "kin names", "near misses"
+SHARED, RESTORED = "shared last names", "restored concepts"
 _CAPTION_SEED = 1  # those of 0 are what a gate's own report counts
 _NUM_MISSPELT = 40  # misspelt names of each concept
 _NUM_COMPOSED = 40  # captions with a restored concept in them, of each spelling
@@ -66,8 +67,9 @@ def make_prompt_sets(
 ) -> list[PromptSet]:
     """Return the prompts that gates are judged by: some that say no concept, and some that say each of them.
 
-    What says one of `restored` is a set of its own. None that is made of a name is longer than what the tokenizer
-    reads. Misspelt names may be among those that a gate was fitted on; the templates that say them are not.
+    What says one of `restored` is a set of its own, and so are last names alone that several concepts share. None that
+    is made of a name of `concepts`, or says `restored`, is longer than what the tokenizer reads. Misspelt names may be
+    among those that a gate was fitted on; the templates that say them are not.
     """
     generic = load_template_set("generic").held_out_templates
     kin: list[str] = []
@@ -85,6 +87,10 @@ def make_prompt_sets(
         PromptSet(NEAR_MISSES, list(near_misses())),
         *(PromptSet(name, list(found), list(found.values())) for name, found in made.items()),
     ]
+    shared = shared_last_words({concept.name: concept.spellings for concept in (*concepts, *restored)})
+    if shared:
+        alone = load_template_set("person").held_out_templates
+        sets.append(PromptSet(SHARED, [fill(template, name) for name in shared for template in ("{}", *alone)]))
     if restored:
         said = [prompt for prompt in _restored_prompts(restored) if read_part(tokenizer, prompt) is None]
         sets.append(PromptSet(RESTORED, said))
