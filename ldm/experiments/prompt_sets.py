@@ -25,7 +25,7 @@ HELD_OUT, TEMPLATES, MISSPELT, RESPELT = "held-out templates", "templates", "mis
 CAPTIONS, KIN, NEAR_MISSES = "everyday captions", "kin names", "near misses"
 SHARED, RESTORED = "shared last names", "restored concepts"
 _CAPTION_SEED = 1  # those of 0 are what a gate's own report counts
-_NUM_MISSPELT = 40  # misspelt names of each concept
+_NUM_MISSPELT, _MAX_MISSPELT = 40, 8000  # misspelt names of each concept, and of a long list in all
 _NUM_COMPOSED = 40  # captions with a restored concept in them, of each spelling
 _WORD_RE = re.compile(r"\w+")
 
@@ -76,8 +76,9 @@ def make_prompt_sets(
     for name in kin_names():
         kin += [name, *(fill(template, name) for template in generic)]
     made: dict[str, dict[str, int]] = {HELD_OUT: {}, TEMPLATES: {}, MISSPELT: {}, RESPELT: {}}
+    num_misspelt = min(_NUM_MISSPELT, -(-_MAX_MISSPELT // len(concepts)))
     for number, concept in enumerate(concepts):
-        for name, prompts in _own_prompts(concept).items():
+        for name, prompts in _own_prompts(concept, num_misspelt).items():
             for prompt in prompts:
                 if read_part(tokenizer, prompt) is None:
                     made[name].setdefault(prompt, number)
@@ -102,7 +103,7 @@ def _restored_prompts(concepts: Sequence[Concept]) -> list[str]:
     captions = [caption.rstrip(".?") for caption in everyday_captions(_NUM_COMPOSED, _CAPTION_SEED)]
     prompts: list[str] = []
     for concept in concepts:
-        own, kind = _own_prompts(concept), load_template_set(concept.kind)
+        own, kind = _own_prompts(concept, 0), load_template_set(concept.kind)
         prompts += [*own[TEMPLATES], *own[HELD_OUT]]
         for spelling in concept.spellings:
             for number, caption in enumerate(captions):
@@ -111,8 +112,8 @@ def _restored_prompts(concepts: Sequence[Concept]) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def _own_prompts(concept: Concept) -> dict[str, list[str]]:
-    """Return the prompts that say a concept, by the name of the set."""
+def _own_prompts(concept: Concept, num_misspelt: int) -> dict[str, list[str]]:
+    """Return the prompts that say a concept, by the name of the set, `num_misspelt` of them wrongly."""
     kind = load_template_set(concept.kind)
     held_out = [*kind.held_out_templates, *concept.held_out_templates]
     wrong: list[str] = []
@@ -120,7 +121,7 @@ def _own_prompts(concept: Concept) -> dict[str, list[str]]:
         wrong += [text for text in misspellings(spelling) if not says(text, concept.spellings)]
     wrong = list(dict.fromkeys(wrong))
     random.Random(concept.name).shuffle(wrong)
-    misspelt = [fill(held_out[k % len(held_out)], text) for k, text in enumerate(wrong[:_NUM_MISSPELT])]
+    misspelt = [fill(held_out[k % len(held_out)], text) for k, text in enumerate(wrong[:num_misspelt])]
     own: dict[str, list[str]] = {HELD_OUT: [], TEMPLATES: [], MISSPELT: misspelt, RESPELT: []}
     for spelling in concept.spellings:
         own[RESPELT] += [fill(held_out[k % len(held_out)], text) for k, text in enumerate(respellings(spelling))]
