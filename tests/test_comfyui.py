@@ -202,7 +202,7 @@ def make_shift(model, label: str, layer: int, folder) -> WeightShift:
     gates = {}
     for encoder in model.text_encoders:
         rows, other = (PromptRows.whole(found[encoder, layer]) for found in (states, other_states))
-        task = GateTask(Positives(rows, last), torch.zeros(len(other), dtype=torch.bool), other.select([]))
+        task = GateTask([Positives(rows, last)], torch.zeros(len(other), dtype=torch.bool), other.select([]))
         gates[encoder] = fit_gate(task, Negatives(other, 0.01), 0.5)
     neutral = model.encode_prompt(["an artist"])
     maps = {"tokens": fit_map(model.drop_pooled(embeds).flatten(0, 1), _like(model.drop_pooled(neutral), own), 1e-3, 8)}

@@ -227,7 +227,7 @@ def test_the_way_left_is_what_is_missing_along_the_line_to_the_aim():
 
 
 def test_concepts_that_are_fitted_together_get_what_each_gets_alone(fitter, edit):
-    others = [Concept(0, name, name, kind="style") for name in ("Cezanne", "the", "Rembrandt")]
+    others = [Concept(0, name, name, kind="style") for name in ("Cezanne", "the", "Kandinsky")]
     found = list(fitter.fit_all([others[0], PICASSO, *others[1:]]))
     assert isinstance(found[2], ValueError) and "everyday captions" in str(found[2])
     together = [found[1], found[3]]

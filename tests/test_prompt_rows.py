@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.erasure.negatives import Negatives
-from ldm.erasure.prompt_rows import PromptRows, kept_positions
+from ldm.erasure.prompt_rows import PromptRows, kept_positions, row_counts
 
 RAGGED = [torch.arange(4.0).view(2, 2), torch.tensor([[9.0, 9.0]]), torch.tensor([[5.0, 0.0], [6.0, 1.0], [0.0, 7.0]])]
 
@@ -14,11 +14,16 @@ def random_rows(num: int, tokens: int, width: int, seed: int = 0) -> torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("length", "total", "expected"),
-    [(3, 5, [0, 1, 2, 3, 4]), (2, 9, [0, 1, 2, 5, 8]), (5, 5, [0, 1, 2, 3, 4]), (1, 77, [0, 1, 38, 76])],
+    ("length", "total", "number", "expected"),
+    [(3, 5, 9, [0, 1, 2, 3, 4]), (2, 9, 1, [0, 1, 2, 4, 8]), (5, 5, 3, [0, 1, 2, 3, 4]), (1, 77, 147, [0, 1, 75, 76])],
 )
-def test_all_tokens_are_kept_and_three_rows_of_padding(length, total, expected):
-    assert kept_positions(length, total) == expected
+def test_all_tokens_are_kept_and_three_rows_of_padding(length, total, number, expected):
+    assert kept_positions(length, total, number) == expected
+    assert float(row_counts(expected, total).sum()) == total
+
+
+def test_prompts_together_have_every_position_of_the_padding():
+    assert {position for number in range(12) for position in kept_positions(3, 17, number)} == set(range(17))
 
 
 def test_rows_of_prompts_are_found_again():
@@ -27,10 +32,12 @@ def test_rows_of_prompts_are_found_again():
     assert torch.equal(joined.at(torch.tensor([1, 0, 2])), torch.tensor([[2.0, 3.0], [9.0, 9.0], [0.0, 7.0]]))
     chosen = joined.select([2, 0])
     assert torch.equal(chosen.rows, torch.cat([RAGGED[2], RAGGED[0]])) and chosen.counts.tolist() == [3, 2]
-    weight = torch.tensor([1.0, -1.0])
+    [weight] = weights = torch.tensor([[1.0, -1.0]])
     assert joined.highest(joined.rows @ weight).tolist() == [-1, 0, 5]
-    assert torch.equal(joined.best(weight), torch.stack([RAGGED[0][0], RAGGED[1][0], RAGGED[2][0]]))  # of two the first
-    assert len(PromptRows.join([], 2).best(weight)) == 0
+    assert torch.equal(
+        joined.best(weights), torch.stack([RAGGED[0][0], RAGGED[1][0], RAGGED[2][0]])
+    )  # of two the first
+    assert len(PromptRows.join([], 2).best(weights)) == 0
 
 
 def test_the_covariance_of_whitened_negatives_is_one_but_for_the_ridge():

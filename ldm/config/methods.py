@@ -331,7 +331,7 @@ class GateConfig(Settings):
     compositions: int = setting(80, "everyday captions with the concept in them that trip it", minimum=0)
     misspellings: int = setting(60, "misspelt names of each concept that may trip it", minimum=0)
     misspelling_clearance: float = setting(
-        0.25, "how far above every other prompt a misspelt name has to be, in units of the concept's distance", above=0
+        0.35, "how far above every other prompt a misspelt name has to be, in units of the concept's distance", above=0
     )
 
     def __post_init__(self) -> None:

@@ -69,10 +69,10 @@ class EmbeddingMap:
 
     def rounded(self) -> EmbeddingMap:
         """Return the map whose outputs and directions are numbers of half precision, as files have them."""
-        rounded = [part.half().double() for part in (self.outputs, self.directions)]
-        if not all(bool(part.isfinite().all()) for part in rounded):  # too large for it
+        outputs, directions = self.outputs.half().double(), self.directions.half().double()
+        if not outputs.isfinite().all():  # too large for it
             return self
-        return EmbeddingMap(*rounded, self.gram, self.penalty)
+        return EmbeddingMap(outputs, directions, self.gram, self.penalty)
 
     def _reduced(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the squared singular values (k,) of `A gram^(1/2)`, and its right vectors times `gram^(-1/2)`."""

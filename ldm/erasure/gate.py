@@ -20,10 +20,10 @@ import torch
 from ldm.erasure.negatives import Negatives
 from ldm.erasure.prompt_rows import PromptRows
 
-_OWN_WEIGHT = 0.02  # of the covariance of a concept's own rows, against that of all other rows
+_OWN_WEIGHT = 0.1  # of the covariance of a concept's own rows, against that of all other rows
 _LOOKALIKE_GAP = 0.2  # that lookalikes stay below a concept's prompts to count for its threshold
-_TASKS_AT_ONCE = 32
-_HARD_ROUNDS, _NUM_HARD, _HARD_WEIGHT = 3, 256, 0.1  # how often, and with what weight, the hardest rows count again
+_GROUPS_AT_ONCE = 32
+_HARD_ROUNDS, _NUM_HARD, _HARD_WEIGHT = 2, 600, 0.05  # how often, and with what weight, the hardest rows count again
 
 
 class NoGateError(ValueError):
@@ -71,71 +71,82 @@ class Positives:
 
 @dataclass(frozen=True)
 class GateTask:
-    """What a gate is fitted on: prompts that say a concept in one way, and which others count.
+    """What the gates of a concept are fitted on: groups of prompts that say it in one way each, and which others count.
 
     `left_out` marks the negative prompts that say the concept, (N,). `lookalikes` are the rows of made-up words that
-    are spelled much alike: they shape the direction, and raise the threshold as far as they stay clear of the concept.
+    are spelled much alike: they shape the directions, and raise a threshold as far as they stay clear of the concept.
     """
 
-    positives: Positives
+    groups: Sequence[Positives]
     left_out: torch.Tensor
     lookalikes: PromptRows
 
 
-def fit_gates(tasks: Sequence[GateTask], negatives: Negatives, position: float) -> list[Gate | NoGateError]:
-    """Return a gate of one direction for each task, or what tells that there is none.
+def fit_gates(tasks: Sequence[GateTask], negatives: Negatives, position: float) -> list[list[Gate | NoGateError]]:
+    """Return for each task a gate of one direction for each of its groups, or what tells that there is none.
 
     The threshold lies at the fraction `position` of the gap. What a task gets does not depend on the others, which are
     there since the rows of all negatives are read once for many of them.
     """
-    found: list[Gate | NoGateError] = []
-    for start in range(0, len(tasks), _TASKS_AT_ONCE):
-        found += _fit_batch(tasks[start : start + _TASKS_AT_ONCE], negatives, position)
-    return found
+    found: list[list[Gate | NoGateError]] = []
+    waiting: list[GateTask] = []
+    for task in tasks:
+        if waiting and sum(len(each.groups) for each in (*waiting, task)) > _GROUPS_AT_ONCE:
+            found += _fit_batch(waiting, negatives, position)
+            waiting = []
+        waiting.append(task)
+    return found + (_fit_batch(waiting, negatives, position) if waiting else [])
 
 
 def fit_gate(task: GateTask, negatives: Negatives, position: float) -> Gate:
-    """Return a gate of one direction. Raises NoGateError where there is no gap."""
-    [found] = fit_gates([task], negatives, position)
+    """Return the gate of a task's only group. Raises NoGateError where there is no gap."""
+    [[found]] = fit_gates([task], negatives, position)
     if isinstance(found, NoGateError):
         raise found
     return found
 
 
-def _fit_batch(tasks: Sequence[GateTask], negatives: Negatives, position: float) -> list[Gate | NoGateError]:
+def _fit_batch(tasks: Sequence[GateTask], negatives: Negatives, position: float) -> list[list[Gate | NoGateError]]:
     """Return what `fit_gates` does for a few tasks."""
     out = [negatives.rows_left_out(task.left_out) for task in tasks]
-    fits = [_Discriminant(task.positives, negatives, rows) for task, rows in zip(tasks, out, strict=True)]
+    fits = [_Discriminants(task.groups, negatives, rows) for task, rows in zip(tasks, out, strict=True)]
     for _ in range(_HARD_ROUNDS):
-        weights = negatives.weights(torch.stack([fit.solve() for fit in fits]))
-        scores = _scores(negatives, weights, out)
-        for fit, task, weight, row in zip(fits, tasks, weights, scores, strict=True):
-            hardest = row.topk(min(_NUM_HARD, int(row.isfinite().sum()))).indices
+        weights = [negatives.weights(fit.solve()) for fit in fits]
+        for fit, task, weight, scores in zip(fits, tasks, weights, _scores(negatives, weights, out), strict=True):
+            highest = scores.amax(0)  # (R,), of all groups
+            hardest = highest.topk(min(_NUM_HARD, int(highest.isfinite().sum()))).indices
             alike = negatives.whiten(task.lookalikes.best(weight))
             fit.add(torch.cat([negatives.rows[hardest], alike]))
-    weights = negatives.weights(torch.stack([fit.solve() for fit in fits])).half().float()  # as files have it
-    scores = _scores(negatives, weights, out)
-    found: list[Gate | NoGateError] = []
-    for task, weight, row in zip(tasks, weights, scores, strict=True):
-        found.append(_with_threshold(task, weight, row, negatives, position))
+    weights = [negatives.weights(fit.solve()).half().float() for fit in fits]  # as files have it
+    found: list[list[Gate | NoGateError]] = []
+    for task, weight, scores in zip(tasks, weights, _scores(negatives, weights, out), strict=True):
+        gates: list[Gate | NoGateError] = []
+        for group, own_weight, own_scores in zip(task.groups, weight, scores, strict=True):
+            single = GateTask([group], task.left_out, task.lookalikes)
+            gates.append(_with_threshold(single, own_weight, own_scores, negatives, position))
+        found.append(gates)
     return found
 
 
-def _scores(negatives: Negatives, weights: torch.Tensor, left_out: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the scores (n, R) of all rows of negatives, minus infinity where they are left out.
+def _scores(
+    negatives: Negatives, weights: Sequence[torch.Tensor], left_out: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return for each task the scores (g, R) of all rows of negatives, minus infinity where they are left out.
 
     There are always as many columns in the product, since its rounding may depend on their number.
     """
-    padded = torch.zeros(_TASKS_AT_ONCE, weights.shape[1])
-    padded[: len(weights)] = weights
-    return negatives.scores(padded)[: len(weights)].masked_fill(torch.stack(list(left_out)), -torch.inf)
+    sizes = [len(each) for each in weights]
+    padding = -sum(sizes) % _GROUPS_AT_ONCE
+    scores = negatives.scores(torch.cat([*weights, torch.zeros(padding, weights[0].shape[1])]))
+    parts = scores[: sum(sizes)].split(sizes)
+    return [part.masked_fill(out, -torch.inf) for part, out in zip(parts, left_out, strict=True)]
 
 
 def _with_threshold(
     task: GateTask, weight: torch.Tensor, scores: torch.Tensor, negatives: Negatives, position: float
 ) -> Gate | NoGateError:
-    """Return the gate of a task whose weight (d,) scores the rows of its negatives so, (R,)."""
-    own, highest = task.positives, scores.max()
+    """Return the gate of a task of one group, whose weight (d,) scores the rows of its negatives so, (R,)."""
+    [own], highest = task.groups, scores.max()
     alike = task.lookalikes.highest(task.lookalikes.rows @ weight)
     if own.clearance is not None:
         return Gate(weight[None], (torch.cat([highest[None], alike]).max() + own.clearance)[None])
@@ -150,43 +161,34 @@ def _with_threshold(
     return Gate(weight[None], (bound + position * (lowest - bound))[None], gap)
 
 
-class _Discriminant:
-    """Fisher's discriminant of a concept's last tokens, in the coordinates of its negatives, as hard rows are added.
+class _Discriminants:
+    """Fisher's discriminants of the groups of a concept, in the coordinates of its negatives, as hard rows are added.
 
-    There the covariance is `a I + U^T D U`: one, less the rows that are left out, and more for what counts more. So the
-    direction is `o - U^T (a D^-1 + U U^T)^-1 U o`, but for its scale, where o is what the concept's mean is away from
-    that of the others (Woodbury's identity).
+    There the covariance is one, less the rows that are left out, and more for those that count more.
     """
 
-    def __init__(self, own: Positives, negatives: Negatives, left_out: torch.Tensor):
-        rows = negatives.whiten(own.rows.at(own.last_tokens))  # (n, d)
+    def __init__(self, groups: Sequence[Positives], negatives: Negatives, left_out: torch.Tensor):
         out = negatives.rows[left_out]
         kept = len(left_out) - len(out)
         self._mean = -out.sum(0) / kept
-        self._offset = rows.mean(0) - self._mean
-        self._scale = len(left_out) / kept
-        spread = rows - rows.mean(0)
-        self._rows = torch.cat([out, self._mean[None], spread])
-        self._products = self._rows @ self._rows.T  # U U^T
-        sizes = torch.tensor([len(out), 1, len(spread)])
-        self._sizes = torch.tensor([-1 / kept, -1, _OWN_WEIGHT / len(spread)]).repeat_interleave(sizes)
+        self._covariance = len(left_out) / kept * torch.eye(len(self._mean)) - out.T @ out / kept
+        self._covariance -= self._mean[:, None] * self._mean
+        self._own = [negatives.whiten(group.rows.at(group.last_tokens)) for group in groups]  # (n, d) each
 
     def add(self, hard: torch.Tensor) -> None:
         """Let rows (h, d) that are taken for the concept count more."""
         hard = hard - self._mean
-        mixed = self._rows @ hard.T  # (k, h)
-        corner = torch.cat([mixed, hard @ hard.T])
-        self._products = torch.cat([torch.cat([self._products, mixed.T]), corner], dim=1)
-        self._rows = torch.cat([self._rows, hard])
-        self._scale *= 1 - _HARD_WEIGHT
-        added = torch.full((len(hard),), _HARD_WEIGHT / len(hard))
-        self._sizes = torch.cat([(1 - _HARD_WEIGHT) * self._sizes, added])
+        self._covariance = (1 - _HARD_WEIGHT) * self._covariance + _HARD_WEIGHT / len(hard) * hard.T @ hard
 
     def solve(self) -> torch.Tensor:
-        """Return the direction (d,), whose score of the means' distance is 1."""
-        inner = self._products + torch.diag(self._scale / self._sizes)
-        direction = self._offset - self._rows.T @ torch.linalg.solve(inner, self._rows @ self._offset)
-        return direction / (direction @ self._offset)
+        """Return the direction of each group, (g, d), whose score of the means' distance is 1."""
+        directions: list[torch.Tensor] = []
+        for rows in self._own:
+            offset, spread = rows.mean(0) - self._mean, rows - rows.mean(0)
+            covariance = self._covariance + _OWN_WEIGHT / len(spread) * spread.T @ spread
+            direction = torch.linalg.solve(covariance, offset)
+            directions.append(direction / (direction @ offset))
+        return torch.stack(directions)
 
 
 def join_gates(gates: Sequence[Gate]) -> Gate:

@@ -46,13 +46,13 @@ class InseparableError(ValueError):
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A concept with what its gates are fitted on: the states of its own prompts, and its tasks by text encoder."""
+    """A concept with the states of its own prompts, its maps, and what its gates are fitted on, by text encoder."""
 
     concept: Concept
     own: OwnPrompts
     states: States
     maps: Mapping[str, EmbeddingMap]
-    tasks: Mapping[str, list[GateTask]]
+    tasks: Mapping[str, GateTask]
 
 
 class GateFitter:
@@ -106,20 +106,16 @@ class GateFitter:
                 prepared.append(self._prepare(with_plurals(concept)))
             except ValueError as error:
                 prepared.append(error)
-        tasks: dict[str, list[GateTask]] = {name: [] for name in self.layers}
-        for each in prepared:
-            if isinstance(each, _Prepared):
-                for name, own in each.tasks.items():
-                    tasks[name] += own
-        found: dict[str, Iterator[Gate | NoGateError]] = {}
-        for name, every in tasks.items():
-            found[name] = iter(fit_gates(every, self.negatives[name], self.config.gate_position))
+        tasks = [each.tasks for each in prepared if isinstance(each, _Prepared)]
+        found: dict[str, Iterator[list[Gate | NoGateError]]] = {}
+        for name, negatives in self.negatives.items():
+            found[name] = iter(fit_gates([own[name] for own in tasks], negatives, self.config.gate_position))
         edits: list[GatedEdit | ValueError] = []
         for each in prepared:
             if isinstance(each, ValueError):
                 edits.append(each)
                 continue
-            own = {name: [next(found[name]) for _ in each.tasks[name]] for name in self.layers}
+            own = {name: next(results) for name, results in found.items()}
             try:
                 gates = {name: self._join_gates(each.concept, each.own, results) for name, results in own.items()}
             except InseparableError as error:
@@ -136,10 +132,10 @@ class GateFitter:
         embeds, states = self._embed(own.all, self.layers)
         alike = self._encode_rows(self.texts.lookalikes(concept))
         left_out = self.texts.left_out(concept, own, self.texts.negatives)
-        tasks: dict[str, list[GateTask]] = {}
+        tasks: dict[str, GateTask] = {}
         for name, layer in self.layers.items():
             rows = self._thinned(own.all, {(name, layer): states[name, layer]})[name, layer]
-            tasks[name] = self._tasks(own, rows, left_out, PromptRows.join(alike[name, layer], rows[0].shape[1]))
+            tasks[name] = self._task(own, rows, left_out, PromptRows.join(alike[name, layer], rows[0].shape[1]))
         return _Prepared(concept, own, states, self._fit_maps(own, embeds), tasks)
 
     def _choose_layers(self, others: Sequence[Concept]) -> dict[str, int]:
@@ -180,8 +176,8 @@ class GateFitter:
             left_out = self.texts.left_out(concept, own, shown)
             for layer in tried:
                 own_rows = rows[name, layer]
-                tasks = self._tasks(own, own_rows, left_out, PromptRows.join(alike[name, layer], own_rows[0].shape[1]))
-                found = fit_gates(tasks, negatives[layer], self.config.gate_position)
+                task = self._task(own, own_rows, left_out, PromptRows.join(alike[name, layer], own_rows[0].shape[1]))
+                [found] = fit_gates([task], negatives[layer], self.config.gate_position)
                 told = [gate for gate in found if isinstance(gate, Gate)]
                 if told and isinstance(found[0], Gate):
                     gates[layer].append(join_gates(told))
@@ -190,20 +186,19 @@ class GateFitter:
     def _negatives(self, rows: Sequence[torch.Tensor]) -> Negatives:
         return Negatives(PromptRows.join(rows, rows[0].shape[1]), self.config.gate_ridge)
 
-    def _tasks(
+    def _task(
         self, own: OwnPrompts, rows: Sequence[torch.Tensor], left_out: torch.Tensor, alike: PromptRows
-    ) -> list[GateTask]:
-        """Return what the gates of a concept are fitted on, one for each name and one for its misspelt names."""
-        tasks: list[GateTask] = []
+    ) -> GateTask:
+        """Return what the gates of a concept are fitted on: a group for each name, and one for its misspelt names."""
+        groups: list[Positives] = []
         for numbers in own.by_name.values():
-            group = PromptRows.join([rows[number] for number in numbers], rows[0].shape[1])
-            tasks.append(GateTask(Positives(group, own.last_tokens[numbers]), left_out, alike))
+            said = PromptRows.join([rows[number] for number in numbers], rows[0].shape[1])
+            groups.append(Positives(said, own.last_tokens[numbers]))
         if own.misspelt:
             first = len(own.plain)
-            group = PromptRows.join(rows[first:], rows[0].shape[1])
-            misspelt = Positives(group, own.last_tokens[first:], self.config.misspelling_clearance)
-            tasks.append(GateTask(misspelt, left_out, alike))
-        return tasks
+            wrong = PromptRows.join(rows[first:], rows[0].shape[1])
+            groups.append(Positives(wrong, own.last_tokens[first:], self.config.misspelling_clearance))
+        return GateTask(groups, left_out, alike)
 
     def _join_gates(self, concept: Concept, own: OwnPrompts, found: Sequence[Gate | NoGateError]) -> Gate:
         """Return the gate of a concept: of the spellings that it tells, and of its misspelt names.
@@ -238,7 +233,7 @@ class GateFitter:
         """
         found: dict[tuple[str, int], list[torch.Tensor]] = {}
         starts = range(0, len(prompts), _PROMPTS_AT_ONCE)
-        for start in tqdm(starts, desc="prompts for gates", unit="batch", delay=_QUIET_SECONDS, leave=False):
+        for start in _with_progress(starts):
             part = prompts[start : start + _PROMPTS_AT_ONCE]
             for key, rows in self._thinned(part, self._encode(part, layers or self.layers)).items():
                 found.setdefault(key, []).extend(rows)
@@ -246,18 +241,17 @@ class GateFitter:
 
     def _thinned(self, prompts: Sequence[str], states: States) -> Rows:
         """Return the rows of hidden states (N, T, d) that can matter, those of each prompt for itself, in float32."""
-        lengths = self._lengths(prompts)
+        ids = self._token_ids(prompts)
         thinned: dict[tuple[str, int], list[torch.Tensor]] = {}
         for key, state in states.items():
-            kept = [kept_positions(length, state.shape[1]) for length in lengths]
+            kept = [kept_positions(len(tokens), state.shape[1], sum(tokens)) for tokens in ids]
             thinned[key] = [rows[positions].float() for rows, positions in zip(state, kept, strict=True)]
         return thinned
 
-    def _lengths(self, prompts: Sequence[str]) -> list[int]:
-        """Return how many tokens of each prompt are read, with those that mark its beginning and end."""
+    def _token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each prompt that are read, with those that mark its beginning and end."""
         limit = self.tokenizer.model_max_length
-        ids = self.tokenizer(list(prompts), truncation=True, max_length=limit, verbose=False).input_ids
-        return [len(tokens) for tokens in ids]
+        return self.tokenizer(list(prompts), truncation=True, max_length=limit, verbose=False).input_ids
 
     def _embed(
         self, prompts: Sequence[str], layers: Mapping[str, int | Collection[int]]
@@ -267,7 +261,7 @@ class GateFitter:
         embeds: list[torch.Tensor] = []
         batches: dict[tuple[str, int], list[torch.Tensor]] = {}
         starts = range(0, len(prompts), _PROMPTS_AT_ONCE)
-        for start in tqdm(starts, desc="prompts for gates", unit="batch", delay=_QUIET_SECONDS, leave=False):
+        for start in _with_progress(starts):
             found, states = self.model.encode_with_states(list(prompts[start : start + _PROMPTS_AT_ONCE]), needed)
             embeds.append(found.cpu())
             for key, state in states.items():
@@ -278,7 +272,7 @@ class GateFitter:
         """Return the maps of a concept's prompts, whose embeddings are (N, rows, d), onto their anchors, by stream."""
         number, aims, config = self.tokenizer.model_max_length, self._aims(own.all, own.anchors), self.config
         settings = config.map_ridge, config.map_rank, config.map_loss
-        kept = [kept_positions(length, number) for length in self._lengths(own.all)]
+        kept = [kept_positions(len(tokens), number, sum(tokens)) for tokens in self._token_ids(own.all)]
         targets, goals = (
             torch.cat([rows[positions] for rows, positions in zip(found, kept, strict=True)])
             for found in (embeds, aims)
@@ -332,6 +326,12 @@ class GateFitter:
             "misspelt_misses": rate(int((misspelt <= 0).sum()), len(misspelt)),
             "distance_left": round(left, 3),
         }
+
+
+def _with_progress(starts: Sequence[int]) -> Iterable[int]:
+    """Return where each batch of prompts begins, beside a progress bar where there are several."""
+    title = "prompts for gates"
+    return tqdm(starts, desc=title, unit="batch", delay=_QUIET_SECONDS, leave=False, disable=len(starts) < 2 or None)
 
 
 def mean_distance_left(before: torch.Tensor, after: torch.Tensor, aims: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ from ldm.io.errors import notify
 Item = TypeVar("Item")
 
 _NUM_UNSEEN = 800  # made-up words among which false alarms of the states are counted
-_OTHER_TEMPLATES = 8  # by which prompts say the concepts that are not erased
+_OTHER_TEMPLATES = 3  # by which prompts say the concepts that are not erased
 _NUM_LOOKALIKES = 60  # made-up words for each spelling
 _MAX_SAYING = 0.2  # the largest fraction of captions that may say a concept
 _MAX_SHOWN = 5  # shared names in a notice

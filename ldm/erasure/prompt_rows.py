@@ -8,20 +8,23 @@ from typing import Self
 
 import torch
 
-_NUM_PADDING = 3  # rows of padding that are kept of a prompt: its first, its last and those between are nearly the same
+_NUM_PADDING = 3  # rows of padding that are kept of a prompt
 
 
-def kept_positions(length: int, total: int) -> list[int]:
-    """Return which of `total` rows are kept of a prompt of `length` tokens: all of these, and evenly of the padding."""
-    padding = range(length, total)
-    if len(padding) <= _NUM_PADDING:
+def kept_positions(length: int, total: int, number: int) -> list[int]:
+    """Return which of `total` rows are kept of a prompt of `length` tokens: all of these, and three of its padding.
+
+    Those are the first, the last and one between, which a `number` of the prompt's chooses: within a prompt they are
+    nearly the same, and all prompts together have a row of each position.
+    """
+    if total - length <= _NUM_PADDING:
         return list(range(total))
-    last = len(padding) - 1
-    return [*range(length), *(padding[k * last // (_NUM_PADDING - 1)] for k in range(_NUM_PADDING))]
+    between = total - length - 2
+    return [*range(length + 1), length + 1 + number % between, total - 1]
 
 
 def row_counts(positions: Sequence[int], total: int) -> torch.Tensor:
-    """Return how often each row counts that is kept of a prompt's `total`, (t,): the padding as much as all of it."""
+    """Return how often each row counts that is kept of a prompt's `total`, (t,): those of padding for all of it."""
     padding = min(_NUM_PADDING, len(positions))
     counts = torch.ones(len(positions))
     counts[len(positions) - padding :] += (total - len(positions)) / padding
@@ -68,9 +71,9 @@ class PromptRows:
         lowest = torch.full((len(self),), -torch.inf)
         return lowest.scatter_reduce(0, self.owners, scores, "amax")
 
-    def best(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the row of each prompt that a weight (d,) scores highest, (N, d)."""
-        scores, owners = self.rows @ weight, self.owners
+    def best(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return the row of each prompt that any of some weights (g, d) scores highest, (N, d)."""
+        scores, owners = (self.rows @ weights.T).amax(1), self.owners
         found = (scores == self.highest(scores)[owners]).nonzero().flatten()
         first = torch.full((len(self),), len(scores)).scatter_reduce(0, owners[found], found, "amin")
         return self.rows[first]

@@ -31,7 +31,7 @@ CAPTIONS, WORDS, OTHER_PROMPTS = 1500, 1500, 12  # negatives: captions, words, a
 PLAIN, MISSPELT, LOOKALIKES = 102, 60, 76  # prompts of each concept: its name, misspelt names, lookalikes
 CAPTION_LENGTH, NAME_LENGTH, WORD_LENGTH = 15, 10, 4  # tokens
 AT_ONCE = 8  # concepts whose gates are fitted in one go, as in `gate_fitter`
-RIDGE, POSITION, CLEARANCE, MAP_RIDGE, MAP_RANK, MAP_LOSS = 0.01, 0.7, 0.25, 0.001, 64, 0.03
+RIDGE, POSITION, CLEARANCE, MAP_RIDGE, MAP_RANK, MAP_LOSS = 0.01, 0.7, 0.35, 0.001, 64, 0.03
 
 
 class Encoder:
@@ -61,28 +61,27 @@ class Encoder:
 
 def thinned(embeds: torch.Tensor, length: int) -> PromptRows:
     """Return the rows of prompts that can matter."""
-    return PromptRows.whole(embeds[:, kept_positions(length, TOKENS)])
+    parts = [rows[kept_positions(length, TOKENS, number)] for number, rows in enumerate(embeds)]
+    return PromptRows.join(parts, WIDTH)
 
 
 def joined(parts: list[PromptRows]) -> PromptRows:
     return PromptRows(torch.cat([part.rows for part in parts]), torch.cat([part.counts for part in parts]))
 
 
-def make_tasks(encoder: Encoder, embeds: torch.Tensor, alike: torch.Tensor, left_out: torch.Tensor) -> list[GateTask]:
+def make_task(embeds: torch.Tensor, alike: torch.Tensor, left_out: torch.Tensor) -> GateTask:
     """Return what the gates of a concept are fitted on: its name, and its misspelt names."""
-    others = thinned(alike, NAME_LENGTH)
-    tasks: list[GateTask] = []
+    groups: list[Positives] = []
     for part, clearance in zip(embeds.split([PLAIN, MISSPELT]), (None, CLEARANCE), strict=True):
         last_tokens = torch.full((len(part),), NAME_LENGTH - 2)
-        tasks.append(GateTask(Positives(thinned(part, NAME_LENGTH), last_tokens, clearance), left_out, others))
-    return tasks
+        groups.append(Positives(thinned(part, NAME_LENGTH), last_tokens, clearance))
+    return GateTask(groups, left_out, thinned(alike, NAME_LENGTH))
 
 
 def make_map(embeds: torch.Tensor, anchors: torch.Tensor) -> EmbeddingMap:
     """Return the map of a concept's prompts onto their anchors."""
-    kept = kept_positions(NAME_LENGTH, TOKENS)
-    targets, aims = (rows[:, kept].flatten(0, 1) for rows in (embeds, anchors))
-    counts = row_counts(kept, TOKENS).repeat(len(embeds))
+    targets, aims = (thinned(rows, NAME_LENGTH).rows for rows in (embeds, anchors))
+    counts = row_counts(kept_positions(NAME_LENGTH, TOKENS, 0), TOKENS).repeat(len(embeds))
     return fit_map(targets, aims, MAP_RIDGE, MAP_RANK, MAP_LOSS, counts).rounded()
 
 
@@ -140,7 +139,7 @@ def fit_many(number: int) -> list[GatedEdit]:
             start = time.perf_counter()
             left_out = torch.zeros(len(rows), dtype=torch.bool)
             left_out[CAPTIONS + WORDS + OTHER_PROMPTS * k :][:OTHER_PROMPTS] = True
-            tasks += make_tasks(encoder, embeds, alike, left_out)
+            tasks.append(make_task(embeds, alike, left_out))
             maps.append(make_map(embeds, anchors))
             taken += time.perf_counter() - start
         start = time.perf_counter()
@@ -148,7 +147,7 @@ def fit_many(number: int) -> list[GatedEdit]:
         taken += time.perf_counter() - start
         times += [taken / len(maps)] * len(maps)
         for k, each in enumerate(maps):
-            told = [gate for gate in gates[2 * k : 2 * k + 2] if isinstance(gate, Gate)]
+            told = [gate for gate in gates[k] if isinstance(gate, Gate)]
             edits.append(GatedEdit({"text_encoder": join_gates(told)}, {"text_encoder": 0}, {"tokens": each}))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     few = min(100, number // 2)
