@@ -227,25 +227,30 @@ def test_the_way_left_is_what_is_missing_along_the_line_to_the_aim():
 
 
 def test_concepts_that_are_fitted_together_get_what_each_gets_alone(fitter, edit):
-    others = [Concept(0, name, name, kind="style") for name in ("Cezanne", "the", "Kandinsky")]
-    found = list(fitter.fit_all([others[0], PICASSO, *others[1:]]))
+    cezanne, stop_word = (Concept(0, name, name, kind="style") for name in ("Cezanne", "the"))
+    found = list(fitter.fit_all([cezanne, PICASSO, stop_word]))
     assert isinstance(found[2], ValueError) and "everyday captions" in str(found[2])
-    together = [found[1], found[3]]
-    for each, alone in zip(together, (edit, fitter.fit(others[2])), strict=True):
+    for each, alone in zip(found, (fitter.fit(cezanne), edit), strict=False):
         assert isinstance(each, GatedEdit) and each.report == alone.report
         for name, tensor in alone.tensors().items():
             assert torch.equal(each.tensors()[name], tensor)
 
 
+def test_maps_are_as_small_as_they_can_be_and_kept_in_half_precision(fitter, edit):
+    assert 1 <= len(edit.maps["tokens"].directions) < SMALL.map_rank
+    assert edit.tensors()["map.tokens.outputs"].dtype == edit.tensors()["map.tokens.directions"].dtype == torch.float16
+    assert edit.tensors()["map.tokens.gram"].dtype == torch.float32
+
+
 def test_a_surname_of_several_concepts_is_told_and_trips_the_gate_of_none(model, monkeypatch):
     monkeypatch.setattr(gate_prompts, "_NUM_UNSEEN", 20)
     monkeypatch.setattr(gate_fitter, "_MAX_TRIED", 2)
-    names = ["fox Picasso", "church Picasso"]
+    names = ["Picasso Monet", "Cezanne Monet"]
     concepts = [Concept(0, name, name, kind="person") for name in names]
-    with pytest.warns(Notice, match=r"said alone .* trip no gate.*: Picasso \(fox Picasso, church Picasso\)$"):
+    with pytest.warns(Notice, match=r"said alone .* trip no gate.*: Monet \(Picasso Monet, Cezanne Monet\)$"):
         fitter = GateFitter(model, concepts, [], SMALL)
-    said_alone = ["Picasso", "a photo of Picasso", "Picasso smiles"]
+    said_alone = ["Monet", "a photo of Monet", "a portrait of Monet"]
     for own, other in zip(concepts, reversed(names), strict=True):
         found = fitter.fit(own)
-        assert (margins(model, found, held_out(model, own)) > 0).all()
+        assert (margins(model, found, [own.name, f"a photo of {own.name}"]) > 0).all()
         assert (margins(model, found, [*said_alone, other, f"a photo of {other}"]) < 0).all()

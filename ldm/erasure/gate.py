@@ -173,7 +173,13 @@ class _Discriminants:
         self._mean = -out.sum(0) / kept
         self._covariance = len(left_out) / kept * torch.eye(len(self._mean)) - out.T @ out / kept
         self._covariance -= self._mean[:, None] * self._mean
-        self._own = [negatives.whiten(group.rows.at(group.last_tokens)) for group in groups]  # (n, d) each
+        self._offsets: list[torch.Tensor] = []
+        self._spreads: list[torch.Tensor] = []  # what the covariance is more by, for each group
+        for group in groups:
+            rows = negatives.whiten(group.rows.at(group.last_tokens))  # (n, d)
+            spread = rows - rows.mean(0)
+            self._offsets.append(rows.mean(0) - self._mean)
+            self._spreads.append(_OWN_WEIGHT / len(spread) * spread.T @ spread)
 
     def add(self, hard: torch.Tensor) -> None:
         """Let rows (h, d) that are taken for the concept count more."""
@@ -183,10 +189,8 @@ class _Discriminants:
     def solve(self) -> torch.Tensor:
         """Return the direction of each group, (g, d), whose score of the means' distance is 1."""
         directions: list[torch.Tensor] = []
-        for rows in self._own:
-            offset, spread = rows.mean(0) - self._mean, rows - rows.mean(0)
-            covariance = self._covariance + _OWN_WEIGHT / len(spread) * spread.T @ spread
-            direction = torch.linalg.solve(covariance, offset)
+        for offset, spread in zip(self._offsets, self._spreads, strict=True):
+            direction = torch.linalg.solve(self._covariance + spread, offset)
             directions.append(direction / (direction @ offset))
         return torch.stack(directions)
 
