@@ -54,6 +54,7 @@ demo: setup
 bench: setup
 	$(RUN) tests/bench/bench.py
 	$(RUN) tests/bench/commands.py
+	$(RUN) tests/bench/many_gates.py
 
 clean:
 	rm -rf $(DEMO) htmlcov .coverage .coverage.*

@@ -246,7 +246,10 @@ def test_a_surname_of_several_concepts_is_told_and_trips_the_gate_of_none(model,
     monkeypatch.setattr(gate_prompts, "_NUM_UNSEEN", 20)
     monkeypatch.setattr(gate_fitter, "_MAX_TRIED", 2)
     names = ["Picasso Monet", "Cezanne Monet"]
-    concepts = [Concept(0, name, name, kind="person") for name in names]
+    concepts = [
+        Concept(0, names[0], names[0], ("Monet",), kind="person"),
+        Concept(0, names[1], names[1], kind="person"),
+    ]
     with pytest.warns(Notice, match=r"said alone .* trip no gate.*: Monet \(Picasso Monet, Cezanne Monet\)$"):
         fitter = GateFitter(model, concepts, [], SMALL)
     said_alone = ["Monet", "a photo of Monet", "a portrait of Monet"]

@@ -6,6 +6,7 @@ from conftest import CPU, make_xl, save_unchecked
 
 from ldm.diffusion.load import load_model
 from ldm.diffusion.text_layers import text_layers
+from ldm.erasure import gated_edit
 from ldm.erasure.embedding_map import EmbeddingMap, fit_map, join_maps
 from ldm.erasure.gate import Gate
 from ldm.erasure.gated_edit import JOINED_SCALE, LAST_STATE, GatedEdit, GatedPrompts, is_gated_tensor
@@ -93,6 +94,22 @@ def test_an_erased_concept_that_a_prompt_does_not_say_does_not_matter_to_it():
     embeds, states = random_rows(2, TOKENS, DIM, seed=1), states_of((0,), ())
     alone, together = GatedPrompts({"0": axis_edit(0)}), GatedPrompts({"0": axis_edit(0), "1": axis_edit(1)})
     assert torch.equal(alone(embeds, states), together(embeds, states))
+
+
+def test_only_the_maps_of_edits_that_fire_are_joined(monkeypatch):
+    joined: list[int] = []
+
+    def count(maps):
+        joined.append(len(maps))
+        return join_maps(maps)
+
+    monkeypatch.setattr(gated_edit, "join_maps", count)
+    prompts = GatedPrompts({str(axis): axis_edit(axis) for axis in range(WIDTH)})
+    embeds = random_rows(3, TOKENS, DIM, seed=1)
+    prompts(embeds, states_of((), (), ()))
+    assert joined == []
+    prompts(embeds, states_of((), (3,), (5, 9)))
+    assert joined == [1, 2]
 
 
 def test_gates_of_several_encoders_and_layers_are_all_read_and_any_fires():

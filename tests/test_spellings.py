@@ -71,10 +71,11 @@ def test_last_words_that_several_names_share_are_found_unless_they_are_a_name_th
         "Michelle Obama": ["Michelle Obama"],
         "Pablo Picasso": ["Pablo Picasso", "Picasso"],
         "Paloma Picasso": ["Paloma Picasso"],
-        "Kim Novak": ["Kim Novak"],
         "Kim": ["Kim", ""],
+        "Lil' Kim": ["Lil' Kim"],
     }
-    assert shared_last_words(names) == {"Obama": ["Barack Obama", "Michelle Obama"]}
+    picassos = ["Pablo Picasso", "Paloma Picasso"]  # of whom one is called so too
+    assert shared_last_words(names) == {"Obama": ["Barack Obama", "Michelle Obama"], "Picasso": picassos}
     assert shared_last_words({"a": ["Van Gogh", "Vincent van Gogh"]}) == {}  # one concept's own
 
 

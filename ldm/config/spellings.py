@@ -67,19 +67,17 @@ def partial_names(spellings: Collection[str], common: Collection[str] = ()) -> l
 def shared_last_words(names: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
     """Return the last words of names that several concepts share, such as surnames, and which concepts these are.
 
-    `names` has the spellings of each concept. A word that is a spelling itself says the concept that it is one of.
+    `names` has the spellings of each concept by its name. A word that is a concept's whole name says that one.
     """
-    known: set[str] = set()
+    whole = {name.lower() for name in names}
     written: dict[str, str] = {}
     owners: dict[str, dict[str, None]] = {}
     for concept, spellings in names.items():
         for spelling in spellings:
-            known.add(spelling.lower())
-            *first, last = spelling.split() or [""]
-            if first:
+            for last in spelling.split()[-1:]:
                 written.setdefault(last.lower(), last)
                 owners.setdefault(last.lower(), {})[concept] = None
-    shared = [word for word, found in owners.items() if len(found) > 1 and word not in known]
+    shared = [word for word, found in owners.items() if len(found) > 1 and word not in whole]
     return {written[word]: list(owners[word]) for word in shared}
 
 

@@ -103,7 +103,7 @@ class GateFitter:
         prepared: list[_Prepared | ValueError] = []
         for concept in concepts:
             try:
-                prepared.append(self._prepare(with_plurals(concept)))
+                prepared.append(self._prepare(self.texts.without_shared(with_plurals(concept))))
             except ValueError as error:
                 prepared.append(error)
         tasks = [each.tasks for each in prepared if isinstance(each, _Prepared)]

@@ -73,6 +73,13 @@ class GatePrompts:
         self.negatives = list(dict.fromkeys([*prompts, *sorted(self._shared_prompts)]))
         self._folded = {text: " ".join(text.lower().split()) for text in self.negatives}
 
+    def without_shared(self, concept: Concept) -> Concept:
+        """Return a concept without the other names of it that are other concepts' last names too."""
+        shared = {name.lower() for name in self.shared}
+        return replace(
+            concept, aliases=tuple(alias for alias in concept.aliases if without_article(alias).lower() not in shared)
+        )
+
     def own(self, concept: Concept) -> OwnPrompts:
         """Return the prompts that say a concept, as far as the model reads all of them."""
         tokenizer, kind = self.tokenizer, load_template_set(concept.kind)

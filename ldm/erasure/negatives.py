@@ -22,13 +22,13 @@ class Negatives:
     def __init__(self, prompts: PromptRows, ridge: float):
         distinct, self._places = _distinct(prompts.rows)
         self._owners = prompts.owners
-        rows = prompts.rows[distinct]
-        self._mean, covariance = _moments(rows)
-        covariance += ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
-        self._factor = torch.linalg.cholesky(covariance)
+        self._mean, covariance = _moments(prompts.rows, distinct)
         eye = torch.eye(len(covariance), dtype=torch.float64)
+        self._factor = torch.linalg.cholesky(covariance + ridge * covariance.diagonal().mean() * eye)
         self._inverse = torch.linalg.solve_triangular(self._factor, eye, upper=False).float()  # L^-1
-        self.rows = torch.cat([self.whiten(part) for part in rows.split(_ROWS_AT_ONCE)])  # (R, d), float32
+        self.rows = torch.empty(len(distinct), len(eye))  # (R, d), float32, filled in parts so that no copy is held
+        for part, numbers in zip(self.rows.split(_ROWS_AT_ONCE), distinct.split(_ROWS_AT_ONCE), strict=True):
+            part.copy_(self.whiten(prompts.rows[numbers]))
 
     def whiten(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows (n, d) in coordinates in which the covariance of the negatives is one, float32."""
@@ -72,13 +72,13 @@ def _distinct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(first, dtype=torch.long), torch.tensor(places, dtype=torch.long)
 
 
-def _moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean (d,) and the covariance (d, d) of rows, in float64."""
+def _moments(rows: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean (d,) and the covariance (d, d) of the rows with these numbers, in float64."""
     width = rows.shape[1]
     first, second = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-    for part in rows.split(_ROWS_AT_ONCE):
-        precise = part.double()
+    for part in numbers.split(_ROWS_AT_ONCE):
+        precise = rows[part].double()
         first += precise.sum(0)
         second += precise.T @ precise
-    mean = first / len(rows)
-    return mean, second / len(rows) - mean[:, None] * mean
+    mean = first / len(numbers)
+    return mean, second / len(numbers) - mean[:, None] * mean

@@ -127,6 +127,7 @@ def fit_many(number: int) -> list[GatedEdit]:
     setup = time.perf_counter() - start
     edits: list[GatedEdit] = []
     times: list[float] = []
+    processor = 0.0  # seconds of it, which other work on the machine changes less
     for first in range(0, number, AT_ONCE):
         tasks: list[GateTask] = []
         maps: list[EmbeddingMap] = []
@@ -136,15 +137,17 @@ def fit_many(number: int) -> list[GatedEdit]:
             alike = encoder.prompts(LOOKALIKES, NAME_LENGTH)
             anchors = embeds + 0.3 * encoder.tokens(1)
             anchors[:, NAME_LENGTH - 2 :] = encoder.prompts(len(embeds), NAME_LENGTH)[:, NAME_LENGTH - 2 :]
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             left_out = torch.zeros(len(rows), dtype=torch.bool)
             left_out[CAPTIONS + WORDS + OTHER_PROMPTS * k :][:OTHER_PROMPTS] = True
             tasks.append(make_task(embeds, alike, left_out))
             maps.append(make_map(embeds, anchors))
             taken += time.perf_counter() - start
-        start = time.perf_counter()
+            processor += time.process_time() - used
+        start, used = time.perf_counter(), time.process_time()
         gates = fit_gates(tasks, negatives, POSITION)
         taken += time.perf_counter() - start
+        processor += time.process_time() - used
         times += [taken / len(maps)] * len(maps)
         for k, each in enumerate(maps):
             told = [gate for gate in gates[k] if isinstance(gate, Gate)]
@@ -153,7 +156,8 @@ def fit_many(number: int) -> list[GatedEdit]:
     few = min(100, number // 2)
     print(
         f"{number} gates and maps, {len(negatives.rows)} rows of negatives: {setup:.1f} s before the first, "
-        f"{setup + sum(times):.1f} s in all, {1000 * statistics.mean(times):.0f} ms each; the last {few} "
+        f"{setup + sum(times):.1f} s in all, {1000 * statistics.mean(times):.0f} ms each "
+        f"({1000 * processor / number:.0f} of the processor); the last {few} "
         f"{sum(times[-few:]) / sum(times[:few]):.2f} times the first {few}; peak {peak / 2**30:.2f} GiB beyond the "
         f"rows ({rows.rows.nbytes / 2**30:.2f} GiB); maps of {statistics.mean(size(each) for each in edits):.0f} bytes",
         flush=True,
@@ -183,8 +187,9 @@ def ask_many(edits: list[GatedEdit]) -> None:
 def main() -> None:
     parser = arguments.make_parser(__doc__)
     parser.option("number", type=arguments.positive_int, default=1000, help="concepts")
+    parser.option("threads", type=arguments.positive_int, default=2, help="of the processor")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     ask_many(fit_many(args.number))
 
 
