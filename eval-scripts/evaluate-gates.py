@@ -1,17 +1,17 @@
 """Fit a gate for each concept of a list, and measure them all together: false alarms, misses, firmness and cost.
 
 False alarms are counted on everyday captions that no gate is fitted on, on kin names and near misses, on the prompts of
-all other concepts of the list, and on the captions of any files that are given. A gate needs the text encoder alone,
-which --text_encoder gives instead of a model. Beside the gates stand two plain detectors: a filter of keywords, and
-the gates' decision with the name replaced in the text. Writes SAVE_PATH/gates.csv, which has a row for each concept,
-detectors.csv and gates.json.
+all other concepts of the list, those that are restored apart, and on the captions of any files that are given. A gate
+needs the text encoder alone, which --text_encoder gives instead of a model. Beside the gates stand two plain detectors:
+a filter of keywords, and the gates' decision with the name replaced in the text. Writes SAVE_PATH/gates.csv, which has
+a row for each concept, detectors.csv and gates.json.
 """
 
 from pathlib import Path
 
 from ldm.cli import arguments, habits, output
 from ldm.cli.run import run
-from ldm.config.concept_lists import read_concepts
+from ldm.config.concept_lists import read_concepts, split_restored
 from ldm.config.methods import GateConfig
 from ldm.io.paths import REPO_ROOT
 
@@ -68,6 +68,8 @@ def main() -> None:
     parser.option("text_encoder", type=Path, default=None, metavar="FOLDER", help=text)
     text = "the list of concepts: a CSV file with the columns name, kind and aliases"
     parser.option("concepts", type=Path, default=REPO_ROOT / "data" / "hundred_names.csv", help=text)
+    text = "concepts of the list whose gates are left out, by name: their prompts are a row of the table"
+    parser.option("restored", nargs="+", action="extend", default=[], metavar="NAME", help=text)
     text = "further files of captions: a prompt list as CSV, or a text file with one a line"
     parser.option("captions", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help=text)
     parser.option("num_captions", type=arguments.positive_int, default=3000, help="everyday captions")
@@ -77,11 +79,13 @@ def main() -> None:
     habits.add_json(parser)
     args = parser.parse_args()
     concepts = read_concepts([str(args.concepts)])
+    erased, restored = split_restored(concepts, args.restored)
     import time
 
     from ldm.erasure.gate_fitter import GateFitter
     from ldm.experiments.baselines import compare_detectors
-    from ldm.experiments.gates import evaluate_gates, fit_gates, make_prompt_sets, read_captions
+    from ldm.experiments.gates import evaluate_gates, fit_gates
+    from ldm.experiments.prompt_sets import make_prompt_sets, read_captions
     from ldm.io.files import atomic_write, write_json
 
     files = [read_captions(path) for path in args.captions]  # before the slow part, so that a mistake is told at once
@@ -89,9 +93,9 @@ def main() -> None:
     start = time.perf_counter()
     fitter = GateFitter(model, concepts, [], config)
     setup_seconds = time.perf_counter() - start
-    gates = fit_gates(fitter, concepts)
-    prompt_sets = [*make_prompt_sets(gates.concepts, args.num_captions, model.tokenizers[0]), *files]
-    report = evaluate_gates(model, gates, prompt_sets, setup_seconds)
+    gates = fit_gates(fitter, erased)
+    made = make_prompt_sets(gates.concepts, args.num_captions, model.tokenizers[0], restored)
+    report = evaluate_gates(model, gates, [*made, *files], setup_seconds)
     detectors = compare_detectors(model, gates, report.judged)
     print_report(report, detectors)
     with atomic_write(args.save_path / "gates.csv") as partial:

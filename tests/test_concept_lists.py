@@ -2,12 +2,21 @@
 
 import re
 import warnings
+from collections import Counter
 
 import pytest
 
-from ldm.config.concept_lists import MAX_CONCEPTS, make_concept, near_pairs, read_concepts, read_prompts
+from ldm.config.concept_lists import (
+    MAX_CONCEPTS,
+    make_concept,
+    near_pairs,
+    read_concepts,
+    read_prompts,
+    split_restored,
+)
 from ldm.config.concepts import CATEGORIES, Concept, get_concept, image_folder, load_concepts
 from ldm.config.templates import fill_anchor
+from ldm.experiments.prompt_sets import find_names
 from ldm.io.errors import Notice
 from ldm.io.paths import REPO_ROOT
 
@@ -19,6 +28,49 @@ def test_the_hundred_names_are_concepts_of_known_kinds():
     assert len(concepts) == 100 and all(concept.is_own for concept in concepts)
     assert {concept.kind for concept in concepts} == {"style", "person", "brand", "generic"}
     assert set(concepts[1].spellings) == {"Vincent van Gogh", "Van Gogh", "VanGogh"}
+
+
+@pytest.fixture(scope="module")
+def thousand() -> list[Concept]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)  # no two names are spelt nearly alike
+        return read_concepts([str(REPO_ROOT / "data" / "thousand_names.csv")])
+
+
+def test_a_thousand_names_are_concepts_of_four_kinds(thousand):
+    kinds = Counter(concept.kind for concept in thousand)
+    assert kinds == {"person": 440, "style": 210, "generic": 190, "brand": 160}
+    names = {concept.name for concept in thousand}
+    assert len(names) == 1000 and {"Apple", "Target", "Shell", "Prince"} <= names  # which are words too
+    assert sum(not name.isascii() for name in names) >= 40
+
+
+def test_no_name_of_the_thousand_stands_in_anothers(thousand):
+    """So a prompt that is made of one name says no other one."""
+    spellings = [spelling for concept in thousand for spelling in concept.spellings]
+    owners = [number for number, concept in enumerate(thousand) for _ in concept.spellings]
+    found = find_names(spellings, thousand)
+    assert found.nonzero().tolist() == [[row, owner] for row, owner in enumerate(owners)]
+
+
+def test_people_of_the_thousand_share_surnames_which_are_nobodys_alias(thousand):
+    groups: dict[str, list[str]] = {}
+    for concept in thousand:
+        if concept.kind == "person" and " " in concept.name:
+            groups.setdefault(concept.name.split()[-1], []).append(concept.name)
+    shared = {surname: names for surname, names in groups.items() if len(names) > 1}
+    assert len(shared) >= 50 and {"Barack Obama", "Michelle Obama"} == set(shared["Obama"])
+    assert not shared.keys() & {spelling for concept in thousand for spelling in concept.spellings}
+
+
+def test_restored_concepts_are_named_by_any_spelling_and_the_others_stay_erased():
+    concepts = [Concept(0, "Paul Klee", "Paul Klee", ("Klee",)), Concept(1, "Nike", "Nike"), Concept(2, "Lego", "Lego")]
+    assert split_restored(concepts, ["klee", "Lego"]) == ([concepts[1]], [concepts[0], concepts[2]])
+    assert split_restored(concepts, []) == (concepts, [])
+    with pytest.raises(ValueError, match=r"`restored` names 'Legos'.*did you mean Lego"):
+        split_restored(concepts, ["Legos"])
+    with pytest.raises(ValueError, match="every concept of the list"):
+        split_restored(concepts, ["Klee", "Nike", "Lego"])
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ from ldm.erasure.embedding_map import fit_map
 from ldm.erasure.gate import Gate
 from ldm.erasure.gated_edit import LAST_STATE, GatedEdit
 from ldm.experiments import gates
-from ldm.experiments.baselines import GATES, KEYWORDS, REWRITING, compare_detectors, find_names, rewrite
-from ldm.experiments.gates import (
+from ldm.experiments.baselines import GATES, KEYWORDS, REWRITING, compare_detectors, rewrite
+from ldm.experiments.gates import FittedGates, evaluate_gates
+from ldm.experiments.prompt_sets import (
     HELD_OUT,
     MISSPELT,
     NEAR_MISSES,
     RESPELT,
-    FittedGates,
-    evaluate_gates,
+    find_names,
     make_prompt_sets,
     respellings,
 )

@@ -1,31 +1,35 @@
 """Measuring gates: lists of concepts and captions as they are read, and counts of gates whose decisions are known."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 from conftest import is_error
+from transformers import BertTokenizer
 
 from ldm.config.concepts import Concept
-from ldm.config.everyday import kin_names
+from ldm.config.everyday import everyday_captions, kin_names
 from ldm.config.spellings import says
+from ldm.config.templates import fill, load_template_set
+from ldm.erasure.embedding_map import fit_map
 from ldm.erasure.gate import Gate
 from ldm.erasure.gate_fitter import GateFitter
 from ldm.erasure.gated_edit import LAST_STATE, GatedEdit
 from ldm.experiments import gates
-from ldm.experiments.gates import (
+from ldm.experiments.gates import FittedGates, evaluate_gates, fit_gates, format_rate
+from ldm.experiments.prompt_sets import (
     HELD_OUT,
     MISSPELT,
     RESPELT,
+    RESTORED,
+    SHARED,
     TEMPLATES,
-    FittedGates,
-    evaluate_gates,
-    fit_gates,
-    format_rate,
     make_prompt_sets,
     read_captions,
 )
+from ldm.io.paths import REPO_ROOT
 from ldm.io.prompts import make_cases, write_prompt_csv
 
 HEADER = "name,kind,aliases\n"
@@ -42,6 +46,13 @@ def test_a_list_of_concepts_that_is_not_there_is_one_line(script, tmp_path):
     is_error(
         script("eval-scripts/evaluate-gates.py", "--concepts", tmp_path / "none.csv"), "there is no list of concepts"
     )
+
+
+def test_a_restored_concept_that_is_not_in_the_list_is_one_line(script, tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text(HEADER + "Monet,artist,\nNike,brand,\n")
+    result = script("eval-scripts/evaluate-gates.py", "--concepts", path, "--restored", "nike", "Monnet")
+    is_error(result, "--restored names 'Monnet', which is not in the list of concepts, did you mean Monet?")
 
 
 def test_captions_are_lines_or_a_prompt_list(tmp_path):
@@ -94,6 +105,58 @@ def test_a_gate_that_always_fires_has_all_false_alarms_and_one_that_never_does_a
     assert report.false_alarms.prompts.iloc[-1] in (HELD_OUT, TEMPLATES, MISSPELT, RESPELT)
 
 
+def test_restored_concepts_are_said_by_all_templates_and_in_captions_and_by_no_other_set():
+    tokenizer = BertTokenizer.from_pretrained(REPO_ROOT / "models" / "mini-sd-minilm" / "tokenizer")
+    found = {each.name: each for each in make_prompt_sets(CONCEPTS[:1], 10, tokenizer, CONCEPTS[1:])}
+    kind, prompts = load_template_set("brand"), set(found[RESTORED].prompts)
+    assert all(says(prompt, ["Nike"]) for prompt in prompts) and not found[RESTORED].owners
+    for template in (*kind.templates, *kind.held_out_templates):
+        assert fill(template, "Nike") in prompts
+    captions = [caption.rstrip(".?") for caption in everyday_captions(40, 1)]
+    composed = [prompt for prompt in prompts if any(caption in prompt for caption in captions)]
+    assert len(composed) >= 30  # of 40, the others are longer than what the tokenizer reads
+    assert not any(
+        says(prompt, ["Nike"]) for each in found.values() if each.name != RESTORED for prompt in each.prompts
+    )
+    assert RESTORED not in [each.name for each in make_prompt_sets(CONCEPTS, 10, tokenizer)]
+
+
+def test_last_names_that_two_concepts_share_are_said_alone(tiny):
+    couple = [Concept(k, name, name, kind="person") for k, name in enumerate(["Marie Curie", "Pierre Curie"])]
+    found = {each.name: each for each in make_prompt_sets(couple[:1], 10, tiny.tokenizers[0], couple[1:])}
+    prompts = found[SHARED].prompts
+    assert prompts[0] == "Curie" and len(prompts) > 5 and all(says(prompt, ["Curie"]) for prompt in prompts)
+    assert not any(says(prompt, concept.spellings) for prompt in prompts for concept in couple)
+    assert SHARED not in [each.name for each in make_prompt_sets(CONCEPTS, 10, tiny.tokenizers[0])]
+
+
+@pytest.mark.parametrize("fires", [True, False])
+def test_a_restored_concept_keeps_every_bit_unless_a_gate_of_another_fires(tiny, monkeypatch, fires):
+    monkeypatch.setattr(gates, "_NUM_TIMED", 1)
+    rows = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
+    edit = replace(gate_that(fires, 96), maps={"tokens": fit_map(rows, -rows, 0.1, 2)})
+    prompt_sets = make_prompt_sets(CONCEPTS[:1], 10, tiny.tokenizers[0], CONCEPTS[1:])
+    report = evaluate_gates(tiny, FittedGates(CONCEPTS[:1], [edit], {}, 1.0), prompt_sets, 3.0)
+    total = len(next(each for each in prompt_sets if each.name == RESTORED).prompts)
+    counts = report.summary["counts"][RESTORED]
+    assert counts["false_alarms"][:2] == [total * fires, total] and counts["kept"][:2] == [total * (not fires), total]
+    table = report.counts.set_index("prompts")
+    assert (
+        table.loc[RESTORED, "kept"].startswith(f"{total * (not fires)} of {total} ")
+        and table.loc[HELD_OUT, "kept"] == ""
+    )
+
+
+def test_margins_of_all_gates_at_once_are_those_of_each(tiny):
+    generator, edits = torch.Generator().manual_seed(0), []
+    for number in (1, 3):
+        gate = Gate(torch.randn(number, 96, generator=generator), torch.randn(number, generator=generator))
+        edits.append(GatedEdit({"text_encoder": gate}, {"text_encoder": LAST_STATE}, {}))
+    states = tiny.encode_with_states(["a dog", "a lake by Monet"], {"text_encoder": [LAST_STATE]})[1]
+    alone = torch.stack([edit.margins(states) for edit in edits], dim=1)
+    torch.testing.assert_close(FittedGates(CONCEPTS, edits, {}, 1.0).together.margins(states), alone)
+
+
 def test_rounding_states_can_change_a_decision(tiny, monkeypatch):
     """The threshold lies between what a prompt's highest row scores, and what it scores in bfloat16."""
     states = tiny.encode_with_states(["a dog"], {"text_encoder": [LAST_STATE]})[1]["text_encoder", LAST_STATE]
@@ -130,12 +193,17 @@ def test_rates_are_told_with_their_interval():
 @pytest.mark.slow
 def test_the_script_measures_a_list(script, tiny_path, tmp_path):
     path = tmp_path / "list.csv"
-    path.write_text(HEADER + "Monet,artist,\nNike,brand,\n")
+    path.write_text(HEADER + "Monet,artist,\nNike,brand,\nKeith Haring,artist,Haring\n")
     sizes = ["--retain_captions", 40, "--retain_words", 20, "--compositions", 2, "--misspellings", 2]
     arguments = ["--model", tiny_path, "--concepts", path, "--num_captions", 50, "--save_path", tmp_path / "out"]
-    code, out, err = script("eval-scripts/evaluate-gates.py", *arguments, *sizes, "--device", "cpu")
+    restored = ["--restored", "haring", "--device", "cpu"]
+    code, out, err = script("eval-scripts/evaluate-gates.py", *arguments, *sizes, *restored)
     assert code == 0, err
-    assert "| everyday captions |" in out and "gates.csv, detectors.csv and gates.json" in out
+    assert (
+        "| everyday captions |" in out
+        and "| restored concepts |" in out
+        and "gates.csv, detectors.csv and gates.json" in out
+    )
     table = pd.read_csv(tmp_path / "out" / "gates.csv")
     assert sorted(table.concept) == ["Monet", "Nike"]
     summary = json.loads((tmp_path / "out" / "gates.json").read_text())

@@ -48,8 +48,9 @@ SMOKE: dict[str, list[str]] = {
         *(f"{method}.max_steps=2" for method in METHODS if method != "SRS-ME"),
     ],
 } | {f"ablate-{name}.py": EXPERIMENT for name in ("regularisation", "threshold", "beta", "protected", "similar")}
-# These are not run: their weights cannot be had here, they serve until they are stopped, or need several devices.
-NOT_RUN = r"sd-v1-4-full-ema\.ckpt|eval-scripts/demo\.py|--devices '0,1'|^torchrun|sbatch"
+# These are not run: their weights cannot be had here, they serve until they are stopped, need several devices, or name
+# concepts of a list that the copy has cut short.
+NOT_RUN = r"sd-v1-4-full-ema\.ckpt|eval-scripts/demo\.py|--devices '0,1'|^torchrun|sbatch|thousand_names\.csv"
 LIBRARIES = [
     "diffusers.schedulers.scheduling_dpmsolver_multistep",
     "diffusers.models.autoencoders.autoencoder_kl",

@@ -18,6 +18,7 @@ from ldm.config.concepts import (
     check_text,
     find_by_name,
     identity_of,
+    is_one_of,
 )
 from ldm.config.methods import ANCHORS
 from ldm.config.settings import did_you_mean
@@ -98,6 +99,23 @@ def read_prompts(values: Sequence[str], setting: str = "protect") -> list[str]:
         else:
             prompts[value] = None
     return list(prompts)
+
+
+def split_restored(concepts: Sequence[Concept], names: Sequence[str]) -> tuple[list[Concept], list[Concept]]:
+    """Return the concepts of a list that stay erased, and those that `names` restore, each by any of its spellings.
+
+    Raises ValueError for a name that is none of theirs, and where none stays erased.
+    """
+    every_spelling = [spelling for concept in concepts for spelling in concept.spellings]
+    for name in names:
+        if not is_one_of(name, every_spelling):
+            near = did_you_mean(name, every_spelling)
+            raise ValueError(f"`restored` names '{name}', which is not in the list of concepts{near}")
+    restored = [concept for concept in concepts if any(concept.is_named(name) for name in names)]
+    erased = [concept for concept in concepts if concept not in restored]
+    if not erased:
+        raise ValueError("`restored` names every concept of the list: leave out one that stays erased")
+    return erased, restored
 
 
 def check_apart_from(prompts: Sequence[str], concepts: Sequence[Concept]) -> None:

@@ -117,6 +117,14 @@ class GatedPrompts:
             needed.setdefault(name, set()).add(layer)
         return needed
 
+    def margins(self, states: States) -> torch.Tensor:
+        """Return how far each prompt is above the threshold of each edit's nearest gate, (N, edits), on the CPU."""
+        found = torch.full((len(next(iter(states.values()))), len(self.edits)), -torch.inf)
+        for key, (gate, owners) in self._stacks.items():
+            margins = gate.direction_margins(states[key]).cpu()  # (N, directions of all gates)
+            found = found.scatter_reduce(1, torch.tensor(owners).expand_as(margins), margins, "amax")
+        return found
+
     def fired(self, states: States) -> list[tuple[str, ...]]:
         """Return, for each prompt, the labels of the edits whose gates fire."""
         labels, number = list(self.edits), len(next(iter(states.values())))

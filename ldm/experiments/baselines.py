@@ -15,18 +15,16 @@ import pandas as pd
 from ldm.config.concepts import Concept
 from ldm.config.templates import load_template_set
 from ldm.diffusion.text_encoder import PromptEncoder
-from ldm.experiments.gates import (
+from ldm.experiments.gates import FittedGates, Judged, format_rate, milliseconds
+from ldm.experiments.prompt_sets import (
     CAPTIONS,
     HELD_OUT,
     KIN,
     MISSPELT,
     NEAR_MISSES,
     RESPELT,
-    FittedGates,
-    Judged,
+    NameIndex,
     find_names,
-    format_rate,
-    milliseconds,
 )
 
 KEYWORDS, GATES, REWRITING = "keyword filter", "gate and map", "gate, text rewritten"
@@ -73,6 +71,7 @@ def _cost(model: PromptEncoder, gates: FittedGates, judged: Judged) -> dict[str,
     number, owner = hits[0]
     prompt, together = judged.prompts.prompts[number], gates.together
     embeds, states = model.encode_with_states([prompt], together.layers)
+    index = NameIndex(gates.concepts)
 
     def embed_rewritten() -> None:
         together.fired(states)
@@ -81,5 +80,5 @@ def _cost(model: PromptEncoder, gates: FittedGates, judged: Judged) -> dict[str,
     return {
         GATES: milliseconds(lambda: together(embeds, states)),
         REWRITING: milliseconds(embed_rewritten),
-        KEYWORDS: milliseconds(lambda: find_names([prompt], gates.concepts)),
+        KEYWORDS: milliseconds(lambda: index.find([prompt])),
     }

@@ -6,12 +6,10 @@ prompt does not say its concept; a miss is a prompt that says a concept whose ga
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,37 +17,15 @@ import torch
 from tqdm import tqdm
 
 from ldm.config.concepts import Concept
-from ldm.config.everyday import everyday_captions, kin_names, near_misses
-from ldm.config.spellings import misspellings, says
-from ldm.config.templates import fill, load_template_set
 from ldm.diffusion.text_encoder import PromptEncoder
-from ldm.diffusion.tokenizer import read_part
 from ldm.erasure.gate_fitter import GateFitter, rate
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
-from ldm.io.prompts import read_prompt_csv
+from ldm.experiments.prompt_sets import HELD_OUT, MISSPELT, RESPELT, RESTORED, PromptSet, find_said
 
-HELD_OUT, TEMPLATES, MISSPELT, RESPELT = "held-out templates", "templates", "misspelt names", "other spellings"
-CAPTIONS, KIN, NEAR_MISSES = "everyday captions", "kin names", "near misses"
-_CAPTION_SEED = 1  # those of 0 are what a gate's own report counts
-_NUM_MISSPELT = 40  # misspelt names of each concept
 _NUM_ALONE = 500  # prompts, the nearest to a threshold, that are embedded one by one too
 _NUM_TIMED = 200
 _PROMPTS_AT_ONCE = 64
 _ROUNDED_TO = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts of one kind. Where they are made for a concept, `owners` has its place in the list for each of them."""
-
-    name: str
-    prompts: Sequence[str]
-    owners: Sequence[int] = ()
-
-    @property
-    def has_own_names(self) -> bool:
-        """Whether the prompts are made of the names of the list."""
-        return self.name in (HELD_OUT, TEMPLATES, MISSPELT, RESPELT)
 
 
 @dataclass(frozen=True)
@@ -108,91 +84,29 @@ def fit_gates(fitter: GateFitter, concepts: Sequence[Concept]) -> FittedGates:
     return FittedGates(fitted, edits, refused, seconds)
 
 
-def read_captions(path: Path) -> PromptSet:
-    """Return the prompts of a file, once each: those of a prompt list where it is a CSV file, else one a line.
-
-    Raises ValueError for a file that is no text in UTF-8, or has no prompt.
-    """
-    if path.suffix.lower() == ".csv":
-        prompts = [case.prompt for case in read_prompt_csv(path)]
-    else:
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no text in UTF-8: save it so, one caption a line") from error
-        prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} has no captions: give one a line, or a prompt list")
-    return PromptSet(path.name, list(dict.fromkeys(prompts)))
-
-
-def make_prompt_sets(concepts: Sequence[Concept], num_captions: int, tokenizer: Any) -> list[PromptSet]:
-    """Return the prompts that gates are judged by: some that say no concept, and some that say each of them.
-
-    None that is made of a name is longer than what the tokenizer reads. Misspelt names may be among those that a gate
-    was fitted on; the templates that say them are not.
-    """
-    generic = load_template_set("generic").held_out_templates
-    kin: list[str] = []
-    for name in kin_names():
-        kin += [name, *(fill(template, name) for template in generic)]
-    made: dict[str, dict[str, int]] = {HELD_OUT: {}, TEMPLATES: {}, MISSPELT: {}, RESPELT: {}}
-    for number, concept in enumerate(concepts):
-        for name, prompts in _own_prompts(concept).items():
-            for prompt in prompts:
-                if read_part(tokenizer, prompt) is None:
-                    made[name].setdefault(prompt, number)
-    return [
-        PromptSet(CAPTIONS, everyday_captions(num_captions, _CAPTION_SEED)),
-        PromptSet(KIN, kin),
-        PromptSet(NEAR_MISSES, list(near_misses())),
-        *(PromptSet(name, list(found), list(found.values())) for name, found in made.items()),
-    ]
-
-
-def _own_prompts(concept: Concept) -> dict[str, list[str]]:
-    """Return the prompts that say a concept, by the name of the set."""
-    kind = load_template_set(concept.kind)
-    held_out = [*kind.held_out_templates, *concept.held_out_templates]
-    wrong: list[str] = []
-    for spelling in concept.spellings:
-        wrong += [text for text in misspellings(spelling) if not says(text, concept.spellings)]
-    wrong = list(dict.fromkeys(wrong))
-    random.Random(concept.name).shuffle(wrong)
-    misspelt = [fill(held_out[k % len(held_out)], text) for k, text in enumerate(wrong[:_NUM_MISSPELT])]
-    own: dict[str, list[str]] = {HELD_OUT: [], TEMPLATES: [], MISSPELT: misspelt, RESPELT: []}
-    for spelling in concept.spellings:
-        own[RESPELT] += [fill(held_out[k % len(held_out)], text) for k, text in enumerate(respellings(spelling))]
-        own[HELD_OUT] += [fill(template, spelling) for template in held_out]
-        own[TEMPLATES] += [fill(template, spelling) for template in (*kind.templates, *concept.templates)]
-    return own
-
-
-def respellings(name: str) -> list[str]:
-    """Return other ways to write a name that readers still take for it: case, hyphens, letters apart, possessives."""
-    words, letters = name.split(), name.replace(" ", "")
-    found = [name.lower(), name.upper(), "-".join(words), "_".join(words), "".join(words).lower()]
-    found += [" ".join(letters.lower()), f"{name}\u2019s", f"{'-'.join(words)}'s"]
-    return [text for text in dict.fromkeys(found) if text != name]
-
-
 def decide(model: PromptEncoder, gates: FittedGates, prompts: Sequence[str], at_once: int) -> Decisions:
     """Return what each gate decides of each prompt, `at_once` of which the text encoders embed in one pass."""
-    layers = gates.together.layers
+    together = gates.together
     found: dict[str, list[torch.Tensor]] = {name: [] for name in ("as it is", *_ROUNDED_TO)}
     for start in tqdm(range(0, len(prompts), at_once), desc="judge", unit="batch"):
-        states = model.encode_with_states(list(prompts[start : start + at_once]), layers)[1]
-        found["as it is"].append(_margins(gates, states))
+        states = model.encode_with_states(list(prompts[start : start + at_once]), together.layers)[1]
+        found["as it is"].append(together.margins(states))
         for name, dtype in _ROUNDED_TO.items():
             rounded = {key: state.to(dtype).float() for key, state in states.items()}
-            found[name].append(_margins(gates, rounded))
+            found[name].append(together.margins(rounded))
     joined = {name: torch.cat(parts) for name, parts in found.items()}
     return Decisions(joined.pop("as it is"), joined)
 
 
-def _margins(gates: FittedGates, states: Mapping[tuple[str, int], torch.Tensor]) -> torch.Tensor:
-    """Return the margins of each prompt and gate, (N, C), on the CPU."""
-    return torch.stack([edit.margins(states).cpu() for edit in gates.edits], dim=1)
+def find_kept(model: PromptEncoder, gates: FittedGates, prompts: Sequence[str]) -> torch.Tensor:
+    """Return which prompts keep every bit of their embedding while the gates act, (N,) bool."""
+    together, found = gates.together, []
+    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+        before, states = model.encode_with_states(list(prompts[start : start + _PROMPTS_AT_ONCE]), together.layers)
+        after = together(before, states)
+        same = before.view(torch.uint8) == after.view(torch.uint8)  # bytes: 0 and -0 are equal as numbers
+        found.append(same.flatten(1).all(1).cpu())
+    return torch.cat(found)
 
 
 def evaluate_gates(
@@ -210,15 +124,16 @@ def evaluate_gates(
     judged: list[Judged] = []
     for prompt_set in prompt_sets:
         places = torch.tensor([every_prompt[prompt] for prompt in prompt_set.prompts])
-        said = _find_said(prompt_set, gates.concepts, model.tokenizers[0])
-        judged.append(Judged(prompt_set, decisions.margins[places], said))
+        said = find_said(prompt_set, gates.concepts, model.tokenizers[0])
+        kept = find_kept(model, gates, prompt_set.prompts) if prompt_set.name == RESTORED else None
+        judged.append(Judged(prompt_set, decisions.margins[places], said, kept))
     concepts = _concept_table(gates, judged)
     precision = _precision(model, gates, prompts, decisions)
     summary = {
         "gates": len(gates.edits),
         "refused": dict(gates.refused),
         "layers": {name: sorted(layers) for name, layers in gates.together.layers.items()},
-        "counts": {each.prompts.name: {"false_alarms": each.false_alarms, "misses": each.misses} for each in judged},
+        "counts": {each.prompts.name: each.counts for each in judged},
         "least_margin": float(concepts["least_margin"].min()),
         "bytes": int(concepts["bytes"].sum()),
         "decisions": precision,
@@ -228,7 +143,7 @@ def evaluate_gates(
         **_cost(model, gates, prompts[0]),
     }
     return GateReport(
-        pd.DataFrame([each.row for each in judged]),
+        pd.DataFrame([each.row for each in judged]).fillna(""),
         pd.DataFrame([{**row, "differ": format_rate(row["differ"])} for row in precision]),
         concepts,
         _examples(gates, judged, lambda each: each.is_alarm),
@@ -246,11 +161,15 @@ def format_rate(found: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Judged:
-    """A set of prompts, the margins (N, C) of each gate, and which concepts each prompt says, (N, C) bool."""
+    """A set of prompts, the margins (N, C) of each gate, and which concepts each prompt says, (N, C) bool.
+
+    Of restored concepts' prompts it is known too which of them are `kept` to the bit, (N,).
+    """
 
     prompts: PromptSet
     margins: torch.Tensor
     said: torch.Tensor
+    kept: torch.Tensor | None = None
 
     @property
     def is_alarm(self) -> torch.Tensor:
@@ -275,31 +194,14 @@ class Judged:
     @property
     def row(self) -> dict[str, Any]:
         """The set's row of the table of counts."""
-        counts = {"false alarms": self.false_alarms, "misses": self.misses}
-        return {"prompts": self.prompts.name, **{name: format_rate(found) for name, found in counts.items()}}
+        counts = {name.replace("_", " "): format_rate(found) for name, found in self.counts.items()}
+        return {"prompts": self.prompts.name, **counts}
 
-
-def find_names(prompts: Sequence[str], concepts: Sequence[Concept]) -> torch.Tensor:
-    """Return which concepts' spellings stand in each prompt, (N, C) bool."""
-    every_spelling = [spelling for concept in concepts for spelling in concept.spellings]
-    found = torch.zeros(len(prompts), len(concepts), dtype=torch.bool)
-    for row, prompt in zip(found, prompts, strict=True):
-        if says(prompt, every_spelling):
-            row |= torch.tensor([says(prompt, concept.spellings) for concept in concepts])
-    return found
-
-
-def _find_said(prompt_set: PromptSet, concepts: Sequence[Concept], tokenizer: Any) -> torch.Tensor:
-    """Return which concepts each prompt says as far as the model reads it, or is made for, (N, C) bool.
-
-    A near miss says none, also where it has the word: "grilled pollock fillet" is about a fish.
-    """
-    said = torch.zeros(len(prompt_set.prompts), len(concepts), dtype=torch.bool)
-    if prompt_set.name != NEAR_MISSES:
-        said = find_names([read_part(tokenizer, prompt) or prompt for prompt in prompt_set.prompts], concepts)
-    for number, owner in enumerate(prompt_set.owners):
-        said[number, owner] = True
-    return said
+    @property
+    def counts(self) -> dict[str, list[float]]:
+        """The rates of what gates do to the set's prompts, by name."""
+        counts = {"false_alarms": self.false_alarms, "misses": self.misses}
+        return counts if self.kept is None else {**counts, "kept": rate(int(self.kept.sum()), len(self.kept))}
 
 
 def _concept_table(gates: FittedGates, judged: Sequence[Judged]) -> pd.DataFrame:
