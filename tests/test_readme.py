@@ -170,10 +170,11 @@ def copy_repository(copy: Path) -> Path:
         shorter.to_csv(path, index=False)
     for path in (copy / "configs").glob("mini-*.yaml"):
         config = OmegaConf.load(path)
-        OmegaConf.save(OmegaConf.merge(config, {"train": {"denoiser": {"iterations": 2}}}), path)
+        fewer = {"train": {"denoiser": {"iterations": 2}}, "dataset": {"num_images": 64}}
+        OmegaConf.save(OmegaConf.merge(config, fewer), path)
     path = copy / "configs" / "mini-sd.yaml"
     config = OmegaConf.load(path)
-    config.dataset.num_images, config.dataset.num_held_out = 64, 8
+    config.dataset.num_held_out = 8
     config.train.autoencoder.iterations, config.train.save_every = 2, 1
     OmegaConf.save(config, path)
     for path in (copy / "models").glob(f"*/{SETTINGS_FILE}"):

@@ -62,9 +62,7 @@ class Embeddings:
 
     @classmethod
     @torch.no_grad()
-    def of(
-        cls, captions: list[str], tokenizer: FrozenTokenizer, encoder: FrozenEncoder, device: torch.device
-    ) -> Self:
+    def of(cls, captions: list[str], tokenizer: FrozenTokenizer, encoder: FrozenEncoder, device: torch.device) -> Self:
         """Return what `encoder` makes of captions on `device`, padding unmasked as in Stable Diffusion."""
         unique = list(dict.fromkeys(captions))
         number = {caption: k for k, caption in enumerate(unique)}
