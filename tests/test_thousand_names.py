@@ -8,7 +8,7 @@ from ldm.config.concepts import Concept
 from ldm.config.models import load_model_config
 from ldm.diffusion.load import load_model
 from ldm.erasure.gate_fitter import GateFitter
-from ldm.experiments import gates
+from ldm.experiments import gates, prompt_sets
 from ldm.experiments.gates import evaluate_gates, fit_gates
 from ldm.experiments.prompt_sets import CAPTIONS, HELD_OUT, RESTORED, SHARED, make_prompt_sets
 from ldm.io.paths import REPO_ROOT
@@ -28,21 +28,22 @@ def some_names(num: int) -> list[Concept]:
     return [*named, *others[::step][: num - len(named)]]
 
 
-def test_restored_namesakes_keep_every_bit_while_54_of_60_names_are_erased(monkeypatch):
+def test_restored_namesakes_keep_every_bit_while_18_of_24_names_are_erased(monkeypatch):
     monkeypatch.setattr(gates, "_NUM_TIMED", 1)
+    monkeypatch.setattr(gates, "_NUM_ALONE", 1)
+    monkeypatch.setattr(prompt_sets, "_NUM_MISSPELT", 1)
     model = load_model(REPO_ROOT / "models" / "mini-sd-minilm", CPU)
-    concepts = some_names(60)
+    concepts = some_names(24)
     erased, restored = split_restored(concepts, RESTORED_NAMES)
-    assert len(erased) == 54 and len(restored) == 6
+    assert len(erased) == 18 and len(restored) == 6
     found = fit_gates(GateFitter(model, concepts, [], load_model_config(model).gate), erased)
-    assert len(found.edits) >= 53, found.refused
-    prompt_sets = make_prompt_sets(found.concepts, 500, model.tokenizers[0], restored)
-    measured = [each for each in prompt_sets if each.name in (CAPTIONS, HELD_OUT, SHARED, RESTORED)]
-    counts = evaluate_gates(model, found, measured, 0.0).summary["counts"]
+    assert len(found.edits) >= 17, found.refused
+    made = make_prompt_sets(found.concepts, 500, model.tokenizers[0], restored)
+    counts = evaluate_gates(model, found, made, 0.0).summary["counts"]
     alarms, total = counts[CAPTIONS]["false_alarms"][:2]
     assert total == 500 and alarms <= 15
     misses, said = counts[HELD_OUT]["misses"][:2]
-    assert said > 400 and misses <= 0.02 * said
+    assert said > 100 and misses <= 0.02 * said
     assert counts[SHARED]["false_alarms"][0] <= 1
     kept, prompts = counts[RESTORED]["kept"][:2]
     assert kept == prompts > 300 and counts[RESTORED]["false_alarms"][0] == 0

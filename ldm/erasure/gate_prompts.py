@@ -23,6 +23,7 @@ _NUM_UNSEEN = 800  # made-up words among which false alarms of the states are co
 _OTHER_TEMPLATES = 3  # by which prompts say the concepts that are not erased
 _NUM_LOOKALIKES = 60  # made-up words for each spelling
 _MAX_SAYING = 0.2  # the largest fraction of captions that may say a concept
+_NUM_COMPOSED = 20  # captions with the names of a concept whose last name others have
 _MAX_SHOWN = 5  # shared names in a notice
 _SURNAMES = ("Miller", "Jones", "Silva", "Petrov", "Larsen", "Kim", "Rossi", "Novak")  # of people who are no concept
 
@@ -70,8 +71,22 @@ class GatePrompts:
         _notify_of_shared(self.shared)
         said_alone = load_template_set("person").templates[:_OTHER_TEMPLATES]
         self._shared_prompts = {fill(template, name) for name in self.shared for template in said_alone}
+        namesakes = {name for found in self.shared.values() for name in found}
+        for concept in others:
+            if concept.name in namesakes:
+                prompts += self._composed(concept)
         self.negatives = list(dict.fromkeys([*prompts, *sorted(self._shared_prompts)]))
         self._folded = {text: " ".join(text.lower().split()) for text in self.negatives}
+
+    def _composed(self, concept: Concept) -> list[str]:
+        """Return everyday captions with the names of a concept in them, by which gates tell it from its namesakes."""
+        rng, templates = random.Random(f"namesakes {concept.name}"), load_template_set(concept.kind).composed_templates
+        made: list[str] = []
+        for number in range(_NUM_COMPOSED):
+            name = concept.spellings[number % len(concept.spellings)]
+            template = templates[number % len(templates)].replace("{caption}", rng.choice(self.captions))
+            made.append(fill_phrase(template, name))
+        return made
 
     def without_shared(self, concept: Concept) -> Concept:
         """Return a concept without the other names of it that are other concepts' last names too."""
