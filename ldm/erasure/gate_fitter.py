@@ -341,7 +341,7 @@ class GateFitter:
 def _with_progress(starts: Sequence[int]) -> Iterable[int]:
     """Return where each batch of prompts begins, beside a progress bar where there are several."""
     title = "prompts for gates"
-    return tqdm(starts, desc=title, unit="batch", delay=_QUIET_SECONDS, leave=False, disable=len(starts) < 2 or None)
+    return tqdm(starts, desc=title, unit="batch", delay=_QUIET_SECONDS, leave=False) if len(starts) > 1 else starts
 
 
 def mean_distance_left(before: torch.Tensor, after: torch.Tensor, aims: torch.Tensor) -> float:
