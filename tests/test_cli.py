@@ -276,7 +276,7 @@ def test_missing_and_foreign_shifts(script, flags, solved, tmp_path, other_path)
     )
     assert script(ERASE, *solved)[0] == 0
     shift = next(tmp_path.rglob("shift-1.safetensors"))
-    is_error(script(MERGE, "--model", other_path, *merge, "--shifts", shift), "another text encoder")
+    is_error(script(MERGE, "--model", other_path, *merge, "--shifts", shift), "another base model")
     is_error(script(MERGE, *flags, *merge, "--shifts", ""), "no shift", "0,1,2")
     assert not (tmp_path / "merged").exists()
 

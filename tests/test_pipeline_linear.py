@@ -426,10 +426,10 @@ def test_of_two_erasers_that_were_made_beforehand_one_erases(pipe, eraser, form)
     other = ConceptEraser(pipe, form=form)
     eraser.erase("Picasso")
     with pytest.raises(ValueError, match="another eraser of this pipeline has erased Picasso: erase by that one"):
-        other.erase("VanGogh")
+        other.erase("a red fox")
     assert ConceptEraser(pipe) is eraser and other.erased == [] and "encode_prompt" not in vars(pipe)
     eraser.restore("Picasso")
-    other.erase("VanGogh")
+    other.erase("a red fox")
     assert ConceptEraser(pipe) is other
 
 
