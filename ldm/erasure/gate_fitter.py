@@ -33,6 +33,7 @@ Rows = Mapping[tuple[str, int], list[torch.Tensor]]  # by text encoder and layer
 _PROMPTS_AT_ONCE = 64  # that the text encoders embed in one pass
 _CONCEPTS_AT_ONCE = 8  # whose gates are fitted in one go
 _NUM_TRIED, _MAX_TRIED = 400, 8  # prompts, and at most so many concepts and layers, by which the hidden state is chosen
+_NEAR_ALARM = 0.3  # below a threshold, in units of the concept's distance: few words of 800 are above it in any state
 _NEAR_BEST = 0.75  # of the largest gap that a state has to reach
 _NUM_JUDGED = 500  # captions of another grammar, on which false alarms are counted
 _SMALL_GAP = 0.05  # in units of the distance between a concept and all else
@@ -151,7 +152,7 @@ class GateFitter:
     def _choose_layers(self, others: Sequence[Concept]) -> dict[str, int]:
         """Return, for each text encoder, the hidden state that gates read, judged by a few of `others` and other names.
 
-        Of the states with nearly the largest gap it is the one with the fewest false alarms among unseen words.
+        Of the states with nearly the largest gap it is the one with the fewest unseen words that come near an alarm.
         """
         names = [Concept(number, name, name) for number, name in enumerate(kin_names())]
         concepts = [*evenly(names, _MAX_TRIED // 2), *evenly(others, _MAX_TRIED // 2)]
@@ -164,7 +165,8 @@ class GateFitter:
             gaps = {layer: sum(gate.gap for gate in found) for layer, found in gates.items()}
             alarms = {}
             for layer, found in gates.items():
-                alarms[layer] = sum(int((gate.margins(unseen_states[name, layer]) > 0).sum()) for gate in found)
+                margins = [gate.margins(unseen_states[name, layer]) for gate in found]
+                alarms[layer] = sum(int((margin > -_NEAR_ALARM).sum()) for margin in margins)
             least = _NEAR_BEST * max(gaps.values())
             near = [layer for layer in tried if gaps[layer] >= max(least, 0)] or [LAST_STATE]
             chosen[name] = min(near, key=lambda layer: (alarms[layer], -gaps[layer]))
