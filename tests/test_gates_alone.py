@@ -68,7 +68,8 @@ def test_no_weights_hold_it_and_its_own_formats_do(made, tmp_path):
         export(model, shifts, tmp_path / "out", "unet")
     written = export(model, shifts, tmp_path / "out", "shift").targets[0]
     assert len(list(written.glob("*.safetensors"))) == 3
-    assert WeightShift.load(written / "Picasso.safetensors").is_gate_alone
+    shared = WeightShift.load(written / "Picasso.safetensors")
+    assert shared.is_gate_alone and shared.metadata["target_change"] > 0.1  # what its gate does, not its weights
 
 
 def test_a_text_encoder_alone_makes_it_too(made, tiny_path, tmp_path):

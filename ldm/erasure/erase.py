@@ -27,9 +27,9 @@ from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.effect import anchor_change, measure_effect
 from ldm.erasure.gate_fitter import GateFitter, InseparableError, NoGatesError
-from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
+from ldm.erasure.gated_edit import GatedEdit
 from ldm.erasure.initial_shift import initial_shift
-from ldm.erasure.leakage import base_norms, gated_leakage, leakage, notify_of_leakage
+from ldm.erasure.leakage import base_norms, gate_leakage, leakage, notify_of_leakage
 from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
 from ldm.erasure.methods import LOSSES
 from ldm.erasure.null_space import NullSpaceBasis
@@ -412,9 +412,7 @@ class _Erasure:
     def _measure(self, concept: Concept, shift: WeightShift) -> dict[str, float]:
         """Return the leakage of a shift on its own and the protected prompts; NaN where text layers do not say all."""
         if shift.gated and shift.is_gate_alone:
-            prompts = list(dict.fromkeys([concept.prompt, *self._protected(concept)]))
-            rows, states = self.model.encode_with_states(prompts, GatedPrompts({"": shift.gated}).layers)
-            return gated_leakage(self.model, shift.gated, dict(zip(prompts, rows, strict=True)), states)
+            return gate_leakage(self.model, shift.gated, [concept.prompt, *self._protected(concept)])
         embeds, norms = self.cache.get([concept.prompt, *self._protected(concept)])
         rows = leakage(self.cache.layers, {"": shift}, embeds, norms)
         return {row["prompt"]: row["leakage"] for row in rows}

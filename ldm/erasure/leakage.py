@@ -7,7 +7,7 @@ in whose null space the shift lies, and about 1 where a concept's outputs become
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -95,6 +95,13 @@ def gated_leakage(
     return joint_leakage(
         model.text_layers, (), dict(zip(rows, before, strict=True)), dict(zip(rows, after, strict=True))
     )
+
+
+def gate_leakage(model: TextModel, edit: GatedEdit, prompts: Iterable[str]) -> dict[str, float]:
+    """Return `gated_leakage` on prompts, which are embedded for it in one pass."""
+    texts = list(dict.fromkeys(prompts))
+    rows, states = model.encode_with_states(texts, GatedPrompts({"": edit}).layers)
+    return gated_leakage(model, edit, dict(zip(texts, rows, strict=True)), states)
 
 
 def _differences(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from ldm.config.concepts import Concept, get_concept
 from ldm.config.methods import METHODS, SRSMEConfig, complete_settings
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.effect import measure_effect
-from ldm.erasure.leakage import leakage
+from ldm.erasure.leakage import gate_leakage, leakage
 from ldm.erasure.shift import WeightShift
 from ldm.io.errors import notify
 
@@ -59,9 +59,13 @@ def measured_on(model: TextModel, shift: WeightShift) -> WeightShift:
     measured.metadata |= {"measured_on": model.name}
     prompt, protected = shift.metadata.get("prompt"), shift.metadata.get("protected")
     if isinstance(prompt, str) and protected:
-        embeds = model.embed_prompts(dict.fromkeys([*protected, prompt]))
-        rows = leakage(model.text_layers, {"": shift}, embeds)
-        changes = {row["prompt"]: float(f"{row['leakage']:.{_DIGITS}g}") for row in rows}
+        if shift.gated and shift.is_gate_alone:
+            found = gate_leakage(model, shift.gated, [*protected, prompt])
+        else:
+            embeds = model.embed_prompts(dict.fromkeys([*protected, prompt]))
+            rows = leakage(model.text_layers, {"": shift}, embeds)
+            found = {row["prompt"]: row["leakage"] for row in rows}
+        changes = {text: float(f"{value:.{_DIGITS}g}") for text, value in found.items()}
         measured.metadata["target_change"] = changes.pop(prompt)
         measured.metadata["max_leakage_protected"] = max(changes.values())
     concept, config = _concept_of(shift.metadata), _config_of(shift.metadata)
