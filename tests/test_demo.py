@@ -35,7 +35,7 @@ from ldm.diffusion.load import load_model
 from ldm.diffusion.sampling import generate
 from ldm.erasure.merge import applied, merge
 from ldm.io.prompts import PromptCase
-from ldm.ledger.demo import MAX_EXPORTS, Comparison, DemoSession, OtherPrompt
+from ldm.ledger.demo import MAX_CHECKBOXES, MAX_EXPORTS, Comparison, DemoSession, OtherPrompt
 from ldm.ledger.demo_state import LedgerState, RequestError, example_prompts, other_prompts
 from ldm.ledger.demo_words import (
     MAX_LISTED_NAMES,
@@ -50,7 +50,7 @@ from ldm.ledger.operations import create_shifts, weights_hash
 from ldm.ledger.owner import Owner
 from ldm.ledger.page import MAX_SESSIONS, build, serve
 from ldm.ledger.page_guard import MAX_BODY_BYTES, PageGuard
-from ldm.ledger.page_values import MAX_CHECKBOXES, comparison_values, has_many_concepts, ledger_values
+from ldm.ledger.page_values import comparison_values, ledger_values
 
 CHROMIUM = shutil.which("chromium")
 
@@ -253,13 +253,31 @@ def widgets_of(page, name: str) -> list:
 
 @pytest.mark.slow
 def test_many_concepts_are_chosen_in_a_list_that_can_be_searched(demo, tmp_path, monkeypatch):
-    assert not has_many_concepts(demo.state)
+    assert not demo.has_switches and demo.chosen(["Picasso"]) == ["Picasso"]
     assert [box.elem_id for box in widgets_of(build(demo, tmp_path), "CheckboxGroup")] == ["names"]
-    monkeypatch.setattr("ldm.ledger.page_values.MAX_CHECKBOXES", 2)
-    page = build(demo, tmp_path)
+    monkeypatch.setattr("ldm.ledger.demo.MAX_CHECKBOXES", 2)
+    many = DemoSession(demo.state.ledger, demo.model, demo.load_fresh_model)
+    page = build(many, tmp_path)
     (names,) = [widget for widget in widgets_of(page, "Dropdown") if widget.elem_id == "names"]
-    assert names.multiselect and names.filterable and names.value == ["VanGogh"]
+    assert names.multiselect and names.filterable and names.value == []
+    assert ("VanGogh (erased in the ledger)", "VanGogh") in names.choices
     assert not widgets_of(page, "CheckboxGroup") and MAX_CHECKBOXES > 2
+    assert [many.chosen(switched) for switched in ([], ["VanGogh"], ["Picasso"])] == [
+        ["VanGogh"],
+        [],
+        ["VanGogh", "Picasso"],
+    ]
+    with pytest.raises(RequestError, match="no concept that can be erased here"):
+        many.chosen(["Cezanne"])
+
+
+def test_what_was_loaded_once_is_not_loaded_again_but_its_file_is_checked(own_demo):
+    before = own_demo.state.shifts["VanGogh"]
+    assert own_demo.reload().shifts["VanGogh"] is before
+    path = own_demo.state.ledger.root / own_demo.state.ledger.last_shifts()["VanGogh"]["shift"]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="not the file that was activated"):
+        own_demo.reload()
 
 
 @pytest.mark.slow

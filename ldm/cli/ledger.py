@@ -20,8 +20,10 @@ from ldm.ledger.history import migrate as write_anew
 from ldm.ledger.history import repair as cut_off_torn_line
 from ldm.ledger.ledger import Ledger, history_path, make_header, status_table
 from ldm.ledger.lines import some_of
+from ldm.metrics.tables import to_markdown
 
 _INDEXES_RE = re.compile(r"[0-9]+(?:[-,][0-9]+)*")  # what is no name, but looks like indexes
+_MAX_ROWS = 24  # of what was changed, in a ledger with more concepts
 _NUM_SHOWN = 3  # shifts that change the prompt of an added concept most
 
 
@@ -125,7 +127,9 @@ def erase(args: Namespace) -> None:
     with ledger_lock(path.parent):
         ledger = Ledger(path)
         concepts = _named(ledger, args.concept)
-        records, missing = ledger.plan_erasure(concepts, _asks_for_another_way(args))
+        anew = _asks_for_another_way(args)
+        wanted = _left_to_erase(ledger, args.concept, concepts) if anew else concepts
+        records, missing = ledger.plan_erasure(wanted, anew)
         if missing:
             from ldm.cli import session
             from ldm.config.models import describe_sources, load_model_config
@@ -144,13 +148,41 @@ def erase(args: Namespace) -> None:
             records |= create_shifts(ledger, model, missing, config, null_space, args.training_image_dir, gate)
         if records:
             ledger.append(records)
-    status(args)
+    _show_changed(ledger, concepts)
     left = [concept.name for concept in concepts if concept.label not in {**records, **ledger.active_shifts()}]
     if left:
         raise NotErasedError(
             f"{some_of(left, _NUM_SHOWN)}: no gate was found, as a notice above says: erase another way"
         )
     _check_erased(ledger, {concept.label for concept in concepts}, args.least_effect)  # what was active before too
+
+
+def _left_to_erase(ledger: Ledger, texts: Sequence[str], concepts: Sequence[Concept]) -> list[Concept]:
+    """Return those of `concepts` to erase in a way that was asked for: not what is erased, but for what was named.
+
+    Of `all` and of a file's concepts some may be erased already, as after another was added; these stay, and are told.
+    """
+    named = {concept.label for text in texts if (concept := ledger.find(text)) is not None}
+    active = ledger.active_shifts()
+    kept = [concept for concept in concepts if concept.label in active and concept.label not in named]
+    if kept:
+        verb = "is erased already, and stays as it is" if len(kept) == 1 else "are erased already, and stay as they are"
+        notify(f"{some_of(concept.name for concept in kept)} {verb}")
+    return [concept for concept in concepts if concept not in kept]
+
+
+def _show_changed(ledger: Ledger, concepts: Sequence[Concept]) -> None:
+    """Print what each concept is; of a ledger with many only some of those that were named, the too weak ones first."""
+    table, names = status_table(ledger), {concept.name for concept in concepts}
+    if len(table) <= _MAX_ROWS:
+        output.show_table(table)
+        return
+    shown = table[table["concept"].isin(names)].sort_values(
+        "state", key=lambda states: states != "too_weak", kind="stable"
+    )
+    counts = ", ".join(f"{count} {state}" for state, count in table["state"].value_counts().items())
+    told = f"{to_markdown(shown[:_MAX_ROWS])}\n\n{len(table)} concepts: {counts}; ledger.py status shows them all"
+    output.show_tables(told, {"": table})
 
 
 def _check_erased(ledger: Ledger, labels: Collection[str], least_effect: float | None) -> None:
@@ -229,7 +261,7 @@ def restore(args: Namespace) -> None:
         restored = [concept.label for concept in named if concept.label in active]
         if restored:
             ledger.append({}, restored)
-    status(args)
+    _show_changed(ledger, named)
 
 
 def status(args: Namespace) -> None:

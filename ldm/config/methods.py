@@ -258,6 +258,7 @@ class GateConfig(Settings):
     gate_ridge: float = setting(0.01, "ridge of the discriminant, relative to the covariance", above=0)
     map_ridge: float = setting(0.001, "ridge of the map, relative to the largest projection", above=0)
     map_rank: int = setting(64, "directions in which the map is solved", minimum=1)
+    max_map_rank: int = setting(18, "directions that the map has at most after that, whatever it loses", minimum=1)
     map_loss: float = setting(
         0.03,
         "of the way to the anchor, what a map of fewer directions may leave more than one of all of them",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 _RELATIVE_ZERO = 1e-6
-_OVERSAMPLING, _POWERS = 16, 2  # of directions, and of products with the moments
+_OVERSAMPLING, _POWERS = 16, 1  # of directions, and of products with the moments
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,25 @@ class EmbeddingMap:
         It is `A gram^(1/2)` in its main directions: reduced-rank regression. Directions that are left out are those of
         the regression's outputs, not of the rows that it was fitted on.
         """
-        if rank >= len(self.directions):
-            return self
-        kept = self._reduced()[1][:rank] @ self.directions  # (r, d)
+        return self._cut(rank, self._reduced()[1]) if rank < len(self.directions) else self
+
+    def cut_to(self, loss: float, length: float, most: int) -> EmbeddingMap:
+        """Return the map of the lowest rank, of `most` at most, that leaves at most `loss` more of the way than this.
+
+        `length` is the mean square distance of the rows that it was fitted on from their anchors.
+        """
+        gains, right = self._reduced()
+        lost = gains.sum() - gains.cumsum(0)  # (k,), by what each rank takes less
+        rank = 1 + int((lost > loss * length).sum()) if loss else len(lost)
+        return self._cut(min(rank, most), right) if min(rank, most) < len(lost) else self
+
+    def _cut(self, rank: int, right: torch.Tensor) -> EmbeddingMap:
+        kept = right[:rank] @ self.directions  # (r, d)
         directions = torch.linalg.qr(kept.T).Q.T
         turned = directions @ self.directions.T  # (r, k)
         gram = turned @ self.gram @ turned.T
         cross = self.outputs @ self.gram @ turned.T  # (d, r)
         return EmbeddingMap(torch.linalg.solve(gram, cross.T).T, directions, (gram + gram.T) / 2, self.penalty)
-
-    def cut_to(self, loss: float, length: float) -> EmbeddingMap:
-        """Return the map of the lowest rank that leaves at most `loss` more of the way than this one does.
-
-        `length` is the mean square distance of the rows that it was fitted on from their anchors.
-        """
-        gains = self.gains
-        lost = gains.sum() - gains.cumsum(0)  # (k,), by what each rank takes less
-        return self.cut(1 + int((lost > loss * length).sum()))
 
     def rounded(self) -> EmbeddingMap:
         """Return the map whose outputs and directions are numbers of half precision, as files have them."""
@@ -78,7 +80,8 @@ class EmbeddingMap:
         """Return the squared singular values (k,) of `A gram^(1/2)`, and its right vectors times `gram^(-1/2)`."""
         values, vectors = torch.linalg.eigh(self.gram)
         root = vectors * values.sqrt() @ vectors.T
-        squares, right = torch.linalg.eigh(root @ self.outputs.T @ self.outputs @ root)  # the largest last
+        found = root @ self.outputs.T  # (k, d)
+        squares, right = torch.linalg.eigh(found @ found.T)  # the largest last
         return squares.flip(0).clamp(min=0), right.flip(1).T @ (vectors / values.sqrt() @ vectors.T)
 
 
@@ -89,22 +92,24 @@ def fit_map(
     rank: int,
     loss: float = 0.0,
     counts: torch.Tensor | None = None,
+    most: int | None = None,
 ) -> EmbeddingMap:
     """Return the map of rows `targets` (n, d) to `anchors` (n, d), in the `rank` main directions of the targets.
 
     `ridge` is relative to the largest mean square of a projection. The map is cut to the lowest rank that leaves at
-    most `loss` more of the way to the anchors, as a fraction of it. `counts` (n,) says how often each row counts.
+    most `loss` more of the way to the anchors, as a fraction of it, and to `most` directions, whatever that leaves.
+    `counts` (n,) says how often each row counts.
     """
     counts = torch.ones(len(targets)) if counts is None else counts
     roots = (counts / counts.sum()).sqrt().to(targets)[:, None]
-    scaled, changes = roots * targets, roots * (anchors - targets)
+    scaled, changes = roots * targets, (anchors - targets).mul_(roots)
     directions, largest = main_directions(scaled, rank)
     projections = scaled @ directions.to(scaled).T  # (n, k)
     cross = (changes.T @ projections).double()  # (d, k)
     penalty, precise = ridge * largest, projections.double()
     gram = precise.T @ precise + penalty * torch.eye(len(directions), dtype=torch.float64)
     found = EmbeddingMap(torch.linalg.solve(gram, cross.T).T, directions, gram, penalty)
-    return found.cut_to(loss, float(changes.square().sum())) if loss else found
+    return found.cut_to(loss, float(changes.norm()) ** 2, most or rank)
 
 
 def main_directions(rows: torch.Tensor, rank: int) -> tuple[torch.Tensor, float]:

@@ -23,7 +23,8 @@ from ldm.erasure.prompt_rows import PromptRows
 _OWN_WEIGHT = 0.1  # of the covariance of a concept's own rows, against that of all other rows
 _LOOKALIKE_GAP = 0.2  # that lookalikes stay below a concept's prompts to count for its threshold
 _GROUPS_AT_ONCE = 32
-_HARD_ROUNDS, _NUM_HARD, _HARD_WEIGHT = 2, 600, 0.05  # how often, and with what weight, the hardest rows count again
+_HARD_ROUNDS, _NUM_HARD, _HARD_WEIGHT = 1, 600, 0.1  # how often, and with what weight, the hardest rows count again
+_NUM_NEAR = 4096  # rows, the hardest to the first direction, of which the later ones' hardest are
 
 
 class NoGateError(ValueError):
@@ -110,11 +111,16 @@ def _fit_batch(tasks: Sequence[GateTask], negatives: Negatives, position: float)
     """Return what `fit_gates` does for a few tasks."""
     out = [negatives.rows_left_out(task.left_out) for task in tasks]
     fits = [_Discriminants(task.groups, negatives, rows) for task, rows in zip(tasks, out, strict=True)]
-    for _ in range(_HARD_ROUNDS):
-        weights = [negatives.weights(fit.solve()) for fit in fits]
-        for fit, task, weight, scores in zip(fits, tasks, weights, _scores(negatives, weights, out), strict=True):
-            highest = scores.amax(0)  # (R,), of all groups
-            hardest = highest.topk(min(_NUM_HARD, int(highest.isfinite().sum()))).indices
+    weights = [negatives.weights(fit.solve()) for fit in fits]
+    every_score = _scores(negatives, weights, out)
+    for fit, task, weight, scores in zip(fits, tasks, weights, every_score, strict=True):
+        highest = scores.amax(0)  # (R,), of all groups
+        near = highest.topk(min(_NUM_NEAR, int(highest.isfinite().sum()))).indices
+        hardest = near[:_NUM_HARD]
+        for number in range(_HARD_ROUNDS):
+            if number:
+                weight = negatives.weights(fit.solve())
+                hardest = near[negatives.scores(weight, near).amax(0).topk(len(hardest)).indices]
             alike = negatives.whiten(task.lookalikes.best(weight))
             fit.add(torch.cat([negatives.rows[hardest], alike]))
     weights = [negatives.weights(fit.solve()).half().float() for fit in fits]  # as files have it
@@ -174,23 +180,29 @@ class _Discriminants:
         self._covariance = len(left_out) / kept * torch.eye(len(self._mean)) - out.T @ out / kept
         self._covariance -= self._mean[:, None] * self._mean
         self._offsets: list[torch.Tensor] = []
-        self._spreads: list[torch.Tensor] = []  # what the covariance is more by, for each group
+        self._spreads: list[torch.Tensor] = []  # rows (n, d) whose products the covariance is more by, for each group
         for group in groups:
             rows = negatives.whiten(group.rows.at(group.last_tokens))  # (n, d)
             spread = rows - rows.mean(0)
             self._offsets.append(rows.mean(0) - self._mean)
-            self._spreads.append(_OWN_WEIGHT / len(spread) * spread.T @ spread)
+            self._spreads.append((_OWN_WEIGHT / len(spread)) ** 0.5 * spread)
 
     def add(self, hard: torch.Tensor) -> None:
         """Let rows (h, d) that are taken for the concept count more."""
         hard = hard - self._mean
-        self._covariance = (1 - _HARD_WEIGHT) * self._covariance + _HARD_WEIGHT / len(hard) * hard.T @ hard
+        weight = _HARD_WEIGHT / len(hard)
+        self._covariance = torch.addmm(self._covariance, hard.T, hard, beta=1 - _HARD_WEIGHT, alpha=weight)
 
     def solve(self) -> torch.Tensor:
         """Return the direction of each group, (g, d), whose score of the means' distance is 1."""
+        factor = torch.linalg.cholesky(self._covariance)  # once for all groups, whose few rows are an update of it
         directions: list[torch.Tensor] = []
         for offset, spread in zip(self._offsets, self._spreads, strict=True):
-            direction = torch.linalg.solve(self._covariance + spread, offset)
+            sides = torch.linalg.solve_triangular(factor, torch.cat([offset[None], spread]).T, upper=False)
+            start, own = sides[:, :1], sides[:, 1:]  # (d, 1) and (d, n)
+            inner = torch.eye(len(spread)) + own.T @ own
+            start = start - own @ torch.linalg.solve(inner, own.T @ start)  # Woodbury's identity
+            direction = torch.linalg.solve_triangular(factor.T, start, upper=True)[:, 0]
             directions.append(direction / (direction @ offset))
         return torch.stack(directions)
 

@@ -31,7 +31,8 @@ from ldm.io.errors import notify
 Rows = Mapping[tuple[str, int], list[torch.Tensor]]  # by text encoder and layer: the rows (t, d) of each prompt
 
 _PROMPTS_AT_ONCE = 64  # that the text encoders embed in one pass
-_CONCEPTS_AT_ONCE = 8  # whose gates are fitted in one go
+_CONCEPTS_AT_ONCE = 16  # whose gates are fitted in one go
+_ANCHORS_KEPT = 256  # whose embeddings are not computed again
 _NUM_TRIED, _MAX_TRIED = 400, 8  # prompts, and at most so many concepts and layers, by which the hidden state is chosen
 _NEAR_ALARM = 0.3  # below a threshold, in units of the concept's distance: few words of 800 are above it in any state
 _NEAR_BEST = 0.75  # of the largest gap that a state has to reach
@@ -57,11 +58,11 @@ class InseparableError(ValueError):
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A concept with the states of its own prompts, its maps, and what its gates are fitted on, by text encoder."""
+    """A concept with the states of its misspelt prompts, its maps, and what its gates are fitted on, by encoder."""
 
     concept: Concept
     own: OwnPrompts
-    states: States
+    misspelt: States
     maps: Mapping[str, EmbeddingMap]
     tasks: Mapping[str, GateTask]
 
@@ -87,6 +88,7 @@ class GateFitter:
         known.layers = self.layers = known.layers or self._choose_layers(others)
         rows = known.rows("negatives", self.texts.negatives, self._encode_rows)
         self.negatives = {name: self._negatives(rows[name, layer]) for name, layer in self.layers.items()}
+        self._anchors: dict[str, torch.Tensor] = {}  # embeddings (rows, d), which concepts of a kind share
         self.judged = everyday_captions(_NUM_JUDGED)
         whole = known.rows("judged", self.judged, self._encode_whole)
         self.judged_states = {key: torch.stack(found) for key, found in whole.items()}
@@ -133,7 +135,7 @@ class GateFitter:
                 edits.append(error)
                 continue
             edit = GatedEdit(gates, self.layers, each.maps)
-            edits.append(replace(edit, report=self._report(each.concept, each.own, edit, each.states)))
+            edits.append(replace(edit, report=self._report(each.concept, each.own, edit, each.misspelt)))
         return edits
 
     def _prepare(self, concept: Concept) -> _Prepared:
@@ -147,7 +149,8 @@ class GateFitter:
         for name, layer in self.layers.items():
             rows = self._thinned(own.all, {(name, layer): states[name, layer]})[name, layer]
             tasks[name] = self._task(own, rows, left_out, PromptRows.join(alike[name, layer], rows[0].shape[1]))
-        return _Prepared(concept, own, states, self._fit_maps(own, embeds), tasks)
+        misspelt = {key: state[len(own.plain) :].clone() for key, state in states.items()}  # so that the rest is freed
+        return _Prepared(concept, own, misspelt, self._fit_maps(own, embeds), tasks)
 
     def _choose_layers(self, others: Sequence[Concept]) -> dict[str, int]:
         """Return, for each text encoder, the hidden state that gates read, judged by a few of `others` and other names.
@@ -290,24 +293,28 @@ class GateFitter:
             for found in (embeds, aims)
         )
         counts = torch.cat([row_counts(positions, number) for positions in kept])
-        maps = {"tokens": fit_map(targets, goals, *settings, counts).rounded()}
+        maps = {"tokens": fit_map(targets, goals, *settings, counts, config.max_map_rank).rounded()}
         if embeds.shape[1] > number:  # XL's last row
-            maps["pooled"] = fit_map(embeds[:, -1], aims[:, -1], *settings).rounded()
+            pooled = fit_map(embeds[:, -1], aims[:, -1], *settings, most=config.max_map_rank)
+            maps["pooled"] = pooled.rounded()
         return maps
 
     def _aims(self, prompts: Iterable[str], anchors: Mapping[str, str]) -> torch.Tensor:
         """Return the embeddings that prompts should get, (N, rows, d): those of their anchors, token by token."""
-        texts = list(dict.fromkeys(anchors.values()))
-        embeds = dict(zip(texts, self._embed(texts, {})[0], strict=True))
+        new = [text for text in dict.fromkeys(anchors.values()) if text not in self._anchors]
+        if len(self._anchors) + len(new) > _ANCHORS_KEPT:  # those of another kind of concept
+            self._anchors, new = {}, list(dict.fromkeys(anchors.values()))
+        if new:
+            self._anchors |= dict(zip(new, self._embed(new, {})[0], strict=True))
         aims = []
         for prompt in prompts:
-            rows = embeds[anchors[prompt]]
+            rows = self._anchors[anchors[prompt]]
             alignment = align_tokens(self.tokenizer, prompt, anchors[prompt])
             pooled = range(len(alignment), len(rows))  # XL's last row
             aims.append(rows[[*alignment, *pooled]])
         return torch.stack(aims)
 
-    def _report(self, concept: Concept, own: OwnPrompts, edit: GatedEdit, states: States) -> dict[str, Any]:
+    def _report(self, concept: Concept, own: OwnPrompts, edit: GatedEdit, wrong: States) -> dict[str, Any]:
         """Return what is known of an edit: its gap, false alarms, misses, and the least distance to its threshold.
 
         `distance_left` is how much of the way to the anchor is left of held-out prompts, by `mean_distance_left`.
@@ -320,7 +327,7 @@ class GateFitter:
         if anchors:
             found = edit.margins(seen)
         left = mean_distance_left(embeds, GatedPrompts({"": edit})(embeds, seen), self._aims(measured, measured))
-        misspelt = edit.margins(states)[len(own.plain) :]
+        misspelt = edit.margins(wrong)
         others = [number for number, text in enumerate(self.judged) if not says(text, concept.spellings)]
         named = [self.judged[number] for number in others if alarms[number] > 0]
         gap = min(gate.gap for gate in edit.gates.values())

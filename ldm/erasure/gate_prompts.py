@@ -25,6 +25,7 @@ _NUM_LOOKALIKES = 60  # made-up words for each spelling
 _MAX_SAYING = 0.2  # the largest fraction of captions that may say a concept
 _NUM_COMPOSED = 20  # captions with the names of a concept whose last name others have
 _MAX_SHOWN = 5  # shared names in a notice
+_OTHER_SURNAMES = 2  # after parts of the names of concepts that are not erased
 _SURNAMES = ("Miller", "Jones", "Silva", "Petrov", "Larsen", "Kim", "Rossi", "Novak")  # of people who are no concept
 
 
@@ -98,7 +99,7 @@ class GatePrompts:
     def own(self, concept: Concept) -> OwnPrompts:
         """Return the prompts that say a concept, as far as the model reads all of them."""
         tokenizer, kind = self.tokenizer, load_template_set(concept.kind)
-        rng = random.Random(f"compositions {concept.name}")
+        rng = random.Random(f"compositions {concept.kind}")  # of a kind, so that the anchors are the same
         templates = [*kind.templates, *concept.templates]
         spellings = told_apart(tokenizer, concept)
         said = [(template, spelling) for spelling in spellings for template in templates]
@@ -206,15 +207,17 @@ def _other_prompts(concept: Concept, common: Collection[str]) -> list[str]:
     prompts = [fill(template, kind.neutral) for template in kind.templates]
     for name in concept.spellings:
         prompts += [fill_phrase(template, name) for template in kind.templates[:_OTHER_TEMPLATES]]
-    return prompts + _partial_prompts(concept, common)
+    return prompts + _partial_prompts(concept, common, _OTHER_SURNAMES)
 
 
-def _partial_prompts(concept: Concept, common: Collection[str]) -> list[str]:
+def _partial_prompts(concept: Concept, common: Collection[str], num: int = len(_SURNAMES)) -> list[str]:
     """Return prompts that say parts of a concept's names, such as first names, alone and of somebody else."""
     templates, prompts = load_template_set(concept.kind).templates, []
     for part in partial_names(_names(concept), common):
         prompts += [fill(template, part) for template in templates[:_OTHER_TEMPLATES]]
-        prompts += [fill(template, f"{part} {name}") for name, template in zip(_SURNAMES, templates, strict=False)]
+        prompts += [
+            fill(template, f"{part} {name}") for name, template in zip(_SURNAMES[:num], templates, strict=False)
+        ]
     return prompts
 
 

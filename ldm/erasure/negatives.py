@@ -6,6 +6,8 @@ weight w = L^-T v of the rows as they are, since v z = w (e - m).
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
 from ldm.erasure.prompt_rows import PromptRows
@@ -38,11 +40,12 @@ class Negatives:
         """Return the weights (n, d) that score rows as directions (n, d) score whitened ones, but for a constant."""
         return directions @ self._inverse
 
-    def scores(self, weights: torch.Tensor) -> torch.Tensor:
-        """Return what weights (n, d) make of all rows as they were, (n, R)."""
+    def scores(self, weights: torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what weights (n, d) make of all rows as they were, or of those with these `numbers`, (n, R)."""
         precise = weights.double()
         directions = (precise @ self._factor).float()
-        return directions @ self.rows.T + (precise @ self._mean).float()[:, None]
+        rows = self.rows if numbers is None else self.rows[numbers]
+        return torch.addmm((precise @ self._mean).float(), rows, directions.T).T
 
     def rows_left_out(self, left_out: torch.Tensor) -> torch.Tensor:
         """Return which rows are of no prompt but those `left_out`, (N,): (R,)."""
@@ -61,11 +64,11 @@ class Negatives:
 
 def _distinct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the numbers of the rows that are the same as no earlier one, and which of these each row is, (R,)."""
-    known: dict[bytes, int] = {}
+    known: dict[bytes, int] = {}  # by digest, so that no copy of the rows is held
     first: list[int] = []
     places: list[int] = []
     for number, row in enumerate(rows.numpy()):
-        place = known.setdefault(row.tobytes(), len(first))
+        place = known.setdefault(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), len(first))
         if place == len(first):
             first.append(number)
         places.append(place)

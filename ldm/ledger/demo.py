@@ -32,6 +32,7 @@ from ldm.io.paths import merge_name
 from ldm.ledger.demo_state import LedgerState, RequestError, example_prompts, other_prompts
 from ldm.ledger.ledger import Ledger
 
+MAX_CHECKBOXES = 24  # concepts, of more of which boxes would be a wall
 MAX_PROMPT_CHARS = 1000
 MAX_INFERENCE_STEPS = 200
 MAX_GUIDANCE_SCALE = 30.0
@@ -99,6 +100,8 @@ class DemoSession:
         config = load_model_config(model)
         self.form, self.sampling = config.edit.form, config.sampling
         self.state = LedgerState.read(ledger.path)
+        # Of so many concepts a visitor chooses those that differ from the ledger, for as long as the page is served.
+        self.has_switches = len(self.state.ledger.concepts) > MAX_CHECKBOXES
         self._originals: OrderedDict[tuple[str, int, int, float], Image.Image] = OrderedDict()
         self._exports: OrderedDict[tuple[Path, str], Path] = OrderedDict()
         self._example: tuple[tuple[str, tuple[str, ...]], Comparison] | None = None  # the last, with what it is of
@@ -114,8 +117,12 @@ class DemoSession:
 
     def reload(self) -> LedgerState:
         """Read the ledger as it stands now, and return it. Raises ValueError as `LedgerState.read`."""
-        self.state = state = LedgerState.read(self.state.ledger.path)
+        self.state = state = LedgerState.read(self.state.ledger.path, self.state)
         return state
+
+    def chosen(self, names: Collection[str]) -> Collection[str]:
+        """Return the names of what is erased for a visitor who chose `names`. Raises RequestError as `switched`."""
+        return self.state.switched(names) if self.has_switches else names
 
     @contextmanager
     def fresh_model(self) -> Iterator[DiffusionModel]:

@@ -34,13 +34,22 @@ class LedgerState:
     erased: list[str]
 
     @classmethod
-    def read(cls, path: Path) -> LedgerState:
-        """Return the ledger in a file. Raises ValueError for a ledger or a shift that is not what was written."""
+    def read(cls, path: Path, known: LedgerState | None = None) -> LedgerState:
+        """Return the ledger in a file; shifts that are `known` from an earlier reading are not loaded again.
+
+        Raises ValueError for a ledger or a shift that is not what was written.
+        """
         ledger = Ledger(path)
         records = ledger.last_shifts()
         active = {record["concept"] for record in ledger.active_shifts().values()}
-        shifts = {name: ledger.load(record) for name, record in records.items()}
-        digests = {name: record["digest"] for name, record in records.items()}
+        loaded = {known.digests[name]: shift for name, shift in known.shifts.items()} if known else {}
+        digests: dict[str, str] = {}
+        shifts: dict[str, WeightShift] = {}
+        for name, record in records.items():
+            digests[name] = record["digest"]
+            if record["digest"] in loaded:
+                ledger.check_file(record)
+            shifts[name] = loaded.get(record["digest"]) or ledger.load(record)
         return cls(ledger, shifts, digests, [concept.name for concept in ledger.concepts if concept.name in active])
 
     @property
@@ -67,7 +76,16 @@ class LedgerState:
 
     def digests_of(self, names: Collection[str]) -> tuple[str, ...]:
         """Return what tells a choice of concepts from every other, also from one whose shifts were made again."""
-        return tuple(sorted(digest for name, digest in self.digests.items() if name in names))
+        return tuple(sorted(self.digests[name] for name in set(names) & set(self.digests)))
+
+    def switched(self, names: Collection[str]) -> list[str]:
+        """Return what is erased where each of the concepts `names` is not as the ledger has it.
+
+        Raises RequestError as `select_shifts`.
+        """
+        self.select_shifts(names)
+        chosen = set(self.erased) ^ set(names)
+        return [name for name in self.shifts if name in chosen]
 
     def select_shifts(self, names: Collection[str]) -> dict[str, WeightShift]:
         """Return the shifts of the concepts `names`, by label. Raises RequestError for a name that has none."""
@@ -77,7 +95,8 @@ class LedgerState:
             if not isinstance(name, str) or name not in self.shifts:
                 choices = ", ".join(self.shifts)
                 raise RequestError(f"'{str(name)[:50]}' is no concept that can be erased here: choose from {choices}")
-        concepts = [concept for concept in self.ledger.concepts if concept.name in names]
+        wanted = set(names)
+        concepts = [concept for concept in self.ledger.concepts if concept.name in wanted]
         return {concept.label: self.shifts[concept.name] for concept in concepts}
 
 

@@ -279,11 +279,15 @@ class Ledger:
         """Return the shift of a record. Raises ValueError for a file that is not the one that was activated."""
         from ldm.erasure.shift import WeightShift
 
+        return WeightShift.load(self.check_file(record), checked=True)
+
+    def check_file(self, record: Mapping[str, Any]) -> Path:
+        """Return the file of a record's shift. Raises ValueError for one that is not the one that was activated."""
         path = self.root / record["shift"]
         if not path.is_file() or file_digest(path) != record["digest"]:
             what = "not the file that was activated" if path.is_file() else "missing"
             raise ValueError(f"{path} is {what}: get it back from a copy")
-        return WeightShift.load(path, checked=True)
+        return path
 
     def append(self, erase: Mapping[str, Mapping[str, Any]], restore: Collection[str] = (), when: str = "") -> None:
         """Write one entry, at `when` or else now.

@@ -21,7 +21,7 @@ from ldm.ledger.demo_words import EQUAL, page_title
 from ldm.ledger.owner import Owner
 from ldm.ledger.page_guard import PageGuard
 from ldm.ledger.page_style import STYLE
-from ldm.ledger.page_values import Values, comparison_values, has_many_concepts, ledger_values, others_values
+from ldm.ledger.page_values import Values, comparison_values, ledger_values, others_values
 
 MAX_QUEUE = 100  # requests that may wait; further ones are told so
 MAX_SESSIONS = 500  # visitors' windows whose choices are remembered
@@ -70,10 +70,11 @@ def _add_widgets(demo: DemoSession, values: Values) -> dict[str, Any]:
         widgets["generate"] = gr.Button("Generate", variant="primary", min_width=120)
     options = {"components": [widgets["prompt"]], "label": "Prompts to try", "elem_id": "examples"}
     widgets["examples"] = gr.Dataset(**values["examples"], **options, layout="gallery")
-    label = "Erased here: your own choice, of all that was ever erased"
-    if has_many_concepts(demo.state):
+    if demo.has_switches:
+        label = "Other here than in the ledger: search for what is erased to give it back, or the other way round"
         widgets["names"] = gr.Dropdown(**values["names"], label=label, multiselect=True, elem_id="names")
     else:
+        label = "Erased here: your own choice, of all that was ever erased"
         widgets["names"] = gr.CheckboxGroup(**values["names"], label=label, elem_id="names")
     with gr.Row(elem_id="images"):
         for name in ("original", "edited", "difference"):
@@ -100,7 +101,7 @@ def _add_export(demo: DemoSession, folder: Path, names: Any) -> None:
 
     def export(names, file_format):
         with told_to_visitors():
-            return str(demo.export_zip(names, file_format, folder))
+            return str(demo.export_zip(demo.chosen(names), file_format, folder))
 
     with gr.Accordion("Download the model without the concepts that are chosen above", open=False), gr.Row():
         file_format = gr.Dropdown(list(FORMATS), value="unet", label="Format")
@@ -125,6 +126,7 @@ def _add_functions(page: gr.Blocks, demo: DemoSession, widgets: dict[str, Any], 
     def generate(prompt, seed, num_inference_steps, guidance_scale, names, progress=gr.Progress()):
         shown = 0.0
         with told_to_visitors():
+            names = demo.chosen(names)
             for result in demo.compare(prompt, seed, num_inference_steps, guidance_scale, names):
                 if isinstance(result, Comparison):
                     return _changes(widgets, comparison_values(result, prompt, names))
@@ -134,7 +136,7 @@ def _add_functions(page: gr.Blocks, demo: DemoSession, widgets: dict[str, Any], 
 
     def measure(names):
         with told_to_visitors():
-            return _changes(widgets, others_values(demo, names))
+            return _changes(widgets, others_values(demo, demo.chosen(names)))
 
     def choose(example):
         return example[0]

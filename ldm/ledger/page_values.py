@@ -9,14 +9,7 @@ from ldm.ledger import demo_words as words
 from ldm.ledger.demo import Comparison, DemoSession
 from ldm.ledger.demo_state import LedgerState, example_prompts
 
-MAX_CHECKBOXES = 24  # of a ledger with more concepts these are chosen in a list that can be searched
-
 Values = dict[str, dict[str, Any]]
-
-
-def has_many_concepts(state: LedgerState) -> bool:
-    """Return whether a ledger has so many concepts that boxes would be a wall."""
-    return len(state.ledger.concepts) > MAX_CHECKBOXES
 
 
 def ledger_values(demo: DemoSession) -> Values:
@@ -28,11 +21,20 @@ def ledger_values(demo: DemoSession) -> Values:
         "overview": {"value": words.overview(state)},
         "prompt": {"value": prompt},
         "examples": {"samples": [[text] for text in examples.values()], "sample_labels": list(examples)},
-        "names": {"choices": list(state.shifts), "value": list(state.erased)},
+        "names": _choices(demo, state),
         "table": {"value": words.concepts_table(state)},
     }
     values |= comparison_values(comparison, prompt, state.erased)
     return values | others_values(demo, state.erased)
+
+
+def _choices(demo: DemoSession, state: LedgerState) -> dict[str, Any]:
+    """Return what a visitor chooses from: what is erased, or of many concepts what is not as in the ledger."""
+    if not demo.has_switches:
+        return {"choices": list(state.shifts), "value": list(state.erased)}
+    erased = set(state.erased)
+    told = [(f"{name} ({'erased' if name in erased else 'restored'} in the ledger)", name) for name in state.shifts]
+    return {"choices": told, "value": []}
 
 
 def comparison_values(comparison: Comparison, prompt: str, names: Sequence[str]) -> Values:

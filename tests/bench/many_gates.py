@@ -30,8 +30,8 @@ TOKENS, WIDTH = 77, 768
 CAPTIONS, WORDS, OTHER_PROMPTS = 1500, 1500, 12  # negatives: captions, words, and prompts of each concept
 PLAIN, MISSPELT, LOOKALIKES = 102, 60, 76  # prompts of each concept: its name, misspelt names, lookalikes
 CAPTION_LENGTH, NAME_LENGTH, WORD_LENGTH = 15, 10, 4  # tokens
-AT_ONCE = 8  # concepts whose gates are fitted in one go, as in `gate_fitter`
-RIDGE, POSITION, CLEARANCE, MAP_RIDGE, MAP_RANK, MAP_LOSS = 0.01, 0.7, 0.35, 0.001, 64, 0.03
+AT_ONCE = 16  # concepts whose gates are fitted in one go, as in `gate_fitter`
+RIDGE, POSITION, CLEARANCE, MAP_RIDGE, MAP_RANK, MAP_LOSS, MOST = 0.01, 0.7, 0.35, 0.001, 64, 0.03, 18
 
 
 class Encoder:
@@ -61,8 +61,9 @@ class Encoder:
 
 def thinned(embeds: torch.Tensor, length: int) -> PromptRows:
     """Return the rows of prompts that can matter."""
-    parts = [rows[kept_positions(length, TOKENS, number)] for number, rows in enumerate(embeds)]
-    return PromptRows.join(parts, WIDTH)
+    kept = torch.tensor([kept_positions(length, TOKENS, number) for number in range(len(embeds))])
+    rows = embeds[torch.arange(len(embeds))[:, None], kept]
+    return PromptRows(rows.flatten(0, 1), torch.full((len(embeds),), kept.shape[1]))
 
 
 def joined(parts: list[PromptRows]) -> PromptRows:
@@ -82,7 +83,7 @@ def make_map(embeds: torch.Tensor, anchors: torch.Tensor) -> EmbeddingMap:
     """Return the map of a concept's prompts onto their anchors."""
     targets, aims = (thinned(rows, NAME_LENGTH).rows for rows in (embeds, anchors))
     counts = row_counts(kept_positions(NAME_LENGTH, TOKENS, 0), TOKENS).repeat(len(embeds))
-    return fit_map(targets, aims, MAP_RIDGE, MAP_RANK, MAP_LOSS, counts).rounded()
+    return fit_map(targets, aims, MAP_RIDGE, MAP_RANK, MAP_LOSS, counts, MOST).rounded()
 
 
 def fit_alone(embeds: torch.Tensor, anchors: torch.Tensor, rows: torch.Tensor) -> None:
