@@ -2,28 +2,20 @@
 
 False alarms are counted on everyday captions that no gate is fitted on, on kin names and near misses, on the prompts of
 all other concepts of the list, those that are restored apart, and on the captions of any files that are given. A gate
-needs the text encoder alone, which --text_encoder gives instead of a model. Beside the gates stand two plain detectors:
-a filter of keywords, and the gates' decision with the name replaced in the text. Writes SAVE_PATH/gates.csv, which has
-a row for each concept, detectors.csv and gates.json.
+needs the text encoder alone, which --text_encoder gives instead of a model. --ledger_dir measures the gates that are
+active in a ledger instead, and makes none: what it knows and has not erased counts as restored. Beside the gates stand
+two plain detectors: a filter of keywords, and the gates' decision with the name replaced in the text. Writes
+SAVE_PATH/gates.csv, which has a row for each concept, detectors.csv and gates.json.
 """
 
 from pathlib import Path
 
 from ldm.cli import arguments, habits, output
+from ldm.cli.gates import GATE_SETTINGS, gates_to_measure
 from ldm.cli.run import run
-from ldm.config.concept_lists import read_concepts, split_restored
 from ldm.config.methods import GateConfig
 from ldm.io.paths import REPO_ROOT
 
-GATE_SETTINGS = (  # which decide of gates; others decide what a prompt becomes
-    "gate_position",
-    "gate_ridge",
-    "retain_captions",
-    "retain_words",
-    "compositions",
-    "misspellings",
-    "misspelling_clearance",
-)
 NUM_WORST = 10  # concepts that are printed
 NUM_EXAMPLES = 20  # of false alarms, and of misses, that are printed
 
@@ -39,26 +31,14 @@ def print_report(report, detectors):
     for name, examples in (("false alarms", report.false_alarms), ("misses", report.misses)):
         output.show_table(examples[:NUM_EXAMPLES], name, f"{name}, {len(examples)} in all:")
     summary = report.summary
+    if summary["seconds_per_gate"]:  # and they were not there already
+        print(
+            f"\nbefore the first gate {summary['seconds_before_gates']:.0f} s, each {summary['seconds_per_gate']:.1f} s"
+        )
     print(
-        f"\nbefore the first gate {summary['seconds_before_gates']:.0f} s, each {summary['seconds_per_gate']:.1f} s, "
-        f"to judge them {summary['seconds_judging']:.0f} s; a prompt takes {summary['milliseconds_to_embed']:.1f} ms "
+        f"\n{summary['seconds_judging']:.0f} s to judge them; a prompt takes {summary['milliseconds_to_embed']:.1f} ms "
         f"to embed, and {summary['milliseconds_of_gates']:.1f} ms for {summary['gates']} gates"
     )
-
-
-def load_encoder(args):
-    """Return the model or the text encoder that the arguments name, and its settings of gates."""
-    from ldm.cli import session
-    from ldm.config.models import load_model_config
-    from ldm.diffusion.text_encoder import load_text_encoder
-
-    device = session.first_device(args)
-    if args.text_encoder is not None:
-        if "model" in arguments.typed or "ckpt_path" in arguments.typed:
-            raise ValueError("`text_encoder` is given instead of a model: leave out `model` and `ckpt_path`")
-        return load_text_encoder(args.text_encoder, device), session.fill_settings(args, GateConfig())
-    model = session.load_model(args, device)
-    return model, session.fill_settings(args, load_model_config(model).gate)
 
 
 def main() -> None:
@@ -72,28 +52,21 @@ def main() -> None:
     parser.option("restored", nargs="+", action="extend", default=[], metavar="NAME", help=text)
     text = "further files of captions: a prompt list as CSV, or a text file with one a line"
     parser.option("captions", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help=text)
+    text = "a ledger whose gates are measured, instead of gates that are made"
+    parser.option("ledger_dir", type=Path, default=None, metavar="FOLDER", help=text)
     parser.option("num_captions", type=arguments.positive_int, default=3000, help="everyday captions")
     arguments.add_settings(parser, GateConfig, *GATE_SETTINGS)
     parser.option("save_path", type=Path, default=REPO_ROOT / "evaluation_folder" / "gates", help="where to write")
     arguments.add_device(parser)
     habits.add_json(parser)
     args = parser.parse_args()
-    concepts = read_concepts([str(args.concepts)])
-    erased, restored = split_restored(concepts, args.restored)
-    import time
-
-    from ldm.erasure.gate_fitter import GateFitter
     from ldm.experiments.baselines import compare_detectors
-    from ldm.experiments.gates import evaluate_gates, fit_gates
+    from ldm.experiments.gates import evaluate_gates
     from ldm.experiments.prompt_sets import make_prompt_sets, read_captions
     from ldm.io.files import atomic_write, write_json
 
     files = [read_captions(path) for path in args.captions]  # before the slow part, so that a mistake is told at once
-    model, config = load_encoder(args)
-    start = time.perf_counter()
-    fitter = GateFitter(model, concepts, [], config)
-    setup_seconds = time.perf_counter() - start
-    gates = fit_gates(fitter, erased)
+    model, gates, restored, setup_seconds = gates_to_measure(args)
     made = make_prompt_sets(gates.concepts, args.num_captions, model.tokenizers[0], restored)
     report = evaluate_gates(model, gates, [*made, *files], setup_seconds)
     detectors = compare_detectors(model, gates, report.judged)

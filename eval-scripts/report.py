@@ -21,20 +21,23 @@ def main() -> None:
     parser.set_defaults(model=None)
     text = "images of each prompt that the page shows"
     parser.option("num_shown", type=arguments.positive_int, default=4, help=text)
+    text = "concepts of which images are made; of a ledger with more as many of each state"
+    parser.option("concepts_shown", type=arguments.positive_int, default=24, help=text)
     args = parser.parse_args()
     from ldm.cli import session
     from ldm.cli.reproduce import reproduction_commands
     from ldm.config.models import load_model_config
-    from ldm.experiments.report import render_report
+    from ldm.experiments.report import choose_shown, render_report
     from ldm.io.files import write_text
 
     ledger = session.ledger_at(args, args.ledger)
     args.category = ledger.category
     experiment = make_experiment(args)
-    experiment.extra_prompts = ledger.prompts
+    shown = choose_shown(ledger, args.concepts_shown)
+    experiment.extra_prompts = [*ledger.header["protected"], *(concept.prompt for concept in shown)]
     path = args.save_path / "report.html"
     commands = reproduction_commands(ledger, vars(args), load_model_config(experiment.model))
-    write_text(path, render_report(ledger, experiment, args.num_shown, commands))
+    write_text(path, render_report(ledger, experiment, args.num_shown, commands, shown))
     print(f"-> {path}")
 
 

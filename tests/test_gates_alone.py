@@ -1,5 +1,7 @@
 """Shifts that are gates alone: no null space, no change of weights, and any number of them."""
 
+import json
+
 import pytest
 import torch
 from conftest import CPU, is_error
@@ -93,6 +95,37 @@ def test_a_ledger_of_gates_alone_erases_restores_and_proves(script, tiny_path, t
     assert all(shift.is_gate_alone for shift in kept.shifts().values())
     checked = verify(kept, load_model(tiny_path, CPU))
     assert "the base model, bit for bit" in set(checked["check"])
+
+
+def test_the_gates_of_a_ledger_are_measured_as_they_stand(script, tiny_path, tmp_path):
+    """What is erased already stays so when all is, and counts as restored once it is."""
+    root, names = ["--ledger_dir", tmp_path / "ledger"], ["VanGogh", "Picasso", "a red fox"]
+    ledger, measure = "train-scripts/ledger.py", "eval-scripts/evaluate-gates.py"
+    assert script(ledger, "init", *root, "--model", tiny_path, "--concepts", *names)[0] == 0
+    is_error(script(measure, *root), "nothing is erased in")
+    erase_gated = [*root, "--mode", "gate", "--least_effect", "-9", *FLAGS]
+    assert script(ledger, "erase", "VanGogh", *erase_gated)[0] in (0, 3)
+    assert "VanGogh is erased already, and stays as it is" in script(ledger, "erase", "all", *erase_gated)[2]
+    is_error(script(ledger, "erase", "all", "VanGogh", *erase_gated), "VanGogh is erased already: restore it first")
+    assert script(ledger, "restore", "Picasso", *root)[0] == 0
+    code, out, err = script(measure, *root, "--num_captions", 20, "--save_path", tmp_path / "out")
+    assert code == 0 and "restored concepts" in out, err
+    summary = json.loads((tmp_path / "out" / "gates.json").read_text())
+    assert summary["gates"] == 2 and summary["seconds_per_gate"] == 0
+    assert summary["counts"]["restored concepts"]["kept"][1] > 0
+    is_error(script(measure, *root, "--restored", "VanGogh"), "--restored is for gates that are made")
+
+
+def test_of_many_concepts_the_table_shows_what_was_changed(script, tiny_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.cli.ledger._MAX_ROWS", 2)
+    root, names = ["--ledger_dir", tmp_path / "ledger"], ["VanGogh", "Picasso", "a red fox"]
+    assert script("train-scripts/ledger.py", "init", *root, "--model", tiny_path, "--concepts", *names)[0] == 0
+    arguments = [*root, "--mode", "gate", "--least_effect", "-9", *FLAGS]
+    out = script("train-scripts/ledger.py", "erase", "Picasso", *arguments)[1]
+    assert "| Picasso |" in out and "| VanGogh |" not in out
+    assert "3 concepts: 2 never_erased, 1 " in out
+    out = script("train-scripts/ledger.py", "restore", "Picasso", *root, "--json")[1]
+    assert len(json.loads(out)) == 3
 
 
 def test_a_ledger_says_which_names_have_no_gate(script, tiny_path, tmp_path):

@@ -17,7 +17,7 @@ from ldm.config.models import bundled_config
 from ldm.diffusion.load import load_model
 from ldm.erasure.merge import applied
 from ldm.experiments.experiment import Experiment
-from ldm.experiments.report import render_report
+from ldm.experiments.report import choose_shown, render_report
 from ldm.ledger.ledger import HISTORY_FILE, Ledger, make_header
 from ldm.ledger.operations import create_shifts, weights_hash
 
@@ -81,6 +81,35 @@ def test_the_page_tells_what_happens_to_prompts_that_nothing_protects(ledger, mo
     for title in ("Results", "Leakage"):
         assert "<td>erased compositions</td>" in sections[title]
     assert '<th scope="col">unchanged_outputs</th>' in sections["Leakage"]
+
+
+def test_the_page_of_many_concepts_shows_some_of_each_state(ledger, model, tmp_path):
+    names = [[concept.name for concept in choose_shown(ledger, most)] for most in (1, 2, 3, 24)]
+    assert names == [["Cezanne", "VanGogh"], ["Cezanne", "VanGogh"], *[["Cezanne", "VanGogh", "Picasso"]] * 2]
+    experiment = Experiment(model, OWN, tmp_path / "run", None, SAMPLING, seeds_per_prompt=1)
+    shown = choose_shown(ledger, 2)
+    experiment.extra_prompts = [*ledger.header["protected"], *(concept.prompt for concept in shown)]
+    page = render_report(ledger, experiment, 1, [], shown)
+    assert "2 of 3 concepts are erased. Images, timeline and the heat map of leakage are of 2 of them." in page
+    sections = {section[: section.index("<")]: section for section in page.split("<h2>")[1:]}
+    assert "Picasso" in sections["What is erased"] and "Picasso" not in sections["Results"]
+    assert "Nothing that is erased has a gate" in sections["Gates"]
+
+
+def test_a_page_of_gates_alone_says_how_firm_they_are(script, tiny_path, tmp_path):
+    concepts, root = ["VanGogh", "Cezanne"], ["--ledger_dir", tmp_path / "ledger"]
+    few = ["--retain_captions", 20, "--retain_words", 10, "--compositions", 5, "--misspellings", 0]
+    ledger = "train-scripts/ledger.py"
+    assert script(ledger, "init", *root, "--model", tiny_path, "--concepts", *concepts)[0] == 0
+    assert script(ledger, "erase", "VanGogh", *root, "--mode", "gate", "--least_effect", "-9", *few)[0] in (0, 3)
+    kept, model = Ledger(tmp_path / "ledger" / HISTORY_FILE), load_model(tiny_path, CPU)
+    experiment = Experiment(
+        model, OWN, tmp_path / "run", None, SAMPLING, seeds_per_prompt=1, extra_prompts=kept.prompts
+    )
+    page = render_report(kept, experiment, 1, [])
+    sections = {section[: section.index("<")]: section for section in page.split("<h2>")[1:]}
+    assert "1 gates" in sections["Gates"] and "<td>VanGogh</td>" in sections["Gates"]
+    assert "its gates change no weights" in sections["Capacity"]
 
 
 def test_a_ledger_of_nothing_has_a_page_too(model, tmp_path):

@@ -21,6 +21,7 @@ from ldm.diffusion.text_encoder import PromptEncoder
 from ldm.erasure.gate_fitter import GateFitter, rate
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.experiments.prompt_sets import HELD_OUT, MISSPELT, RESPELT, RESTORED, PromptSet, find_said
+from ldm.ledger.ledger import Ledger
 
 _NUM_ALONE = 500  # prompts, the nearest to a threshold, that are embedded one by one too
 _NUM_TIMED = 200
@@ -82,6 +83,24 @@ def fit_gates(fitter: GateFitter, concepts: Sequence[Concept]) -> FittedGates:
     if not edits:
         raise ValueError(f"none of the {len(concepts)} concepts has a gate: {next(iter(refused.values()))}")
     return FittedGates(fitted, edits, refused, seconds)
+
+
+def active_gates(ledger: Ledger) -> FittedGates:
+    """Return the gates of what a ledger has erased. Raises ValueError where nothing is, or a shift has no gate."""
+    concepts: list[Concept] = []
+    edits: list[GatedEdit] = []
+    shifts = ledger.shifts()
+    for concept in ledger.concepts:
+        if concept.label not in shifts:
+            continue
+        edit = shifts[concept.label].gated
+        if edit is None:
+            raise ValueError(f"the shift of {concept.name} has no gate: restore it, and erase it with one")
+        concepts.append(concept)
+        edits.append(edit)
+    if not edits:
+        raise ValueError(f"nothing is erased in {ledger.root}: erase a concept first")
+    return FittedGates(concepts, edits, {}, 0.0)
 
 
 def decide(model: PromptEncoder, gates: FittedGates, prompts: Sequence[str], at_once: int) -> Decisions:

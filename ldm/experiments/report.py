@@ -6,9 +6,10 @@ import base64
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment
@@ -19,19 +20,22 @@ from ldm.config.methods import SRSMEConfig
 from ldm.config.models import load_model_config
 from ldm.diffusion.edits import edit_embeddings
 from ldm.erasure.capacity import DEFAULT_TOLERANCES, FurtherPrompts, measure_capacity, summarize_groups
-from ldm.erasure.leakage import joint_leakage, leakage, leakage_by_group
+from ldm.erasure.gate_prompts import evenly
+from ldm.erasure.leakage import joint_leakage, leakage_by_group
 from ldm.erasure.merge import by_form, gated_prompts
+from ldm.erasure.shift import EmbeddingShift
 from ldm.experiments.experiment import Experiment
 from ldm.experiments.plots import LinePlot, plot_heatmap, plot_lines, plot_spectrum, plot_timeline
 from ldm.io.image_grid import image_grid
 from ldm.io.images import image_filename, open_image, save_image
 from ldm.io.prompts import read_prompt_csv
 from ldm.ledger.ledger import Ledger, status_table
-from ldm.ledger.operations import peak_memory, verify
+from ldm.ledger.operations import Measure, peak_memory, verify
 from ldm.metrics.compare import summarize_by
 from ldm.metrics.statuses import prompt_statuses
 from ldm.metrics.tables import format_cell
 
+_NUM_GATES = 20  # of those with the smallest gap
 _NUM_CHANGED = 20  # prompts that nothing protects, of which the page says that they changed
 EmbeddedImage = tuple[str, str]  # a data URI, and what it shows
 
@@ -61,15 +65,32 @@ class _Results:
     num_erased: int
 
 
-def render_report(ledger: Ledger, experiment: Experiment, num_shown: int, commands: Sequence[str]) -> str:
+def choose_shown(ledger: Ledger, most: int) -> list[Concept]:
+    """Return the concepts that a page shows: all, or at most `most`, as many of each state, evenly chosen."""
+    active = ledger.active_shifts()
+    states: dict[str, list[Concept]] = {}
+    for concept in ledger.concepts:
+        state = "erased" if concept.label in active else "restored" if ledger.last_shift(concept.label) else "never"
+        states.setdefault(state, []).append(concept)
+    chosen: list[Concept] = []
+    for number, members in enumerate(sorted(states.values(), key=len)):  # so that what few leave is for the others
+        chosen += evenly(members, max(1, (most - len(chosen)) // (len(states) - number)))
+    return [concept for concept in ledger.concepts if concept in chosen]
+
+
+def render_report(
+    ledger: Ledger, experiment: Experiment, num_shown: int, commands: Sequence[str], concepts: Sequence[Concept] = ()
+) -> str:
     """Return the page as HTML.
 
     `experiment` generates the images of the original and of the edited model, on the same seeds; `num_shown` of each
-    prompt are shown. `commands` are what makes the same ledger again.
+    prompt are shown. `commands` are what makes the same ledger again. Images, timeline and leakage are of `concepts`,
+    by default all of the ledger's; its state, its gates and the leakage by group are of all.
 
     Raises ValueError for a ledger that `verify` does not accept.
     """
     start, model = time.perf_counter(), experiment.model
+    shown = concepts or ledger.concepts
     checks = verify(ledger, model)
     results = _evaluate(ledger, experiment)
     images = _before_and_after(results, num_shown)
@@ -77,9 +98,11 @@ def render_report(ledger: Ledger, experiment: Experiment, num_shown: int, comman
     summary_by_status = summarize_by(pd.concat([results.table, results.unprotected]), "status")
     num_erased, base_model = results.num_erased, ledger.header["base_model"]
     summary = f"{num_erased} of {len(ledger.concepts)} concepts are erased."
+    if len(shown) < len(ledger.concepts):
+        summary += f" Images, timeline and the heat map of leakage are of {len(shown)} of them."
     sections = [
         Section("What is erased", f"{base_model}, digest {model.digest[:12]}. {summary}", [status_table(ledger)]),
-        _timeline_section(ledger),
+        _timeline_section(ledger, shown),
         Section(
             "Before and after",
             "The original on the left, the edited model on the right, from the same seeds.",
@@ -93,7 +116,8 @@ def render_report(ledger: Ledger, experiment: Experiment, num_shown: int, comman
             [summary_by_status, results.table.replace(named), *_most_changed(results.unprotected)],
         ),
         _watermark_section(results.table),
-        _leakage_section(ledger, experiment),
+        _leakage_section(ledger, experiment, shown),
+        _gates_section(ledger),
         _curves_section(ledger),
         _capacity_section(ledger, experiment),
         _cost_section(ledger, start),
@@ -153,20 +177,22 @@ def _before_and_after(results: _Results, num_shown: int) -> EmbeddedImage:
     return _embed_plot(lambda path: save_image(path, grid), description)
 
 
-def _timeline_section(ledger: Ledger) -> Section:
+def _timeline_section(ledger: Ledger, concepts: Sequence[Concept]) -> Section:
     history = pd.DataFrame({"history": ledger.history_lines()})
     if not ledger.entries:
         return Section("Timeline", "", [history])
-    plot = _embed_plot(lambda path: _plot_history(ledger, path), "bars over time: when each concept was erased")
+    plot = _embed_plot(
+        lambda path: _plot_history(ledger, concepts, path), "bars over time: when each concept was erased"
+    )
     return Section("Timeline", "", [history], [plot])
 
 
-def _plot_history(ledger: Ledger, path: Path) -> None:
+def _plot_history(ledger: Ledger, concepts: Sequence[Concept], path: Path) -> None:
     """Plot bars over the numbers of the ledger's entries; the last of these ends where the history does."""
     end = len(ledger.entries) + 1
     erased_after = {number: set(ledger.active_shifts(number)) for number in range(1, end)}
     rows = {}
-    for concept in ledger.concepts:
+    for concept in concepts:
         numbers = [number for number, erased in erased_after.items() if concept.label in erased]
         rows[concept.name] = [(number, number + 1) for number in numbers]
     ticks: dict[float, str] = {entry.index: entry.time[:16].replace("T", " ") for entry in ledger.entries}
@@ -183,22 +209,24 @@ def _watermark_section(table: pd.DataFrame) -> Section:
     return Section("Watermarks and the empty prompt", text, [named])
 
 
-def _leakage_section(ledger: Ledger, experiment: Experiment) -> Section:
-    """Return the leakage on each prompt of the last shift of each concept that was ever erased, and by group of all."""
-    records, model = ledger.last_shifts(), experiment.model
+def _leakage_section(ledger: Ledger, experiment: Experiment, concepts: Sequence[Concept]) -> Section:
+    """Return the leakage of the last shift of each of `concepts` that was ever erased, and of all by group."""
+    names = {concept.name for concept in concepts}
+    records = {name: record for name, record in ledger.last_shifts().items() if name in names}
     if not records:
         return Section("Leakage", "No concept was ever erased.")
     text = (
         "Leakage is the relative change of the key and value layers' output for a prompt. A concept's own shift must "
-        "change its prompt's; the other concepts' prompts, and the protected ones, must keep theirs. It is left empty "
+        "change its prompt's; the other concepts' prompts, and the protected ones, must keep theirs. That of a gate "
+        "alone is what its gate does, of any other shift what its change of weights does. It is left empty "
         "for a shift that changes other layers too, whose effect it would not say. The table is about what is erased "
         "now, all together, in the form in which it acts: unchanged_outputs is the fraction of prompts that trip no "
         "gate, whose outputs keep every bit. A change of weights lets none keep them: see how small its leakage is."
     )
-    shifts = {name: ledger.load(record) for name, record in records.items()}
-    rows = leakage(model.text_layers, shifts, model.embed_prompts(ledger.prompts))
-    table = pd.DataFrame(rows).pivot(index="prompt", columns="shift", values="leakage")
-    table = table.loc[ledger.prompts, list(records)].rename(index={"": EMPTY_PROMPT_LABEL})
+    prompts = [*ledger.header["protected"], *(concept.prompt for concept in concepts)]
+    measure = Measure(experiment.model, prompts)
+    changes = {name: measure.changes(ledger.load(record)) for name, record in records.items()}
+    table = pd.DataFrame(changes, index=pd.Index(prompts), dtype=float).rename(index={"": EMPTY_PROMPT_LABEL})
     description = "a heat map of leakage, a row for each prompt and a column for each shift"
     image = _embed_plot(lambda path: plot_heatmap(table, "leakage", path), description)
     return Section("Leakage", text, [_leakage_by_group(ledger, experiment)], [image])
@@ -221,6 +249,27 @@ def _leakage_by_group(ledger: Ledger, experiment: Experiment) -> pd.DataFrame:
     return leakage_by_group(joint_leakage(model.text_layers, list(linear.values()), before, after), groups)
 
 
+def _gates_section(ledger: Ledger) -> Section:
+    """Return what is known of the gates of what is erased, those with the smallest gap first."""
+    reports: dict[str, Mapping[str, Any]] = {}
+    for shift in ledger.shifts().values():
+        if shift.gated:
+            reports[shift.metadata["concept"]] = shift.gated.report
+    if not reports:
+        return Section("Gates", "Nothing that is erased has a gate.")
+    columns = ("gap", "false_alarms", "misses", "misspelt_misses", "distance_left")
+    rows = [{"concept": name, **{column: report.get(column) for column in columns}} for name, report in reports.items()]
+    table = pd.DataFrame(rows).sort_values("gap", kind="stable")
+    for column in columns[1:4]:
+        table[column] = [f"{found[0]} of {found[1]}" if found else "" for found in table[column]]
+    text = (
+        f"{len(reports)} gates, as each was measured when it was made. The gap is that between the highest prompt that "
+        "does not say a concept and the lowest that does, in units of the concept's distance from all others; false "
+        "alarms are counted on everyday captions, misses on held-out prompts. Those with the smallest gap are here."
+    )
+    return Section("Gates", text, [table.head(_NUM_GATES)])
+
+
 def _curves_section(ledger: Ledger) -> Section:
     """Return loss and momentum of each erasure that was trained."""
     curves = []
@@ -238,7 +287,11 @@ def _curves_section(ledger: Ledger) -> Section:
 
 
 def _capacity_section(ledger: Ledger, experiment: Experiment) -> Section:
-    model = experiment.model
+    model, shifts = experiment.model, ledger.shifts()
+    if shifts and all(isinstance(shift, EmbeddingShift) and shift.is_gate_alone for shift in shifts.values()):
+        return Section(
+            "Capacity", "What is erased here takes no directions of the embedding: its gates change no weights."
+        )
     config = load_model_config(model)
     method = config.methods[SRSMEConfig.name]
     assert isinstance(method, SRSMEConfig)

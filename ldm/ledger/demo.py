@@ -120,7 +120,7 @@ class DemoSession:
         self.state = state = LedgerState.read(self.state.ledger.path, self.state)
         return state
 
-    def chosen(self, names: Collection[str]) -> Collection[str]:
+    def chosen(self, names: Sequence[str]) -> Sequence[str]:
         """Return the names of what is erased for a visitor who chose `names`. Raises RequestError as `switched`."""
         return self.state.switched(names) if self.has_switches else names
 

@@ -84,7 +84,7 @@ def create_shifts(
         prompts = ledger.prompts
         known = [leakages.get(concept.name, {}).keys() | {concept.prompt} for concept in concepts]
         others = [concept for concept, said in zip(concepts, known, strict=True) if not said >= set(prompts)]
-        measure = _Measure(model, prompts if others else ())
+        measure = Measure(model, prompts if others else ())
     records: dict[str, dict[str, Any]] = {}
     for concept in concepts:
         shift, record = shift_record(ledger, placed[concept.label], concept)
@@ -106,7 +106,7 @@ def _retained(ledger: Ledger) -> list[Concept]:
     return [*ledger.concepts, *listed]
 
 
-class _Measure:
+class Measure:
     """The leakage of shifts on prompts whose embeddings, and outputs of the base model, are computed once."""
 
     def __init__(self, model: DiffusionModel, prompts: Sequence[str]):
@@ -155,7 +155,7 @@ def leakage_on_added(ledger: Ledger, model: DiffusionModel, concepts: Sequence[C
     leakage. None for a shift of other layers too, whose effect leakage would not say.
     """
     check_base_model(ledger.header, model, ledger.path)
-    measure = _Measure(model, [concept.prompt for concept in concepts])
+    measure = Measure(model, [concept.prompt for concept in concepts])
     rows = []
     for concept in ledger.concepts:
         record = ledger.last_shift(concept.label)
@@ -205,7 +205,7 @@ def verify(ledger: Ledger, model: DiffusionModel) -> pd.DataFrame:
     check_base_model(ledger.header, model, ledger.path)
     add(f"base {ledger.header['base_model']}", model.digest, "the model that the ledger was begun with")
     shifts: dict[str, WeightShift] = {}
-    measure = _Measure(model, ledger.prompts)
+    measure = Measure(model, ledger.prompts)
     for entry in ledger.entries:
         known = set(ledger.prompts_after(entry.index))
         for label, record in entry.erase.items():
