@@ -96,19 +96,19 @@ def test_the_page_of_many_concepts_shows_some_of_each_state(ledger, model, tmp_p
     assert "Nothing that is erased has a gate" in sections["Gates"]
 
 
-def test_a_page_of_gates_alone_says_how_firm_they_are(script, tiny_path, tmp_path):
-    concepts, root = ["VanGogh", "Cezanne"], ["--ledger_dir", tmp_path / "ledger"]
+def test_a_page_of_gates_alone_says_how_firm_they_are(script, mini_path, tmp_path):
+    concepts, root = ["VanGogh", "a red fox"], ["--ledger_dir", tmp_path / "ledger"]
     few = ["--retain_captions", 20, "--retain_words", 10, "--compositions", 5, "--misspellings", 0]
     ledger = "train-scripts/ledger.py"
-    assert script(ledger, "init", *root, "--model", tiny_path, "--concepts", *concepts)[0] == 0
-    assert script(ledger, "erase", "VanGogh", *root, "--mode", "gate", "--least_effect", "-9", *few)[0] in (0, 3)
-    kept, model = Ledger(tmp_path / "ledger" / HISTORY_FILE), load_model(tiny_path, CPU)
+    assert script(ledger, "init", *root, "--model", mini_path, "--concepts", *concepts)[0] == 0
+    assert script(ledger, "erase", "a red fox", *root, "--mode", "gate", "--least_effect", "-9", *few)[0] in (0, 3)
+    kept, model = Ledger(tmp_path / "ledger" / HISTORY_FILE), load_model(mini_path, CPU)
     experiment = Experiment(
         model, OWN, tmp_path / "run", None, SAMPLING, seeds_per_prompt=1, extra_prompts=kept.prompts
     )
     page = render_report(kept, experiment, 1, [])
     sections = {section[: section.index("<")]: section for section in page.split("<h2>")[1:]}
-    assert "1 gates" in sections["Gates"] and "<td>VanGogh</td>" in sections["Gates"]
+    assert "<p>1 gate, as" in sections["Gates"] and "<td>red fox</td>" in sections["Gates"]
     assert "its gates change no weights" in sections["Capacity"]
 
 
