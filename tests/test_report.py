@@ -108,7 +108,7 @@ def test_a_page_of_gates_alone_says_how_firm_they_are(script, mini_path, tmp_pat
     )
     page = render_report(kept, experiment, 1, [])
     sections = {section[: section.index("<")]: section for section in page.split("<h2>")[1:]}
-    assert "<p>1 gate, as" in sections["Gates"] and "<td>red fox</td>" in sections["Gates"]
+    assert "<p>1 gate, as measured" in sections["Gates"] and "<td>red fox</td>" in sections["Gates"]
     assert "its gates change no weights" in sections["Capacity"]
 
 

@@ -262,10 +262,11 @@ def _gates_section(ledger: Ledger) -> Section:
     table = pd.DataFrame(rows).sort_values("gap", kind="stable")
     for column in columns[1:4]:
         table[column] = [f"{found[0]} of {found[1]}" if found else "" for found in table[column]]
+    number = "1 gate" if len(reports) == 1 else f"{len(reports)} gates"
     text = (
-        f"{len(reports)} {'gate' if len(reports) == 1 else 'gates'}, as each was measured when it was made. The gap is that between the highest prompt that "
-        "does not say a concept and the lowest that does, in units of the concept's distance from all others; false "
-        "alarms are counted on everyday captions, misses on held-out prompts. Those with the smallest gap are here."
+        f"{number}, as measured when made. The gap is that between the highest prompt that does not say a concept and "
+        "the lowest that does, in units of the concept's distance from all others; false alarms are counted on "
+        "everyday captions, misses on held-out prompts. Those with the smallest gap are here."
     )
     return Section("Gates", text, [table.head(_NUM_GATES)])
 
