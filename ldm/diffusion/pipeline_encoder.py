@@ -15,7 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.utils import logging as transformers_logging
 
-from ldm.diffusion.text_model import States
+from ldm.diffusion.batches import States
 from ldm.diffusion.text_states import LAST_STATE, capture_states
 
 OUTPUTS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

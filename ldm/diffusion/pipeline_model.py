@@ -8,9 +8,9 @@ from typing import Any, Self
 
 import torch
 
+from ldm.diffusion.batches import States
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.pipeline_encoder import PipelineEncoder
-from ldm.diffusion.text_model import States
 
 
 def unwrapped(module: Any) -> Any:

@@ -10,9 +10,9 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoTokenizer
 
+from ldm.diffusion.batches import States
 from ldm.diffusion.components import read_config
 from ldm.diffusion.load import silence_hf_logging
-from ldm.diffusion.text_model import States
 from ldm.diffusion.text_states import LAST_STATE, capture_states, text_encoder_layers
 from ldm.io.tensors import not_finite
 

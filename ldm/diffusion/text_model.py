@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 
+from ldm.diffusion.batches import States, encode_in_batches
 from ldm.diffusion.text_states import LAST_STATE, capture_states
 from ldm.diffusion.tokenizer import describe_cuts, tokenizer_digest, vocabulary_words
 from ldm.io.errors import notify
@@ -26,7 +27,6 @@ from ldm.io.tensors import tensor_digest
 _ENCODER_SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "max_position_embeddings")
 _MAX_WORDS = 512  # of the vocabulary that the second moment is taken over
 _MAX_CHECKED = 10_000  # prompts of which it is remembered that they were looked at
-_PROMPTS_AT_ONCE = 64  # that the text encoder embeds in one pass
 
 
 def own_config(module: Any) -> dict[str, Any]:
@@ -53,9 +53,6 @@ def own_config(module: Any) -> dict[str, Any]:
 def canonical_name(name: str) -> str:
     """Return what a weight of a text encoder is called: some versions of transformers put "text_model." before it."""
     return name.removeprefix("text_model.")
-
-
-States = Mapping[tuple[str, int], torch.Tensor]  # by text encoder and layer: (N, T, width of that encoder)
 
 
 class EmbeddingEdit(Protocol):
@@ -240,8 +237,7 @@ class TextModel:
     def prompt_gram(self, prompts: Sequence[str]) -> torch.Tensor:
         """Return the sum of `e^T e` over prompts, (d, d), float64, with e (tokens, d) the embedding of one."""
         gram = torch.zeros(self.context_dim, self.context_dim, dtype=torch.float64)
-        for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-            embeds, _ = self.encode_with_states(list(prompts[start : start + _PROMPTS_AT_ONCE]), {})
+        for _, embeds, _ in encode_in_batches(self, prompts, {}):
             rows = self.drop_pooled(embeds).flatten(0, 1).cpu().double()  # (N * tokens, d)
             gram += rows.T @ rows
         return gram

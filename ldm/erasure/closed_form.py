@@ -67,7 +67,9 @@ def erasure_space(
     null_basis = torch.linalg.qr(basis.T).Q.T  # S (m, d)
     target_rows = target_embeds.flatten(0, 1).cpu().double()  # (P * tokens, d)
     projection = target_rows @ null_basis.T
-    size = torch.linalg.matrix_norm(projection, ord=2)
+    is_tall = len(projection) > len(null_basis)
+    gram = projection.T @ projection if is_tall else projection @ projection.T
+    size = torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()  # the largest singular value
     if size <= _RELATIVE_ZERO * target_rows.norm():
         raise NoProjectionError(
             "the protected prompts say all that the concept says, so that nothing can erase it alone: "

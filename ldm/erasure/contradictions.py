@@ -15,6 +15,7 @@ from ldm.config.concepts import Concept
 from ldm.config.everyday import retain_captions
 from ldm.config.spellings import says
 from ldm.config.templates import fill, load_template_set
+from ldm.diffusion.batches import encode_in_batches
 from ldm.diffusion.text_model import TextModel
 from ldm.diffusion.tokenizer import last_token
 
@@ -25,7 +26,6 @@ _CLEARANCE = 0.1  # above every prompt that says no concept
 _NUM_CAPTIONS = 40  # of those prompts, beside the neutral ones
 _RIDGE = 0.1  # of the covariance, relative to its mean eigenvalue
 _SHOWN = 3
-_PROMPTS_AT_ONCE = 64  # that the text encoder embeds in one pass
 
 
 def find_by_text(concept: Concept, protected: Iterable[str]) -> list[str]:
@@ -108,7 +108,6 @@ class _Whitening:
 def _rows(model: TextModel, prompts: Sequence[str]) -> torch.Tensor:
     """Return the rows of prompts (N, T - 1, d), float64, without the first, which says nothing of them."""
     batches: list[torch.Tensor] = []
-    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-        embeds, _ = model.encode_with_states(list(prompts[start : start + _PROMPTS_AT_ONCE]), {})
+    for _, embeds, _ in encode_in_batches(model, prompts, {}):
         batches.append(model.drop_pooled(embeds)[:, 1:].cpu().double())
     return torch.cat(batches)

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from scipy.stats import binomtest
-from tqdm import tqdm
 
 from ldm.config.concepts import Concept
 from ldm.config.everyday import everyday_captions, kin_names
 from ldm.config.methods import GateConfig
 from ldm.config.spellings import says
+from ldm.diffusion.batches import States, encode_in_batches, join_states
 from ldm.diffusion.text_encoder import PromptEncoder
-from ldm.diffusion.text_model import States
 from ldm.diffusion.text_states import LAST_STATE, text_encoder_layers
 from ldm.diffusion.tokenizer import align_tokens
 from ldm.erasure.embedding_map import EmbeddingMap, fit_map
@@ -30,7 +29,6 @@ from ldm.io.errors import notify
 
 Rows = Mapping[tuple[str, int], list[torch.Tensor]]  # by text encoder and layer: the rows (t, d) of each prompt
 
-_PROMPTS_AT_ONCE = 64  # that the text encoders embed in one pass
 _CONCEPTS_AT_ONCE = 16  # whose gates are fitted in one go
 _ANCHORS_KEPT = 256  # whose embeddings are not computed again
 _NUM_TRIED, _MAX_TRIED = 400, 8  # prompts, and at most so many concepts and layers, by which the hidden state is chosen
@@ -39,7 +37,7 @@ _NEAR_BEST = 0.75  # of the largest gap that a state has to reach
 _NUM_JUDGED = 500  # captions of another grammar, on which false alarms are counted
 _SMALL_GAP = 0.05  # in units of the distance between a concept and all else
 _FALSE_ALARMS_SHOWN = 5
-_QUIET_SECONDS = 1.5  # before a progress bar shows
+_TITLE = "prompts for gates"  # of a progress bar
 
 
 class NoGatesError(ValueError):
@@ -247,10 +245,8 @@ class GateFitter:
         Those of a few prompts are thinned before the next ones are encoded, so that the whole is never held.
         """
         found: dict[tuple[str, int], list[torch.Tensor]] = {}
-        starts = range(0, len(prompts), _PROMPTS_AT_ONCE)
-        for start in _with_progress(starts):
-            part = prompts[start : start + _PROMPTS_AT_ONCE]
-            for key, rows in self._thinned(part, self._encode(part, layers or self.layers)).items():
+        for part, _, states in encode_in_batches(self.model, prompts, _several(layers or self.layers), _TITLE):
+            for key, rows in self._thinned(part, states).items():
                 found.setdefault(key, []).extend(rows)
         return found
 
@@ -272,16 +268,8 @@ class GateFitter:
         self, prompts: Sequence[str], layers: Mapping[str, int | Collection[int]]
     ) -> tuple[torch.Tensor, States]:
         """Return the embeddings of prompts (N, rows, d) and their hidden states, on the CPU."""
-        needed = {name: [found] if isinstance(found, int) else found for name, found in layers.items()}
-        embeds: list[torch.Tensor] = []
-        batches: dict[tuple[str, int], list[torch.Tensor]] = {}
-        starts = range(0, len(prompts), _PROMPTS_AT_ONCE)
-        for start in _with_progress(starts):
-            found, states = self.model.encode_with_states(list(prompts[start : start + _PROMPTS_AT_ONCE]), needed)
-            embeds.append(found.cpu())
-            for key, state in states.items():
-                batches.setdefault(key, []).append(state.cpu())
-        return torch.cat(embeds), {key: torch.cat(parts) for key, parts in batches.items()}
+        found = list(encode_in_batches(self.model, prompts, _several(layers), _TITLE))
+        return torch.cat([embeds.cpu() for _, embeds, _ in found]), join_states([states for _, _, states in found])
 
     def _fit_maps(self, own: OwnPrompts, embeds: torch.Tensor) -> dict[str, EmbeddingMap]:
         """Return the maps of a concept's prompts, whose embeddings are (N, rows, d), onto their anchors, by stream."""
@@ -347,10 +335,9 @@ class GateFitter:
         }
 
 
-def _with_progress(starts: Sequence[int]) -> Iterable[int]:
-    """Return where each batch of prompts begins, beside a progress bar where there are several."""
-    title = "prompts for gates"
-    return tqdm(starts, desc=title, unit="batch", delay=_QUIET_SECONDS, leave=False) if len(starts) > 1 else starts
+def _several(layers: Mapping[str, int | Collection[int]]) -> dict[str, Collection[int]]:
+    """Return the layers of each text encoder, where it may have one alone."""
+    return {name: [found] if isinstance(found, int) else found for name, found in layers.items()}
 
 
 def mean_distance_left(before: torch.Tensor, after: torch.Tensor, aims: torch.Tensor) -> float:

@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ldm.diffusion.text_model import States, TextModel
+from ldm.diffusion.batches import States
+from ldm.diffusion.text_model import TextModel
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.output_norms import output_norms
 from ldm.erasure.shift import WeightShift

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import GateConfig
+from ldm.diffusion.batches import encode_in_batches
 from ldm.diffusion.pipeline_encoder import OUTPUTS, SIDES, EncodedPrompts, PipelineEncoder
 from ldm.erasure.gate_fitter import GateFitter, InseparableError
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
@@ -20,7 +21,6 @@ from ldm.erasure.pipeline_eraser import Kept, PipelineEraser, Reports
 from ldm.io.errors import notify
 from ldm.io.tensors import tensor_digest
 
-_PROMPTS_AT_ONCE = 64  # that the text encoders embed in one pass
 _MAX_STATES = 8  # of the text encoders, `clip_skip`s and kept prompts, for which edits are kept
 _MAX_RETURNED = 10_000  # prompts' embeddings that are known again
 
@@ -208,9 +208,7 @@ class GatedPipelineEraser(PipelineEraser):
 def _check_protected(encoder: PipelineEncoder, edits: Mapping[str, GatedEdit], protected: Sequence[str]) -> None:
     """Raise ValueError where a gate fires on a protected prompt, as one that is a part of the concept's name."""
     gated, prompts = GatedPrompts(edits), [*always_protected_prompts(), *protected]
-    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-        batch = prompts[start : start + _PROMPTS_AT_ONCE]
-        states = encoder.encode_with_states(batch, gated.layers)[1]
+    for batch, _, states in encode_in_batches(encoder, prompts, gated.layers):
         for prompt, labels in zip(batch, gated.fired(states), strict=True):
             if labels:
                 raise ValueError(

@@ -20,7 +20,6 @@ from ldm.erasure.gate_fitter import rate
 from ldm.experiments.gates import FittedGates, decide, format_rate
 
 DEFAULT_LIMITS = (0.01, 0.03)  # of the fraction of captions for which any gate fires though they say no concept
-_PROMPTS_AT_ONCE = 64
 _QUANTILE = 1.96  # of the normal distribution, for an interval of 95 %
 
 
@@ -42,7 +41,7 @@ def measure_gate_capacity(
     model: PromptEncoder, gates: FittedGates, captions: Sequence[str], limits: Sequence[float] = DEFAULT_LIMITS
 ) -> GateCapacity:
     """Return how many gates like those given fit, as far as their false alarms on captions tell."""
-    fires = decide(model, gates, captions, _PROMPTS_AT_ONCE).margins > 0  # (N, C)
+    fires = decide(model, gates, captions).margins > 0  # (N, C)
     said = torch.tensor([[says(caption, concept.spellings) for concept in gates.concepts] for caption in captions])
     is_alarm, counted = fires & ~said, (~said).sum(0)
     rows: list[dict[str, Any]] = []

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ldm.config.concepts import Concept
+from ldm.diffusion.batches import PROMPTS_AT_ONCE, encode_in_batches
 from ldm.diffusion.text_encoder import PromptEncoder
 from ldm.erasure.gate_fitter import GateFitter, rate
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
@@ -25,7 +26,6 @@ from ldm.ledger.ledger import Ledger
 
 _NUM_ALONE = 500  # prompts, the nearest to a threshold, that are embedded one by one too
 _NUM_TIMED = 200
-_PROMPTS_AT_ONCE = 64
 _ROUNDED_TO = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -103,12 +103,13 @@ def active_gates(ledger: Ledger) -> FittedGates:
     return FittedGates(concepts, edits, {}, 0.0)
 
 
-def decide(model: PromptEncoder, gates: FittedGates, prompts: Sequence[str], at_once: int) -> Decisions:
+def decide(
+    model: PromptEncoder, gates: FittedGates, prompts: Sequence[str], at_once: int = PROMPTS_AT_ONCE
+) -> Decisions:
     """Return what each gate decides of each prompt, `at_once` of which the text encoders embed in one pass."""
     together = gates.together
     found: dict[str, list[torch.Tensor]] = {name: [] for name in ("as it is", *_ROUNDED_TO)}
-    for start in tqdm(range(0, len(prompts), at_once), desc="judge", unit="batch"):
-        states = model.encode_with_states(list(prompts[start : start + at_once]), together.layers)[1]
+    for _, _, states in encode_in_batches(model, prompts, together.layers, "judge", at_once):
         found["as it is"].append(together.margins(states))
         for name, dtype in _ROUNDED_TO.items():
             rounded = {key: state.to(dtype).float() for key, state in states.items()}
@@ -120,8 +121,7 @@ def decide(model: PromptEncoder, gates: FittedGates, prompts: Sequence[str], at_
 def find_kept(model: PromptEncoder, gates: FittedGates, prompts: Sequence[str]) -> torch.Tensor:
     """Return which prompts keep every bit of their embedding while the gates act, (N,) bool."""
     together, found = gates.together, []
-    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-        before, states = model.encode_with_states(list(prompts[start : start + _PROMPTS_AT_ONCE]), together.layers)
+    for _, before, states in encode_in_batches(model, prompts, together.layers):
         after = together(before, states)
         same = before.view(torch.uint8) == after.view(torch.uint8)  # bytes: 0 and -0 are equal as numbers
         found.append(same.flatten(1).all(1).cpu())
@@ -138,7 +138,7 @@ def evaluate_gates(
             every_prompt.setdefault(prompt, len(every_prompt))
     prompts = list(every_prompt)
     start = time.perf_counter()
-    decisions = decide(model, gates, prompts, _PROMPTS_AT_ONCE)
+    decisions = decide(model, gates, prompts)
     judge_seconds = time.perf_counter() - start
     judged: list[Judged] = []
     for prompt_set in prompt_sets:

@@ -17,9 +17,9 @@ from torch import nn
 from ldm.config.concepts import OWN, Concept, erasable_concepts
 from ldm.config.methods import METHODS, NO_GATE, GateConfig, MethodConfig, NullSpaceConfig
 from ldm.config.models import load_model_config
+from ldm.diffusion.batches import States, encode_in_batches, join_states
 from ldm.diffusion.edits import remember_embeddings
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.text_model import States
 from ldm.erasure.contradictions import check_contradictions
 from ldm.erasure.effect import judge, stated_effects
 from ldm.erasure.erase import erase
@@ -35,7 +35,6 @@ from ldm.io.paths import ArtifactPaths
 from ldm.io.tensors import check_base_model
 from ldm.ledger.ledger import Ledger
 
-_PROMPTS_AT_ONCE = 64  # that the text encoders embed in one pass
 _FROM_A_COPY = "get the ledger and its shifts back from a copy"
 
 
@@ -132,14 +131,11 @@ class Measure:
         if key not in self._read:
             prompts, layers = list(self.embeds), {name: [layer] for name, layer in edit.layers.items()}
             rows: dict[str, torch.Tensor] = {}
-            parts: dict[tuple[str, int], list[torch.Tensor]] = {}
-            for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-                some = prompts[start : start + _PROMPTS_AT_ONCE]
-                found, states = self.model.encode_with_states(some, layers)
+            parts: list[States] = []
+            for some, found, states in encode_in_batches(self.model, prompts, layers):
                 rows |= dict(zip(some, found, strict=True))
-                for name, state in states.items():
-                    parts.setdefault(name, []).append(state)
-            self._read[key] = rows, {name: torch.cat(found) for name, found in parts.items()}
+                parts.append(states)
+            self._read[key] = rows, join_states(parts)
         return self._read[key]
 
 
