@@ -88,21 +88,22 @@ def joint_leakage(
 
 
 def gated_leakage(
-    model: TextModel, edit: GatedEdit, rows: Mapping[str, torch.Tensor], states: States
+    model: TextModel, edit: GatedEdit, prompts: Sequence[str], embeds: torch.Tensor, states: States
 ) -> dict[str, float]:
-    """Return the leakage of a gate and its map on prompts with embeddings (rows, d) and hidden `states`."""
-    embeds = torch.stack(list(rows.values()))
-    before, after = (model.drop_pooled(each) for each in (embeds, GatedPrompts({"": edit})(embeds, states)))
-    return joint_leakage(
-        model.text_layers, (), dict(zip(rows, before, strict=True)), dict(zip(rows, after, strict=True))
-    )
+    """Return the leakage of a gate and its map on prompts with embeddings (N, rows, d) and hidden `states`."""
+    edited = GatedPrompts({"": edit})(embeds, states)
+    changed = (edited != embeds).flatten(1).any(1)  # few: what the rest becomes needs no product
+    before, after = (model.drop_pooled(each[changed]).cpu().double() for each in (embeds, edited))
+    gram, found = model.output_gram, torch.zeros(len(prompts), dtype=torch.float64)
+    moved, base = (((rows @ gram) * rows).flatten(1).sum(1) for rows in (after - before, before))  # squared norms
+    found[changed.cpu()] = (moved / base).sqrt()
+    return dict(zip(prompts, found.tolist(), strict=True))
 
 
 def gate_leakage(model: TextModel, edit: GatedEdit, prompts: Iterable[str]) -> dict[str, float]:
     """Return `gated_leakage` on prompts, which are embedded for it in one pass."""
     texts = list(dict.fromkeys(prompts))
-    rows, states = model.encode_with_states(texts, GatedPrompts({"": edit}).layers)
-    return gated_leakage(model, edit, dict(zip(texts, rows, strict=True)), states)
+    return gated_leakage(model, edit, texts, *model.encode_with_states(texts, GatedPrompts({"": edit}).layers))
 
 
 def _differences(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -110,7 +110,7 @@ class Measure:
 
     def __init__(self, model: DiffusionModel, prompts: Sequence[str]):
         self.model, self.layers = model, model.text_layers
-        self._read: dict[tuple[Any, ...], tuple[dict[str, torch.Tensor], States]] = {}  # by the states that gates read
+        self._read: dict[tuple[Any, ...], tuple[torch.Tensor, States]] = {}  # by the states that gates read
         self.embeds = model.embed_prompts(dict.fromkeys(prompts))  # (tokens, d) each
         self.norms = base_norms(self.layers, self.embeds)
 
@@ -122,20 +122,17 @@ class Measure:
         if not changes_only(shift, self.layers):
             return {}
         if shift.gated and shift.is_gate_alone:
-            return gated_leakage(self.model, shift.gated, *self._states(shift.gated))
+            return gated_leakage(self.model, shift.gated, list(self.embeds), *self._encoded(shift.gated))
         return {row["prompt"]: row["leakage"] for row in leakage(self.layers, {"": shift}, self.embeds, self.norms)}
 
-    def _states(self, edit: GatedEdit) -> tuple[dict[str, torch.Tensor], States]:
-        """Return the embeddings of all prompts, (rows, d) each, and the hidden states that a gate reads, read once."""
+    def _encoded(self, edit: GatedEdit) -> tuple[torch.Tensor, States]:
+        """Return the embeddings of all prompts, (N, rows, d), and the hidden states that a gate reads, read once."""
         key = tuple(sorted(edit.layers.items()))
         if key not in self._read:
             prompts, layers = list(self.embeds), {name: [layer] for name, layer in edit.layers.items()}
-            rows: dict[str, torch.Tensor] = {}
-            parts: list[States] = []
-            for some, found, states in encode_in_batches(self.model, prompts, layers):
-                rows |= dict(zip(some, found, strict=True))
-                parts.append(states)
-            self._read[key] = rows, join_states(parts)
+            batches = list(encode_in_batches(self.model, prompts, layers))
+            embeds = torch.cat([found.cpu() for _, found, _ in batches])
+            self._read[key] = embeds, join_states([states for _, _, states in batches])
         return self._read[key]
 
 
