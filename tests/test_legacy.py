@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import CPU, ROOT, is_error
 from PIL import Image
 
