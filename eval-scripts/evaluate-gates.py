@@ -11,11 +11,19 @@ SAVE_PATH/gates.csv, which has a row for each concept, detectors.csv and gates.j
 from pathlib import Path
 
 from ldm.cli import arguments, habits, output
-from ldm.cli.gates import GATE_SETTINGS, gates_to_measure
 from ldm.cli.run import run
 from ldm.config.methods import GateConfig
 from ldm.io.paths import REPO_ROOT
 
+GATE_SETTINGS = (  # which decide of gates; others decide what a prompt becomes
+    "gate_position",
+    "gate_ridge",
+    "retain_captions",
+    "retain_words",
+    "compositions",
+    "misspellings",
+    "misspelling_clearance",
+)
 NUM_WORST = 10  # concepts that are printed
 NUM_EXAMPLES = 20  # of false alarms, and of misses, that are printed
 
@@ -60,6 +68,7 @@ def main() -> None:
     arguments.add_device(parser)
     habits.add_json(parser)
     args = parser.parse_args()
+    from ldm.cli.gates import gates_to_measure
     from ldm.experiments.baselines import compare_detectors
     from ldm.experiments.gates import evaluate_gates
     from ldm.experiments.prompt_sets import make_prompt_sets, read_captions

@@ -17,16 +17,6 @@ if TYPE_CHECKING:
 
     Measured = tuple[PromptEncoder, FittedGates, list[Concept], float]
 
-GATE_SETTINGS = (  # which decide of gates; others decide what a prompt becomes
-    "gate_position",
-    "gate_ridge",
-    "retain_captions",
-    "retain_words",
-    "compositions",
-    "misspellings",
-    "misspelling_clearance",
-)
-
 
 def gates_to_measure(args: Namespace) -> Measured:
     """Return a model or text encoder, gates for it, the concepts that are restored, and the seconds before the gates.
@@ -39,7 +29,8 @@ def gates_to_measure(args: Namespace) -> Measured:
 def _of_ledger(args: Namespace) -> Measured:
     from ldm.experiments.gates import active_gates
 
-    unused = [name for name in ("text_encoder", "concepts", "restored", *GATE_SETTINGS) if name in arguments.typed]
+    settings = arguments.typed_settings(args, GateConfig)
+    unused = [*settings, *(name for name in ("text_encoder", "concepts", "restored") if name in arguments.typed)]
     if unused:
         raise ValueError(f"`{unused[0]}` is for gates that are made, and `ledger_dir` measures those that are there")
     if not any(name in arguments.typed for name in MODEL_ARGUMENTS):

@@ -9,12 +9,13 @@ from typing import Any, Self
 
 import torch
 
-from ldm.diffusion.batches import States
 from ldm.erasure.embedding_map import EmbeddingMap, join_maps
 from ldm.erasure.gate import Gate, join_gates
 from ldm.io.checks import is_mapping, is_number
 
 LAST_STATE = -1  # the state that is what the denoiser is given, as in `ldm.diffusion.text_states`
+
+States = Mapping[tuple[str, int], torch.Tensor]  # by text encoder and layer: (N, T, width of that encoder)
 
 # Of three styles said together 2 of 96 images were left at 1.2, and none at 1.3 and 1.4 (mini-sd-minilm). Where two
 # maps were fitted on the same rows, as of two names that say each other, it goes three tenths too far.

@@ -71,7 +71,7 @@ def _add_widgets(demo: DemoSession, values: Values) -> dict[str, Any]:
     options = {"components": [widgets["prompt"]], "label": "Prompts to try", "elem_id": "examples"}
     widgets["examples"] = gr.Dataset(**values["examples"], **options, layout="gallery")
     if demo.has_switches:
-        label = "Other here than in the ledger: search for what is erased to give it back, or the other way round"
+        label = "Other here than in the ledger: search for what is erased to restore it, or the other way round"
         widgets["names"] = gr.Dropdown(**values["names"], label=label, multiselect=True, elem_id="names")
     else:
         label = "Erased here: your own choice, of all that was ever erased"
