@@ -82,7 +82,7 @@ def test_weights_are_those_of_half_precision_exactly():
 
 def test_prompts_that_are_left_out_do_not_count():
     group, negatives = saying(12, 0), random_rows(200, 1)
-    own = saying(3, 9)
+    own = group[:3]
     left_out = torch.tensor([False] * 200 + [True] * 3)
     with_own = fit(group, torch.cat([negatives, own]), left_out=left_out)
     without = fit(group, negatives)
@@ -90,6 +90,21 @@ def test_prompts_that_are_left_out_do_not_count():
     assert torch.allclose(with_own.thresholds, without.thresholds, atol=1e-3)
     with pytest.raises(NoGateError):
         fit(group, torch.cat([negatives, own]))
+
+
+def test_a_direction_that_takes_namesakes_is_turned_until_it_tells_them_apart(monkeypatch):
+    """Namesakes end in the same token: their rows are those of the concept but for a part along another axis."""
+    group, namesakes = saying(12, 0), saying(4, 5)
+    namesakes[:, 2, 3] += 0.8
+    negatives = torch.cat([random_rows(300, 1), namesakes])
+    gate = fit(group, negatives)
+    assert gate.gap >= 0.05 and (gate.margins(group) > 0).all() and (gate.margins(negatives) < 0).all()
+    others = saying(50, 7)
+    others[:, 2, 3] += 0.8
+    assert (gate.margins(saying(50, 6)) > 0).float().mean() > 0.9 > 0.5 > (gate.margins(others) > 0).float().mean()
+    monkeypatch.setattr(gates, "_TURN_RIDGES", ())
+    with pytest.raises(NoGateError):
+        fit(group, negatives)
 
 
 def test_the_direction_is_fishers_with_the_covariance_of_all_but_the_left_out(monkeypatch):

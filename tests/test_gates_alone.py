@@ -129,16 +129,16 @@ def test_of_many_concepts_the_table_shows_what_was_changed(script, tiny_path, tm
 
 
 def test_a_ledger_says_which_names_have_no_gate(script, tiny_path, tmp_path):
-    root, names = ["--ledger_dir", tmp_path / "ledger"], ["VanGogh", "Picasso", "Cezanne"]
+    root, names = ["--ledger_dir", tmp_path / "ledger"], ["VanGogh", "Picasso", "the"]
     assert script("train-scripts/ledger.py", "init", *root, "--model", tiny_path, "--concepts", *names)[0] == 0
     code, _, err = script("train-scripts/ledger.py", "erase", "all", *root, "--mode", "gate", *FLAGS)
-    assert code == 3 and "Cezanne: no gate was found" in err and "no gate tells 'Cezanne'" in err
+    assert code == 3 and "the: no gate was found" in err and "'the' is said by" in err
     assert set(Ledger(tmp_path / "ledger" / HISTORY_FILE).active_shifts()) == {"vangogh", "picasso"}
 
 
 def test_a_name_without_a_gate_is_said_and_the_others_are_kept(script, tiny_path, tmp_path):
     arguments = ["--model", tiny_path, "--mode", "gate", "--artifacts_dir", tmp_path, *FLAGS]
-    result = script("train-scripts/SRS_ME.py", "--concepts", "VanGogh", "Picasso", "Cezanne", *arguments)
+    result = script("train-scripts/SRS_ME.py", "--concepts", "VanGogh", "Picasso", "the", *arguments)
     is_error(result, "The gates of the other 2 are kept")
     made = sorted(path.stem for path in tmp_path.rglob("shift-*.safetensors"))
     assert made == ["shift-picasso", "shift-vangogh"]

@@ -7,7 +7,8 @@ to its concept. A gate keeps it from that: with e_t the rows of a prompt's embed
 
 w is Fisher's linear discriminant between the row of the concept's last token and every row of prompts that do not say
 it, found anew with more weight on those that come nearest (hard negatives); b lies in the gap between the highest of
-these and the lowest prompt that says it. (Gates by similarity: SPM, arXiv 2312.16145.)
+these and the lowest prompt that says it. Where there is no gap, as between namesakes, w is turned until it tells the
+nearest rows apart, by logistic regression. (Gates by similarity: SPM, arXiv 2312.16145.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ldm.erasure.negatives import Negatives
 from ldm.erasure.prompt_rows import PromptRows
@@ -24,6 +26,12 @@ _OWN_WEIGHT = 0.1  # of the covariance of a concept's own rows, against that of 
 _LOOKALIKE_GAP = 0.2  # that lookalikes stay below a concept's prompts to count for its threshold
 _GROUPS_AT_ONCE = 32
 _HARD_ROUNDS, _NUM_HARD, _HARD_WEIGHT = 1, 600, 0.1  # how often, and with what weight, the hardest rows count again
+_TURN_RIDGES, _TURN_STEPS = (0.01, 0.001), 60  # each ridge where the one before leaves no gap
+_TURN_GAP = 0.05  # that a turned direction has to leave: a smaller one may be of these very prompts alone
+_SHARPNESS, _NEAR_WEIGHT = (
+    20.0,
+    3.0,
+)  # of the logistic loss, whose unit is the distance of the means; of negatives in it
 _NUM_NEAR = 4096  # rows, the hardest to the first direction, of which the later ones' hardest are
 
 
@@ -125,13 +133,55 @@ def _fit_batch(tasks: Sequence[GateTask], negatives: Negatives, position: float)
             fit.add(torch.cat([negatives.rows[hardest], alike]))
     weights = [negatives.weights(fit.solve()).half().float() for fit in fits]  # as files have it
     found: list[list[Gate | NoGateError]] = []
-    for task, weight, scores in zip(tasks, weights, _scores(negatives, weights, out), strict=True):
+    every_score = _scores(negatives, weights, out)
+    for fit, task, weight, scores, left_out in zip(fits, tasks, weights, every_score, out, strict=True):
         gates: list[Gate | NoGateError] = []
-        for group, own_weight, own_scores in zip(task.groups, weight, scores, strict=True):
+        for number, (group, own_weight, own_scores) in enumerate(zip(task.groups, weight, scores, strict=True)):
             single = GateTask([group], task.left_out, task.lookalikes)
-            gates.append(_with_threshold(single, own_weight, own_scores, negatives, position))
+            gate = _with_threshold(single, own_weight, own_scores, negatives, position)
+            for ridge in _TURN_RIDGES if isinstance(gate, NoGateError) else ():
+                own_weight = _turned(fit.solve()[number], fit.offsets[number], group, negatives, own_scores, ridge)
+                [own_scores] = _scores(negatives, [own_weight[None]], [left_out])[0]
+                turned = _with_threshold(single, own_weight, own_scores, negatives, position)
+                if isinstance(turned, Gate) and turned.gap >= _TURN_GAP:
+                    gate = turned
+                    break
+            gates.append(gate)
         found.append(gates)
     return found
+
+
+def _turned(
+    start: torch.Tensor,
+    offset: torch.Tensor,
+    group: Positives,
+    negatives: Negatives,
+    scores: torch.Tensor,
+    ridge: float,
+) -> torch.Tensor:
+    """Return the weight (d,) of a direction `start` (d,) that is turned until it tells a group from its near negatives.
+
+    These are the rows with the highest `scores`, (R,). It is their logistic regression, with a ridge on how far the
+    direction is turned; `offset` (d,), which it scores as 1, is the distance of the means.
+    """
+    own = negatives.whiten(group.rows.at(group.last_tokens))  # (n, d)
+    near = negatives.rows[scores.topk(min(_NUM_NEAR, int(scores.isfinite().sum()))).indices]
+    direction = start.clone().requires_grad_()
+    threshold = ((own @ start).min() + (near @ start).max()).div(2).requires_grad_()
+    optimizer = torch.optim.LBFGS([direction, threshold], max_iter=_TURN_STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        missed = F.softplus(_SHARPNESS * (threshold - own @ direction)).mean()
+        taken = F.softplus(_SHARPNESS * (near @ direction - threshold)).mean()
+        turned = (direction - start).square().sum() / start.square().sum()
+        total = missed + _NEAR_WEIGHT * taken + ridge * turned
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    found = direction.detach()
+    return negatives.weights((found / (found @ offset))[None])[0].half().float()
 
 
 def _scores(
@@ -179,12 +229,12 @@ class _Discriminants:
         self._mean = -out.sum(0) / kept
         self._covariance = len(left_out) / kept * torch.eye(len(self._mean)) - out.T @ out / kept
         self._covariance -= self._mean[:, None] * self._mean
-        self._offsets: list[torch.Tensor] = []
+        self.offsets: list[torch.Tensor] = []
         self._spreads: list[torch.Tensor] = []  # rows (n, d) whose products the covariance is more by, for each group
         for group in groups:
             rows = negatives.whiten(group.rows.at(group.last_tokens))  # (n, d)
             spread = rows - rows.mean(0)
-            self._offsets.append(rows.mean(0) - self._mean)
+            self.offsets.append(rows.mean(0) - self._mean)
             self._spreads.append((_OWN_WEIGHT / len(spread)) ** 0.5 * spread)
 
     def add(self, hard: torch.Tensor) -> None:
@@ -197,7 +247,7 @@ class _Discriminants:
         """Return the direction of each group, (g, d), whose score of the means' distance is 1."""
         factor = torch.linalg.cholesky(self._covariance)  # once for all groups, whose few rows are an update of it
         directions: list[torch.Tensor] = []
-        for offset, spread in zip(self._offsets, self._spreads, strict=True):
+        for offset, spread in zip(self.offsets, self._spreads, strict=True):
             sides = torch.linalg.solve_triangular(factor, torch.cat([offset[None], spread]).T, upper=False)
             start, own = sides[:, :1], sides[:, 1:]  # (d, 1) and (d, n)
             inner = torch.eye(len(spread)) + own.T @ own
