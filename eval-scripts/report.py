@@ -34,7 +34,9 @@ def main() -> None:
     args.category = ledger.category
     experiment = make_experiment(args)
     shown = choose_shown(ledger, args.concepts_shown)
-    experiment.extra_prompts = [*ledger.header["protected"], *(concept.prompt for concept in shown)]
+    experiment.extra_prompts = ledger.prompts
+    if len(shown) < len(ledger.concepts):
+        experiment.only = ["", *ledger.header["protected"], *(concept.prompt for concept in shown)]
     path = args.save_path / "report.html"
     commands = reproduction_commands(ledger, vars(args), load_model_config(experiment.model))
     write_text(path, render_report(ledger, experiment, args.num_shown, commands, shown))

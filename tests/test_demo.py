@@ -260,15 +260,21 @@ def test_many_concepts_are_chosen_in_a_list_that_can_be_searched(demo, tmp_path,
     page = build(many, tmp_path)
     (names,) = [widget for widget in widgets_of(page, "Dropdown") if widget.elem_id == "names"]
     assert names.multiselect and names.filterable and names.value == []
-    assert ("VanGogh (erased in the ledger)", "VanGogh") in names.choices
+    assert ("VanGogh (erased in the ledger)", "restore VanGogh") in names.choices
     assert not widgets_of(page, "CheckboxGroup") and MAX_CHECKBOXES > 2
-    assert [many.chosen(switched) for switched in ([], ["VanGogh"], ["Picasso"])] == [
-        ["VanGogh"],
-        [],
-        ["VanGogh", "Picasso"],
-    ]
-    with pytest.raises(RequestError, match="no concept that can be erased here"):
-        many.chosen(["Cezanne"])
+    wishes = ([], ["restore VanGogh"], ["erase Picasso"], ["erase VanGogh"], ["restore Picasso"])  # the last two are so
+    wanted = [["VanGogh"], [], ["VanGogh", "Picasso"], ["VanGogh"], ["VanGogh"]]
+    assert [many.chosen(wish) for wish in wishes] == wanted
+    refused = {
+        "erase Cezanne": "no concept that can be erased here",
+        "VanGogh": "is no concept",
+        "keep VanGogh": "neither",
+    }
+    for wish, message in refused.items():
+        with pytest.raises(RequestError, match=message):
+            many.chosen([wish])
+    with pytest.raises(RequestError, match="give a list"):
+        many.chosen("erase VanGogh")
 
 
 def test_what_was_loaded_once_is_not_loaded_again_but_its_file_is_checked(own_demo):

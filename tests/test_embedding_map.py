@@ -121,10 +121,10 @@ def test_a_cut_map_leaves_the_least_that_its_rank_can_leave():
     """No map of rank r does better: the best one has the gains of the r largest singular values."""
     targets, anchors = random_rows(60, WIDTH, seed=0), random_rows(60, WIDTH, seed=1)
     whole = fit_map(targets, anchors, 0.1, WIDTH)
-    gains, before = whole.gains, float((targets - anchors).square().sum()) / 60
+    gains, before = whole._reduced()[0], float((targets - anchors).square().sum()) / 60
     assert torch.allclose(gains, gains.sort(descending=True).values)
     for rank in (1, 3, 7):
-        found = whole.cut(rank)
+        found = whole.cut_to(0, 1, rank)
         assert found.directions.shape == (rank, WIDTH)
         assert torch.allclose(found.directions @ found.directions.T, torch.eye(rank, dtype=torch.float64), atol=1e-9)
         assert distance_left(found, targets, anchors) == pytest.approx(before - float(gains[:rank].sum()))
@@ -132,13 +132,13 @@ def test_a_cut_map_leaves_the_least_that_its_rank_can_leave():
         left, values, right = torch.linalg.svd(others)
         plain = EmbeddingMap(left[:, :rank] * values[:rank], right[:rank], found.gram, whole.penalty)
         assert distance_left(found, targets, anchors) < distance_left(plain, targets, anchors)
-    assert whole.cut(WIDTH) is whole
+    assert whole.cut_to(0, 1, WIDTH) is whole
 
 
 def test_cut_maps_are_joined_as_whole_ones_are():
     """Their normal equations are those of a fit in their own directions."""
     targets, anchors = random_rows(60, WIDTH, seed=0), random_rows(60, WIDTH, seed=1)
-    found = fit_map(targets, anchors, 0.1, WIDTH).cut(4)
+    found = fit_map(targets, anchors, 0.1, WIDTH).cut_to(0, 1, 4)
     projections = targets @ found.directions.T
     gram = projections.T @ projections / 60 + found.penalty * torch.eye(4)
     assert torch.allclose(found.gram, gram)
@@ -154,6 +154,8 @@ def test_the_rank_is_the_lowest_that_leaves_hardly_more_than_the_whole():
     change[0, 1], change[2, 3], change[4, 5] = 3, 2, 0.1  # whose shares of the way are about 9, 4 and 0.01 of 13
     anchors = rows + rows @ change
     assert [len(fit_map(rows, anchors, TINY_RIDGE, WIDTH, loss).directions) for loss in (0.5, 0.1, 1e-4)] == [1, 2, 3]
+    few = [fit_map(rows, anchors, TINY_RIDGE, WIDTH, loss, most=2) for loss in (0, 0.5, 1e-4)]
+    assert [len(found.directions) for found in few] == [2, 1, 2]
 
 
 def test_rows_count_as_often_as_is_said():

@@ -102,13 +102,15 @@ def test_a_direction_that_takes_namesakes_is_turned_until_it_tells_them_apart(mo
     others = saying(50, 7)
     others[:, 2, 3] += 0.8
     assert (gate.margins(saying(50, 6)) > 0).float().mean() > 0.9 > 0.5 > (gate.margins(others) > 0).float().mean()
+    with torch.inference_mode():  # in which some programs run whole pipelines
+        assert torch.equal(fit(group, negatives).weights, gate.weights)
     monkeypatch.setattr(gates, "_TURN_RIDGES", ())
     with pytest.raises(NoGateError):
         fit(group, negatives)
 
 
 def test_the_direction_is_fishers_with_the_covariance_of_all_but_the_left_out(monkeypatch):
-    monkeypatch.setattr(gates, "_HARD_ROUNDS", 0)
+    monkeypatch.setattr(gates, "_HARD_WEIGHT", 0.0)
     group, negatives = saying(12, 0), random_rows(300, 1)
     left_out = torch.arange(300) % 3 == 0
     gate = fit(group, negatives, left_out=left_out)
@@ -174,7 +176,7 @@ def test_the_hardest_others_count_again_which_widens_the_gap(monkeypatch):
     negatives[:2, 3, 1] = 7
     monkeypatch.setattr(gates, "_NUM_HARD", 10)
     with_hard = fit(group, negatives)
-    monkeypatch.setattr(gates, "_HARD_ROUNDS", 0)
+    monkeypatch.setattr(gates, "_HARD_WEIGHT", 0.0)
     plain = fit(group, negatives)
     assert with_hard.gap > plain.gap + 0.02
     assert scores(with_hard, negatives[:2]).max() < 0.9 * scores(plain, negatives[:2]).max()

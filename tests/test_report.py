@@ -86,14 +86,21 @@ def test_the_page_tells_what_happens_to_prompts_that_nothing_protects(ledger, mo
 def test_the_page_of_many_concepts_shows_some_of_each_state(ledger, model, tmp_path):
     names = [[concept.name for concept in choose_shown(ledger, most)] for most in (1, 2, 3, 24)]
     assert names == [["Cezanne", "VanGogh"], ["Cezanne", "VanGogh"], *[["Cezanne", "VanGogh", "Picasso"]] * 2]
-    experiment = Experiment(model, OWN, tmp_path / "run", None, SAMPLING, seeds_per_prompt=1)
+    experiment = Experiment(model, "style", tmp_path / "run", None, SAMPLING, seeds_per_prompt=1)
     shown = choose_shown(ledger, 2)
-    experiment.extra_prompts = [*ledger.header["protected"], *(concept.prompt for concept in shown)]
+    experiment.extra_prompts = ledger.prompts
+    experiment.only = [*ledger.header["protected"], *(concept.prompt for concept in shown)]
     page = render_report(ledger, experiment, 1, [], shown)
-    assert "2 of 3 concepts are erased. Images, timeline and the heat map of leakage are of 2 of them." in page
+    assert (
+        "2 of 3 concepts are erased. Images, their results, timeline and the heat map of leakage are of 2 of them."
+        in page
+    )
     sections = {section[: section.index("<")]: section for section in page.split("<h2>")[1:]}
     assert "Picasso" in sections["What is erased"] and "Picasso" not in sections["Results"]
     assert "Nothing that is erased has a gate" in sections["Gates"]
+    experiment.only = [*ledger.header["protected"], "Picasso"]  # as when another state shows others
+    table, _ = experiment.evaluate(ledger.shifts(), "now")
+    assert "Picasso" in set(table["prompt"]) and "Cezanne" not in set(table["prompt"])
 
 
 def test_a_page_of_gates_alone_says_how_firm_they_are(script, mini_path, tmp_path):

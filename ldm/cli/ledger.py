@@ -128,6 +128,8 @@ def erase(args: Namespace) -> None:
         ledger = Ledger(path)
         concepts = _named(ledger, args.concept)
         anew = _asks_for_another_way(args)
+        if anew:
+            _check_settings(args, args.method or SRSMEConfig.name)
         wanted = _left_to_erase(ledger, args.concept, concepts) if anew else concepts
         records, missing = ledger.plan_erasure(wanted, anew)
         if missing:
@@ -136,7 +138,6 @@ def erase(args: Namespace) -> None:
             from ldm.ledger.operations import create_shifts
 
             method = args.method or SRSMEConfig.name
-            _check_settings(args, method)
             ledger, model = session.open_ledger(args, args.ledger_dir)
             model_config = load_model_config(model)
             config = session.method_config(args, model_config, method)
@@ -162,7 +163,8 @@ def _left_to_erase(ledger: Ledger, texts: Sequence[str], concepts: Sequence[Conc
 
     Of `all` and of a file's concepts some may be erased already, as after another was added; these stay, and are told.
     """
-    named = {concept.label for text in texts if (concept := ledger.find(text)) is not None}
+    texts = [text for text in texts if text.strip().lower() != "all" and not names_file(text)]
+    named = {concept.label for concept in _named(ledger, texts)}
     active = ledger.active_shifts()
     kept = [concept for concept in concepts if concept.label in active and concept.label not in named]
     if kept:
@@ -181,7 +183,7 @@ def _show_changed(ledger: Ledger, concepts: Sequence[Concept]) -> None:
         "state", key=lambda states: states != "too_weak", kind="stable"
     )
     counts = ", ".join(f"{count} {state}" for state, count in table["state"].value_counts().items())
-    told = f"{to_markdown(shown[:_MAX_ROWS])}\n\n{len(table)} concepts: {counts}; ledger.py status shows them all"
+    told = f"{to_markdown(shown[:_MAX_ROWS])}\n\n{len(table)} concepts: {counts}; `status` shows them all"
     output.show_tables(told, {"": table})
 
 

@@ -35,26 +35,12 @@ class EmbeddingMap:
         added = precise @ self.directions.to(rows.device).T @ self.outputs.to(rows.device).T
         return (precise + added).to(rows.dtype)
 
-    @property
-    def gains(self) -> torch.Tensor:
-        """Return what each direction takes off the mean square distance to the anchors, (k,), the largest first.
-
-        Directions are those of `cut`. That is `tr(A gram A^T)` in parts: what is left of the way, measured along it.
-        """
-        return self._reduced()[0]
-
-    def cut(self, rank: int) -> EmbeddingMap:
-        """Return the map of that rank which leaves least of the way to the anchors, with its own normal equations.
-
-        It is `A gram^(1/2)` in its main directions: reduced-rank regression. Directions that are left out are those of
-        the regression's outputs, not of the rows that it was fitted on.
-        """
-        return self._cut(rank, self._reduced()[1]) if rank < len(self.directions) else self
-
     def cut_to(self, loss: float, length: float, most: int) -> EmbeddingMap:
         """Return the map of the lowest rank, of `most` at most, that leaves at most `loss` more of the way than this.
 
-        `length` is the mean square distance of the rows that it was fitted on from their anchors.
+        `length` is the mean square distance of the rows that it was fitted on from their anchors. Of its rank no map
+        leaves less: it is `A gram^(1/2)` in its main directions, reduced-rank regression. It has its own normal
+        equations; the directions that are left out are those of the outputs, not of the rows that it was fitted on.
         """
         gains, right = self._reduced()
         lost = gains.sum() - gains.cumsum(0)  # (k,), by what each rank takes less
@@ -77,7 +63,10 @@ class EmbeddingMap:
         return EmbeddingMap(outputs, directions, self.gram, self.penalty)
 
     def _reduced(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the squared singular values (k,) of `A gram^(1/2)`, and its right vectors times `gram^(-1/2)`."""
+        """Return the squared singular values (k,) of `A gram^(1/2)`, and its right vectors times `gram^(-1/2)`.
+
+        The former are what each direction takes off the mean square distance to the anchors, the largest first.
+        """
         values, vectors = torch.linalg.eigh(self.gram)
         root = vectors * values.sqrt() @ vectors.T
         found = root @ self.outputs.T  # (k, d)

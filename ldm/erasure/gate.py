@@ -25,14 +25,12 @@ from ldm.erasure.prompt_rows import PromptRows
 _OWN_WEIGHT = 0.1  # of the covariance of a concept's own rows, against that of all other rows
 _LOOKALIKE_GAP = 0.2  # that lookalikes stay below a concept's prompts to count for its threshold
 _GROUPS_AT_ONCE = 32
-_HARD_ROUNDS, _NUM_HARD, _HARD_WEIGHT = 1, 600, 0.1  # how often, and with what weight, the hardest rows count again
+_NUM_HARD, _HARD_WEIGHT = 600, 0.1  # rows, the hardest to a first direction, and with what weight they count again
 _TURN_RIDGES, _TURN_STEPS = (0.01, 0.001), 60  # each ridge where the one before leaves no gap
 _TURN_GAP = 0.05  # that a turned direction has to leave: a smaller one may be of these very prompts alone
-_SHARPNESS, _NEAR_WEIGHT = (
-    20.0,
-    3.0,
-)  # of the logistic loss, whose unit is the distance of the means; of negatives in it
-_NUM_NEAR = 4096  # rows, the hardest to the first direction, of which the later ones' hardest are
+_SHARPNESS = 20.0  # of the logistic loss: the inverse of its width, in units of the distance of the means
+_NEAR_WEIGHT = 3.0  # of the negatives in it
+_NUM_NEAR = 4096  # rows, the nearest to a concept, from which a direction is turned
 
 
 class NoGateError(ValueError):
@@ -120,28 +118,22 @@ def _fit_batch(tasks: Sequence[GateTask], negatives: Negatives, position: float)
     out = [negatives.rows_left_out(task.left_out) for task in tasks]
     fits = [_Discriminants(task.groups, negatives, rows) for task, rows in zip(tasks, out, strict=True)]
     weights = [negatives.weights(fit.solve()) for fit in fits]
-    every_score = _scores(negatives, weights, out)
-    for fit, task, weight, scores in zip(fits, tasks, weights, every_score, strict=True):
-        highest = scores.amax(0)  # (R,), of all groups
-        near = highest.topk(min(_NUM_NEAR, int(highest.isfinite().sum()))).indices
-        hardest = near[:_NUM_HARD]
-        for number in range(_HARD_ROUNDS):
-            if number:
-                weight = negatives.weights(fit.solve())
-                hardest = near[negatives.scores(weight, near).amax(0).topk(len(hardest)).indices]
-            alike = negatives.whiten(task.lookalikes.best(weight))
-            fit.add(torch.cat([negatives.rows[hardest], alike]))
-    weights = [negatives.weights(fit.solve()).half().float() for fit in fits]  # as files have it
+    for fit, task, weight, scores in zip(fits, tasks, weights, _scores(negatives, weights, out), strict=True):
+        hardest = _highest(scores.amax(0), _NUM_HARD)  # to any of the groups
+        fit.add(torch.cat([negatives.rows[hardest], negatives.whiten(task.lookalikes.best(weight))]))
+    directions = [fit.solve() for fit in fits]
+    weights = [negatives.weights(each).half().float() for each in directions]  # as files have it
     found: list[list[Gate | NoGateError]] = []
     every_score = _scores(negatives, weights, out)
-    for fit, task, weight, scores, left_out in zip(fits, tasks, weights, every_score, out, strict=True):
+    for place, (task, weight, scores) in enumerate(zip(tasks, weights, every_score, strict=True)):
         gates: list[Gate | NoGateError] = []
         for number, (group, own_weight, own_scores) in enumerate(zip(task.groups, weight, scores, strict=True)):
             single = GateTask([group], task.left_out, task.lookalikes)
             gate = _with_threshold(single, own_weight, own_scores, negatives, position)
             for ridge in _TURN_RIDGES if isinstance(gate, NoGateError) else ():
-                own_weight = _turned(fit.solve()[number], fit.offsets[number], group, negatives, own_scores, ridge)
-                [own_scores] = _scores(negatives, [own_weight[None]], [left_out])[0]
+                start, offset = directions[place][number], fits[place].offsets[number]
+                own_weight = _turned(start, offset, group, negatives, own_scores, ridge)
+                [own_scores] = _scores(negatives, [own_weight[None]], [out[place]])[0]
                 turned = _with_threshold(single, own_weight, own_scores, negatives, position)
                 if isinstance(turned, Gate) and turned.gap >= _TURN_GAP:
                     gate = turned
@@ -151,6 +143,12 @@ def _fit_batch(tasks: Sequence[GateTask], negatives: Negatives, position: float)
     return found
 
 
+def _highest(scores: torch.Tensor, num: int) -> torch.Tensor:
+    """Return the numbers of the rows with the `num` highest scores, (R,), the highest first; none that is left out."""
+    return scores.topk(min(num, int(scores.isfinite().sum()))).indices
+
+
+@torch.inference_mode(False)
 def _turned(
     start: torch.Tensor,
     offset: torch.Tensor,
@@ -165,7 +163,7 @@ def _turned(
     direction is turned; `offset` (d,), which it scores as 1, is the distance of the means.
     """
     own = negatives.whiten(group.rows.at(group.last_tokens))  # (n, d)
-    near = negatives.rows[scores.topk(min(_NUM_NEAR, int(scores.isfinite().sum()))).indices]
+    near = negatives.rows[_highest(scores, _NUM_NEAR)]
     direction = start.clone().requires_grad_()
     threshold = ((own @ start).min() + (near @ start).max()).div(2).requires_grad_()
     optimizer = torch.optim.LBFGS([direction, threshold], max_iter=_TURN_STEPS, line_search_fn="strong_wolfe")

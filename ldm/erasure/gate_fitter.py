@@ -251,12 +251,12 @@ class GateFitter:
         return found
 
     def _thinned(self, prompts: Sequence[str], states: States) -> Rows:
-        """Return the rows of hidden states (N, T, d) that can matter, those of each prompt for itself, in float32."""
+        """Return the rows of hidden states (N, T, d) that can matter, by prompt, in float32 on the CPU."""
         ids = self._token_ids(prompts)
         thinned: dict[tuple[str, int], list[torch.Tensor]] = {}
         for key, state in states.items():
             kept = [kept_positions(len(tokens), state.shape[1], sum(tokens)) for tokens in ids]
-            thinned[key] = [rows[positions].float() for rows, positions in zip(state, kept, strict=True)]
+            thinned[key] = [rows[positions].float() for rows, positions in zip(state.cpu(), kept, strict=True)]
         return thinned
 
     def _token_ids(self, prompts: Sequence[str]) -> list[list[int]]:

@@ -40,12 +40,11 @@ class Negatives:
         """Return the weights (n, d) that score rows as directions (n, d) score whitened ones, but for a constant."""
         return directions @ self._inverse
 
-    def scores(self, weights: torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
-        """Return what weights (n, d) make of all rows as they were, or of those with these `numbers`, (n, R)."""
+    def scores(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return what weights (n, d) make of all rows as they were, (n, R)."""
         precise = weights.double()
         directions = (precise @ self._factor).float()
-        rows = self.rows if numbers is None else self.rows[numbers]
-        return torch.addmm((precise @ self._mean).float(), rows, directions.T).T
+        return torch.addmm((precise @ self._mean).float(), self.rows, directions.T).T
 
     def rows_left_out(self, left_out: torch.Tensor) -> torch.Tensor:
         """Return which rows are of no prompt but those `left_out`, (N,): (R,)."""

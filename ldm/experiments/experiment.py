@@ -46,7 +46,8 @@ class Experiment:
 
     Images of every prompt of the category, the watermarks, the empty prompt and `extra_prompts` are generated, of
     `seeds_per_prompt` seeds each; with `held_out` those of the held-out templates too. `num_training_images` is the
-    number of images to train on for each concept.
+    number of images to train on for each concept. Where `only` names prompts, images of no others are made, each with
+    the number and seed that it has among all.
     """
 
     model: DiffusionModel
@@ -60,6 +61,7 @@ class Experiment:
     seed: int = 2024
     held_out: bool = False
     extra_prompts: Sequence[str] = ()
+    only: Collection[str] | None = None
     form: str = "linear"
     unprotected_prompts: int = 0
     _tables: dict[Path, pd.DataFrame] = field(default_factory=dict)
@@ -98,7 +100,9 @@ class Experiment:
 
         Images that are there already are kept.
         """
-        return self._generate_by(shifts, name, "images", make_cases(self._prompts(), self.seeds_per_prompt, self.seed))
+        cases = make_cases(self._prompts(), self.seeds_per_prompt, self.seed)
+        wanted = [case for case in cases if self.only is None or case.prompt in self.only]
+        return self._generate_by(shifts, name, "images", wanted)
 
     def _generate_by(
         self, shifts: Mapping[str, WeightShift], name: str, subfolder: str, cases: Sequence[PromptCase]
@@ -115,7 +119,10 @@ class Experiment:
     def evaluate(self, shifts: Mapping[str, WeightShift], name: str) -> tuple[pd.DataFrame, Path]:
         """Return `compare` of the original's images and those with `shifts`, and the folder of the latter."""
         folder, original = self.generate(shifts, name), self.generate({}, "")
-        return self._compare(original, folder), folder
+        table = self._compare(original, folder)
+        if self.only is not None:  # of another run there may be more
+            table = table[table["prompt"].isin(list(self.only))].reset_index(drop=True)
+        return table, folder
 
     def evaluate_cases(
         self, shifts: Mapping[str, WeightShift], name: str, subfolder: str, cases: Sequence[PromptCase]

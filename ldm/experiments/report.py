@@ -66,7 +66,7 @@ class _Results:
 
 
 def choose_shown(ledger: Ledger, most: int) -> list[Concept]:
-    """Return the concepts that a page shows: all, or at most `most`, as many of each state, evenly chosen."""
+    """Return the concepts that a page shows: all, or `most`, as many of each state, evenly chosen, and at least one."""
     active = ledger.active_shifts()
     states: dict[str, list[Concept]] = {}
     for concept in ledger.concepts:
@@ -99,7 +99,7 @@ def render_report(
     num_erased, base_model = results.num_erased, ledger.header["base_model"]
     summary = f"{num_erased} of {len(ledger.concepts)} concepts are erased."
     if len(shown) < len(ledger.concepts):
-        summary += f" Images, timeline and the heat map of leakage are of {len(shown)} of them."
+        summary += f" Images, their results, timeline and the heat map of leakage are of {len(shown)} of them."
     sections = [
         Section("What is erased", f"{base_model}, digest {model.digest[:12]}. {summary}", [status_table(ledger)]),
         _timeline_section(ledger, shown),

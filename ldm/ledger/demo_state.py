@@ -78,13 +78,31 @@ class LedgerState:
         """Return what tells a choice of concepts from every other, also from one whose shifts were made again."""
         return tuple(sorted(self.digests[name] for name in set(names) & set(self.digests)))
 
-    def switched(self, names: Collection[str]) -> list[str]:
-        """Return what is erased where each of the concepts `names` is not as the ledger has it.
+    @property
+    def switches(self) -> dict[str, str]:
+        """What a visitor may change, each as what says it and what it asks for: an action, a space and a name."""
+        erased = set(self.erased)
+        told: dict[str, str] = {}
+        for name in self.shifts:
+            action, now = ("restore", "erased") if name in erased else ("erase", "restored")
+            told[f"{name} ({now} in the ledger)"] = f"{action} {name}"
+        return told
 
-        Raises RequestError as `select_shifts`.
+    def switched(self, wishes: Collection[str]) -> list[str]:
+        """Return what is erased where `wishes` are met, of which each asks to erase or restore one concept.
+
+        What is already as it is asked for stays so, as where the ledger has changed since. Raises RequestError for what
+        asks for neither, and as `select_shifts`.
         """
-        self.select_shifts(names)
-        chosen = set(self.erased) ^ set(names)
+        chosen = set(self.erased)
+        if not isinstance(wishes, (list, tuple, set)):
+            raise RequestError("give a list of what is other than in the ledger")
+        for wish in wishes:
+            action, _, name = str(wish).partition(" ")
+            self.select_shifts([name])
+            if action not in ("erase", "restore"):
+                raise RequestError(f"'{str(wish)[:50]}' asks neither to erase nor to restore a concept")
+            chosen = chosen | {name} if action == "erase" else chosen - {name}
         return [name for name in self.shifts if name in chosen]
 
     def select_shifts(self, names: Collection[str]) -> dict[str, WeightShift]:

@@ -32,9 +32,7 @@ def _choices(demo: DemoSession, state: LedgerState) -> dict[str, Any]:
     """Return what a visitor chooses from: what is erased, or of many concepts what is not as in the ledger."""
     if not demo.has_switches:
         return {"choices": list(state.shifts), "value": list(state.erased)}
-    erased = set(state.erased)
-    told = [(f"{name} ({'erased' if name in erased else 'restored'} in the ledger)", name) for name in state.shifts]
-    return {"choices": told, "value": []}
+    return {"choices": list(state.switches.items()), "value": []}
 
 
 def comparison_values(comparison: Comparison, prompt: str, names: Sequence[str]) -> Values:
