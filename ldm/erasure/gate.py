@@ -89,20 +89,23 @@ class GateTask:
     lookalikes: PromptRows
 
 
-def fit_gates(tasks: Sequence[GateTask], negatives: Negatives, position: float) -> list[list[Gate | NoGateError]]:
+def fit_gates(
+    tasks: Sequence[GateTask], negatives: Negatives, position: float, turns: bool = True
+) -> list[list[Gate | NoGateError]]:
     """Return for each task a gate of one direction for each of its groups, or what tells that there is none.
 
-    The threshold lies at the fraction `position` of the gap. What a task gets does not depend on the others, which are
+    The threshold lies at the fraction `position` of the gap. Without `turns` a direction that leaves no gap is left so.
+    What a task gets does not depend on the others, which are
     there since the rows of all negatives are read once for many of them.
     """
     found: list[list[Gate | NoGateError]] = []
     waiting: list[GateTask] = []
     for task in tasks:
         if waiting and sum(len(each.groups) for each in (*waiting, task)) > _GROUPS_AT_ONCE:
-            found += _fit_batch(waiting, negatives, position)
+            found += _fit_batch(waiting, negatives, position, turns)
             waiting = []
         waiting.append(task)
-    return found + (_fit_batch(waiting, negatives, position) if waiting else [])
+    return found + (_fit_batch(waiting, negatives, position, turns) if waiting else [])
 
 
 def fit_gate(task: GateTask, negatives: Negatives, position: float) -> Gate:
@@ -113,7 +116,9 @@ def fit_gate(task: GateTask, negatives: Negatives, position: float) -> Gate:
     return found
 
 
-def _fit_batch(tasks: Sequence[GateTask], negatives: Negatives, position: float) -> list[list[Gate | NoGateError]]:
+def _fit_batch(
+    tasks: Sequence[GateTask], negatives: Negatives, position: float, turns: bool
+) -> list[list[Gate | NoGateError]]:
     """Return what `fit_gates` does for a few tasks."""
     out = [negatives.rows_left_out(task.left_out) for task in tasks]
     fits = [_Discriminants(task.groups, negatives, rows) for task, rows in zip(tasks, out, strict=True)]
@@ -130,7 +135,7 @@ def _fit_batch(tasks: Sequence[GateTask], negatives: Negatives, position: float)
         for number, (group, own_weight, own_scores) in enumerate(zip(task.groups, weight, scores, strict=True)):
             single = GateTask([group], task.left_out, task.lookalikes)
             gate = _with_threshold(single, own_weight, own_scores, negatives, position)
-            for ridge in _TURN_RIDGES if isinstance(gate, NoGateError) else ():
+            for ridge in _TURN_RIDGES if turns and isinstance(gate, NoGateError) else ():
                 start, offset = directions[place][number], fits[place].offsets[number]
                 own_weight = _turned(start, offset, group, negatives, own_scores, ridge)
                 [own_scores] = _scores(negatives, [own_weight[None]], [out[place]])[0]

@@ -34,6 +34,8 @@ _ANCHORS_KEPT = 256  # whose embeddings are not computed again
 _NUM_TRIED, _MAX_TRIED = 400, 8  # prompts, and at most so many concepts and layers, by which the hidden state is chosen
 _NEAR_ALARM = 0.3  # below a threshold, in units of the concept's distance: few words of 800 are above it in any state
 _NEAR_BEST = 0.75  # of the largest gap that a state has to reach
+_MISSPELT = "misspelt names"  # of a concept, as a group
+_MAX_TAKEN = 0.01  # of made-up words that a gate may take for its concept
 _NUM_JUDGED = 500  # captions of another grammar, on which false alarms are counted
 _SMALL_GAP = 0.05  # in units of the distance between a concept and all else
 _FALSE_ALARMS_SHOWN = 5
@@ -86,6 +88,11 @@ class GateFitter:
         known.layers = self.layers = known.layers or self._choose_layers(others)
         rows = known.rows("negatives", self.texts.negatives, self._encode_rows)
         self.negatives = {name: self._negatives(rows[name, layer]) for name, layer in self.layers.items()}
+        words = known.rows("unseen", self.texts.unseen, self._encode_rows)
+        self.unseen = {
+            name: PromptRows.join(words[name, layer], words[name, layer][0].shape[1])
+            for name, layer in self.layers.items()
+        }
         self._anchors: dict[str, torch.Tensor] = {}  # embeddings (rows, d), which concepts of a kind share
         self.judged = everyday_captions(_NUM_JUDGED)
         whole = known.rows("judged", self.judged, self._encode_whole)
@@ -118,17 +125,17 @@ class GateFitter:
             except ValueError as error:
                 prepared.append(error)
         tasks = [each.tasks for each in prepared if isinstance(each, _Prepared)]
-        found: dict[str, Iterator[list[Gate | NoGateError]]] = {}
+        fitted: dict[str, Iterator[list[Gate | NoGateError]]] = {}
         for name, negatives in self.negatives.items():
-            found[name] = iter(fit_gates([own[name] for own in tasks], negatives, self.config.gate_position))
+            fitted[name] = iter(fit_gates([own[name] for own in tasks], negatives, self.config.gate_position))
         edits: list[GatedEdit | ValueError] = []
         for each in prepared:
             if isinstance(each, ValueError):
                 edits.append(each)
                 continue
-            own = {name: next(results) for name, results in found.items()}
+            own = {name: next(results) for name, results in fitted.items()}
             try:
-                gates = {name: self._join_gates(each.concept, each.own, results) for name, results in own.items()}
+                gates = {name: self._join_gates(each.concept, each.own, name, found) for name, found in own.items()}
             except InseparableError as error:
                 edits.append(error)
                 continue
@@ -190,7 +197,7 @@ class GateFitter:
             for layer in tried:
                 own_rows = rows[name, layer]
                 task = self._task(own, own_rows, left_out, PromptRows.join(alike[name, layer], own_rows[0].shape[1]))
-                [found] = fit_gates([task], negatives[layer], self.config.gate_position)
+                [found] = fit_gates([task], negatives[layer], self.config.gate_position, turns=False)
                 told = [gate for gate in found if isinstance(gate, Gate)]
                 if told and isinstance(found[0], Gate):
                     gates[layer].append(join_gates(told))
@@ -213,23 +220,31 @@ class GateFitter:
             groups.append(Positives(wrong, own.last_tokens[first:], self.config.misspelling_clearance))
         return GateTask(groups, left_out, alike)
 
-    def _join_gates(self, concept: Concept, own: OwnPrompts, found: Sequence[Gate | NoGateError]) -> Gate:
-        """Return the gate of a concept: of the spellings that it tells, and of its misspelt names.
+    def _join_gates(self, concept: Concept, own: OwnPrompts, encoder: str, found: Sequence[Gate | NoGateError]) -> Gate:
+        """Return the gate of a concept for a text encoder: of the spellings that it tells, and of its misspelt names.
 
         Raises InseparableError where that is not its first one.
         """
         gates: list[Gate] = []
-        for number, (gate, name) in enumerate(zip(found, [*own.by_name, "misspelt"], strict=False)):
-            if isinstance(gate, Gate):
+        for number, (gate, name) in enumerate(zip(found, [*own.by_name, _MISSPELT], strict=False)):
+            others = gate.negatives if isinstance(gate, NoGateError) else self._words_taken(encoder, gate)
+            if isinstance(gate, Gate) and len(others) <= _MAX_TAKEN * len(self.texts.unseen):
                 gates.append(gate)
                 continue
-            shown = ", ".join(f"'{self.texts.negatives[negative]}'" for negative in gate.negatives[:3])
+            taken = self.texts.negatives if isinstance(gate, NoGateError) else self.texts.unseen
+            shown = ", ".join(f"'{taken[other]}'" for other in others[:3])
             text = f"no gate tells '{name}' from other prompts, as some say it to the model too ({shown})"
             if not number:
-                advice = "erase it without a gate, or name it more narrowly"
-                raise InseparableError(f"{text}: {advice}") from gate
-            notify(f"{text}: prompts that call {concept.name} so are not erased")
+                raise InseparableError(f"{text}: erase it without a gate, or name it more narrowly")
+            if name != _MISSPELT:  # of which the report counts those that are missed
+                notify(f"{text}: prompts that call {concept.name} so are not erased")
         return join_gates(gates)
+
+    def _words_taken(self, encoder: str, gate: Gate) -> list[int]:
+        """Return which made-up words, on which no gate is fitted, a gate takes for its concept, the clearest first."""
+        words = self.unseen[encoder]
+        margins = words.highest((words.rows @ gate.weights.T - gate.thresholds).amax(1))
+        return [number for number in margins.argsort(descending=True).tolist() if margins[number] > 0]
 
     def _encode(self, prompts: Sequence[str], layers: Mapping[str, int | Collection[int]]) -> States:
         """Return the hidden states of prompts (N, T, d), by text encoder and layer, on the CPU."""

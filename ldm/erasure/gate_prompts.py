@@ -23,7 +23,10 @@ _NUM_UNSEEN = 800  # made-up words among which false alarms of the states are co
 _OTHER_TEMPLATES = 3  # by which prompts say the concepts that are not erased
 _NUM_LOOKALIKES = 60  # made-up words for each spelling
 _MAX_SAYING = 0.2  # the largest fraction of captions that may say a concept
-_NUM_COMPOSED = 20  # captions with the names of a concept whose last name others have
+_NUM_COMPOSED, _NUM_NAMESAKES = (
+    4,
+    20,
+)  # captions with another concept's names, and with one's whose last name others have
 _MAX_SHOWN = 5  # shared names in a notice
 _OTHER_SURNAMES = 2  # after parts of the names of concepts that are not erased
 _SURNAMES = ("Miller", "Jones", "Silva", "Petrov", "Larsen", "Kim", "Rossi", "Novak")  # of people who are no concept
@@ -74,16 +77,15 @@ class GatePrompts:
         self._shared_prompts = {fill(template, name) for name in self.shared for template in said_alone}
         namesakes = {name for found in self.shared.values() for name in found}
         for concept in others:
-            if concept.name in namesakes:
-                prompts += self._composed(concept)
+            prompts += self._composed(concept, _NUM_NAMESAKES if concept.name in namesakes else _NUM_COMPOSED)
         self.negatives = list(dict.fromkeys([*prompts, *sorted(self._shared_prompts)]))
         self._folded = {text: " ".join(text.lower().split()) for text in self.negatives}
 
-    def _composed(self, concept: Concept) -> list[str]:
-        """Return everyday captions with the names of a concept in them, by which gates tell it from its namesakes."""
+    def _composed(self, concept: Concept, num: int) -> list[str]:
+        """Return everyday captions with the names of a concept in them, by which gates tell it from others."""
         rng, templates = random.Random(f"namesakes {concept.name}"), load_template_set(concept.kind).composed_templates
         made: list[str] = []
-        for number in range(_NUM_COMPOSED):
+        for number in range(num):
             name = concept.spellings[number % len(concept.spellings)]
             template = templates[number % len(templates)].replace("{caption}", rng.choice(self.captions))
             made.append(fill_phrase(template, name))
