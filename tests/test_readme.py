@@ -50,7 +50,7 @@ SMOKE: dict[str, list[str]] = {
 } | {f"ablate-{name}.py": EXPERIMENT for name in ("regularisation", "threshold", "beta", "protected", "similar")}
 # These are not run: their weights cannot be had here, they serve until they are stopped, need several devices, or name
 # concepts of a list that the copy has cut short.
-NOT_RUN = r"sd-v1-4-full-ema\.ckpt|eval-scripts/demo\.py|--devices '0,1'|^torchrun|sbatch|thousand_names\.csv"
+NOT_RUN = r"sd-v1-4-full-ema\.ckpt|eval-scripts/demo\.py|--devices '0,1'|^torchrun|sbatch|thousand"
 LIBRARIES = [
     "diffusers.schedulers.scheduling_dpmsolver_multistep",
     "diffusers.models.autoencoders.autoencoder_kl",
