@@ -95,8 +95,8 @@ def fit_gates(
     """Return for each task a gate of one direction for each of its groups, or what tells that there is none.
 
     The threshold lies at the fraction `position` of the gap. Without `turns` a direction that leaves no gap is left so.
-    What a task gets does not depend on the others, which are
-    there since the rows of all negatives are read once for many of them.
+    What a task gets does not depend on the others, which are there since the rows of all negatives are read once for
+    many of them.
     """
     found: list[list[Gate | NoGateError]] = []
     waiting: list[GateTask] = []
@@ -135,14 +135,9 @@ def _fit_batch(
         for number, (group, own_weight, own_scores) in enumerate(zip(task.groups, weight, scores, strict=True)):
             single = GateTask([group], task.left_out, task.lookalikes)
             gate = _with_threshold(single, own_weight, own_scores, negatives, position)
-            for ridge in _TURN_RIDGES if turns and isinstance(gate, NoGateError) else ():
-                start, offset = directions[place][number], fits[place].offsets[number]
-                own_weight = _turned(start, offset, group, negatives, own_scores, ridge)
-                [own_scores] = _scores(negatives, [own_weight[None]], [out[place]])[0]
-                turned = _with_threshold(single, own_weight, own_scores, negatives, position)
-                if isinstance(turned, Gate) and turned.gap >= _TURN_GAP:
-                    gate = turned
-                    break
+            if turns and isinstance(gate, NoGateError):
+                direction = directions[place][number], fits[place].offsets[number]
+                gate = _turn(single, *direction, own_scores, negatives, out[place], position) or gate
             gates.append(gate)
         found.append(gates)
     return found
@@ -151,6 +146,26 @@ def _fit_batch(
 def _highest(scores: torch.Tensor, num: int) -> torch.Tensor:
     """Return the numbers of the rows with the `num` highest scores, (R,), the highest first; none that is left out."""
     return scores.topk(min(num, int(scores.isfinite().sum()))).indices
+
+
+def _turn(
+    task: GateTask,
+    start: torch.Tensor,
+    offset: torch.Tensor,
+    scores: torch.Tensor,
+    negatives: Negatives,
+    left_out: torch.Tensor,
+    position: float,
+) -> Gate | None:
+    """Return the gate of a task's only group, whose direction `start` leaves no gap, turned; None where none is told."""
+    [group] = task.groups
+    for ridge in _TURN_RIDGES:
+        weight = _turned(start, offset, group, negatives, scores, ridge)
+        [[scores]] = _scores(negatives, [weight[None]], [left_out])
+        gate = _with_threshold(task, weight, scores, negatives, position)
+        if isinstance(gate, Gate) and gate.gap >= _TURN_GAP:
+            return gate
+    return None
 
 
 @torch.inference_mode(False)
