@@ -157,7 +157,7 @@ def _turn(
     left_out: torch.Tensor,
     position: float,
 ) -> Gate | None:
-    """Return the gate of a task's only group, whose direction `start` leaves no gap, turned; None where none is told."""
+    """Return the gate of a task's only group whose direction `start` leaves no gap, turned; None for still none."""
     [group] = task.groups
     for ridge in _TURN_RIDGES:
         weight = _turned(start, offset, group, negatives, scores, ridge)
