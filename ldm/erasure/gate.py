@@ -126,8 +126,7 @@ def _fit_batch(
     for fit, task, weight, scores in zip(fits, tasks, weights, _scores(negatives, weights, out), strict=True):
         hardest = _highest(scores.amax(0), _NUM_HARD)  # to any of the groups
         fit.add(torch.cat([negatives.rows[hardest], negatives.whiten(task.lookalikes.best(weight))]))
-    directions = [fit.solve() for fit in fits]
-    weights = [negatives.weights(each).half().float() for each in directions]  # as files have it
+    weights = [negatives.weights(fit.solve()).half().float() for fit in fits]  # as files have it
     found: list[list[Gate | NoGateError]] = []
     every_score = _scores(negatives, weights, out)
     for place, (task, weight, scores) in enumerate(zip(tasks, weights, every_score, strict=True)):
@@ -136,16 +135,17 @@ def _fit_batch(
             single = GateTask([group], task.left_out, task.lookalikes)
             gate = _with_threshold(single, own_weight, own_scores, negatives, position)
             if turns and isinstance(gate, NoGateError):
-                direction = directions[place][number], fits[place].offsets[number]
-                gate = _turn(single, *direction, own_scores, negatives, out[place], position) or gate
+                start = negatives.directions(own_weight[None])[0]  # as files have it: the same in whatever batch
+                offset = fits[place].offsets[number]
+                gate = _turn(single, start, offset, own_scores, negatives, out[place], position) or gate
             gates.append(gate)
         found.append(gates)
     return found
 
 
 def _highest(scores: torch.Tensor, num: int) -> torch.Tensor:
-    """Return the numbers of the rows with the `num` highest scores, (R,), the highest first; none that is left out."""
-    return scores.topk(min(num, int(scores.isfinite().sum()))).indices
+    """Return the numbers of the rows with the `num` highest scores, (R,), in order; none that is left out."""
+    return scores.topk(min(num, int(scores.isfinite().sum()))).indices.sort().values
 
 
 def _turn(

@@ -30,7 +30,7 @@ from ldm.io.errors import notify
 Rows = Mapping[tuple[str, int], list[torch.Tensor]]  # by text encoder and layer: the rows (t, d) of each prompt
 
 _CONCEPTS_AT_ONCE = 16  # whose gates are fitted in one go
-_ANCHORS_KEPT = 256  # whose embeddings are not computed again
+_ANCHORS_KEPT = 4  # lists of anchors whose embeddings are not computed again: by batches, whose rounding is their own
 _NUM_TRIED, _MAX_TRIED = 400, 8  # prompts, and at most so many concepts and layers, by which the hidden state is chosen
 _NEAR_ALARM = 0.3  # below a threshold, in units of the concept's distance: few words of 800 are above it in any state
 _NEAR_BEST = 0.75  # of the largest gap that a state has to reach
@@ -93,7 +93,9 @@ class GateFitter:
             name: PromptRows.join(words[name, layer], words[name, layer][0].shape[1])
             for name, layer in self.layers.items()
         }
-        self._anchors: dict[str, torch.Tensor] = {}  # embeddings (rows, d), which concepts of a kind share
+        self._anchors: dict[
+            tuple[str, ...], torch.Tensor
+        ] = {}  # embeddings (N, rows, d), which concepts of a kind share
         self.judged = everyday_captions(_NUM_JUDGED)
         whole = known.rows("judged", self.judged, self._encode_whole)
         self.judged_states = {key: torch.stack(found) for key, found in whole.items()}
@@ -304,14 +306,15 @@ class GateFitter:
 
     def _aims(self, prompts: Iterable[str], anchors: Mapping[str, str]) -> torch.Tensor:
         """Return the embeddings that prompts should get, (N, rows, d): those of their anchors, token by token."""
-        new = [text for text in dict.fromkeys(anchors.values()) if text not in self._anchors]
-        if len(self._anchors) + len(new) > _ANCHORS_KEPT:  # those of another kind of concept
-            self._anchors, new = {}, list(dict.fromkeys(anchors.values()))
-        if new:
-            self._anchors |= dict(zip(new, self._embed(new, {})[0], strict=True))
+        texts = tuple(dict.fromkeys(anchors.values()))
+        if texts not in self._anchors:  # those of other kinds of concepts, or of names of other lengths
+            self._anchors[texts] = self._embed(texts, {})[0]
+            for oldest in list(self._anchors)[:-_ANCHORS_KEPT]:
+                del self._anchors[oldest]
+        embeds = dict(zip(texts, self._anchors[texts], strict=True))
         aims = []
         for prompt in prompts:
-            rows = self._anchors[anchors[prompt]]
+            rows = embeds[anchors[prompt]]
             alignment = align_tokens(self.tokenizer, prompt, anchors[prompt])
             pooled = range(len(alignment), len(rows))  # XL's last row
             aims.append(rows[[*alignment, *pooled]])

@@ -68,7 +68,8 @@ class GatePrompts:
         self.words = evenly(words, config.retain_words)
         made = compounds(words, config.retain_words + _NUM_UNSEEN)
         self.unseen, self.rare_words = made[:_NUM_UNSEEN], made[_NUM_UNSEEN:]
-        prompts = [*always_protected_prompts(), *retained, *self.captions, *self.words, *self.rare_words]
+        kept = sorted(set(retained))  # in one order, whichever of a run's concepts bring them
+        prompts = [*always_protected_prompts(), *kept, *self.captions, *self.words, *self.rare_words]
         for concept in others:
             prompts += _other_prompts(concept, self.common)
         self.shared = shared_last_words({concept.name: _names(concept) for concept in others})
@@ -101,7 +102,7 @@ class GatePrompts:
     def own(self, concept: Concept) -> OwnPrompts:
         """Return the prompts that say a concept, as far as the model reads all of them."""
         tokenizer, kind = self.tokenizer, load_template_set(concept.kind)
-        rng = random.Random(f"compositions {concept.kind}")  # of a kind, so that the anchors are the same
+        rng = random.Random(f"compositions {concept.name}")
         templates = [*kind.templates, *concept.templates]
         spellings = told_apart(tokenizer, concept)
         said = [(template, spelling) for spelling in spellings for template in templates]

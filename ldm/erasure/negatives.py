@@ -40,11 +40,15 @@ class Negatives:
         """Return the weights (n, d) that score rows as directions (n, d) score whitened ones, but for a constant."""
         return directions @ self._inverse
 
+    def directions(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return the directions (n, d) that score whitened rows as weights (n, d) score rows, but for a constant."""
+        return (weights.double() @ self._factor).float()
+
     def scores(self, weights: torch.Tensor) -> torch.Tensor:
         """Return what weights (n, d) make of all rows as they were, (n, R)."""
         precise = weights.double()
-        directions = (precise @ self._factor).float()
-        return torch.addmm((precise @ self._mean).float(), self.rows, directions.T).T
+        directions = self.directions(weights)
+        return torch.addmm((precise @ self._mean).float()[:, None], directions, self.rows.T)
 
     def rows_left_out(self, left_out: torch.Tensor) -> torch.Tensor:
         """Return which rows are of no prompt but those `left_out`, (N,): (R,)."""

@@ -103,7 +103,7 @@ def _add_export(demo: DemoSession, folder: Path, names: Any) -> None:
         with told_to_visitors():
             return str(demo.export_zip(demo.chosen(names), file_format, folder))
 
-    with gr.Accordion("Download the edited model as it is here", open=False), gr.Row():
+    with gr.Accordion("Download the model as it is edited here", open=False), gr.Row():
         file_format = gr.Dropdown(list(FORMATS), value="unet", label="Format")
         button = gr.Button("Export")
         download = gr.File(label="The edited weights", height=90, elem_id="download")
