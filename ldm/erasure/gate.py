@@ -95,8 +95,8 @@ def fit_gates(
     """Return for each task a gate of one direction for each of its groups, or what tells that there is none.
 
     The threshold lies at the fraction `position` of the gap. Without `turns` a direction that leaves no gap is left so.
-    What a task gets does not depend on the others, which are there since the rows of all negatives are read once for
-    many of them.
+    What a task gets does not depend on the others, but for the last bits of a direction that was turned; they are there
+    since the rows of all negatives are read once for many of them.
     """
     found: list[list[Gate | NoGateError]] = []
     waiting: list[GateTask] = []
@@ -135,7 +135,7 @@ def _fit_batch(
             single = GateTask([group], task.left_out, task.lookalikes)
             gate = _with_threshold(single, own_weight, own_scores, negatives, position)
             if turns and isinstance(gate, NoGateError):
-                start = negatives.directions(own_weight[None])[0]  # as files have it: the same in whatever batch
+                start = negatives.directions(own_weight[None])[0]  # as files have it
                 offset = fits[place].offsets[number]
                 gate = _turn(single, start, offset, own_scores, negatives, out[place], position) or gate
             gates.append(gate)
