@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from ldm.config import everyday
-from ldm.config.concepts import CATEGORIES, erasable_concepts, match_concept, watermark_prompts
+from ldm.config.concepts import CATEGORIES, KINDS, erasable_concepts, match_concept, watermark_prompts
 from ldm.config.everyday import (
     UNPROTECTED_GROUPS,
     compositions,
@@ -19,6 +19,7 @@ from ldm.config.everyday import (
     sample_unprotected,
     split_compositions,
 )
+from ldm.config.templates import load_template_set
 from ldm.io.paths import REPO_ROOT
 from ldm.io.prompts import read_prompt_csv
 
@@ -240,3 +241,10 @@ def test_compositions_of_erased_concepts_are_a_group_of_their_own():
         "compositions": ["a tench by Picasso"],
     }
     assert split_compositions("style", groups, []) == {name: prompts for name, prompts in groups.items() if prompts}
+
+
+def test_the_modifiers_on_which_gates_are_fitted_stand_in_no_template_by_which_they_are_judged():
+    modifiers = everyday.prompt_modifiers()
+    assert len(set(modifiers)) == len(modifiers) >= 40 and not named(modifiers)
+    held_out = [text for kind in KINDS for text in load_template_set(kind).held_out_templates]
+    assert not [(words, text) for words in modifiers for text in held_out if words in text]

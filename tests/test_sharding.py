@@ -148,8 +148,7 @@ def test_two_processes_give_the_same_files_as_one(run_in_one_process, tiny_path,
         images = ["--shifts", "0-2", "--prompts_path", prompts, "--save_path", root]
         return [
             ["train-scripts/SRSME_Solution.py", *model, *targets, *shifts, "--em_indexes", "0-3", *device],
-            # Without gates: one whose direction is turned differs in its last bits.
-            ["train-scripts/SRS_ME.py", *model, *targets, *shifts, *training, "--least_effect", "-9", "--no-gate"],
+            ["train-scripts/SRS_ME.py", *model, *targets, *shifts, *training, "--least_effect", "-9"],
             ["eval-scripts/generate-images-merge.py", *model, *shifts, *images, *sampling, *device],
         ]
 

@@ -94,6 +94,11 @@ def kin_names() -> list[str]:
     return [*kin["artists"], *kin["objects"]]
 
 
+def prompt_modifiers() -> list[str]:
+    """Return what people add to a prompt, after a comma, to have a better image of whatever it says."""
+    return list(read_section("lists", "modifiers")["modifiers"])
+
+
 def everyday_prompts(kind: str) -> list[str]:
     """Return the prompts of one of `PROMPT_LISTS`, as they stand in the files of `data`."""
     if kind == "captions":

@@ -95,8 +95,8 @@ def fit_gates(
     """Return for each task a gate of one direction for each of its groups, or what tells that there is none.
 
     The threshold lies at the fraction `position` of the gap. Without `turns` a direction that leaves no gap is left so.
-    What a task gets does not depend on the others, but for the last bits of a direction that was turned; they are there
-    since the rows of all negatives are read once for many of them.
+    What a task gets does not depend on the others, which are there since the rows of all negatives are read once for
+    many of them.
     """
     found: list[list[Gate | NoGateError]] = []
     waiting: list[GateTask] = []

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from ldm.config.concepts import Concept, always_protected_prompts
-from ldm.config.everyday import plural, retain_captions
+from ldm.config.everyday import plural, prompt_modifiers, retain_captions
 from ldm.config.methods import GateConfig
 from ldm.config.spellings import compounds, lookalikes, misspellings, partial_names, says, shared_last_words
 from ldm.config.templates import fill, fill_anchor, fill_phrase, load_template_set, without_article
@@ -23,11 +23,10 @@ _NUM_UNSEEN = 800  # made-up words among which false alarms of the states are co
 _OTHER_TEMPLATES = 3  # by which prompts say the concepts that are not erased
 _NUM_LOOKALIKES = 60  # made-up words for each spelling
 _MAX_SAYING = 0.2  # the largest fraction of captions that may say a concept
-_NUM_COMPOSED, _NUM_NAMESAKES = (
-    4,
-    20,
-)  # captions with another concept's names, and with one's whose last name others have
+_NUM_COMPOSED = 4  # captions with another concept's names in them
+_NUM_NAMESAKES = 20  # of them, for one whose last name others have
 _MAX_SHOWN = 5  # shared names in a notice
+_NUM_MODIFIED = 180  # captions that have prompt modifiers too
 _OTHER_SURNAMES = 2  # after parts of the names of concepts that are not erased
 _SURNAMES = ("Miller", "Jones", "Silva", "Petrov", "Larsen", "Kim", "Rossi", "Novak")  # of people who are no concept
 
@@ -68,8 +67,8 @@ class GatePrompts:
         self.words = evenly(words, config.retain_words)
         made = compounds(words, config.retain_words + _NUM_UNSEEN)
         self.unseen, self.rare_words = made[:_NUM_UNSEEN], made[_NUM_UNSEEN:]
-        kept = sorted(set(retained))  # in one order, whichever of a run's concepts bring them
-        prompts = [*always_protected_prompts(), *kept, *self.captions, *self.words, *self.rare_words]
+        modified = [_modified(caption, number) for number, caption in enumerate(self.captions[:_NUM_MODIFIED])]
+        prompts = [*always_protected_prompts(), *self.captions, *modified, *self.words, *self.rare_words]
         for concept in others:
             prompts += _other_prompts(concept, self.common)
         self.shared = shared_last_words({concept.name: _names(concept) for concept in others})
@@ -79,17 +78,22 @@ class GatePrompts:
         namesakes = {name for found in self.shared.values() for name in found}
         for concept in others:
             prompts += self._composed(concept, _NUM_NAMESAKES if concept.name in namesakes else _NUM_COMPOSED)
-        self.negatives = list(dict.fromkeys([*prompts, *sorted(self._shared_prompts)]))
+        # In the same order whichever of a run's concepts bring some of the last.
+        self.negatives = list(dict.fromkeys([*prompts, *sorted(self._shared_prompts), *sorted(retained)]))
         self._folded = {text: " ".join(text.lower().split()) for text in self.negatives}
 
     def _composed(self, concept: Concept, num: int) -> list[str]:
-        """Return everyday captions with the names of a concept in them, by which gates tell it from others."""
+        """Return everyday captions with the names of a concept in them, by which gates tell it from others.
+
+        Half of them have prompt modifiers.
+        """
         rng, templates = random.Random(f"namesakes {concept.name}"), load_template_set(concept.kind).composed_templates
         made: list[str] = []
         for number in range(num):
             name = concept.spellings[number % len(concept.spellings)]
             template = templates[number % len(templates)].replace("{caption}", rng.choice(self.captions))
-            made.append(fill_phrase(template, name))
+            prompt = fill_phrase(template, name)
+            made.append(_modified(prompt, rng.randrange(_NUM_MODIFIED)) if number % 4 > 1 else prompt)
         return made
 
     def without_shared(self, concept: Concept) -> Concept:
@@ -108,7 +112,8 @@ class GatePrompts:
         said = [(template, spelling) for spelling in spellings for template in templates]
         for number in range(self.config.compositions):
             template = rng.choice(kind.composed_templates).replace("{caption}", rng.choice(self.captions))
-            said.append((template, spellings[number % len(spellings)]))
+            template = template if number % 2 else _modified(template, rng.randrange(_NUM_MODIFIED))
+            said.append((template, spellings[number // 2 % len(spellings)]))
         wrong = [text for spelling in spellings for text in misspellings(spelling)]
         wrong = [text for text in dict.fromkeys(wrong) if not says(text, concept.spellings)]
         rng.shuffle(wrong)
@@ -204,10 +209,18 @@ def check_rare(concept: Concept, captions: Sequence[str]) -> None:
         )
 
 
+def _modified(prompt: str, number: int) -> str:
+    """Return a prompt with one to three modifiers after it, other ones for the next number."""
+    modifiers = prompt_modifiers()
+    chosen = [modifiers[(number + 7 * place * place) % len(modifiers)] for place in range(1 + number % 3)]
+    return ", ".join([prompt, *chosen])
+
+
 def _other_prompts(concept: Concept, common: Collection[str]) -> list[str]:
     """Return prompts that say a concept by its name, by the neutral word of its kind, and by parts of its names."""
     kind = load_template_set(concept.kind)
-    prompts = [fill(template, kind.neutral) for template in kind.templates]
+    prompts = concept.prompts(len(concept.captions))  # all that a null space may protect, whatever is erased
+    prompts += [fill(template, kind.neutral) for template in kind.templates]
     for name in concept.spellings:
         prompts += [fill_phrase(template, name) for template in kind.templates[:_OTHER_TEMPLATES]]
     return prompts + _partial_prompts(concept, common, _OTHER_SURNAMES)
