@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from ldm.erasure import gate as gates
-from ldm.erasure.gate import Gate, GateTask, NoGateError, Positives, fit_gate, fit_gates, join_gates
+from ldm.erasure.gate import (
+    Gate,
+    GateTask,
+    NoGateError,
+    Positives,
+    byte_scales,
+    fit_gate,
+    fit_gates,
+    in_bytes,
+    join_gates,
+)
 from ldm.erasure.negatives import Negatives
 from ldm.erasure.prompt_rows import PromptRows
 
@@ -72,12 +82,18 @@ def test_scores_are_in_units_of_the_distance_of_the_means():
     group, negatives = saying(12, 0), random_rows(200, 1)
     gate = fit(group, negatives)
     distance = group[:, 2].mean(0) - negatives.flatten(0, 1).mean(0)
-    assert float(gate.weights[0] @ distance) == pytest.approx(1, abs=2e-3)  # as half precision has it
+    assert float(gate.weights[0] @ distance) == pytest.approx(1, abs=0.02)  # as bytes have it
 
 
-def test_weights_are_those_of_half_precision_exactly():
+def test_weights_are_whole_numbers_of_a_byte_times_a_power_of_two():
+    weights = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 5)[:, None]
+    scales, rounded = byte_scales(weights), in_bytes(weights)
+    numbers = rounded / scales
+    assert torch.equal(numbers, numbers.round()) and (numbers.abs().amax(1) >= 63).all() and numbers.abs().max() <= 127
+    assert ((rounded - weights).abs() <= scales * 1.01).all() and (torch.frexp(scales).mantissa == 0.5).all()
+    assert torch.equal(in_bytes(rounded), rounded) and torch.equal(byte_scales(rounded), scales)
     gate = fit(saying(12, 0), random_rows(200, 1))
-    assert gate.weights.dtype == torch.float32 and torch.equal(gate.weights.half().float(), gate.weights)
+    assert gate.weights.dtype == torch.float32 and torch.equal(in_bytes(gate.weights), gate.weights)
 
 
 def test_prompts_that_are_left_out_do_not_count():
@@ -111,6 +127,7 @@ def test_a_direction_that_takes_namesakes_is_turned_until_it_tells_them_apart(mo
 
 def test_the_direction_is_fishers_with_the_covariance_of_all_but_the_left_out(monkeypatch):
     monkeypatch.setattr(gates, "_HARD_WEIGHT", 0.0)
+    monkeypatch.setattr(gates, "in_bytes", lambda weights: weights)
     group, negatives = saying(12, 0), random_rows(300, 1)
     left_out = torch.arange(300) % 3 == 0
     gate = fit(group, negatives, left_out=left_out)

@@ -1,5 +1,7 @@
 """Gated edits: whom they change, what a file keeps of them, and what of a file is believed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import CPU, make_xl, save_unchecked
@@ -156,6 +158,18 @@ def path(tmp_path):
     return path
 
 
+def test_a_gate_of_an_older_file_stays_in_half_precision(tmp_path):
+    weights = random_rows(1, 3, DIM, seed=2)[0].half().float()
+    edit = axis_edit(0, layer=2)
+    old = replace(edit, gates={ENCODER: Gate(weights, torch.tensor([0.1, 0.2, 0.3]))})
+    tensors = old.tensors()
+    assert tensors[f"gate.{ENCODER}.weights"].dtype == torch.float16 and f"gate.{ENCODER}.scales" not in tensors
+    loaded = GatedEdit.read(tensors, old.metadata)
+    assert loaded is not None and torch.equal(loaded.gates[ENCODER].weights, weights)
+    assert torch.equal(loaded.gates[ENCODER].thresholds, old.gates[ENCODER].thresholds)
+    assert edit.tensors()[f"gate.{ENCODER}.weights"].dtype == torch.int8
+
+
 def test_a_file_keeps_the_gate_and_its_decisions(path):
     edit, loaded = axis_edit(0, layer=2, pooled=True), WeightShift.load(path)
     assert loaded.gated is not None and loaded.metadata["gate"] == loaded.gated.metadata == edit.metadata
@@ -210,7 +224,7 @@ def change_file(path, tensors=None, **gate) -> None:
 
 
 GATED_TENSORS = [
-    *(f"gate.{ENCODER}.{part}" for part in ("weights", "thresholds")),
+    *(f"gate.{ENCODER}.{part}" for part in ("weights", "thresholds", "scales")),
     *(f"map.{stream}.{part}" for stream in ("tokens", "pooled") for part in ("outputs", "directions", "gram")),
 ]
 
@@ -224,8 +238,8 @@ def test_a_tensor_of_the_gate_that_is_missing_or_wrong_is_refused(path, name):
         "empty": tensor[:0],
         "flat": tensor.flatten()[None, None],
         "a number": tensor.flatten()[0].clone(),
-        "NaN": torch.full_like(tensor, torch.nan),
-        "infinite": torch.full_like(tensor, torch.inf),
+        "NaN": torch.full_like(tensor.float(), torch.nan),
+        "infinite": torch.full_like(tensor.float(), torch.inf),
         "huge": torch.full_like(tensor.float(), 1e30),
         "whole numbers": tensor.long(),
     }

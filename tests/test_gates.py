@@ -99,7 +99,7 @@ def test_a_gate_that_always_fires_has_all_false_alarms_and_one_that_never_does_a
     monet, nike = report.concepts.iloc[1], report.concepts.iloc[2]
     assert monet.misses == 0 and nike.misses == nike.held_out and nike.false_alarms == nike.other_names == 0
     assert report.concepts.to_csv(index=False).splitlines()[1].startswith("x,,,") and isinstance(monet.misses, int)
-    assert monet.bytes == 2 * 96 + 4 and monet.least_margin == 1
+    assert monet.bytes == 96 + 4 + 4 and monet.least_margin == 1
     assert [row["differ"][0] for row in report.summary["decisions"]] == [0, 0, 0]
     assert set(report.misses.concept) == {"Nike"} and set(report.false_alarms.concept) == {"Monet"}
     assert report.false_alarms.prompts.iloc[-1] in (HELD_OUT, TEMPLATES, MISSPELT, RESPELT)

@@ -32,8 +32,7 @@ Rows = Mapping[tuple[str, int], list[torch.Tensor]]  # by text encoder and layer
 _CONCEPTS_AT_ONCE = 16  # whose gates are fitted in one go
 _ANCHORS_KEPT = 4  # lists of anchors whose embeddings are not computed again: by batches, whose rounding is their own
 _NUM_TRIED, _MAX_TRIED = 400, 8  # prompts, and at most so many concepts and layers, by which the hidden state is chosen
-_NEAR_ALARM = 0.3  # below a threshold, in units of the concept's distance: few words of 800 are above it in any state
-_NEAR_BEST = 0.75  # of the largest gap that a state has to reach
+_WORDS_BELOW = 0.99  # of unseen words, whose distance to a threshold counts when a state is chosen
 _MISSPELT = "misspelt names"  # of a concept, as a group
 _MAX_TAKEN = 0.01  # of made-up words that a gate may take for its concept
 _NUM_JUDGED = 500  # captions of another grammar, on which false alarms are counted
@@ -162,7 +161,9 @@ class GateFitter:
     def _choose_layers(self, others: Sequence[Concept]) -> dict[str, int]:
         """Return, for each text encoder, the hidden state that gates read, judged by a few of `others` and other names.
 
-        Of the states with nearly the largest gap it is the one with the fewest unseen words that come near an alarm.
+        It is the one in which both sides are furthest from the thresholds: the prompts that say a concept above them,
+        and nearly all unseen words below. (The number of words that come near them says less: it is four or five of
+        800 in several states.)
         """
         names = [Concept(number, name, name) for number, name in enumerate(kin_names())]
         concepts = [*evenly(names, _MAX_TRIED // 2), *evenly(others, _MAX_TRIED // 2)]
@@ -172,14 +173,12 @@ class GateFitter:
             tried = [*range(0, number - 1, -(-number // _MAX_TRIED)), LAST_STATE]
             gates = self._try_layers(name, tried, concepts)
             unseen_states = self._encode(self.texts.unseen, {name: tried})
-            gaps = {layer: sum(gate.gap for gate in found) for layer, found in gates.items()}
-            alarms = {}
+            distances = dict.fromkeys(tried, 0.0)  # a concept without a gate adds nothing
             for layer, found in gates.items():
-                margins = [gate.margins(unseen_states[name, layer]) for gate in found]
-                alarms[layer] = sum(int((margin > -_NEAR_ALARM).sum()) for margin in margins)
-            least = _NEAR_BEST * max(gaps.values())
-            near = [layer for layer in tried if gaps[layer] >= max(least, 0)] or [LAST_STATE]
-            chosen[name] = min(near, key=lambda layer: (alarms[layer], -gaps[layer]))
+                for gate in found:
+                    words = gate.margins(unseen_states[name, layer]).quantile(_WORDS_BELOW).item()
+                    distances[layer] += (1 - self.config.gate_position) * gate.gap - words
+            chosen[name] = max(reversed(tried), key=lambda layer: distances[layer])
         return chosen
 
     def _try_layers(self, name: str, tried: Sequence[int], concepts: Sequence[Concept]) -> dict[int, list[Gate]]:

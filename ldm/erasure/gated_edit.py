@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 from ldm.erasure.embedding_map import EmbeddingMap, join_maps
-from ldm.erasure.gate import Gate, join_gates
+from ldm.erasure.gate import Gate, byte_scales, join_gates
 from ldm.io.checks import is_mapping, is_number
 
 LAST_STATE = -1  # the state that is what the denoiser is given, as in `ldm.diffusion.text_states`
@@ -54,8 +54,7 @@ class GatedEdit:
         """Return what a file holds of the edit, by name: its maps in `dtype`, but for their moments."""
         tensors = {}
         for name, gate in self.gates.items():
-            tensors[f"gate.{name}.weights"] = gate.weights.half()  # which rounds nothing, see `fit_gate`
-            tensors[f"gate.{name}.thresholds"] = gate.thresholds
+            tensors |= {f"gate.{name}.{part}": tensor for part, tensor in _gate_tensors(gate).items()}
         for stream, found in self.maps.items():
             for part in _MAP_PARTS:
                 tensor: torch.Tensor = getattr(found, part)
@@ -67,12 +66,13 @@ class GatedEdit:
     def read(cls, tensors: Mapping[str, torch.Tensor], metadata: Any) -> Self | None:
         """Return the edit that a file's tensors and metadata are; None when they do not belong together."""
         found = {name: tensors[name] for name in tensors if is_gated_tensor(name)}
-        if not is_mapping(metadata) or not all(tensor.is_floating_point() for tensor in found.values()):
+        if not is_mapping(metadata) or not all(_is_number_type(found[name], name) for name in found):
             return None
         layers, penalties = metadata.get("layers"), metadata.get("penalties")
         if not is_mapping(layers) or not layers or not is_mapping(penalties) or set(penalties) not in _STREAMS:
             return None
-        if len(found) != 2 * len(layers) + len(_MAP_PARTS) * len(penalties):
+        num_bytes = sum(tensor.dtype == torch.int8 for tensor in found.values())  # gates that have scales too
+        if len(found) != 2 * len(layers) + num_bytes + len(_MAP_PARTS) * len(penalties):
             return None
         try:
             gates = {name: _read_gate(found, name, metadata) for name in layers}
@@ -183,6 +183,24 @@ def _as_file_has(tensor: torch.Tensor) -> torch.Tensor:
     return half if torch.equal(half.double(), tensor) else tensor.float()
 
 
+def _gate_tensors(gate: Gate) -> dict[str, torch.Tensor]:
+    """Return the parts of a gate that a file has: weights in bytes and thresholds, both divided by the scales.
+
+    Which prompts trip the gate follows without the scales. One of an older file has none, and weights in float16.
+    """
+    scales = byte_scales(gate.weights)
+    numbers = (gate.weights / scales).to(torch.int8)
+    if not torch.equal(numbers * scales, gate.weights):
+        return {"weights": gate.weights.half(), "thresholds": gate.thresholds}
+    return {"weights": numbers, "thresholds": gate.thresholds / scales[:, 0], "scales": scales[:, 0].clone()}
+
+
+def _is_number_type(tensor: torch.Tensor, name: str) -> bool:
+    """Return whether a part of an edit has numbers as a file may have them."""
+    is_bytes = tensor.dtype == torch.int8 and name.startswith("gate.") and name.endswith(".weights")
+    return tensor.is_floating_point() or is_bytes
+
+
 def _fits(gate: Gate, layer: int, config: Any) -> bool:
     """Return whether a text encoder with this config has the hidden state that a gate reads."""
     return layer < config.num_hidden_layers and gate.weights.shape[1] == config.hidden_size
@@ -190,12 +208,18 @@ def _fits(gate: Gate, layer: int, config: Any) -> bool:
 
 def _read_gate(tensors: Mapping[str, torch.Tensor], name: str, metadata: Mapping[str, Any]) -> Gate:
     """Return the gate of a text encoder. Raises ValueError for tensors of wrong shapes or sizes."""
-    weights, thresholds = tensors[f"gate.{name}.weights"], tensors[f"gate.{name}.thresholds"]
+    stored, thresholds = (tensors[f"gate.{name}.{part}"] for part in ("weights", "thresholds"))
+    weights, scales = stored.float(), torch.ones(thresholds.shape)  # of older files
+    if stored.dtype == torch.int8:
+        scales = tensors[f"gate.{name}.scales"].float()
+    if scales.shape != thresholds.shape or not (scales > 0).all():
+        raise ValueError("wrong scales")
     if weights.dim() != 2 or not len(weights) or thresholds.shape != weights.shape[:1]:
         raise ValueError("wrong shapes")
+    weights, thresholds = weights * scales[:, None], thresholds.float() * scales
     _check_sizes(weights, thresholds)
     gap = metadata.get("gap")
-    return Gate(weights.float(), thresholds.float(), float(gap) if gap is not None and is_number(gap) else 0.0)
+    return Gate(weights, thresholds, float(gap) if gap is not None and is_number(gap) else 0.0)
 
 
 def _read_map(tensors: Mapping[str, torch.Tensor], stream: str, penalty: Any) -> EmbeddingMap:
