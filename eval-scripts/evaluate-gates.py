@@ -39,7 +39,7 @@ def print_report(report, detectors):
     for name, examples in (("false alarms", report.false_alarms), ("misses", report.misses)):
         output.show_table(examples[:NUM_EXAMPLES], name, f"{name}, {len(examples)} in all:")
     summary = report.summary
-    if summary["seconds_per_gate"]:  # and they were not there already
+    if summary["seconds_per_gate"] is not None:
         print(
             f"\nbefore the first gate {summary['seconds_before_gates']:.0f} s, each {summary['seconds_per_gate']:.1f} s"
         )

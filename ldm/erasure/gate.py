@@ -144,16 +144,13 @@ def _fit_batch(
         fit.add(torch.cat([negatives.rows[hardest], negatives.whiten(task.lookalikes.best(weight))]))
     weights = [in_bytes(negatives.weights(fit.solve())) for fit in fits]
     found: list[list[Gate | NoGateError]] = []
-    every_score = _scores(negatives, weights, out)
-    for place, (task, weight, scores) in enumerate(zip(tasks, weights, every_score, strict=True)):
+    for place, scores in enumerate(_scores(negatives, weights, out)):
+        search = _Thresholds(tasks[place], negatives, out[place], position)
         gates: list[Gate | NoGateError] = []
-        for number, (group, own_weight, own_scores) in enumerate(zip(task.groups, weight, scores, strict=True)):
-            single = GateTask([group], task.left_out, task.lookalikes)
-            gate = _with_threshold(single, own_weight, own_scores, negatives, position)
+        for number, group in enumerate(tasks[place].groups):
+            gate = search.gate(group, weights[place][number], scores[number])
             if turns and isinstance(gate, NoGateError):
-                start = negatives.directions(own_weight[None])[0]
-                offset = fits[place].offsets[number]
-                gate = _turn(single, start, offset, own_scores, negatives, out[place], position) or gate
+                gate = search.turn(group, weights[place][number], scores[number], fits[place].offsets[number]) or gate
             gates.append(gate)
         found.append(gates)
     return found
@@ -162,26 +159,6 @@ def _fit_batch(
 def _highest(scores: torch.Tensor, num: int) -> torch.Tensor:
     """Return the numbers of the rows with the `num` highest scores, (R,), in order; none that is left out."""
     return scores.topk(min(num, int(scores.isfinite().sum()))).indices.sort().values
-
-
-def _turn(
-    task: GateTask,
-    start: torch.Tensor,
-    offset: torch.Tensor,
-    scores: torch.Tensor,
-    negatives: Negatives,
-    left_out: torch.Tensor,
-    position: float,
-) -> Gate | None:
-    """Return the gate of a task's only group whose direction `start` leaves no gap, turned; None for still none."""
-    [group] = task.groups
-    for ridge in _TURN_RIDGES:
-        weight = _turned(start, offset, group, negatives, scores, ridge)
-        [[scores]] = _scores(negatives, [weight[None]], [left_out])
-        gate = _with_threshold(task, weight, scores, negatives, position)
-        if isinstance(gate, Gate) and gate.gap >= _TURN_GAP:
-            return gate
-    return None
 
 
 @torch.inference_mode(False)
@@ -232,23 +209,41 @@ def _scores(
     return [part.masked_fill(out, -torch.inf) for part, out in zip(parts, left_out, strict=True)]
 
 
-def _with_threshold(
-    task: GateTask, weight: torch.Tensor, scores: torch.Tensor, negatives: Negatives, position: float
-) -> Gate | NoGateError:
-    """Return the gate of a task of one group, whose weight (d,) scores the rows of its negatives so, (R,)."""
-    [own], highest = task.groups, scores.max()
-    alike = task.lookalikes.highest(task.lookalikes.rows @ weight)
-    if own.clearance is not None:
-        return Gate(weight[None], (torch.cat([highest[None], alike]).max() + own.clearance)[None])
-    lowest = own.rows.highest(own.rows.rows @ weight).min()
-    gap = (lowest - highest).item()
-    if gap <= 0:
-        above = (scores >= lowest).nonzero()[:, 0]
-        worst_first = above[scores[above].argsort(descending=True)]
-        return NoGateError(gap, negatives.prompts_of(worst_first, task.left_out))
-    below = alike[alike < lowest - _LOOKALIKE_GAP]
-    bound = torch.cat([highest[None], below]).max()
-    return Gate(weight[None], (bound + position * (lowest - bound))[None], gap)
+@dataclass(frozen=True)
+class _Thresholds:
+    """Where the threshold of a direction lies, for the groups of a task: `left_out` are rows of its negatives, (R,)."""
+
+    task: GateTask
+    negatives: Negatives
+    left_out: torch.Tensor
+    position: float
+
+    def gate(self, group: Positives, weight: torch.Tensor, scores: torch.Tensor) -> Gate | NoGateError:
+        """Return the gate of a group whose weight (d,) scores the rows of the negatives so, (R,)."""
+        alike, highest = self.task.lookalikes, scores.max()
+        alike = alike.highest(alike.rows @ weight)
+        if group.clearance is not None:
+            return Gate(weight[None], (torch.cat([highest[None], alike]).max() + group.clearance)[None])
+        lowest = group.rows.highest(group.rows.rows @ weight).min()
+        gap = (lowest - highest).item()
+        if gap <= 0:
+            above = (scores >= lowest).nonzero()[:, 0]
+            worst_first = above[scores[above].argsort(descending=True)]
+            return NoGateError(gap, self.negatives.prompts_of(worst_first, self.task.left_out))
+        below = alike[alike < lowest - _LOOKALIKE_GAP]
+        bound = torch.cat([highest[None], below]).max()
+        return Gate(weight[None], (bound + self.position * (lowest - bound))[None], gap)
+
+    def turn(self, group: Positives, weight: torch.Tensor, scores: torch.Tensor, offset: torch.Tensor) -> Gate | None:
+        """Return the gate of a group whose weight leaves no gap, turned until it leaves one; None for still none."""
+        start = self.negatives.directions(weight[None])[0]
+        for ridge in _TURN_RIDGES:
+            turned = _turned(start, offset, group, self.negatives, scores, ridge)
+            [[scores]] = _scores(self.negatives, [turned[None]], [self.left_out])
+            gate = self.gate(group, turned, scores)
+            if isinstance(gate, Gate) and gate.gap >= _TURN_GAP:
+                return gate
+        return None
 
 
 class _Discriminants:

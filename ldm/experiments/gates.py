@@ -31,12 +31,15 @@ _ROUNDED_TO = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class FittedGates:
-    """The edits of the concepts that have a gate, in the same order, why others have none, and the seconds of each."""
+    """The edits of the concepts that have a gate, in the same order, and why others have none.
+
+    `seconds` is what each took to make; None for those that were there.
+    """
 
     concepts: Sequence[Concept]
     edits: Sequence[GatedEdit]
     refused: Mapping[str, str]  # by the name of a concept
-    seconds: float
+    seconds: float | None
 
     @property
     def together(self) -> GatedPrompts:
@@ -100,7 +103,7 @@ def active_gates(ledger: Ledger) -> FittedGates:
         edits.append(edit)
     if not edits:
         raise ValueError(f"nothing is erased in {ledger.root}: erase a concept first")
-    return FittedGates(concepts, edits, {}, 0.0)
+    return FittedGates(concepts, edits, {}, None)
 
 
 def decide(
