@@ -75,7 +75,7 @@ class ConceptEdit:
     maps: Mapping[str, EmbeddingMap]
 
     def margins(self, states: States) -> torch.Tensor:
-        """Return how far each prompt is above the threshold of the gate that is nearest to firing, (N,)."""
+        """Return whether each prompt trips a gate, (N,): above 0 where it does. How far says little: units differ."""
         found = []
         for name, (weights, thresholds) in self.gates.items():
             scores = states[name, self.layers[name]] @ weights.T  # (N, T, g)

@@ -175,18 +175,23 @@ class GateFitter:
             unseen_states = self._encode(self.texts.unseen, {name: tried})
             distances = dict.fromkeys(tried, 0.0)  # a concept without a gate adds nothing
             for layer, found in gates.items():
-                for gate in found:
+                for gate, lowest in found:
                     words = gate.margins(unseen_states[name, layer]).quantile(_WORDS_BELOW).item()
-                    distances[layer] += (1 - self.config.gate_position) * gate.gap - words
+                    distances[layer] += max(lowest - words, 0)
             chosen[name] = max(reversed(tried), key=lambda layer: distances[layer])
         return chosen
 
-    def _try_layers(self, name: str, tried: Sequence[int], concepts: Sequence[Concept]) -> dict[int, list[Gate]]:
-        """Return the gates of some concepts that read each of the layers tried, of those that it tells from others."""
+    def _try_layers(
+        self, name: str, tried: Sequence[int], concepts: Sequence[Concept]
+    ) -> dict[int, list[tuple[Gate, float]]]:
+        """Return the gates of some concepts that read each of the layers tried, of those that it tells from others.
+
+        With each is how far the lowest of the concept's prompts is above the threshold.
+        """
         shown = evenly(self.texts.negatives, _NUM_TRIED)
         shown_rows = self._encode_rows(shown, {name: tried})
         negatives = {layer: self._negatives(shown_rows[name, layer]) for layer in tried}
-        gates: dict[int, list[Gate]] = {layer: [] for layer in tried}
+        gates: dict[int, list[tuple[Gate, float]]] = {layer: [] for layer in tried}
         for concept in concepts:
             try:
                 own = self.texts.own(concept)
@@ -199,9 +204,10 @@ class GateFitter:
                 own_rows = rows[name, layer]
                 task = self._task(own, own_rows, left_out, PromptRows.join(alike[name, layer], own_rows[0].shape[1]))
                 [found] = fit_gates([task], negatives[layer], self.config.gate_position, turns=False)
-                told = [gate for gate in found if isinstance(gate, Gate)]
+                told = [(gate, group) for gate, group in zip(found, task.groups, strict=True) if isinstance(gate, Gate)]
                 if told and isinstance(found[0], Gate):
-                    gates[layer].append(join_gates(told))
+                    least = [gate.row_margins(group.rows).min() for gate, group in told if group.clearance is None]
+                    gates[layer].append((join_gates([gate for gate, _ in told]), torch.stack(least).min().item()))
         return gates
 
     def _negatives(self, rows: Sequence[torch.Tensor]) -> Negatives:
@@ -243,8 +249,7 @@ class GateFitter:
 
     def _words_taken(self, encoder: str, gate: Gate) -> list[int]:
         """Return which made-up words, on which no gate is fitted, a gate takes for its concept, the clearest first."""
-        words = self.unseen[encoder]
-        margins = words.highest((words.rows @ gate.weights.T - gate.thresholds).amax(1))
+        margins = gate.row_margins(self.unseen[encoder])
         return [number for number in margins.argsort(descending=True).tolist() if margins[number] > 0]
 
     def _encode(self, prompts: Sequence[str], layers: Mapping[str, int | Collection[int]]) -> States:

@@ -19,14 +19,14 @@ from ldm.io.errors import notify
 
 Item = TypeVar("Item")
 
-_NUM_UNSEEN = 800  # made-up words among which false alarms of the states are counted
+_NUM_UNSEEN = 800  # made-up words by which a state is chosen, and of which a gate may take few
 _OTHER_TEMPLATES = 3  # by which prompts say the concepts that are not erased
 _NUM_LOOKALIKES = 60  # made-up words for each spelling
 _MAX_SAYING = 0.2  # the largest fraction of captions that may say a concept
 _NUM_COMPOSED = 4  # captions with another concept's names in them
 _NUM_NAMESAKES = 20  # of them, for one whose last name others have
 _MAX_SHOWN = 5  # shared names in a notice
-_NUM_MODIFIED = 180  # captions that have prompt modifiers too
+_NUM_MODIFIED = 180  # captions that have prompt modifiers too, each other ones
 _OTHER_SURNAMES = 2  # after parts of the names of concepts that are not erased
 _SURNAMES = ("Miller", "Jones", "Silva", "Petrov", "Larsen", "Kim", "Rossi", "Novak")  # of people who are no concept
 
@@ -78,7 +78,7 @@ class GatePrompts:
         namesakes = {name for found in self.shared.values() for name in found}
         for concept in others:
             prompts += self._composed(concept, _NUM_NAMESAKES if concept.name in namesakes else _NUM_COMPOSED)
-        # In the same order whichever of a run's concepts bring some of the last.
+        # What the null spaces of a run protect comes last: it is mostly there already, as each leaves one concept out.
         self.negatives = list(dict.fromkeys([*prompts, *sorted(self._shared_prompts), *sorted(retained)]))
         self._folded = {text: " ".join(text.lower().split()) for text in self.negatives}
 
@@ -87,13 +87,13 @@ class GatePrompts:
 
         Half of them have prompt modifiers.
         """
-        rng, templates = random.Random(f"namesakes {concept.name}"), load_template_set(concept.kind).composed_templates
+        rng, kind = random.Random(f"namesakes {concept.name}"), load_template_set(concept.kind)
         made: list[str] = []
         for number in range(num):
             name = concept.spellings[number % len(concept.spellings)]
-            template = templates[number % len(templates)].replace("{caption}", rng.choice(self.captions))
-            prompt = fill_phrase(template, name)
-            made.append(_modified(prompt, rng.randrange(_NUM_MODIFIED)) if number % 4 > 1 else prompt)
+            template = rng.choice(kind.composed_templates).replace("{caption}", rng.choice(self.captions))
+            prompt, modified = fill_phrase(template, name), number // len(concept.spellings) % 2
+            made.append(_modified(prompt, rng.randrange(_NUM_MODIFIED)) if modified else prompt)
         return made
 
     def without_shared(self, concept: Concept) -> Concept:
@@ -112,8 +112,12 @@ class GatePrompts:
         said = [(template, spelling) for spelling in spellings for template in templates]
         for number in range(self.config.compositions):
             template = rng.choice(kind.composed_templates).replace("{caption}", rng.choice(self.captions))
-            template = template if number % 2 else _modified(template, rng.randrange(_NUM_MODIFIED))
-            said.append((template, spellings[number // 2 % len(spellings)]))
+            spelling, modified = (
+                spellings[number // 2 % len(spellings)],
+                _modified(template, rng.randrange(_NUM_MODIFIED)),
+            )
+            is_read = read_part(tokenizer, fill_phrase(modified, spelling)) is None
+            said.append((modified if number % 2 and is_read else template, spelling))
         wrong = [text for spelling in spellings for text in misspellings(spelling)]
         wrong = [text for text in dict.fromkeys(wrong) if not says(text, concept.spellings)]
         rng.shuffle(wrong)

@@ -212,7 +212,7 @@ def _read_gate(tensors: Mapping[str, torch.Tensor], name: str, metadata: Mapping
     weights, scales = stored.float(), torch.ones(thresholds.shape)  # of older files
     if stored.dtype == torch.int8:
         scales = tensors[f"gate.{name}.scales"].float()
-    if scales.shape != thresholds.shape or not (scales > 0).all():
+    if scales.shape != thresholds.shape or not (scales > 0).all() or not (torch.frexp(scales).mantissa == 0.5).all():
         raise ValueError("wrong scales")
     if weights.dim() != 2 or not len(weights) or thresholds.shape != weights.shape[:1]:
         raise ValueError("wrong shapes")
