@@ -142,8 +142,13 @@ def test_the_direction_is_fishers_with_the_covariance_of_all_but_the_left_out(mo
 
 def test_a_gate_does_not_depend_on_those_that_are_fitted_with_it():
     negatives = random_rows(300, 1)
+    namesakes = saying(12, 3, axis=3)  # of the fourth, whose direction is turned
+    namesakes[:, 2, 5] += 0.8
+    negatives[-12:] = namesakes
     others = Negatives(PromptRows.whole(negatives), RIDGE)
     tasks = [task(saying(12, seed, axis=seed), negatives, random_rows(4, seed + 20)) for seed in range(6)]
+    [[straight]] = fit_gates(tasks[3:4], others, POSITION, turns=False)
+    assert isinstance(straight, NoGateError)
     together = fit_gates(tasks, others, POSITION)
     for number, [found] in enumerate(together):
         assert isinstance(found, Gate)

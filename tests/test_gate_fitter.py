@@ -199,7 +199,7 @@ def test_known_states_encode_what_is_new_and_forget_what_is_not_asked_for():
 
 def test_a_fitter_goes_on_with_what_an_earlier_one_knows(model, monkeypatch):
     monkeypatch.setattr(gate_prompts, "_NUM_UNSEEN", 20)
-    monkeypatch.setattr(gate_fitter, "_MAX_TRIED", 2)
+    monkeypatch.setattr(gate_fitter, "_MAX_TRIED", 4)
     known = KnownStates()
     first = GateFitter(model, [PICASSO], RETAINED, SMALL, known)
     monkeypatch.setattr(GateFitter, "_choose_layers", None)  # which then is not asked again
@@ -244,7 +244,7 @@ def test_maps_are_as_small_as_they_can_be_and_kept_in_half_precision(fitter, edi
 
 def test_a_surname_of_several_concepts_is_told_and_trips_the_gate_of_none(model, monkeypatch):
     monkeypatch.setattr(gate_prompts, "_NUM_UNSEEN", 20)
-    monkeypatch.setattr(gate_fitter, "_MAX_TRIED", 2)
+    monkeypatch.setattr(gate_fitter, "_MAX_TRIED", 4)
     names = ["Picasso Monet", "Cezanne Monet"]
     concepts = [
         Concept(0, names[0], names[0], ("Monet",), kind="person"),
@@ -257,3 +257,24 @@ def test_a_surname_of_several_concepts_is_told_and_trips_the_gate_of_none(model,
         found = fitter.fit(own)
         assert (margins(model, found, [own.name, f"a photo of {own.name}"]) > 0).all()
         assert (margins(model, found, [*said_alone, other, f"a photo of {other}"]) < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("lowest", "words", "chosen"),
+    [
+        ((0.3, 0.2, 0.1), (-0.1, -0.4, -0.3), 1),  # both sides together
+        ((0.3, 0.3, 0.3), (-0.1, -0.2, -0.4), -1),
+        ((0.3, 0.1, 0.1), (-0.1, 0.5, 0.4), 0),  # words above a threshold
+        ((0.1, 0.1, 0.1), (0.2, 0.2, 0.2), -1),  # none is of use
+    ],
+)
+def test_the_state_is_that_of_which_both_sides_are_furthest_from_the_thresholds(
+    fitter, monkeypatch, lowest, words, chosen
+):
+    layers, gate = (0, 1, -1), gate_fitter.Gate(torch.ones(1, 1), torch.zeros(1))
+    found = {layer: [(gate, least)] for layer, least in zip(layers, lowest, strict=True)}
+    states = {("text_encoder", layer): torch.full((5, 2, 1), word) for layer, word in zip(layers, words, strict=True)}
+    monkeypatch.setattr(GateFitter, "_try_layers", lambda *_: found)
+    monkeypatch.setattr(GateFitter, "_encode", lambda *_: states)
+    monkeypatch.setattr(gate_fitter, "_MAX_TRIED", 4)
+    assert fitter._choose_layers([]) == {"text_encoder": chosen}

@@ -158,14 +158,16 @@ def path(tmp_path):
     return path
 
 
-def test_a_gate_of_an_older_file_stays_in_half_precision(tmp_path):
-    weights = random_rows(1, 3, DIM, seed=2)[0].half().float()
+OLD_GATE = Gate(random_rows(1, 3, WIDTH, seed=2)[0].half().float(), torch.tensor([0.1, 0.2, 0.3]))
+
+
+def test_a_gate_of_an_older_file_stays_in_half_precision():
     edit = axis_edit(0, layer=2)
-    old = replace(edit, gates={ENCODER: Gate(weights, torch.tensor([0.1, 0.2, 0.3]))})
+    old = replace(edit, gates={ENCODER: OLD_GATE})
     tensors = old.tensors()
     assert tensors[f"gate.{ENCODER}.weights"].dtype == torch.float16 and f"gate.{ENCODER}.scales" not in tensors
     loaded = GatedEdit.read(tensors, old.metadata)
-    assert loaded is not None and torch.equal(loaded.gates[ENCODER].weights, weights)
+    assert loaded is not None and torch.equal(loaded.gates[ENCODER].weights, OLD_GATE.weights)
     assert torch.equal(loaded.gates[ENCODER].thresholds, old.gates[ENCODER].thresholds)
     assert edit.tensors()[f"gate.{ENCODER}.weights"].dtype == torch.int8
 
@@ -229,8 +231,14 @@ GATED_TENSORS = [
 ]
 
 
+@pytest.mark.parametrize("is_old", [False, True])
 @pytest.mark.parametrize("name", GATED_TENSORS)
-def test_a_tensor_of_the_gate_that_is_missing_or_wrong_is_refused(path, name):
+def test_a_tensor_of_the_gate_that_is_missing_or_wrong_is_refused(path, name, is_old):
+    if is_old and name.endswith("scales"):
+        return
+    if is_old:
+        edit = replace(axis_edit(0, layer=2, pooled=True), gates={ENCODER: OLD_GATE})
+        gated_shift(edit).save(path, {"concept": "VanGogh"})
     content, tensor = path.read_bytes(), load_tensors(path, SHIFT_FILE_TYPE)[0][name]
     wrong = {
         "missing": None,
@@ -245,6 +253,8 @@ def test_a_tensor_of_the_gate_that_is_missing_or_wrong_is_refused(path, name):
     }
     if tensor.dim() == 2:
         wrong["no columns"] = tensor[:, :0]
+    if name.endswith("scales"):
+        wrong |= {str(value): torch.full_like(tensor, value) for value in (0, -1, 0.3)}
     for kind, other in wrong.items():
         path.write_bytes(content)
         change_file(path, {name: other})
