@@ -52,8 +52,10 @@ def test_ctrl_c_of_which_a_library_makes_another_error_is_one_line(capsys):
         except KeyboardInterrupt:
             raise RuntimeError("failed to import") from None
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which is none in the background of a shell
     with pytest.raises(SystemExit) as ended:
         run(main)
+    signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130 and capsys.readouterr().err.startswith("stopped; nothing is half written")
 
 

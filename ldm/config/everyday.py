@@ -94,6 +94,13 @@ def kin_names() -> list[str]:
     return [*kin["artists"], *kin["objects"]]
 
 
+@cache
+def ordinary_words() -> frozenset[str]:
+    """Return the words of grammar one in lower case, which say no concept though its name has them, as Tiger Woods."""
+    options = [option for options in read_section("retain", "words").values() for option in options]
+    return frozenset(word.lower() for option in options for word in option.split())
+
+
 def prompt_modifiers() -> list[str]:
     """Return what people add to a prompt, after a comma, to have a better image of whatever it says."""
     return list(read_section("lists", "modifiers")["modifiers"])

@@ -24,7 +24,7 @@ LAST_STATE = -1  # what the denoiser is given, among the numbers of layers
 POOLED_ENCODER = "clip_g"  # whose pooled embedding XL's denoiser is given
 
 _FOLDER = Path(__file__).parent
-JOINED_SCALE = 1.3  # of the map of several concepts that a prompt says together
+JOINED_SCALE = 1.4  # of the map of several concepts that a prompt says together
 _RELATIVE_ZERO = 1e-6
 
 States = Mapping[tuple[str, int], torch.Tensor]  # by text encoder and layer: (N, T, width of that encoder)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from ldm.config.concepts import Concept, always_protected_prompts
-from ldm.config.everyday import plural, prompt_modifiers, retain_captions
+from ldm.config.everyday import ordinary_words, plural, prompt_modifiers, retain_captions
 from ldm.config.methods import GateConfig
 from ldm.config.spellings import compounds, lookalikes, misspellings, partial_names, says, shared_last_words
 from ldm.config.templates import fill, fill_anchor, fill_phrase, load_template_set, without_article
@@ -73,7 +73,7 @@ class GatePrompts:
             prompts += _other_prompts(concept, self.common)
         self.shared = shared_last_words({concept.name: _names(concept) for concept in others})
         _notify_of_shared(self.shared)
-        said_alone = load_template_set("person").templates[:_OTHER_TEMPLATES]
+        said_alone = load_template_set("person").templates
         self._shared_prompts = {fill(template, name) for name in self.shared for template in said_alone}
         namesakes = {name for found in self.shared.values() for name in found}
         for concept in others:
@@ -156,10 +156,13 @@ class GatePrompts:
         return [text for text in (*alike, *_partial_prompts(concept, self.common)) if not says(text, concept.spellings)]
 
     def left_out(self, concept: Concept, own: OwnPrompts, prompts: Sequence[str]) -> torch.Tensor:
-        """Return which of the prompts say a concept, or a part of its names, and so are none of its negatives, (N,)."""
+        """Return which of the prompts say a concept, or a part of its names, and so are none of its negatives, (N,).
+
+        A part that is an ordinary word says something else, and what it says stays a negative.
+        """
         names = _names(concept)
-        own_texts = {*own.anchors, *_partial_prompts(concept, self.common)}
-        words = {word.lower() for name in names for word in name.split() if len(word) > 2}
+        own_texts = {*own.anchors, *_partial_prompts(concept, self.common, without=ordinary_words())}
+        words = {word.lower() for name in names for word in name.split() if len(word) > 2} - ordinary_words()
         own_texts |= {text for text in self.words if text.lower() in words}  # a small vocabulary, or one with capitals
         own_texts |= {text for text in self.rare_words if any(word[:4] in text.lower() for word in words)}
         own_texts -= self._shared_prompts  # which say others as well
@@ -230,10 +233,14 @@ def _other_prompts(concept: Concept, common: Collection[str]) -> list[str]:
     return prompts + _partial_prompts(concept, common, _OTHER_SURNAMES)
 
 
-def _partial_prompts(concept: Concept, common: Collection[str], num: int = len(_SURNAMES)) -> list[str]:
+def _partial_prompts(
+    concept: Concept, common: Collection[str], num: int = len(_SURNAMES), without: Collection[str] = ()
+) -> list[str]:
     """Return prompts that say parts of a concept's names, such as first names, alone and of somebody else."""
     templates, prompts = load_template_set(concept.kind).templates, []
     for part in partial_names(_names(concept), common):
+        if part.lower() in without:
+            continue
         prompts += [fill(template, part) for template in templates[:_OTHER_TEMPLATES]]
         prompts += [
             fill(template, f"{part} {name}") for name, template in zip(_SURNAMES[:num], templates, strict=False)

@@ -27,7 +27,7 @@ from ldm.erasure.negatives import Negatives
 from ldm.erasure.prompt_rows import PromptRows, kept_positions, row_counts
 
 TOKENS, WIDTH = 77, 768
-CAPTIONS, WORDS, OTHER_PROMPTS = 1500, 1500, 12  # negatives: captions, words, and prompts of each concept
+CAPTIONS, WORDS, OTHER_PROMPTS = 1680, 1500, 20  # negatives: captions, words, and of each concept, as the thousand have
 PLAIN, MISSPELT, LOOKALIKES = 102, 60, 76  # prompts of each concept: its name, misspelt names, lookalikes
 CAPTION_LENGTH, NAME_LENGTH, WORD_LENGTH = 15, 10, 4  # tokens
 AT_ONCE = 16  # concepts whose gates are fitted in one go, as in `gate_fitter`
