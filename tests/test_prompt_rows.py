@@ -59,7 +59,7 @@ def test_rows_that_prompts_share_count_once_and_are_left_out_with_the_last_of_th
     negatives = Negatives(PromptRows.whole(rows), 0.1)
     assert len(negatives.rows) == 1 + 8 - 1
     out = negatives.rows_left_out(torch.tensor([False, False, True, False]))
-    assert int(out.sum()) == 1  # its third token alone
+    assert len(out) == 1 and torch.equal(negatives.rows[out], negatives.whiten(rows[2, 2:]))  # its third token alone
     out = negatives.rows_left_out(torch.tensor([False, True, True, False]))
-    assert int(out.sum()) == 3
+    assert len(out) == 3 and not len(negatives.rows_left_out(torch.zeros(4, dtype=torch.bool)))
     assert negatives.prompts_of(torch.tensor([2, 0]), torch.tensor([True, False, False, True])) == [1, 2]

@@ -209,12 +209,14 @@ def _scores(
     padding = -sum(sizes) % _GROUPS_AT_ONCE
     scores = negatives.scores(torch.cat([*weights, torch.zeros(padding, weights[0].shape[1])]))
     parts = scores[: sum(sizes)].split(sizes)
-    return [part.masked_fill(out, -torch.inf) for part, out in zip(parts, left_out, strict=True)]
+    for part, out in zip(parts, left_out, strict=True):
+        part[:, out] = -torch.inf
+    return list(parts)
 
 
 @dataclass(frozen=True)
 class _Thresholds:
-    """Where the threshold of a direction lies, for the groups of a task: `left_out` are rows of its negatives, (R,)."""
+    """Where the threshold of a direction lies, for the groups of a task; `left_out` are rows of its negatives."""
 
     task: GateTask
     negatives: Negatives
@@ -256,10 +258,10 @@ class _Discriminants:
     """
 
     def __init__(self, groups: Sequence[Positives], negatives: Negatives, left_out: torch.Tensor):
-        out = negatives.rows[left_out]
-        kept = len(left_out) - len(out)
+        out, total = negatives.rows[left_out], len(negatives.rows)
+        kept = total - len(out)
         self._mean = -out.sum(0) / kept
-        self._covariance = len(left_out) / kept * torch.eye(len(self._mean)) - out.T @ out / kept
+        self._covariance = total / kept * torch.eye(len(self._mean)) - out.T @ out / kept
         self._covariance -= self._mean[:, None] * self._mean
         self.offsets: list[torch.Tensor] = []
         self._spreads: list[torch.Tensor] = []  # rows (n, d) whose products the covariance is more by, for each group

@@ -23,7 +23,8 @@ class Negatives:
 
     def __init__(self, prompts: PromptRows, ridge: float):
         distinct, self._places = _distinct(prompts.rows)
-        self._owners = prompts.owners
+        self._owners, self._counts, self._ends = prompts.owners, prompts.counts, prompts.counts.cumsum(0)
+        self._uses = self._places.bincount(minlength=len(distinct))  # how many rows of prompts each row is
         self._mean, covariance = _moments(prompts.rows, distinct)
         eye = torch.eye(len(covariance), dtype=torch.float64)
         self._factor = torch.linalg.cholesky(covariance + ridge * covariance.diagonal().mean() * eye)
@@ -51,10 +52,12 @@ class Negatives:
         return torch.addmm((precise @ self._mean).float()[:, None], directions, self.rows.T)
 
     def rows_left_out(self, left_out: torch.Tensor) -> torch.Tensor:
-        """Return which rows are of no prompt but those `left_out`, (N,): (R,)."""
-        result = torch.ones(len(self.rows), dtype=torch.bool)
-        result[self._places[~left_out[self._owners]]] = False
-        return result
+        """Return the numbers of the rows that are of no prompt but those `left_out`, (N,), in order."""
+        numbers = left_out.nonzero()[:, 0]
+        bounds = zip((self._ends - self._counts)[numbers].tolist(), self._ends[numbers].tolist(), strict=True)
+        own = [self._places[start:end] for start, end in bounds]
+        rows, uses = torch.cat([self._places[:0], *own]).unique(return_counts=True)
+        return rows[uses == self._uses[rows]]
 
     def prompts_of(self, rows: torch.Tensor, left_out: torch.Tensor) -> list[int]:
         """Return the prompts that have some of the rows, given by number and in their order, but for those left out."""
