@@ -112,10 +112,8 @@ class GatePrompts:
         said = [(template, spelling) for spelling in spellings for template in templates]
         for number in range(self.config.compositions):
             template = rng.choice(kind.composed_templates).replace("{caption}", rng.choice(self.captions))
-            spelling, modified = (
-                spellings[number // 2 % len(spellings)],
-                _modified(template, rng.randrange(_NUM_MODIFIED)),
-            )
+            spelling = spellings[number // 2 % len(spellings)]
+            modified = _modified(template, rng.randrange(_NUM_MODIFIED))
             is_read = read_part(tokenizer, fill_phrase(modified, spelling)) is None
             said.append((modified if number % 2 and is_read else template, spelling))
         wrong = [text for spelling in spellings for text in misspellings(spelling)]
