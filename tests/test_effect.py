@@ -169,7 +169,7 @@ def test_changes_that_are_no_numbers_are_not_judged(change, whole):
 def test_what_a_trained_shift_changes_is_judged_relative_to_the_way_to_a_neutral_word(tiny):
     whole = anchor_change(tiny, VANGOGH)
     embeds = tiny.embed_prompts(["VanGogh", "an artist"])
-    rows = align_tokens(tiny.tokenizers[0], "VanGogh", "an artist")
+    [rows] = align_tokens(tiny.tokenizers[0], ["VanGogh"], ["an artist"])
     way, before = 0.0, 0.0
     for layer in text_layers(tiny.unet).values():
         way += (layer(embeds["an artist"][rows]) - layer(embeds["VanGogh"])).square().sum().item()

@@ -82,7 +82,8 @@ def test_the_report_counts_what_was_measured(model, fitter, edit):
 def test_the_map_leads_towards_the_prompt_with_the_neutral_word(model, edit, template):
     prompt, anchor = fill(template, "Picasso"), fill(template, "an artist")
     own, aim = model.encode_prompt([prompt, anchor])
-    aim = aim[align_tokens(model.tokenizers[0], prompt, anchor)]
+    [rows] = align_tokens(model.tokenizers[0], [prompt], [anchor])
+    aim = aim[rows]
     assert (edit.maps["tokens"](own) - aim).norm() < 0.8 * (own - aim).norm()
 
 

@@ -94,7 +94,7 @@ def test_anchors_are_aligned_with_their_prompts_token_by_token(tiny):
     anchors = {"a painting by VanGogh": "a painting by an artist", "VanGogh": "an artist"}
     aims = anchor_embeds(tiny, anchors, True)
     assert aims.shape == (2, *tiny.encode_prompt([""]).shape[1:])
-    rows = align_tokens(tiny.tokenizers[0], "VanGogh", "an artist")
+    [rows] = align_tokens(tiny.tokenizers[0], ["VanGogh"], ["an artist"])
     assert torch.equal(aims[1], tiny.encode_prompt(["an artist"])[0][rows])
     alone = anchor_embeds(tiny, {"VanGogh": "an artist"}, True)
     assert torch.equal(alone[0], aims[1])

@@ -175,7 +175,7 @@ def test_a_name_that_is_cut_or_not_said_has_no_last_token(tokenizer):
 @pytest.mark.parametrize(("name", "neutral"), [("Van Gogh", "an artist"), ("Van Gogh", "art"), ("art", "Van Gogh art")])
 def test_the_last_token_of_a_name_is_aligned_with_that_of_the_neutral_word(tokenizer, template, name, neutral):
     prompt, anchor = template.format(name), template.format(neutral)
-    rows = align_tokens(tokenizer, prompt, anchor)
+    [rows] = align_tokens(tokenizer, [prompt], [anchor])
     own, other = tokens(tokenizer, prompt), tokens(tokenizer, anchor)
     length = tokenizer.model_max_length
     assert len(rows) == length and all(0 <= row < length for row in rows) and rows == sorted(rows)
@@ -193,14 +193,14 @@ def test_the_last_token_of_a_name_is_aligned_with_that_of_the_neutral_word(token
 
 def test_a_prompt_is_aligned_with_itself_and_with_the_empty_one(tokenizer):
     length = tokenizer.model_max_length
-    assert align_tokens(tokenizer, "a painting", "a painting") == list(range(length))
-    rows = align_tokens(tokenizer, "a painting", "")
+    assert align_tokens(tokenizer, ["a painting"], ["a painting"]) == [list(range(length))]
+    [rows] = align_tokens(tokenizer, ["a painting"], [""])
     assert rows[:4] == [0, 1, 1, 1] and rows[4:] == list(range(4, length))
 
 
 def test_long_anchors_are_cut_as_the_model_cuts_them(tokenizer):
     length = tokenizer.model_max_length
-    rows = align_tokens(tokenizer, "a painting", "a " * (length + 5))
+    [rows] = align_tokens(tokenizer, ["a painting"], ["a " * (length + 5)])
     assert len(rows) == length and rows[0] == 0 and max(rows) == length - 1
     assert rows[3] == length - 1  # the token that marks the end
 

@@ -56,13 +56,21 @@ def last_piece(tokenizer: Any, name: str) -> str:
     return pieces[-1].removeprefix("##").removesuffix("</w>") if pieces else ""
 
 
-def align_tokens(tokenizer: Any, prompt: str, anchor: str) -> list[int]:
-    """Return, for each row of a prompt's embedding, the row of an anchor prompt's that stands for it.
+def align_tokens(tokenizer: Any, prompts: Sequence[str], anchors: Sequence[str]) -> list[list[int]]:
+    """Return, for each row of each prompt's embedding, the row of its anchor prompt's that stands for it.
 
     Their common beginning, their common end and the padding are aligned; of what differs, the last token with the last.
     """
+    if not prompts:
+        return []
     length = tokenizer.model_max_length
-    own, other = (tokenizer(text, truncation=True, max_length=length).input_ids for text in (prompt, anchor))
+    texts = list(dict.fromkeys([*prompts, *anchors]))
+    ids = dict(zip(texts, tokenizer(texts, truncation=True, max_length=length).input_ids, strict=True))
+    return [_align(ids[prompt], ids[anchor], length) for prompt, anchor in zip(prompts, anchors, strict=True)]
+
+
+def _align(own: Sequence[int], other: Sequence[int], length: int) -> list[int]:
+    """Return what `align_tokens` does of a prompt's tokens and its anchor's, with `length` rows."""
     pairs = enumerate(zip(own, other, strict=False))
     head = next((k for k, (one, two) in pairs if one != two), min(len(own), len(other)))
     shift = len(other) - len(own)
@@ -118,7 +126,10 @@ def describe_cuts(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[str
     Of several tokenizers the one that cuts first counts.
     """
     parts: dict[str, str] = {}
+    whole = set(prompts).intersection(*(read_whole(tokenizer, prompts) for tokenizer in tokenizers))
     for prompt in prompts:
+        if prompt in whole:
+            continue
         cut = [part for part in (read_part(tokenizer, prompt) for tokenizer in tokenizers) if part is not None]
         if cut:
             parts[prompt] = min(cut, key=len)

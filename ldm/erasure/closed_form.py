@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ldm.erasure.null_space import qr_factor
+
 # The smallest projection for the root of its cost, g: the closed form goes g^2 / (1 + g^2) of the way along it.
 MIN_GAIN = 0.03
 _RELATIVE_ZERO = 1e-7
@@ -65,7 +67,7 @@ def erasure_space(
     projection: what is protected says all of it, and ValueError for a cost beyond what numbers can hold.
     """
     null_basis = torch.linalg.qr(basis.T).Q.T  # S (m, d)
-    target_rows = target_embeds.flatten(0, 1).cpu().double()  # (P * tokens, d)
+    target_rows = qr_factor(target_embeds.flatten(0, 1))  # (at most d, d), with the projections of all P * tokens rows
     projection = target_rows @ null_basis.T
     is_tall = len(projection) > len(null_basis)
     gram = projection.T @ projection if is_tall else projection @ projection.T

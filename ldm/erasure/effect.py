@@ -268,8 +268,8 @@ def _on_prompts(
     aims = torch.stack([embeds[anchor] for anchor in anchors.values()])
     ways = aims - before  # (P, tokens, d)
     if is_aligned:
-        for number, (prompt, anchor) in enumerate(anchors.items()):
-            ways[number] = aims[number, align_tokens(model.tokenizers[0], prompt, anchor)] - before[number]
+        for number, rows in enumerate(align_tokens(model.tokenizers[0], list(anchors), list(anchors.values()))):
+            ways[number] = aims[number, rows] - before[number]
     gram = model.output_gram
     squares = ((ways @ gram) * ways).sum((1, 2))  # of the ways through all layers
     if crossed is not None:
@@ -290,7 +290,8 @@ def anchor_change(model: TextModel, concept: Concept) -> float:
     neutral = load_template_set(concept.kind).neutral
     embeds, gram = _embed(model, [concept.prompt, neutral]), model.output_gram
     before = embeds[concept.prompt]
-    way = embeds[neutral][align_tokens(model.tokenizers[0], concept.prompt, neutral)] - before
+    [rows] = align_tokens(model.tokenizers[0], [concept.prompt], [neutral])
+    way = embeds[neutral][rows] - before
     return math.sqrt(float(((way @ gram) * way).sum() / ((before @ gram) * before).sum()))
 
 

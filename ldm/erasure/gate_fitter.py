@@ -317,9 +317,10 @@ class GateFitter:
                 del self._anchors[oldest]
         embeds = dict(zip(texts, self._anchors[texts], strict=True))
         aims = []
-        for prompt in prompts:
+        prompts = list(prompts)
+        aligned = align_tokens(self.tokenizer, prompts, [anchors[prompt] for prompt in prompts])
+        for prompt, alignment in zip(prompts, aligned, strict=True):
             rows = embeds[anchors[prompt]]
-            alignment = align_tokens(self.tokenizer, prompt, anchors[prompt])
             pooled = range(len(alignment), len(rows))  # XL's last row
             aims.append(rows[[*alignment, *pooled]])
         return torch.stack(aims)

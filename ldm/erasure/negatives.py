@@ -13,6 +13,7 @@ import torch
 from ldm.erasure.prompt_rows import PromptRows
 
 _ROWS_AT_ONCE = 8192
+_ROWS_SCORED = 4096  # at once, a fifth faster than all of them, as a cache holds them
 
 
 class Negatives:
@@ -47,9 +48,12 @@ class Negatives:
 
     def scores(self, weights: torch.Tensor) -> torch.Tensor:
         """Return what weights (n, d) make of all rows as they were, (n, R)."""
-        precise = weights.double()
+        constants = (weights.double() @ self._mean).float()[:, None]
         directions = self.directions(weights)
-        return torch.addmm((precise @ self._mean).float()[:, None], directions, self.rows.T)
+        scores = torch.empty(len(weights), len(self.rows))
+        for part, rows in zip(scores.split(_ROWS_SCORED, 1), self.rows.split(_ROWS_SCORED), strict=True):
+            part.copy_(torch.addmm(constants, directions, rows.T))
+        return scores
 
     def rows_left_out(self, left_out: torch.Tensor) -> torch.Tensor:
         """Return the numbers of the rows that are of no prompt but those `left_out`, (N,), in order."""
@@ -84,10 +88,11 @@ def _distinct(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _moments(rows: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean (d,) and the covariance (d, d) of the rows with these numbers, in float64."""
     width = rows.shape[1]
+    start = rows[numbers[:_ROWS_AT_ONCE]].mean(0)  # near the mean, so that little is lost in products of float32
     first, second = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
     for part in numbers.split(_ROWS_AT_ONCE):
-        precise = rows[part].double()
-        first += precise.sum(0)
-        second += precise.T @ precise
+        centred = rows[part] - start
+        first += centred.sum(0, dtype=torch.float64)
+        second += centred.T @ centred
     mean = first / len(numbers)
-    return mean, second / len(numbers) - mean[:, None] * mean
+    return start + mean, second / len(numbers) - mean[:, None] * mean

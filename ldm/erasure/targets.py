@@ -75,6 +75,5 @@ def anchor_embeds(model: TextModel, anchors: Mapping[str, str], is_aligned: bool
         embeds[text] = model.drop_pooled(model.encode_with_states([text], {})[0])[0]  # (tokens, d)
     if not is_aligned:
         return next(iter(embeds.values()))[None]
-    tokenizer = model.tokenizers[0]
-    rows = [embeds[anchor][align_tokens(tokenizer, prompt, anchor)] for prompt, anchor in anchors.items()]
-    return torch.stack(rows)
+    aligned = align_tokens(model.tokenizers[0], list(anchors), list(anchors.values()))
+    return torch.stack([embeds[anchor][rows] for anchor, rows in zip(anchors.values(), aligned, strict=True)])
