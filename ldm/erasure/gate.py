@@ -30,6 +30,7 @@ _TURN_RIDGES, _TURN_STEPS = (0.01, 0.001), 60  # each ridge where the one before
 _TURN_GAP = 0.05  # that a turned direction has to leave: a smaller one may be of these very prompts alone
 _SHARPNESS = 20.0  # of the logistic loss: the inverse of its width, in units of the distance of the means
 _NEAR_WEIGHT = 3.0  # of the negatives in it
+_AS_CLEAR = 0.75  # of the margin that a gate has on its prompts, by which another stands for it
 _NUM_NEAR = 4096  # rows, the nearest to a concept, from which a direction is turned
 
 
@@ -289,6 +290,21 @@ class _Discriminants:
             direction = torch.linalg.solve_triangular(factor.T, start, upper=True)[:, 0]
             directions.append(direction / (direction @ offset))
         return torch.stack(directions)
+
+
+def without_needless(gates: Sequence[Gate], groups: Sequence[Positives]) -> list[Gate]:
+    """Return the gates of groups of prompts, one of each, but for those whose prompts another that stays tells too.
+
+    That is where it has all of them three quarters as far above its threshold as their own gate, or further.
+    """
+    lowest = [[gate.row_margins(group.rows).min().item() for group in groups] for gate in gates]
+    kept = list(range(len(gates)))
+    for number in range(len(gates)):
+        rest = [other for other in kept if other != number]
+        left_out = [group for group in range(len(groups)) if group not in rest]
+        if all(any(lowest[other][group] >= _AS_CLEAR * lowest[group][group] for other in rest) for group in left_out):
+            kept = rest
+    return [gates[number] for number in kept]
 
 
 def join_gates(gates: Sequence[Gate]) -> Gate:

@@ -18,7 +18,7 @@ from ldm.diffusion.text_encoder import PromptEncoder
 from ldm.diffusion.text_states import LAST_STATE, text_encoder_layers
 from ldm.diffusion.tokenizer import align_tokens
 from ldm.erasure.embedding_map import EmbeddingMap, fit_map
-from ldm.erasure.gate import Gate, GateTask, NoGateError, Positives, fit_gates, join_gates
+from ldm.erasure.gate import Gate, GateTask, NoGateError, Positives, fit_gates, join_gates, without_needless
 from ldm.erasure.gate_prompts import GatePrompts, OwnPrompts, check_rare, evenly, with_plurals
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.known_states import KnownStates
@@ -136,7 +136,7 @@ class GateFitter:
                 continue
             own = {name: next(results) for name, results in fitted.items()}
             try:
-                gates = {name: self._join_gates(each.concept, each.own, name, found) for name, found in own.items()}
+                gates = {name: self._join_gates(each, name, found) for name, found in own.items()}
             except InseparableError as error:
                 edits.append(error)
                 continue
@@ -227,25 +227,35 @@ class GateFitter:
             groups.append(Positives(wrong, own.last_tokens[first:], self.config.misspelling_clearance))
         return GateTask(groups, left_out, alike)
 
-    def _join_gates(self, concept: Concept, own: OwnPrompts, encoder: str, found: Sequence[Gate | NoGateError]) -> Gate:
+    def _join_gates(self, prepared: _Prepared, encoder: str, found: Sequence[Gate | NoGateError]) -> Gate:
         """Return the gate of a concept for a text encoder: of the spellings that it tells, and of its misspelt names.
 
         Raises InseparableError where that is not its first one.
         """
-        gates: list[Gate] = []
-        for number, (gate, name) in enumerate(zip(found, [*own.by_name, _MISSPELT], strict=False)):
+        told: list[tuple[Gate, Positives]] = []
+        untold: list[tuple[str, Positives]] = []
+        misspelt: list[Gate] = []
+        groups = zip(found, prepared.tasks[encoder].groups, [*prepared.own.by_name, _MISSPELT], strict=False)
+        for gate, group, name in groups:
             others = gate.negatives if isinstance(gate, NoGateError) else self._words_taken(encoder, gate)
             if isinstance(gate, Gate) and len(others) <= _MAX_TAKEN * len(self.texts.unseen):
-                gates.append(gate)
+                if group.clearance is None:
+                    told.append((gate, group))
+                else:
+                    misspelt.append(gate)
                 continue
             taken = self.texts.negatives if isinstance(gate, NoGateError) else self.texts.unseen
             shown = ", ".join(f"'{taken[other]}'" for other in others[:3])
             text = f"no gate tells '{name}' from other prompts, as some say it to the model too ({shown})"
-            if not number:
+            if not told:
                 raise InseparableError(f"{text}: erase it without a gate, or name it more narrowly")
-            if name != _MISSPELT:  # of which the report counts those that are missed
-                notify(f"{text}: prompts that call {concept.name} so are not erased")
-        return join_gates(gates)
+            if group.clearance is None:  # of misspelt names the report counts those that are missed
+                untold.append((text, group))
+        gates = without_needless([gate for gate, _ in told], [group for _, group in told])
+        for text, group in untold:
+            if (join_gates(gates).row_margins(group.rows) <= 0).any():  # which the gate of another spelling may tell
+                notify(f"{text}: prompts that call {prepared.concept.name} so are not erased")
+        return join_gates([*gates, *misspelt])
 
     def _words_taken(self, encoder: str, gate: Gate) -> list[int]:
         """Return which made-up words, on which no gate is fitted, a gate takes for its concept, the clearest first."""
