@@ -14,6 +14,7 @@ from ldm.erasure.gate import (
     fit_gates,
     in_bytes,
     join_gates,
+    without_needless,
 )
 from ldm.erasure.negatives import Negatives
 from ldm.erasure.prompt_rows import PromptRows
@@ -202,6 +203,30 @@ def test_the_hardest_others_count_again_which_widens_the_gap(monkeypatch):
     plain = fit(group, negatives)
     assert with_hard.gap > plain.gap + 0.02
     assert scores(with_hard, negatives[:2]).max() < 0.9 * scores(plain, negatives[:2]).max()
+
+
+@pytest.mark.parametrize(
+    ("lowest", "kept"),
+    [
+        ([[1.0, 0.0], [0.0, 1.0]], [0, 1]),
+        ([[1.0, -1.0], [0.75, 1.0]], [1]),  # "Jeff Koons", whose prompts the gate of "Koons" tells as well
+        ([[1.0, 0.75], [-1.0, 1.0]], [0]),
+        ([[1.0, 1.0], [1.0, 1.0]], [1]),  # either, so one of them
+        ([[1.0, 0.7], [0.7, 1.0]], [0, 1]),  # told, and not as clearly
+        ([[1.0, 0.9, 0.0], [0.0, 1.0, 0.9], [0.0, 0.0, 1.0]], [0, 2]),
+        ([[1.0, 0.0, 0.0], [0.9, 1.0, 0.0], [0.0, 0.9, 1.0]], [1, 2]),  # the third tells the second, and not the first
+        ([[0.1]], [0]),
+    ],
+)
+def test_gates_whose_prompts_others_tell_as_clearly_are_left_out(lowest, kept):
+    """Gate k scores a row by its k-th number; of each group the second prompt is further from all thresholds."""
+    size = len(lowest)
+    gates = [Gate(torch.eye(size)[k : k + 1], torch.zeros(1), k) for k in range(size)]
+    groups: list[Positives] = []
+    for column in torch.tensor(lowest).T:
+        rows = PromptRows.whole(torch.stack([column, column + 1])[:, None])
+        groups.append(Positives(rows, torch.zeros(2, dtype=torch.long)))
+    assert [gate.gap for gate in without_needless(gates, groups)] == kept  # which counts them here
 
 
 def test_joined_gates_fire_where_any_does():

@@ -136,6 +136,13 @@ def test_another_spelling_that_no_gate_tells_is_noticed_and_left_out(model, fitt
     assert (margins(model, found, ["art by Caravaggio"]) < 0).all()
 
 
+def test_another_spelling_that_the_gate_of_the_name_tells_is_no_direction_of_it(model, fitter):
+    twice = replace(PICASSO, aliases=("Picasso Picasso",))
+    [edit] = fitter.fit_all([twice])
+    assert len(edit.gates["text_encoder"].weights) == 2  # of both spellings, and of misspelt names
+    assert (margins(model, edit, ["Picasso Picasso", "art by Picasso Picasso", "art by Picasso"]) > 0).all()
+
+
 def test_a_name_in_lower_case_counts_where_the_tokenizer_tells_it_apart(model):
     class Cased:
         """Tokens that are ASCII letters, as they are written."""
