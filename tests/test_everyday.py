@@ -175,7 +175,10 @@ def test_forms_of_verbs(verb, participle, third):
 @pytest.mark.parametrize(
     ("one", "many"),
     [("bus", "buses"), ("fisherman", "fishermen"), ("puppy", "puppies"), ("monkey", "monkeys"), ("sheep", "sheep"),
-     ("knife", "knives"), ("peach", "peaches")],
+     ("knife", "knives"), ("peach", "peaches"), ("human", "humans"), ("German", "Germans"), ("caiman", "caimans"),
+     ("leaf", "leaves"), ("tooth", "teeth"), ("hero", "heroes"), ("scissors", "scissors"), ("glasses", "glasses"),
+     ("dress", "dresses"), ("cactus", "cactuses"), ("gas", "gases"), ("lens", "lenses"), ("balls", "balls"),
+     ("snowman", "snowmen")],
 )  # fmt: skip
 def test_plurals(one, many):
     assert everyday.plural(one) == many

@@ -12,7 +12,7 @@ from ldm.config.methods import GateConfig
 from ldm.config.templates import fill, load_template_set
 from ldm.diffusion.load import load_model
 from ldm.diffusion.tokenizer import align_tokens, last_token
-from ldm.erasure import gate_fitter, gate_prompts
+from ldm.erasure import gate, gate_fitter, gate_prompts
 from ldm.erasure.gate_fitter import GateFitter, InseparableError, mean_distance_left, rate
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.known_states import KnownStates
@@ -119,8 +119,9 @@ def test_names_that_no_gate_can_have_are_refused_with_what_to_do(fitter, name, m
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_other_prompts_say_to_the_model_is_refused_and_they_are_named(fitter):
+def test_a_name_that_other_prompts_say_to_the_model_is_refused_and_they_are_named(fitter, monkeypatch):
     """To the tokenizer the 2 is a word of its own, so that the prompt says the concept."""
+    monkeypatch.setattr(gate, "_TURN_RIDGES", ())  # since a direction that is turned may read the padding after it
     with pytest.raises(InseparableError) as caught:
         fitter.fit(Concept(0, "Caravaggio", "Caravaggio", kind="style"))
     message = str(caught.value)
@@ -128,7 +129,8 @@ def test_a_name_that_other_prompts_say_to_the_model_is_refused_and_they_are_name
     assert "\n" not in message and "erase it without a gate" in message
 
 
-def test_another_spelling_that_no_gate_tells_is_noticed_and_left_out(model, fitter, edit):
+def test_another_spelling_that_no_gate_tells_is_noticed_and_left_out(model, fitter, edit, monkeypatch):
+    monkeypatch.setattr(gate, "_TURN_RIDGES", ())
     concept = Concept(0, "Cezanne", "Cezanne", aliases=("Caravaggio",), kind="style")
     with pytest.warns(Notice, match="'Caravaggio' .*: prompts that call Cezanne so are not erased"):
         found = fitter.fit(concept)

@@ -11,6 +11,7 @@ WORDS = ["goat", "painting", "river", "sofa", "yellow"]
 def test_misspellings_are_one_letter_away():
     assert misspellings("Anna") == ["AAnna", "nAna", "Ana", "Annna", "Anan", "Ann", "Annaa"]
     assert misspellings("a") == ["aa"] and misspellings("1984") == []
+    assert "3 ink" not in misspellings("3D ink") and "3D nk" in misspellings("3D ink")  # the first letter stays
 
 
 @pytest.mark.parametrize("category", ["style", "object", "logo"])

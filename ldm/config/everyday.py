@@ -41,12 +41,16 @@ _PLURALS = {
     "man": "men", "woman": "women", "child": "children", "person": "people",
     "calf": "calves", "goose": "geese", "wolf": "wolves", "knife": "knives", "mouse": "mice", "ox": "oxen",
     "bookshelf": "bookshelves", "scarf": "scarves", "potato": "potatoes", "tomato": "tomatoes", "mango": "mangoes",
-    "domino": "dominoes", "volcano": "volcanoes",
+    "domino": "dominoes", "volcano": "volcanoes", "hero": "heroes", "echo": "echoes", "mosquito": "mosquitoes",
+    "leaf": "leaves", "loaf": "loaves", "thief": "thieves", "elf": "elves", "shelf": "shelves",
+    "hoof": "hooves", "life": "lives", "wife": "wives", "foot": "feet", "tooth": "teeth", "die": "dice",
+    "lens": "lenses", "rhinoceros": "rhinoceroses",
 }  # fmt: skip
 _UNCOUNTABLE = (
     "fish", "sheep", "deer", "bison", "aircraft", "kale", "celery", "spinach", "garlic", "parsley", "asparagus",
-    "cauliflower", "sandpaper", "squash", "elk",
+    "cauliflower", "sandpaper", "squash", "elk", "shrimp", "salmon", "trout", "moose", "spacecraft", "hovercraft",
 )  # fmt: skip
+_NO_MEN = ("human", "german", "roman", "norman", "caiman", "shaman", "talisman", "ottoman")
 _VERB_FORMS = {"lie": ("lying", "lies"), "ski": ("skiing", "skis"), "dust": ("dusting", "dusts")}
 
 
@@ -241,12 +245,14 @@ def _inflect(text: str, form: str) -> str:
 
 
 def plural(noun: str) -> str:
-    """Return the plural of a noun of one word."""
+    """Return the plural of a noun of one word; of one that looks like a plural, such as scissors, the word itself."""
     if noun in _PLURALS:
         return _PLURALS[noun]
     if noun in _UNCOUNTABLE:
         return noun
-    if noun.endswith("man"):
+    if re.search(r"[^aisu]s$", noun):
+        return noun
+    if noun.endswith("man") and not noun.lower().endswith(_NO_MEN):
         return f"{noun[:-2]}en"
     if re.search(r"[^aeiou]y$", noun):
         return f"{noun[:-1]}ies"

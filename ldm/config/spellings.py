@@ -12,7 +12,7 @@ def misspellings(name: str) -> list[str]:
     letters = [k for k, letter in enumerate(name) if letter.isalpha()]
     found: dict[str, None] = {}
     for k in letters:
-        if k:
+        if k != letters[0]:
             found[name[:k] + name[k + 1 :]] = None
         found[name[:k] + name[k] + name[k:]] = None
         if k + 1 in letters and name[k] != name[k + 1]:

@@ -63,6 +63,8 @@ class GatePrompts:
         self.tokenizer, self.config = tokenizer, config
         self.captions = retain_captions(config.retain_captions)
         words = vocabulary_words(tokenizer)
+        if not words:
+            raise ValueError("the model's tokenizer has no words, by which gates are fitted: erase without a gate")
         self.common = set(words)
         self.words = evenly(words, config.retain_words)
         made = compounds(words, config.retain_words + _NUM_UNSEEN)
@@ -200,7 +202,8 @@ def with_plurals(concept: Concept) -> Concept:
 
 def evenly(items: Sequence[Item], num: int) -> list[Item]:
     """Return at most `num` of the items, evenly spaced."""
-    return list(items[:: max(1, len(items) // num)][:num])
+    num = min(num, len(items))
+    return [items[k * len(items) // num] for k in range(num)]
 
 
 def check_rare(concept: Concept, captions: Sequence[str]) -> None:
