@@ -74,7 +74,7 @@ def main() -> None:
     from ldm.experiments.prompt_sets import make_prompt_sets, read_captions
     from ldm.io.files import atomic_write, write_json
 
-    files = [read_captions(path) for path in args.captions]  # before the slow part, so that a mistake is told at once
+    files = read_captions(args.captions)  # before the slow part, so that a mistake is told at once
     model, gates, restored, setup_seconds = gates_to_measure(args)
     made = make_prompt_sets(gates.concepts, args.num_captions, model.tokenizers[0], restored)
     report = evaluate_gates(model, gates, [*made, *files], setup_seconds)

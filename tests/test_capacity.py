@@ -108,7 +108,8 @@ def test_where_the_others_say_all_of_a_concept_no_further_one_fits(tiny):
     everything = FurtherPrompts(everyday_captions(30))  # which fill all dimensions
     report = measure_capacity(tiny, CONCEPTS, NullSpaceConfig(), [1e-7, 0.2], CONFIG, everything)
     full, coarse = report.table.itertuples()
-    assert full.nullity <= 1 and (full.remaining_concepts, full.min_projection) == (0, 0.0) < (1, coarse.min_projection)
+    assert full.nullity <= 1 and (full.remaining_concepts, full.min_projection) == (0, 0.0)
+    assert coarse.directions == 0 and coarse.remaining_concepts is None and coarse.min_projection > 0
     same = FurtherPrompts([CONCEPTS[0].captions[0], CONCEPTS[0].prompt])
     report = measure_capacity(tiny, CONCEPTS[:1], NullSpaceConfig(), [1e-7], CONFIG, same)
     assert report.table["nullity"][0] > 0 and report.table["min_projection"][0] == 0

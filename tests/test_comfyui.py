@@ -22,7 +22,7 @@ from ldm.diffusion.text_states import LAST_STATE
 from ldm.erasure import comfyui_node, export_comfyui
 from ldm.erasure.embedding_map import fit_map
 from ldm.erasure.export import export
-from ldm.erasure.gate import GateTask, Positives, fit_gate
+from ldm.erasure.gate import GateTask, Positives, fit_gates
 from ldm.erasure.gated_edit import GatedEdit
 from ldm.erasure.merge import edited
 from ldm.erasure.negatives import Negatives
@@ -203,7 +203,7 @@ def make_shift(model, label: str, layer: int, folder) -> WeightShift:
     for encoder in model.text_encoders:
         rows, other = (PromptRows.whole(found[encoder, layer]) for found in (states, other_states))
         task = GateTask([Positives(rows, last)], torch.zeros(len(other), dtype=torch.bool), other.select([]))
-        gates[encoder] = fit_gate(task, Negatives(other, 0.01), 0.5)
+        [[gates[encoder]]] = fit_gates([task], Negatives(other, 0.01), 0.5)
     neutral = model.encode_prompt(["an artist"])
     maps = {"tokens": fit_map(model.drop_pooled(embeds).flatten(0, 1), _like(model.drop_pooled(neutral), own), 1e-3, 8)}
     if "text_encoder_2" in model.text_encoders:

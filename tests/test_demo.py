@@ -344,6 +344,11 @@ def test_an_owner_cannot_write_what_the_ledger_does_not_allow(own_demo, tmp_path
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RequestError, match="nothing was written"):
         patch.setattr("ldm.ledger.owner.create_shifts", fails)
         owner.write("erase", "Cezanne")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RequestError, match="no gate was found for Cezanne"):
+        patch.setattr("ldm.ledger.owner.create_shifts", lambda *_: {})
+        owner.write("erase", "Cezanne")
+    with pytest.raises(ValueError, match="nothing is erased or restored by it"):
+        Ledger(path).append({})
     assert path.read_bytes() == before
 
 

@@ -19,6 +19,7 @@ from ldm.erasure.effect import (
     describe_miss,
     effect_prompts,
     judge,
+    judged_form,
     least_effect_met,
     measure_effect,
 )
@@ -143,6 +144,13 @@ def test_the_least_effect_that_is_met_is_where_the_verdict_changes(metadata):
     assert judge(metadata, form, met - 1e-6)[0] is not False
     assert judge(metadata, form, met + 1e-6)[0] is False
     assert least_effect_met({}, form) == math.inf
+
+
+def test_the_form_in_which_a_shift_was_judged_is_that_with_the_effect_that_a_ledger_says():
+    said = {"least": 0.5, "lowest_prompt": "x"}
+    metadata = {"effects": {"linear": {"mean": 0.23, **said}, "gated": {"mean": 0.61, **said}}}
+    assert judged_form(metadata, 0.23) == "linear" and judged_form(metadata, 0.61) == "gated"
+    assert judged_form(metadata, None) == judged_form({}, 0.5) == "gated"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Shifts of embeddings: one change for every denoiser of a text encoder, merged in one step, small in its file."""
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from safetensors import safe_open
 from ldm import erase, export
 from ldm.diffusion.load import load_model
 from ldm.diffusion.load_text import load_text_model
-from ldm.erasure.export_shift import as_written
+from ldm.erasure import card_loader
+from ldm.erasure.export_shift import _card, as_written
 from ldm.erasure.leakage import leakage
 from ldm.erasure.merge import SummedShifts, applied, edited, merge
 from ldm.erasure.shift import DenseShift, EmbeddingShift, SeparableShift, WeightShift
@@ -198,6 +200,63 @@ def test_the_loader_in_the_card_does_what_this_program_does(shared, tiny_path, t
     assert torch.allclose(after[1][4], embeds[1], atol=1e-5) and torch.equal(after[1][0], before[0][0])
     restore()
     assert torch.equal(pipe.encode_prompt(prompts, "cpu", 2, False)[0], before[0])
+
+
+@pytest.mark.parametrize(
+    ("effects", "title"),
+    [
+        ({"linear": 0.9, "gated": 0.9}, "# VanGogh, erased from what tiny draws"),
+        ({"linear": 0.9, "gated": 0.1}, "# VanGogh, erased by the weights alone from what tiny draws"),
+        ({"linear": 0.1, "gated": 0.1}, "# VanGogh, a shift too weak to erase it, for what tiny draws"),
+    ],
+)
+def test_the_card_calls_erased_what_was_measured_to_be(shared, tmp_path, effects, title):
+    model, shift, _ = shared
+    said = {form: {"mean": mean, "least": mean, "lowest_prompt": "x"} for form, mean in effects.items()}
+    path = tmp_path / "it's.safetensors"
+    path.touch()
+    rounded = as_written(shift, torch.float16)
+    metadata = shift.metadata | {"effects": said, "prompt": "Georgia O'Keeffe", "base_model": "tiny"}
+    metadata["config"] = metadata["config"] | {"anchor": "empty"}
+    card = _card(path, rounded, metadata, torch.float16, type(model.pipeline).__name__)
+    assert card.startswith(title)
+    assert "| what takes its place | nothing: the empty prompt (by the weights), an artist (by the gate) |" in card
+    assert """--prompts 'Georgia O'"'"'Keeffe'""" in card and """pipe("Georgia O'Keeffe")""" in card
+    gate = next(iter(rounded.gated.gates.values()))
+    rounded.gated = replace(rounded.gated, gates=dict.fromkeys(("text_encoder", "text_encoder_2"), gate))
+    card = _card(path, rounded, metadata, torch.float16, "StableDiffusionXLPipeline")
+    assert ", gated=False)" in card and "StableDiffusionXLPipeline.from_pretrained" in card
+
+
+def test_the_loader_in_the_card_refuses_the_gates_of_two_text_encoders(shared, tiny_path, tmp_path):
+    rounded = as_written(shared[1], torch.float16)
+    gate = next(iter(rounded.gated.gates.values()))
+    names = ("text_encoder", "text_encoder_2")
+    rounded.gated = replace(rounded.gated, gates=dict.fromkeys(names, gate), layers=dict.fromkeys(names, 0))
+    tensors = rounded.tensors(torch.float16) | rounded.gated.tensors(torch.float16)
+    header = {"gate": {"layers": rounded.gated.layers}}
+    save_tensors(tmp_path / "two.safetensors", tensors, "shift", header)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_path)
+    with pytest.raises(ValueError, match="too many values"):
+        card_loader.erase(pipe, str(tmp_path / "two.safetensors"))
+
+
+def test_a_rounded_shift_is_as_its_file_has_it_and_is_summed_up_as_such(shared, tmp_path):
+    model, shift, _ = shared
+    maps = {"tokens": replace(shift.gated.maps["tokens"], outputs=shift.gated.maps["tokens"].outputs + 1e-5)}
+    given = WeightShift.load(shift.path).on(model.text_layers)
+    given.gated = replace(given.gated, maps=maps)  # as of an older version, in float32
+    rounded = as_written(given, torch.float16)
+    tensors = rounded.gated.tensors(torch.float16)
+    assert torch.equal(tensors["map.tokens.outputs"].double(), rounded.gated.maps["tokens"].outputs)
+    layers = model.text_layers
+    whole, half = (SummedShifts([each], layers) for each in (given, rounded))
+    name, layer = next(iter(layers.items()))
+    weight = layer.weight.detach()
+    expected = weight.double() @ (torch.eye(len(rounded.outputs)) + rounded.embedding_change())
+    found = half.merged(weight, f"{name}.weight")
+    assert torch.allclose(found.double(), expected, atol=1e-7)
+    assert not torch.equal(found, whole.merged(weight, f"{name}.weight"))
 
 
 def test_a_trained_shift_and_a_half_that_files_do_not_have_are_not_shared(tiny, tmp_path):

@@ -10,7 +10,6 @@ from ldm.erasure.gate import (
     NoGateError,
     Positives,
     byte_scales,
-    fit_gate,
     fit_gates,
     in_bytes,
     join_gates,
@@ -40,6 +39,14 @@ def task(rows: torch.Tensor, negatives: torch.Tensor, lookalikes: torch.Tensor =
     last_tokens = torch.full((len(rows),), 2)
     positives = Positives(PromptRows.whole(rows), last_tokens, other.get("clearance"))
     return GateTask([positives], left_out, PromptRows.whole(lookalikes))
+
+
+def fit_gate(one: GateTask, negatives: Negatives, position: float) -> Gate:
+    """Return the gate of the only group of a task. Raises NoGateError where it has none."""
+    [[found]] = fit_gates([one], negatives, position)
+    if isinstance(found, NoGateError):
+        raise found
+    return found
 
 
 def fit(rows: torch.Tensor, negatives: torch.Tensor, lookalikes: torch.Tensor = NONE, **other) -> Gate:

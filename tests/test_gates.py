@@ -59,14 +59,19 @@ def test_captions_are_lines_or_a_prompt_list(tmp_path):
     lines, table = tmp_path / "lines.txt", tmp_path / "table.csv"
     lines.write_text("a dog, asleep\n\n  a cat \na dog, asleep\n")
     write_prompt_csv(table, make_cases(["a dog, asleep"], 2, 0))
-    assert list(read_captions(lines).prompts) == ["a dog, asleep", "a cat"]
-    assert list(read_captions(table).prompts) == ["a dog, asleep"]
+    assert list(read_captions([lines])[0].prompts) == ["a dog, asleep", "a cat"]
+    assert list(read_captions([table])[0].prompts) == ["a dog, asleep"]
+    (tmp_path / "more").mkdir()
+    same_name = tmp_path / "more" / "lines.txt"
+    same_name.write_text("a cow")
+    found = read_captions([lines, table, same_name, lines])
+    assert [each.name for each in found] == [str(lines), "table.csv", str(same_name)]  # by which results are told apart
     lines.write_text("\n")
     with pytest.raises(ValueError, match="has no captions"):
-        read_captions(lines)
+        read_captions([lines])
     lines.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="no text in UTF-8"):
-        read_captions(lines)
+        read_captions([lines])
 
 
 def test_prompts_that_are_made_of_a_name_say_it_and_misspelt_ones_do_not(tiny):
@@ -85,7 +90,7 @@ def test_a_gate_that_always_fires_has_all_false_alarms_and_one_that_never_does_a
     path.write_text("a dog\na lake by Monet\nnew shoes by nike\n")
     edits = [gate_that(True, 96), gate_that(False, 96)]
     fitted = FittedGates(CONCEPTS, edits, {"x": "no gate"}, 1.0)
-    prompt_sets = [*make_prompt_sets(CONCEPTS, 10, tiny.tokenizers[0]), read_captions(path)]
+    prompt_sets = [*make_prompt_sets(CONCEPTS, 10, tiny.tokenizers[0]), *read_captions([path])]
     report = evaluate_gates(tiny, fitted, prompt_sets, 3.0)
     counts = report.summary["counts"]
     assert counts["captions.txt"]["false_alarms"][:2] == [2, 3]  # of Monet's, for what does not say Monet

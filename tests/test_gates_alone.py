@@ -56,6 +56,32 @@ def test_what_is_measured_of_it_is_what_its_gate_does(made):
         assert set(metadata["effects"]) == {"gated"} and "a dog" in metadata["protected"]
 
 
+def test_one_is_made_anew_where_the_prompts_are_others_that_it_leaves_alone(made, tmp_path, capsys):
+    model, _, _ = made
+    artifacts, config = ArtifactPaths(tmp_path, "SRS-ME", "text", "own", 1, 0), SRSMEConfig(mode="gate")
+    picasso, ruiz = make_concept("Picasso"), make_concept("Picasso", aliases=["Pablo Ruiz"])
+    counts: list[int] = []
+    for other in (make_concept("VanGogh"), make_concept("VanGogh"), make_concept("VanGogh", aliases=["Vincent"])):
+        made_now = erase_concepts(
+            model, artifacts, [picasso], config, tmp_path, gate=GateConfig(**FEW), others=[picasso, other]
+        )
+        counts.append(len(made_now))
+    assert counts == [1, 0, 1] and "from the same inputs" in capsys.readouterr().out
+    for protected, number in (([], 1), (["a red bench"], 1), (["a red bench"], 0)):
+        settings = {"gate": GateConfig(**FEW), "others": [ruiz], "protected": protected}
+        assert len(erase_concepts(model, artifacts, [ruiz], config, tmp_path, **settings)) == number
+    metadata = WeightShift.load(artifacts.shift("picasso")).metadata
+    assert "retain" not in metadata and "a red bench" in metadata["protected"]  # which nobody gave as `retain`
+
+
+def test_those_that_are_fitted_together_took_equally_long(made, tmp_path):
+    model, _, _ = made
+    artifacts, config = ArtifactPaths(tmp_path, "SRS-ME", "text", "own", 1, 0), SRSMEConfig(mode="gate")
+    concepts = [make_concept(name) for name in NAMES]
+    summaries = erase_concepts(model, artifacts, concepts, config, tmp_path, gate=GateConfig(**FEW))
+    assert len(summaries) == 3 and len({summary.seconds for summary in summaries}) == 1
+
+
 def test_its_file_has_no_weights_and_is_as_small_as_its_gate(made):
     model, shifts, _ = made
     shift = shifts["vangogh"]
@@ -68,7 +94,12 @@ def test_no_weights_hold_it_and_its_own_formats_do(made, tmp_path):
     model, shifts, _ = made
     with pytest.raises(ValueError, match="is a gate alone, which no weights hold: choose `format` shift or comfyui"):
         export(model, shifts, tmp_path / "out", "unet")
-    written = export(model, shifts, tmp_path / "out", "shift").targets[0]
+    exported = export(model, shifts, tmp_path / "out", "shift", prompts=["VanGogh", "a dog"])
+    assert exported.leakage.loc["VanGogh", "gates that fire"] == "vangogh"  # and no leakage of weights, as it has none
+    assert all(row["KB"] * 1000 > 500 and row["rank"] == 0 for row in exported.truncated)
+    [written] = exported.targets
+    card = (written / "VanGogh.md").read_text()
+    assert "what takes its place | an artist |" in card and ", by the weights" not in card
     assert len(list(written.glob("*.safetensors"))) == 3
     shared = WeightShift.load(written / "Picasso.safetensors")
     assert shared.is_gate_alone and shared.metadata["target_change"] > 0.1  # what its gate does, not its weights

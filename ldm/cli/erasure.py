@@ -83,12 +83,11 @@ def run_erasure(args: Namespace, method: str) -> None:
     if config.solves_null_space:
         protection = Protection(protected, fill_settings(args, model_config.null_space), prompts)
         _solve_null_spaces(args, model, artifacts, concepts, protection, shard)
-    elif config.makes_gates_alone:
-        retain = [*retain, *prompts]  # which no gate may take for its concept
     gate = _gate_config(args, model_config) if isinstance(config, SRSMEConfig) else NO_GATE
     others = protected if concepts[0].is_own else None
     image_dir = args.training_image_dir
-    summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, others, retain)
+    kept = others, retain, prompts
+    summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, *kept)
     has_others = getattr(args, "export", None) or getattr(args, "check", None)  # tables, which JSON tells apart
     if summaries:
         output.show_table(summary_table(summaries, model), "shifts" if has_others else "")

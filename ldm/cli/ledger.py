@@ -189,7 +189,7 @@ def _show_changed(ledger: Ledger, concepts: Sequence[Concept]) -> None:
 
 def _check_erased(ledger: Ledger, labels: Collection[str], least_effect: float | None) -> None:
     """Raise NotErasedError where an active shift is too weak for its record, or for the least effect asked for."""
-    from ldm.erasure.effect import least_effect_met
+    from ldm.erasure.effect import judged_form, least_effect_met
 
     weak: list[str] = []
     for label, record in ledger.active_shifts().items():
@@ -197,7 +197,8 @@ def _check_erased(ledger: Ledger, labels: Collection[str], least_effect: float |
             continue
         is_weak = not record.get("is_erased", True)
         if least_effect is not None:
-            is_weak = least_effect_met(ledger.load(record).metadata, "gated") < least_effect
+            metadata = ledger.load(record).metadata
+            is_weak = least_effect_met(metadata, judged_form(metadata, record.get("effect"))) < least_effect
         if is_weak:
             weak.append(f"{record['concept']} ({record['effect']:.2f})")
     if weak:

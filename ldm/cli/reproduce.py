@@ -15,7 +15,7 @@ from ldm.config.concepts import Concept
 from ldm.config.methods import METHODS, MethodConfig, SRSMEConfig, complete_settings
 from ldm.config.models import ModelConfig, bundled_config
 from ldm.config.templates import with_article
-from ldm.erasure.effect import LEAST_EFFECT, least_effect_met
+from ldm.erasure.effect import LEAST_EFFECT, judged_form, least_effect_met
 from ldm.ledger.ledger import Ledger
 from ldm.ledger.lines import LedgerEntry
 
@@ -133,7 +133,10 @@ def _erased_alike(ledger: Ledger, entry: LedgerEntry, known: set[str]) -> dict[t
     """
     erased: dict[tuple[str, ...], list[str]] = {}
     weak = [record for record in entry.erase.values() if not record.get("is_erased", True)]
-    met = min((least_effect_met(ledger.load(record).metadata, "gated") for record in weak), default=math.inf)
+    met = math.inf
+    for record in weak:
+        metadata = ledger.load(record).metadata
+        met = min(met, least_effect_met(metadata, judged_form(metadata, record.get("effect"))))
     least = ["--least_effect", f"{math.floor(met * 100) / 100:g}"] if met < LEAST_EFFECT else []
     for record in entry.erase.values():
         flags = [] if record["digest"] in known else _method_flags(ledger, record)

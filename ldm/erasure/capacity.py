@@ -80,8 +80,9 @@ def measure_capacity(
     What is protected are the other concepts, by their names and captions, the empty prompt, the watermarks and the
     prompts `further.protected`. The leakage of a prompt is that of the shifts of all concepts but its own. The table's
     columns: the `rank` of all prompts, the `nullity` left, the `directions` that a concept takes, how many
-    `remaining_concepts` fit, the smallest fraction of a concept's difference from its anchor that lies in its
-    directions (`min_projection`), and the largest leakage on protected and on held-out prompts.
+    `remaining_concepts` fit (None where these take no direction), the smallest fraction of a concept's difference from
+    its anchor that lies in its directions (`min_projection`), and the largest leakage on protected and on held-out
+    prompts.
     """
     always = list(dict.fromkeys([*always_protected_prompts(), *further.protected]))
     anchors = {concept.label: target_prompts(concept, config, model.tokenizers[0]) for concept in concepts}
@@ -119,8 +120,10 @@ def measure_capacity(
         for prompt in members:
             owners[prompt, group] = _concept_said(prompt, concepts) if group == COMPOSITIONS else None
     leakage_rows = _leakage_rows(results, owners, embeds, surrogate.weight)
-    taken_values = relative_singular_values(qr_factor(torch.cat(rows.fixed_rows), *rows.blocks.values()))
-    fixed_values = relative_singular_values(torch.cat(rows.fixed_rows))
+    taken, fixed = qr_factor(*rows.fixed_rows, *rows.blocks.values()), qr_factor(*rows.fixed_rows)
+    taken_values = relative_singular_values(taken)
+    share = torch.linalg.matrix_norm(fixed, 2) / torch.linalg.matrix_norm(taken, 2)
+    fixed_values = share * relative_singular_values(fixed)  # on the same scale
     table = _summarize(results, leakage_rows, taken_values, fixed_values)
     return CapacityReport(taken_values, table, leakage_rows)
 
@@ -179,14 +182,16 @@ def _summarize(
 ) -> pd.DataFrame:
     """Return a row for each tolerance.
 
-    `taken_values` and `fixed_values` (d,) are those of all prompts and of the always protected ones.
+    `taken_values` and `fixed_values` (d,) are those of all prompts and of the always protected ones, both relative to
+    the largest of the former.
     """
     width = len(taken_values)
     rows = []
     for tolerance in dict.fromkeys(tolerance for tolerance, _ in results):
         erased = [entry for (of, _), entry in results.items() if of == tolerance]
         rank, fixed_rank = (int((values > tolerance).sum()) for values in (taken_values, fixed_values))
-        directions = max((rank - fixed_rank) / len(erased), 1e-9)
+        directions = (rank - fixed_rank) / len(erased)
+        fitting = int((width - rank) / directions) if directions else None  # whose number then has no limit
         here = leakage[leakage.tolerance == tolerance]
         is_full = not any(entry.projection for entry in erased)  # so that not even these fit
         rows.append(
@@ -195,10 +200,11 @@ def _summarize(
                 "rank": rank,
                 "nullity": width - rank,
                 "directions": directions,
-                "remaining_concepts": 0 if is_full else int((width - rank) / directions),
+                "remaining_concepts": 0 if is_full else fitting,
                 "min_projection": min(entry.projection for entry in erased),
                 "max_leakage_protected": here[here.group == "protected"].leakage.max(),
                 "max_leakage_held_out": here[here.group == "held_out"].leakage.max(),
             }
         )
-    return pd.DataFrame(rows)
+    fitting = pd.Series([row["remaining_concepts"] for row in rows], dtype=object)  # whole numbers, or None
+    return pd.DataFrame(rows).assign(remaining_concepts=fitting)

@@ -19,7 +19,7 @@ def erase(pipe: Any, path: str, gated: bool = True) -> Any:
         for weight in weights:
             weight.data = (weight.data.cpu().double() @ (torch.eye(len(change)) + change)).to(weight.data)
         return lambda: [setattr(weight, "data", data) for weight, data in zip(weights, kept, strict=True)]
-    number, size = said["gate"]["layers"]["text_encoder"], pipe.text_encoder.config.num_hidden_layers
+    (number,), size = said["gate"]["layers"].values(), pipe.text_encoder.config.num_hidden_layers  # one, so not XL's
     blocks = next(m for m in pipe.text_encoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == size)
 
     def encode(*args: Any, **options: Any) -> Any:

@@ -192,6 +192,12 @@ def least_effect_met(metadata: Mapping[str, Any], form: str) -> float:
     return LEAST_EFFECT * min(said["mean"] / said["limit"], said["least"] / said["least_limit"])
 
 
+def judged_form(metadata: Mapping[str, Any], effect: float | None) -> str:
+    """Return the form in which a shift was judged of which a ledger says this mean effect; gated where none has it."""
+    forms = (form for form, said in stated_effects(metadata).items() if said and said["mean"] == effect)
+    return next(forms, "gated")
+
+
 def effect_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dict[str, str]:
     """Return prompts that say a concept by its name, and the anchor of each: the name alone, which comes first.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.effect import anchor_change, measure_effect
 from ldm.erasure.gate_fitter import GateFitter, InseparableError, NoGatesError
+from ldm.erasure.gate_prompts import GatePrompts
 from ldm.erasure.gated_edit import GatedEdit
 from ldm.erasure.initial_shift import initial_shift
-from ldm.erasure.leakage import base_norms, gate_leakage, leakage, notify_of_leakage
+from ldm.erasure.leakage import EmbeddingCache, leakage, notify_of_leakage
 from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
 from ldm.erasure.methods import LOSSES
 from ldm.erasure.null_space import NullSpaceBasis
@@ -65,9 +68,8 @@ def erase(
     """
     if config.solves_null_space:
         solve_null_spaces(model, artifacts, concepts, protection)
-    elif config.makes_gates_alone:
-        retain = [*retain, *protection.extra_prompts]  # which no gate may take for its concept
-    return erase_concepts(model, artifacts, concepts, config, image_dir, gate=gate, others=others, retain=retain)
+    given: dict[str, Any] = {"gate": gate, "others": others, "retain": retain, "protected": protection.extra_prompts}
+    return erase_concepts(model, artifacts, concepts, config, image_dir, **given)
 
 
 def erase_concepts(
@@ -81,15 +83,16 @@ def erase_concepts(
     gate: GateConfig = NO_GATE,
     others: Sequence[Concept] | None = None,
     retain: Sequence[str] = (),
+    protected: Sequence[str] = (),
 ) -> list[ErasureSummary]:
     """Make and save each concept's shift, but for those that are there from the same inputs; return what each took.
 
     `image_dir` has a folder of images per concept, which is not asked for when nothing is trained on images. A learning
     curve goes beside each shift as CSV. SRS-ME's shifts get a gate too where `gate` says so. `others` are concepts that
     an erasure should change little unless it is their own: without them those of the category, or of concepts that a
-    user names, `concepts` themselves; so are the prompts `retain` of SRS-ME's. Of several processes each makes its
-    `shard`. Raises ValueError for a missing basis or folder, for settings that make nothing, and for training without a
-    denoiser.
+    user names, `concepts` themselves; so are the prompts `retain` of SRS-ME's. No gate takes one of `protected` for its
+    concept, prompts that null spaces keep where there are such. Of several processes each makes its `shard`. Raises
+    ValueError for a missing basis or folder, for settings that make nothing, and for training without a denoiser.
     """
     if not isinstance(model, DiffusionModel) and (config.trains or not isinstance(config, SRSMEConfig)):
         raise ValueError(f"{model.name} is a text encoder alone, from which nothing is trained: give a whole `model`")
@@ -105,7 +108,8 @@ def erase_concepts(
     concepts = concepts if config.is_joint else shard.select(concepts)
     if config.makes_gates_alone:
         gate = gate.with_changes(gate=True)
-    erasure = _Erasure(model, artifacts, config, image_dir, execution, gate, RetainSet(model, others, retain))
+    kept = RetainSet(model, others, retain), protected
+    erasure = _Erasure(model, artifacts, config, image_dir, execution, gate, *kept)
     if config.solves_null_space:
         for concept in concepts:
             erasure.load_basis(concept)  # before any work, so that one that is missing costs none
@@ -150,24 +154,6 @@ def _made_from(inputs: Mapping[str, Any], existing: Mapping[str, Any], method: s
     return True
 
 
-class _EmbeddingCache:
-    """The embeddings of prompts, and the norms of the text layers' outputs for them, each computed once."""
-
-    def __init__(self, model: TextModel):
-        self.model, self.layers = model, model.text_layers
-        self.embeds: dict[str, torch.Tensor] = {}
-        self.norms: dict[str, float] = {}
-
-    def get(self, prompts: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """Return the embeddings (tokens, d) of the prompts, and the `base_norms` of these."""
-        prompts = list(dict.fromkeys(prompts))
-        new = self.model.embed_prompts(prompt for prompt in prompts if prompt not in self.embeds)
-        if new:
-            self.embeds |= new
-            self.norms |= base_norms(self.layers, new)
-        return {prompt: self.embeds[prompt] for prompt in prompts}, self.norms
-
-
 class _Erasure:
     """One method at work on one model: everything that the concepts of a run share."""
 
@@ -180,13 +166,14 @@ class _Erasure:
         execution: ExecutionConfig,
         gate: GateConfig,
         retain: RetainSet,
+        protected: Sequence[str],
     ):
         self.model, self.artifacts, self.config = model, artifacts, config
         self.image_dir, self.execution = image_dir, execution
         self.gate = gate if isinstance(config, SRSMEConfig) else gate.with_changes(gate=False)
         self.gate_fitter: GateFitter | None = None
-        self.retain = retain
-        self.cache = _EmbeddingCache(model)
+        self.retain, self.protected = retain, protected
+        self.cache = EmbeddingCache(model)
         self.bases: dict[str, NullSpaceBasis] = {}
 
     def load_basis(self, concept: Concept) -> NullSpaceBasis:
@@ -234,6 +221,7 @@ class _Erasure:
                 del metadata["config"]["retain_preserve_scale"]  # which weighs nothing
         if self.gate.gate:
             metadata["gate_config"] = self.gate.to_dict()
+            metadata["gate_prompts_digest"] = self._gate_prompts_digest
         if self.config.solves_null_space:
             metadata["basis_digest"] = file_digest(self.artifacts.basis(concept.label))
         if self.config.trains_on_images:
@@ -241,6 +229,12 @@ class _Erasure:
         elif self.config.trains:
             metadata |= self._whole_model.generation_metadata
         return metadata
+
+    @cached_property
+    def _gate_prompts_digest(self) -> str:
+        """The digest of the prompts that gates leave alone, as far as they are the same for all processes."""
+        kept = [*self.protected, *self.retain.prompts]
+        return GatePrompts(self.model.tokenizers[0], self.retain.others, kept, self.gate).digest
 
     @property
     def _whole_model(self) -> DiffusionModel:
@@ -278,16 +272,16 @@ class _Erasure:
         """Make and save shifts that are gates alone. Raises NoGatesError when all that can be made are saved."""
         summaries: list[ErasureSummary] = []
         reasons: dict[str, str] = {}
-        start = time.perf_counter()
+        fitter, start = self._fitter(), time.perf_counter()
         progress = tqdm(concepts, desc="gates", unit="gate")
-        for concept, found in zip(progress, self._fitter().fit_all(concepts), strict=True):
+        for concept, found in zip(progress, fitter.fit_all(concepts), strict=True):
             if isinstance(found, ValueError):
                 reasons[concept.label] = str(found)
                 continue
-            curve, seconds = pd.DataFrame(columns=CURVE_COLUMNS), time.perf_counter() - start
-            shift = EmbeddingShift.none(found)
-            summaries.append(self._save(concept, shift, metadata[concept.label], curve, seconds))
-            start = time.perf_counter()
+            curve, shift = pd.DataFrame(columns=CURVE_COLUMNS), EmbeddingShift.none(found)
+            summaries.append(self._save(concept, shift, metadata[concept.label], curve, 0.0))
+        seconds = round((time.perf_counter() - start) / len(concepts), 1)  # which are fitted some at a time
+        summaries = [replace(summary, seconds=seconds) for summary in summaries]
         if reasons:
             raise NoGatesError(reasons, len(summaries))
         return summaries
@@ -296,7 +290,7 @@ class _Erasure:
         """Return what fits the gates of all concepts."""
         if self.gate_fitter is None:
             retained = [prompt for basis in self.bases.values() for prompt in basis.metadata["protected"]]
-            retained += self.retain.prompts
+            retained += [*self.protected, *self.retain.prompts]
             self.gate_fitter = GateFitter(self.model, self.retain.others, retained, self.gate)
         return self.gate_fitter
 
@@ -356,7 +350,7 @@ class _Erasure:
     def _protected(self, concept: Concept) -> list[str]:
         if self.config.solves_null_space:
             return self.bases[concept.label].metadata["protected"]
-        kept = self.retain.prompts if self.config.makes_gates_alone else []
+        kept = [*self.protected, *self.retain.prompts] if self.config.makes_gates_alone else []
         return list(dict.fromkeys([*always_protected_prompts(), *kept]))
 
     def _save(
@@ -412,7 +406,7 @@ class _Erasure:
     def _measure(self, concept: Concept, shift: WeightShift) -> dict[str, float]:
         """Return the leakage of a shift on its own and the protected prompts; NaN where text layers do not say all."""
         if shift.gated and shift.is_gate_alone:
-            return gate_leakage(self.model, shift.gated, [concept.prompt, *self._protected(concept)])
+            return self.cache.gate_leakage(shift.gated, [concept.prompt, *self._protected(concept)])
         embeds, norms = self.cache.get([concept.prompt, *self._protected(concept)])
         rows = leakage(self.cache.layers, {"": shift}, embeds, norms)
         return {row["prompt"]: row["leakage"] for row in rows}

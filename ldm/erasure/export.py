@@ -41,7 +41,7 @@ from ldm.erasure.effect import notify_of_weak
 from ldm.erasure.export_comfyui import check_comfyui, gates_table, save_comfyui
 from ldm.erasure.export_metadata import checkpoint_metadata, file_stem, lora_metadata, save_with_metadata, unet_metadata
 from ldm.erasure.export_shift import as_written, save_shifts
-from ldm.erasure.leakage import leakage, leakage_after_rounding, leakage_table, truncation_error
+from ldm.erasure.leakage import EmbeddingCache, leakage, leakage_after_rounding, leakage_table, truncation_error
 from ldm.erasure.merge import SummedShifts, check_unedited, merge
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
 from ldm.io.files import SETTINGS_FILE, atomic_write_dir, is_written, write_dir_metadata
@@ -118,7 +118,8 @@ def export(
         check_comfyui(model, shifts)
     if set(config.formats) & set(CUT_FORMATS):
         _check_file_names(shifts)
-    is_linear = bool(set(config.formats) & set(_OF_WEIGHTS))
+    gates_alone = all(shift.is_gate_alone for shift in shifts.values())
+    is_linear = bool(set(config.formats) & set(_OF_WEIGHTS)) and not gates_alone
     if (config.rank and is_linear) or set(config.formats) & set(CUT_FORMATS):
         truncated, report = truncate_shifts(model, shifts, config)
     merged_shifts = truncated if config.rank else dict(shifts)
@@ -309,7 +310,7 @@ def truncate_shifts(
 
     The effect is that on the concept's own prompts. A row has the rank, the `formats` that are cut to it (the
     others keep all directions), the effect that is missing (`truncation_error`), the largest leakage on what the shift
-    protects, and its size as a LoRA. Raises ValueError for shifts that have no rank.
+    protects, and the size of its tensors, as a LoRA where it is one. Raises ValueError for shifts that have no rank.
     """
     cut = [name for name in _OF_WEIGHTS if name in config.formats and (config.rank or name in CUT_FORMATS)]
     dtype = getattr(torch, config.save_dtype)
@@ -331,7 +332,10 @@ def truncate_shifts(
         truncated_shift, error = _truncate(shift, own_embeds, config)
         truncated[label] = truncated_shift
         written, size = _as_cut(truncated_shift, dtype, cut)
-        changes = leakage(model.text_layers, {"": written}, protected)
+        if written.gated and written.is_gate_alone:
+            changes = EmbeddingCache(model).gate_leakage(written.gated, protected)
+        else:
+            changes = {row["prompt"]: row["leakage"] for row in leakage(model.text_layers, {"": written}, protected)}
         rows.append(
             {
                 "concept": metadata["concept"],
@@ -339,7 +343,7 @@ def truncate_shifts(
                 "of": shift.rank,
                 "formats": ", ".join(cut),
                 "truncation_error": error,
-                "max_leakage_protected": max(row["leakage"] for row in changes),
+                "max_leakage_protected": max(changes.values()),
                 "KB": size / 1000,
             }
         )
@@ -351,7 +355,8 @@ def _as_cut(shift: SeparableShift, dtype: torch.dtype, formats: Sequence[str]) -
     if "shift" in formats:
         written = as_written(shift, dtype)
         if not {"lora", "kohya"} & set(formats):
-            return written, sum(value.nbytes for value in written.tensors(dtype).values())
+            gate = written.gated.tensors(dtype) if written.gated else {}
+            return written, sum(value.nbytes for value in (written.tensors(dtype) | gate).values())
     tensors, deltas = _lora_tensors(shift, dtype), {}
     for name in shift.parameter_names:
         layer = name.removesuffix(".weight")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldm.diffusion.model import DiffusionModel
+from ldm.erasure.effect import judge
 from ldm.erasure.export_metadata import file_stem
-from ldm.erasure.portable import measured_on
+from ldm.erasure.portable import measured_on, replacements
 from ldm.erasure.shift import SHIFT_FILE_TYPE, EmbeddingShift, WeightShift
 from ldm.io.files import write_text
 from ldm.io.tensors import save_tensors
@@ -22,6 +25,7 @@ _IN_HEADER = (
     *("created_by", "method", "base_model", "base_digest", "text_digest", "category", "concept_index", "concept"),
     *("concept_kind", "aliases", "prompt", "anchor", "iterations", "target_change", "max_leakage_protected", "effects"),
 )
+_BY = {"linear": "by the weights", "gated": "by the gate"}
 _OF_GATE = ("layers", "penalties", "gap", "false_alarms", "misses")
 
 
@@ -43,7 +47,7 @@ def save_shifts(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder
             metadata["gate"] = said
         path = folder / f"{file_stem(label, shift)}.safetensors"
         save_tensors(path, tensors, SHIFT_FILE_TYPE, header, beside=metadata)
-        write_text(path.with_suffix(".md"), _card(path, rounded, metadata, dtype))
+        write_text(path.with_suffix(".md"), _card(path, rounded, metadata, dtype, type(model.pipeline).__name__))
 
 
 def as_written(shift: WeightShift, dtype: torch.dtype) -> EmbeddingShift:
@@ -61,18 +65,20 @@ def as_written(shift: WeightShift, dtype: torch.dtype) -> EmbeddingShift:
     return shift.rounded(dtype)
 
 
-def _card(path: Path, shift: EmbeddingShift, metadata: Mapping[str, Any], dtype: torch.dtype) -> str:
-    """Return the text of a shift's card."""
+def _card(path: Path, shift: EmbeddingShift, metadata: Mapping[str, Any], dtype: torch.dtype, pipeline: str) -> str:
+    """Return the text of a shift's card, for whoever has a `pipeline` of that class."""
     loader = re.sub(r"  # noqa.*", "", _LOADER.read_text(encoding="utf-8"))
     prompt, gate = str(metadata.get("prompt", "")), shift.gated
     names = list(dict.fromkeys([metadata["concept"], prompt, *metadata.get("aliases", ())]))
-    anchor = metadata.get("anchor") or "the neutral word of its kind, or nothing at all: see its settings"
+    forms = [*(["linear"] if shift.rank else []), *(["gated"] if gate else [])]
+    is_loadable = gate is not None and len(gate.gates) == 1  # by the card's loader, which reads one text encoder
     return _CARD.read_text(encoding="utf-8").format(
         concept=metadata["concept"],
         base=metadata["base_model"],
         digest=str(metadata["text_digest"])[:19],
         names=", ".join(names),
-        anchor=anchor,
+        state=_state(metadata, forms),
+        anchor=_replacement(metadata, forms),
         file=path.name,
         size=path.stat().st_size,
         dtype=str(dtype).removeprefix("torch."),
@@ -81,14 +87,37 @@ def _card(path: Path, shift: EmbeddingShift, metadata: Mapping[str, Any], dtype:
         method=metadata.get("method", ""),
         num_protected=len(metadata.get("protected", ())),
         beside=path.with_suffix(".json").name,
-        measured="\n".join(f"| {name} | {value} |" for name, value in _measured(metadata)),
-        prompt=prompt.replace("'", " "),
-        no_gate="" if gate is not None else ", gated=False",
+        measured="\n".join(f"| {name} | {value} |" for name, value in _measured(metadata, shift.is_gate_alone)),
+        typed_file=shlex.quote(path.name),
+        typed_prompt=shlex.quote(prompt),
+        quoted_file=json.dumps(path.name, ensure_ascii=False),
+        quoted_prompt=json.dumps(prompt, ensure_ascii=False),
+        pipeline=pipeline,
+        no_gate="" if is_loadable else ", gated=False",
         loader=loader,
     )
 
 
-def _measured(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _state(metadata: Mapping[str, Any], forms: Sequence[str]) -> str:
+    """Return in a few words whether a shift erases its concept, by what was measured of it in each form."""
+    found = {form: judge(metadata, form)[0] for form in forms}
+    erasing = [_BY[form] for form, is_erased in found.items() if is_erased]
+    if len(erasing) == len(forms):
+        return "erased from"
+    if erasing:
+        return f"erased {erasing[0]} alone from"
+    return "a shift whose effect is not known, for" if None in found.values() else "a shift too weak to erase it, for"
+
+
+def _replacement(metadata: Mapping[str, Any], forms: Sequence[str]) -> str:
+    """Return what takes the place of a shift's concept, in each form in which it can act."""
+    found = {form: text or "nothing: the empty prompt" for form, text in replacements(metadata, forms).items()}
+    if len(set(found.values())) > 1:
+        return ", ".join(f"{text} ({_BY[form]})" for form, text in found.items())
+    return next(iter(found.values()), "not known here: see its settings")
+
+
+def _measured(metadata: Mapping[str, Any], gate_alone: bool) -> list[tuple[str, str]]:
     """Return what was measured of a shift, each with what it is."""
     rows: list[tuple[str, str]] = []
     for form, said in metadata.get("effects", {}).items():
@@ -98,9 +127,8 @@ def _measured(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "target_change" in metadata:
         rows.append(("change of the outputs for its own name", f"{metadata['target_change']:.2g}"))
     if "max_leakage_protected" in metadata:
-        rows.append(
-            ("largest change for a protected prompt, by the weights", f"{metadata['max_leakage_protected']:.1e}")
-        )
+        by = "" if gate_alone else ", by the weights"
+        rows.append((f"largest change for a protected prompt{by}", f"{metadata['max_leakage_protected']:.1e}"))
     for name, text in (
         ("false_alarms", "everyday captions that trip the gate"),
         ("misses", "held-out prompts it misses"),

@@ -128,14 +128,6 @@ def fit_gates(
     return found + (_fit_batch(waiting, negatives, position, turns) if waiting else [])
 
 
-def fit_gate(task: GateTask, negatives: Negatives, position: float) -> Gate:
-    """Return the gate of a task's only group. Raises NoGateError where there is no gap."""
-    [[found]] = fit_gates([task], negatives, position)
-    if isinstance(found, NoGateError):
-        raise found
-    return found
-
-
 def _fit_batch(
     tasks: Sequence[GateTask], negatives: Negatives, position: float, turns: bool
 ) -> list[list[Gate | NoGateError]]:

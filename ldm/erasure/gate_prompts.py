@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -83,6 +85,11 @@ class GatePrompts:
         # What the null spaces of a run protect comes last: it is mostly there already, as each leaves one concept out.
         self.negatives = list(dict.fromkeys([*prompts, *sorted(self._shared_prompts), *sorted(retained)]))
         self._folded = {text: " ".join(text.lower().split()) for text in self.negatives}
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the prompts that gates leave alone."""
+        return hashlib.sha256(json.dumps(self.negatives).encode()).hexdigest()
 
     def _composed(self, concept: Concept, num: int) -> list[str]:
         """Return everyday captions with the names of a concept in them, by which gates tell it from others.

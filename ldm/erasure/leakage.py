@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ldm.diffusion.batches import States
+from ldm.diffusion.batches import PROMPTS_AT_ONCE, States, encode_in_batches, join_states
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.output_norms import output_norms
@@ -100,10 +100,40 @@ def gated_leakage(
     return dict(zip(prompts, found.tolist(), strict=True))
 
 
-def gate_leakage(model: TextModel, edit: GatedEdit, prompts: Iterable[str]) -> dict[str, float]:
-    """Return `gated_leakage` on prompts, which are embedded for it in one pass."""
-    texts = list(dict.fromkeys(prompts))
-    return gated_leakage(model, edit, texts, *model.encode_with_states(texts, GatedPrompts({"": edit}).layers))
+class EmbeddingCache:
+    """The embeddings of prompts, and the norms of the text layers' outputs for them, each computed once."""
+
+    def __init__(self, model: TextModel):
+        self.model, self.layers = model, model.text_layers
+        self.embeds: dict[str, torch.Tensor] = {}
+        self.norms: dict[str, float] = {}
+        self._read: dict[Any, dict[str, tuple[torch.Tensor, States]]] = {}  # by the states that gates read
+
+    def get(self, prompts: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Return the embeddings (tokens, d) of the prompts, and the `base_norms` of these."""
+        prompts = list(dict.fromkeys(prompts))
+        new = self.model.embed_prompts(prompt for prompt in prompts if prompt not in self.embeds)
+        if new:
+            self.embeds |= new
+            self.norms |= base_norms(self.layers, new)
+        return {prompt: self.embeds[prompt] for prompt in prompts}, self.norms
+
+    def gate_leakage(self, edit: GatedEdit, prompts: Iterable[str]) -> dict[str, float]:
+        """Return `gated_leakage` on prompts; those that an earlier gate was measured on are not embedded again."""
+        layers = GatedPrompts({"": edit}).layers
+        key, texts = tuple((name, *sorted(numbers)) for name, numbers in layers.items()), list(dict.fromkeys(prompts))
+        known = self._read.setdefault(key, {})
+        lacking = [prompt for prompt in texts if prompt not in known]
+        for some, embeds, states in encode_in_batches(self.model, lacking, layers):
+            for number, prompt in enumerate(some):
+                own = {name: state[number : number + 1].cpu() for name, state in states.items()}
+                known[prompt] = embeds[number : number + 1].cpu(), own
+        found: dict[str, float] = {}
+        for start in range(0, len(texts), PROMPTS_AT_ONCE):
+            some = texts[start : start + PROMPTS_AT_ONCE]
+            embeds = torch.cat([known[prompt][0] for prompt in some])
+            found |= gated_leakage(self.model, edit, some, embeds, join_states([known[prompt][1] for prompt in some]))
+        return found
 
 
 def _differences(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

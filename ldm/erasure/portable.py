@@ -6,17 +6,19 @@ anew, and stands in place of what the file says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from typing import Any
 
 from ldm.config.concept_lists import make_concept, with_anchor
 from ldm.config.concepts import Concept, get_concept
 from ldm.config.methods import METHODS, SRSMEConfig, complete_settings
+from ldm.config.templates import fill_anchor, load_template_set
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.effect import measure_effect
-from ldm.erasure.leakage import gate_leakage, leakage
+from ldm.erasure.leakage import EmbeddingCache, leakage
 from ldm.erasure.shift import WeightShift
+from ldm.erasure.targets import anchor_prompt
 from ldm.io.errors import notify
 
 _SHOWN = 3  # concepts that a notice names
@@ -60,7 +62,7 @@ def measured_on(model: TextModel, shift: WeightShift) -> WeightShift:
     prompt, protected = shift.metadata.get("prompt"), shift.metadata.get("protected")
     if isinstance(prompt, str) and protected:
         if shift.gated and shift.is_gate_alone:
-            found = gate_leakage(model, shift.gated, [*protected, prompt])
+            found = EmbeddingCache(model).gate_leakage(shift.gated, [*protected, prompt])
         else:
             embeds = model.embed_prompts(dict.fromkeys([*protected, prompt]))
             rows = leakage(model.text_layers, {"": shift}, embeds)
@@ -79,6 +81,21 @@ def measured_on(model: TextModel, shift: WeightShift) -> WeightShift:
         }
     measured.metadata["effects"] = effects
     return measured
+
+
+def replacements(metadata: Mapping[str, Any], forms: Iterable[str]) -> dict[str, str]:
+    """Return what takes the place of a concept's name by a shift in each of the forms, as its metadata say.
+
+    That is a prompt, which may be empty. Nothing where the concept, or the settings, are not known here.
+    """
+    concept, config = _concept_of(metadata), _config_of(metadata)
+    if concept is None or config is None:
+        return {}
+    neutral = load_template_set(concept.kind).neutral
+    found = {"linear": anchor_prompt(concept, config, "{}", neutral)}
+    to_empty = concept.anchor is None and metadata.get("gate_config", {}).get("gate_anchor") == "empty"
+    found["gated"] = "" if to_empty else fill_anchor("{}", concept.anchor, neutral)
+    return {form: found[form] for form in forms}
 
 
 def _concept_of(metadata: Mapping[str, Any]) -> Concept | None:

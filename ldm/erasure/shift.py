@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -283,9 +284,15 @@ class EmbeddingShift(SeparableShift):
         return self
 
     def rounded(self, dtype: torch.dtype) -> EmbeddingShift:
-        """Return the shift as a file in `dtype` has it."""
-        parts = self.outputs.to(dtype), self.directions.to(dtype)
-        return self._like(EmbeddingShift(*parts, self.metadata, self._products.weights))
+        """Return the shift as a file in `dtype` has it, its gated edit too."""
+        outputs, directions = self.outputs.to(dtype).double(), self.directions.to(dtype).double()
+        made = self._like(EmbeddingShift(outputs, directions, self.metadata, self._products.weights))
+        if made.gated and dtype == torch.float16:
+            maps = {stream: found.rounded() for stream, found in made.gated.maps.items()}
+            made.gated = replace(made.gated, maps=maps)
+        if not torch.equal(outputs, self.outputs) or not torch.equal(directions, self.directions):
+            made.content_digest = ""  # since it is not as its file has it
+        return made
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return what a file in `dtype` holds of the change, by name; nothing of a gate alone."""

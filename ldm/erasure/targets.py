@@ -26,7 +26,7 @@ def target_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dic
     longer: dict[str, None] = {}  # prompts that may be cut
     of_own = concept.is_own and config.template_set != "kind"  # whose number is not that of a category's templates
     for template in ["{}", *(templates if of_own else templates[: config.target_templates])]:
-        anchor = _anchor_prompt(concept, config, template, kind.neutral)
+        anchor = anchor_prompt(concept, config, template, kind.neutral)
         for spelling in concept.spellings if of_kind or concept.is_own else (concept.prompt,):
             prompt = fill_phrase(template, spelling)
             anchors[prompt] = anchor
@@ -36,7 +36,7 @@ def target_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dic
     return {prompt: anchor for prompt, anchor in anchors.items() if prompt not in cut}
 
 
-def _anchor_prompt(concept: Concept, config: SRSMEConfig, template: str, neutral: str) -> str:
+def anchor_prompt(concept: Concept, config: SRSMEConfig, template: str, neutral: str) -> str:
     """Return what a prompt becomes that says a concept in a template: the concept's own anchor comes before all."""
     if concept.anchor is not None:
         return fill_anchor(template, concept.anchor, neutral)

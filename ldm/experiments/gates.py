@@ -123,7 +123,7 @@ def decide(
 
 def find_kept(model: PromptEncoder, gates: FittedGates, prompts: Sequence[str]) -> torch.Tensor:
     """Return which prompts keep every bit of their embedding while the gates act, (N,) bool."""
-    together, found = gates.together, []
+    together, found = gates.together, [torch.ones(0, dtype=torch.bool)]
     for _, before, states in encode_in_batches(model, prompts, together.layers):
         after = together(before, states)
         same = before.view(torch.uint8) == after.view(torch.uint8)  # bytes: 0 and -0 are equal as numbers
@@ -145,7 +145,7 @@ def evaluate_gates(
     judge_seconds = time.perf_counter() - start
     judged: list[Judged] = []
     for prompt_set in prompt_sets:
-        places = torch.tensor([every_prompt[prompt] for prompt in prompt_set.prompts])
+        places = torch.tensor([every_prompt[prompt] for prompt in prompt_set.prompts], dtype=torch.long)
         said = find_said(prompt_set, gates.concepts, model.tokenizers[0])
         kept = find_kept(model, gates, prompt_set.prompts) if prompt_set.name == RESTORED else None
         judged.append(Judged(prompt_set, decisions.margins[places], said, kept))

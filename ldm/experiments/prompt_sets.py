@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,22 @@ class PromptSet:
     @property
     def has_own_names(self) -> bool:
         """Whether the prompts are made of the names of the list."""
-        return self.name in (HELD_OUT, TEMPLATES, MISSPELT, RESPELT)
+        return self.name in (HELD_OUT, TEMPLATES, MISSPELT, RESPELT, SHARED, RESTORED)
 
 
-def read_captions(path: Path) -> PromptSet:
-    """Return the prompts of a file, once each: those of a prompt list where it is a CSV file, else one a line.
+def read_captions(paths: Iterable[Path]) -> list[PromptSet]:
+    """Return the prompts of each file under its name, or under its path where another has that name.
 
-    Raises ValueError for a file that is no text in UTF-8, or has no prompt.
+    They are those of a prompt list where it is a CSV file, else one a line. Raises ValueError for a file that is no
+    text in UTF-8, or has no prompt.
     """
+    paths = list(dict.fromkeys(paths))
+    names = [path.name for path in paths]
+    return [PromptSet(path.name if names.count(path.name) == 1 else str(path), _read(path)) for path in paths]
+
+
+def _read(path: Path) -> list[str]:
+    """Return the prompts of a file, once each."""
     if path.suffix.lower() == ".csv":
         prompts = [case.prompt for case in read_prompt_csv(path)]
     else:
@@ -59,7 +67,7 @@ def read_captions(path: Path) -> PromptSet:
         prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} has no captions: give one a line, or a prompt list")
-    return PromptSet(path.name, list(dict.fromkeys(prompts)))
+    return list(dict.fromkeys(prompts))
 
 
 def make_prompt_sets(

@@ -46,7 +46,10 @@ RENAMED_KEYS = {
     "num_pictures": "num_training_images",
 }
 # What older versions did not write down about folders and shifts.
-ADDED_KEYS = ("content_digest", "decoder_config", "image_size", "gate_config", "prompts_digest", "text_digest")
+ADDED_KEYS = (
+    *("content_digest", "decoder_config", "image_size", "gate_config", "prompts_digest", "text_digest"),
+    "gate_prompts_digest",
+)
 # Keys whose new name depends on what they stand in.
 _RENAMED_IN = {
     "config": {"templates": "target_templates", "batch_size": "train_batch_size"},

@@ -294,8 +294,10 @@ class Ledger:
 
         Where others may write too the caller opens the ledger within `ledger_lock(root)`, and appends there. `erase`
         maps labels to the records of their shifts, `shift` (a path below the root) among them; digests are taken here.
-        Raises ValueError for a concept that is erased already, or restored without being erased.
+        Raises ValueError for a concept that is erased already, or restored without being erased, and for no concept.
         """
+        if not erase and not restore:
+            raise ValueError("nothing was written, since nothing is erased or restored by it")
         active = self.active_shifts()
         if set(erase) & set(active) or not set(restore) <= set(active):
             raise ValueError("only what is not erased can be erased, and only what is erased can be restored")

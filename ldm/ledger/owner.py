@@ -71,6 +71,8 @@ class Owner:
                 gate = config.gate if self.demo.form == "gated" else NO_GATE
                 settings = config.methods[SRSMEConfig.name], config.null_space, self.image_dir, gate
                 records |= create_shifts(ledger, model, missing, *settings)
+        if not records:
+            raise ValueError(f"no gate was found for {name}: erase it another way")
         ledger.append(records)
 
     def _restore(self, name: str) -> None:
