@@ -53,7 +53,7 @@ def main() -> None:
         advice = f"python train-scripts/ledger.py erase CONCEPT --ledger_dir {args.ledger}"
         raise ValueError(f"nothing was ever erased in {args.ledger}: {advice}")
     owner = Owner(demo, args.training_image_dir) if args.owner else None
-    serve(demo, args.port, auth, args.share, owner)
+    serve(demo, args.port, auth, args.share, owner, lambda address: output.show_answer(f"the page is at {address}"))
 
 
 if __name__ == "__main__":

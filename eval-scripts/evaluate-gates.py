@@ -4,8 +4,11 @@ False alarms are counted on everyday captions that no gate is fitted on, on kin 
 all other concepts of the list, those that are restored apart, and on the captions of any files that are given. A gate
 needs the text encoder alone, which --text_encoder gives instead of a model. --ledger_dir measures the gates that are
 active in a ledger instead, and makes none: what it knows and has not erased counts as restored. Beside the gates stand
-two plain detectors: a filter of keywords, and the gates' decision with the name replaced in the text. Writes
-SAVE_PATH/gates.csv, which has a row for each concept, detectors.csv and gates.json.
+two plain detectors: a filter of keywords, and the gates' decision with the name replaced in the text. A prompt says a
+concept where one of its spellings stands in it, in either case; in your own files too, where a name that is written
+otherwise ("Van-Gogh", "Vangog") counts as a false alarm if its gate fires. Writes into SAVE_PATH gates.csv, which has a
+row for each concept, false_alarms.csv and misses.csv, which have one for each prompt and gate, detectors.csv, and
+gates.json.
 """
 
 from pathlib import Path
@@ -80,12 +83,13 @@ def main() -> None:
     report = evaluate_gates(model, gates, [*made, *files], setup_seconds)
     detectors = compare_detectors(model, gates, report.judged)
     print_report(report, detectors)
-    with atomic_write(args.save_path / "gates.csv") as partial:
-        report.concepts.to_csv(partial, index=False)
-    with atomic_write(args.save_path / "detectors.csv") as partial:
-        detectors.to_csv(partial, index=False)
+    tables = {"gates": report.concepts, "detectors": detectors}
+    tables |= {"false_alarms": report.false_alarms, "misses": report.misses}
+    for name, table in tables.items():
+        with atomic_write(args.save_path / f"{name}.csv") as partial:
+            table.to_csv(partial, index=False)
     write_json(args.save_path / "gates.json", {"model": model.name, **report.summary})
-    print(f"-> gates.csv, detectors.csv and gates.json in {args.save_path}")
+    print(f"-> {', '.join(f'{name}.csv' for name in tables)} and gates.json in {args.save_path}")
 
 
 if __name__ == "__main__":

@@ -583,6 +583,8 @@ def test_what_is_shared_asks_for_a_password(monkeypatch, capsys):
         login(True)
     with pytest.raises(ValueError, match="asks for a password"):
         serve(SimpleNamespace(), 7860, None, True)
+    with pytest.raises(ValueError, match="`port` 80000 is none that there can be"):
+        serve(SimpleNamespace(), 80000)
 
 
 def serve_page(command: list, log, temporary, environment: dict, most) -> None:

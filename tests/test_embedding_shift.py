@@ -1,6 +1,7 @@
 """Shifts of embeddings: one change for every denoiser of a text encoder, merged in one step, small in its file."""
 
 import hashlib
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -182,13 +183,20 @@ def test_the_loader_in_the_card_does_what_this_program_does(shared, tiny_path, t
     exec(code, module)  # of our own card, as its reader would run it
     pipe = StableDiffusionPipeline.from_pretrained(tiny_path)
     taken = {"": WeightShift.load(path)}
-    base = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    embeds, latents = model.encode_prompt(["a dog", "VanGogh"]), torch.randn(2, *model.latent_shape)
+    timestep = torch.tensor(3)
+    unedited = pipe.unet(latents, timestep, embeds).sample
     restore = module["erase"](pipe, str(path), gated=False)
-    expected = merge(model.unet, list(taken.values()))
-    for name, value in pipe.unet.state_dict().items():
-        assert torch.allclose(value, expected.get(name, base[name]), rtol=1e-6, atol=1e-7)
-    restore()
-    assert all(torch.equal(value, base[name]) for name, value in pipe.unet.state_dict().items())
+    with applied(model.unet, list(taken.values())):
+        expected = model.unet(latents, timestep, embeds).sample
+    assert torch.allclose(pipe.unet(latents, timestep, embeds).sample, expected, rtol=1e-4, atol=1e-5)
+    again = shutil.copy(path, tmp_path / "again.safetensors")
+    restore_again = module["erase"](pipe, str(again), gated=False)
+    assert not torch.allclose(pipe.unet(latents, timestep, embeds).sample, expected, rtol=1e-4, atol=1e-5)
+    restore()  # in any order
+    assert torch.allclose(pipe.unet(latents, timestep, embeds).sample, expected, rtol=1e-4, atol=1e-5)
+    restore_again()
+    assert torch.equal(pipe.unet(latents, timestep, embeds).sample, unedited)
     prompts = ["a dog", "VanGogh", "a cat"]
     before = pipe.encode_prompt(prompts, "cpu", 2, True)
     restore = module["erase"](pipe, str(path))
@@ -198,7 +206,11 @@ def test_the_loader_in_the_card_does_what_this_program_does(shared, tiny_path, t
     assert torch.allclose(after[0][::2], embeds, atol=1e-5) and torch.equal(after[0][1::2], after[0][::2])
     assert torch.equal(after[0][0], before[0][0]) and not torch.allclose(after[0][2], before[0][2], atol=1e-3)
     assert torch.allclose(after[1][4], embeds[1], atol=1e-5) and torch.equal(after[1][0], before[0][0])
+    second = module["erase"](pipe, str(again))  # which leaves the first in place
+    assert torch.equal(pipe.encode_prompt(["a dog"], "cpu", 1, False)[0], before[0][:1])
     restore()
+    assert torch.equal(pipe.encode_prompt(prompts, "cpu", 2, True)[0], after[0])
+    second()
     assert torch.equal(pipe.encode_prompt(prompts, "cpu", 2, False)[0], before[0])
 
 

@@ -167,6 +167,39 @@ def test_a_ledger_says_which_names_have_no_gate(script, tiny_path, tmp_path):
     assert set(Ledger(tmp_path / "ledger" / HISTORY_FILE).active_shifts()) == {"vangogh", "picasso"}
 
 
+def test_flags_that_a_gate_alone_does_not_follow_are_told_and_no_gate_is_refused(script, tiny_path, tmp_path):
+    arguments = ["train-scripts/SRS_ME.py", "--model", tiny_path, "--artifacts_dir", tmp_path, "--concepts", "Picasso"]
+    is_error(script(*arguments, "--mode", "gate", "--no-gate"), "--mode gate makes gates alone, and --no-gate none")
+    code, _, err = script(
+        *arguments, "--mode", "gate", "--lr", "0.1", "--rank_rtol", "1e-2", "--retain_words", "10", *FLAGS
+    )
+    assert code in (0, 3) and "--lr, --rank_rtol: not used, since a gate alone is made: --mode is gate" in err, err
+    encoder = ["--text_encoder", tiny_path, "--artifacts_dir", tmp_path / "none", "--concepts", "Picasso"]
+    is_error(script("train-scripts/SRS_ME.py", *encoder, "--mode", "learn"), "a text encoder alone")
+    assert not (tmp_path / "none").exists()  # nor a null space
+    is_error(
+        script("train-scripts/SRS_ME.py", "--text_encoder", tiny_path / "unet", *encoder[2:]), "give --text_encoder"
+    )
+
+
+def test_the_gates_of_a_ledger_are_measured_beside_a_linear_shift_and_errors_have_a_file(script, tiny_path, tmp_path):
+    root, names = ["--ledger_dir", tmp_path / "ledger"], ["VanGogh", "Picasso"]
+    ledger, measure = "train-scripts/ledger.py", "eval-scripts/evaluate-gates.py"
+    assert script(ledger, "init", *root, "--model", tiny_path, "--concepts", *names)[0] == 0
+    assert script(ledger, "erase", "VanGogh", *root, "--no-gate", "--ridge_weight", "1e9")[0] == 3
+    is_error(script(measure, *root), "by a gate: restore one of its concepts")
+    assert "too weak to erase VanGogh by SRS-ME" in script(ledger, "history", *root)[1]
+    assert script(ledger, "erase", "Picasso", *root, "--mode", "gate", "--least_effect", "-9", *FLAGS)[0] in (0, 3)
+    captions = tmp_path / "own.txt"
+    captions.write_text("a caption of mine\nart by Picasso, of mine\n")
+    out = tmp_path / "out"
+    code, _, err = script(measure, *root, "--num_captions", 20, "--captions", captions, "--save_path", out)
+    assert code == 0 and "VanGogh: erased without a gate, and left out here" in err
+    assert "restored concepts" not in (out / "gates.json").read_text()  # as it is erased
+    for name in ("false_alarms", "misses"):
+        assert (out / f"{name}.csv").read_text().startswith("prompts,prompt,concept,margin")
+
+
 def test_a_name_without_a_gate_is_said_and_the_others_are_kept(script, tiny_path, tmp_path):
     arguments = ["--model", tiny_path, "--mode", "gate", "--artifacts_dir", tmp_path, *FLAGS]
     result = script("train-scripts/SRS_ME.py", "--concepts", "VanGogh", "Picasso", "the", *arguments)

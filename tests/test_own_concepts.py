@@ -359,7 +359,7 @@ def test_python_says_what_is_not_called_erased_when_it_is_made_and_when_it_is_ex
     for _ in range(2):  # also where it is there already
         (line,) = notices(erase, model, ["a red fox", "Picasso"], **weak)
         assert re.search(r"red fox \(-?0\.\d\d of 0\.\d0 on average and .*\), Picasso \(", line) and "\n" not in line
-        assert "smaller `ridge_weight`" in line
+        assert "smaller `ridge_weight` or `neutral_preserve_scale`" in line
     shifts = erase(model, ["a red fox", "Picasso"], **weak)
     (line,) = notices(export, model, shifts, tmp_path / "out", formats="lora")
     assert "red fox (" in line and "what is exported says it still" in line

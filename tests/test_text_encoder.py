@@ -99,7 +99,7 @@ def test_pieces_that_continue_a_word_are_marked_as_in_bert(folders):
 
 
 def test_a_folder_that_is_no_text_encoder_is_one_line(folders, tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json is missing"):
+    with pytest.raises(ValueError, match=r"no config\.json in .*give `text_encoder`"):
         load_text_encoder(tmp_path, CPU)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match=r"no tokenizer in .*: copy its files there, such as tokenizer\.json"):

@@ -1,8 +1,9 @@
 """Merge any set of shifts into a copy of the base model, or write each as a LoRA, in the format that its user reads.
 
---format takes one or more of compvis, diffusers, unet (merged weights), lora, kohya (a LoRA a concept, cut to --rank)
-and comfyui (a custom node with the shifts' gates). Reports the leakage of each shift on the other concepts' prompts,
-or which gates these trip. A concept left out of --shifts is restored.
+--format takes one or more of compvis, diffusers, unet (merged weights), lora, kohya (a LoRA a concept, cut to --rank),
+shift (a small file a concept, to share, with a card) and comfyui (a custom node with the shifts' gates). Reports the
+leakage of each shift on the other concepts' prompts, or which gates these trip. A concept left out of --shifts is
+restored.
 """
 
 from pathlib import Path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from ldm.cli import output
 from ldm.cli.arguments import Namespace, spelled, typed, typed_settings
 from ldm.cli.concepts import category_of, named_concepts, named_protection
 from ldm.cli.devices import init_distributed, parse_devices
-from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config, print_export
+from ldm.cli.session import artifact_paths, fill_settings, load_model, method_config, print_export, report_unused
 from ldm.config.concept_lists import read_prompts
 from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import (
@@ -58,7 +57,7 @@ def run_erasure(args: Namespace, method: str) -> None:
 
     Raises NotErasedError, when all is written, where a shift's own effect was not found.
     """
-    from ldm.erasure.erase import erase_concepts
+    from ldm.erasure.erase import check_settings, erase_concepts
     from ldm.erasure.summary import summary_table
 
     for name, owner in (("clip_path", "check"), ("export_dir", "export"), ("retain_preserve_scale", "retain")):
@@ -77,7 +76,8 @@ def run_erasure(args: Namespace, method: str) -> None:
     sections += ["null_space"] if config.solves_null_space else []
     sections += ["gate"] if isinstance(config, SRSMEConfig) else []
     print(describe_sources(model_config, sections, spelled | _implied(config, model_config.methods[method])))
-    _report_unused(args, config)
+    check_settings(model, config)  # before any work
+    report_unused(args, config)
     artifacts = artifact_paths(args, model.name, method, category_of(args, concepts))
     check_contradictions(model, concepts, prompts)
     if config.solves_null_space:
@@ -283,19 +283,6 @@ def _devices(args: Namespace) -> tuple[torch.device, torch.device | None]:
     if args.frozen_device:
         frozen = parse_devices(args.frozen_device)[0]
     return devices[0], frozen
-
-
-def _report_unused(args: Namespace, config: MethodConfig) -> None:
-    """Say which of the settings that were typed act only while something is trained, where nothing is."""
-    if config.trains:
-        return
-    given = set(typed_settings(args, type(config))) - {"max_steps"}
-    entries = [entry for entry in dataclasses.fields(config) if entry.metadata["training_only"]]
-    names = [entry.name for entry in entries if entry.name in given]
-    names += [name for name in ("training_image_dir", "gradient_checkpointing", "frozen_device") if name in spelled]
-    unused = [spelled.get(name, f"--{name}") for name in names]
-    if unused:
-        notify(f"{', '.join(unused)}: not used, since nothing is trained: --mode is closed_form")
 
 
 def memory_table(args: Namespace, method: str) -> pd.DataFrame:

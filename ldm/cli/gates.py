@@ -37,7 +37,8 @@ def _of_ledger(args: Namespace) -> Measured:
         args.model = None  # so that it is the ledger's
     ledger, model = session.open_ledger(args, args.ledger_dir)
     gates = active_gates(ledger)
-    return model, gates, [concept for concept in ledger.concepts if concept not in gates.concepts], 0.0
+    erased = ledger.active_shifts()
+    return model, gates, [concept for concept in ledger.concepts if concept.label not in erased], 0.0
 
 
 def _of_list(args: Namespace) -> Measured:
@@ -56,12 +57,16 @@ def _of_list(args: Namespace) -> Measured:
 def _load_encoder(args: Namespace) -> tuple[PromptEncoder, GateConfig]:
     """Return the model or the text encoder that the arguments name, and its settings of gates."""
     from ldm.config.models import load_model_config
+    from ldm.diffusion.load_text import load_text_model
     from ldm.diffusion.text_encoder import load_text_encoder
 
     device = session.first_device(args)
     if args.text_encoder is not None:
         if "model" in arguments.typed or "ckpt_path" in arguments.typed:
             raise ValueError("`text_encoder` is given instead of a model: leave out `model` and `ckpt_path`")
+        if (args.text_encoder / "model_index.json").is_file():  # a model's folder, of which nothing else is read
+            text_model = load_text_model(args.text_encoder, device)
+            return text_model, session.fill_settings(args, load_model_config(text_model).gate)
         return load_text_encoder(args.text_encoder, device), session.fill_settings(args, GateConfig())
     model = session.load_model(args, device)
     return model, session.fill_settings(args, load_model_config(model).gate)

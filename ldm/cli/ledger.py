@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import fields
@@ -141,6 +142,7 @@ def erase(args: Namespace) -> None:
             ledger, model = session.open_ledger(args, args.ledger_dir)
             model_config = load_model_config(model)
             config = session.method_config(args, model_config, method)
+            session.report_unused(args, config)
             null_space = session.fill_settings(args, model_config.null_space)
             sections = [f"methods.{method}", "null_space", "gate"]
             print(describe_sources(model_config, sections, arguments.spelled))
@@ -200,12 +202,13 @@ def _check_erased(ledger: Ledger, labels: Collection[str], least_effect: float |
             metadata = ledger.load(record).metadata
             is_weak = least_effect_met(metadata, judged_form(metadata, record.get("effect"))) < least_effect
         if is_weak:
-            weak.append(f"{record['concept']} ({record['effect']:.2f})")
+            weak.append(f"{record['concept']} ({math.floor(100 * record['effect']) / 100:.2f})")  # never as the limit
     if weak:
         raise NotErasedError(
             f"{some_of(weak, _NUM_SHOWN)}: prompts that say it go less of the way to what takes its place than is "
             "called erased (`least_effect`). It is too_weak in the ledger: restore it, and erase it with a larger "
-            "`rank_rtol`, fewer `protected_templates` or a smaller `preserve_scale`"
+            "`rank_rtol`, fewer `protected_templates`, or smaller `neutral_preserve_scale`, `captions_preserve_scale` "
+            "and `preserve_scale`"
         )
 
 

@@ -17,21 +17,26 @@ from ldm.cli.arguments import (
     Namespace,
     nonnegative_int,
     setting_type,
+    spelled,
     typed,
     typed_settings,
 )
 from ldm.cli.devices import parse_devices
-from ldm.config.methods import MethodConfig, SRSMEConfig
+from ldm.config.methods import MethodConfig, NullSpaceConfig, SRSMEConfig
 from ldm.config.models import ModelConfig, with_asked
 from ldm.config.settings import Settings, did_you_mean
 from ldm.diffusion import load
 from ldm.diffusion.model import DiffusionModel
+from ldm.io.errors import notify
 from ldm.io.legacy import renamed_setting
 from ldm.io.paths import ArtifactPaths
 from ldm.io.prompts import PromptCase, make_cases, read_prompt_csv
 from ldm.io.tensors import check_base_model
 from ldm.ledger.ledger import Ledger, history_path
 
+# Settings of SRS-ME by which gates alone are made, or their effect is measured.
+_OF_GATES_ALONE = ("mode", "template_set", "target_templates")
+_NOT_TRAINED = "nothing is trained: --mode is closed_form"
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
@@ -66,6 +71,29 @@ def artifact_paths(args: Namespace, model_name: str, method: str, category: str 
 def method_config(args: Namespace, config: ModelConfig, method: str) -> MethodConfig:
     """Return a method's settings in a model's config with what was typed in their place, as `with_asked` says."""
     return with_asked(config.methods[method], typed_settings(args, type(config.methods[method])))
+
+
+def report_unused(args: Namespace, config: MethodConfig) -> None:
+    """Say which of the settings that were typed do nothing where nothing is trained, or where gates alone are made.
+
+    Raises ValueError for --no-gate where gates alone are made.
+    """
+    if config.trains:
+        return
+    if config.makes_gates_alone and "gate" in typed and not args.gate:
+        raise ValueError(f"`mode` gate makes gates alone, and {spelled['gate']} none: leave one of both out")
+    given = set(typed_settings(args, type(config))) - {"max_steps"}
+    entries = [entry for entry in dataclasses.fields(config) if entry.name in given]
+    if config.makes_gates_alone:
+        names = [entry.name for entry in entries if entry.name not in _OF_GATES_ALONE]
+        names += typed_settings(args, NullSpaceConfig)
+    else:
+        names = [entry.name for entry in entries if entry.metadata["training_only"]]
+    names += [name for name in ("training_image_dir", "gradient_checkpointing", "frozen_device") if name in spelled]
+    unused = [spelled.get(name, f"--{name}") for name in names]
+    if unused:
+        mode = "a gate alone is made: --mode is gate" if config.makes_gates_alone else _NOT_TRAINED
+        notify(f"{', '.join(unused)}: not used, since {mode}")
 
 
 def changed_methods(config: ModelConfig, changes: Sequence[str]) -> dict[str, MethodConfig]:

@@ -10,6 +10,7 @@ import transformers
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ldm.diffusion.components import (
+    WHOLE_MODEL,
     UnusableModelError,
     check_class,
     check_text_classes,
@@ -53,7 +54,9 @@ def load_text_model(source: str | Path, device: torch.device | None = None) -> T
         name = folder.resolve().name
         model = TextModel(name, name, pipeline, device, settings_path=find_settings(source))
         finite = bool(model.encode_prompt([""]).isfinite().all())
-    except (UnusableModelError, MemoryError, torch.OutOfMemoryError):
+    except UnusableModelError as error:  # which may say what a whole model needs
+        raise UnusableModelError(str(error).replace(WHOLE_MODEL, _ADVICE)) from error
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what the libraries raise for a file that is wrong has no end, see `load_model`
         reason = " ".join(str(error).split())[:300]

@@ -161,6 +161,8 @@ def load_text_encoder(folder: Path, device: torch.device) -> TextEncoder:
     silence_hf_logging()
     if (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is a whole pipeline: give it as `model`, or its text encoder with its tokenizer")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no config.json in {folder}: give `text_encoder` a folder with it, tokenizer and safetensors")
     config = read_config(folder / "config.json")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ValueError(f"no tokenizer in {folder}: copy its files there, such as {_TOKENIZER_FILES[0]}")

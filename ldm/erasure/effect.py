@@ -180,7 +180,7 @@ def advice_on_weak(trains: bool, protecting: str = "`protect`") -> str:
     """Return what to do about too small an effect; `protecting` are the settings that say what is protected."""
     if trains:
         return f"train with a larger `lr` or `basis_scale` or more `max_steps`, or protect less ({protecting})"
-    settings = "a larger `rank_rtol` or a smaller `ridge_weight` (of gates `map_ridge`)"
+    settings = "a larger `rank_rtol`, or a smaller `ridge_weight` or `neutral_preserve_scale` (of gates `map_ridge`)"
     return f"protect less ({protecting}), or take {settings}"
 
 

@@ -66,6 +66,7 @@ def erase(
     The shifts lie at `artifacts.shift(concept.label)`. `image_dir` has a folder of images per concept, for a method
     that trains on them. Returns what `erase_concepts` does.
     """
+    check_settings(model, config)  # before any work
     if config.solves_null_space:
         solve_null_spaces(model, artifacts, concepts, protection)
     given: dict[str, Any] = {"gate": gate, "others": others, "retain": retain, "protected": protection.extra_prompts}
@@ -94,12 +95,7 @@ def erase_concepts(
     concept, prompts that null spaces keep where there are such. Of several processes each makes its `shard`. Raises
     ValueError for a missing basis or folder, for settings that make nothing, and for training without a denoiser.
     """
-    if not isinstance(model, DiffusionModel) and (config.trains or not isinstance(config, SRSMEConfig)):
-        raise ValueError(f"{model.name} is a text encoder alone, from which nothing is trained: give a whole `model`")
-    if isinstance(config, SRSMEConfig) and config.mode == "closed_form" and config.init == "zero":
-        raise ValueError(
-            "`mode` closed_form trains nothing from `init` zero: choose `init` closed_form, or `mode` learn"
-        )
+    check_settings(model, config)
     if config.is_joint and shard.rank:
         return []  # one process trains them, since they are trained at once
     if others is None:
@@ -139,6 +135,16 @@ def erase_concepts(
     if config.solves_null_space:
         notify_of_leakage({summary.concept: summary.leakage for summary in summaries})
     return summaries
+
+
+def check_settings(model: TextModel, config: MethodConfig) -> None:
+    """Raise ValueError for settings that make nothing, and for training without a denoiser."""
+    if not isinstance(model, DiffusionModel) and (config.trains or not isinstance(config, SRSMEConfig)):
+        raise ValueError(f"{model.name} is a text encoder alone, from which nothing is trained: give a whole `model`")
+    if isinstance(config, SRSMEConfig) and config.mode == "closed_form" and config.init == "zero":
+        raise ValueError(
+            "`mode` closed_form trains nothing from `init` zero: choose `init` closed_form, or `mode` learn"
+        )
 
 
 def _made_from(inputs: Mapping[str, Any], existing: Mapping[str, Any], method: str) -> bool:

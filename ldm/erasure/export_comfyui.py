@@ -43,7 +43,7 @@ def check_comfyui(model: DiffusionModel, shifts: Mapping[str, WeightShift]) -> N
         if not isinstance(encoder, (CLIPTextModel, CLIPTextModelWithProjection)):
             raise ValueError(
                 f"{model.name} reads prompts by a {type(encoder).__name__}, and ComfyUI has none but CLIP for such a "
-                "model: choose another `format`, such as diffusers, or another model"
+                "model: choose another `format`, such as shift, or another model"
             )
     for label, shift in shifts.items():
         if shift.gated is None:

@@ -37,7 +37,7 @@ _MISSPELT = "misspelt names"  # of a concept, as a group
 _MAX_TAKEN = 0.01  # of made-up words that a gate may take for its concept
 _NUM_JUDGED = 500  # captions of another grammar, on which false alarms are counted
 _SMALL_GAP = 0.05  # in units of the distance between a concept and all else
-_FALSE_ALARMS_SHOWN = 5
+_FALSE_ALARMS_SHOWN, _REASONS_SHOWN = 5, 3
 _TITLE = "prompts for gates"  # of a progress bar
 
 
@@ -45,9 +45,11 @@ class NoGatesError(ValueError):
     """Say of which concepts of several there is no gate, and why: `reasons` by label."""
 
     def __init__(self, reasons: Mapping[str, str], num_made: int):
-        first = next(iter(reasons.values()))
-        more = f"; nor {len(reasons) - 1} more: {', '.join(list(reasons)[1:])}" if len(reasons) > 1 else ""
-        super().__init__(f"{first}{more}. The gates of the other {num_made} are kept: leave these out, or rename them")
+        told = list(reasons.values())[:_REASONS_SHOWN]
+        left = list(reasons)[_REASONS_SHOWN:]
+        more = f"; nor is there a gate for {len(left)} more: {', '.join(left)}" if left else ""
+        kept = f". The gates of the other {num_made} are kept: leave these out, or rename them" if num_made else ""
+        super().__init__(f"{'; '.join(told)}{more}{kept}")
         self.reasons = reasons
 
 

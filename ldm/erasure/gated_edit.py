@@ -62,6 +62,10 @@ class GatedEdit:
                 tensors[f"map.{stream}.{part}"] = tensor.half() if is_half else _as_file_has(tensor)
         return tensors
 
+    def rounded(self) -> GatedEdit:
+        """Return the edit with the maps of a file in half precision."""
+        return replace(self, maps={stream: found.rounded() for stream, found in self.maps.items()})
+
     @classmethod
     def read(cls, tensors: Mapping[str, torch.Tensor], metadata: Any) -> Self | None:
         """Return the edit that a file's tensors and metadata are; None when they do not belong together."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -287,9 +286,7 @@ class EmbeddingShift(SeparableShift):
         """Return the shift as a file in `dtype` has it, its gated edit too."""
         outputs, directions = self.outputs.to(dtype).double(), self.directions.to(dtype).double()
         made = self._like(EmbeddingShift(outputs, directions, self.metadata, self._products.weights))
-        if made.gated and dtype == torch.float16:
-            maps = {stream: found.rounded() for stream, found in made.gated.maps.items()}
-            made.gated = replace(made.gated, maps=maps)
+        made.gated = made.gated.rounded() if made.gated and dtype == torch.float16 else made.gated
         if not torch.equal(outputs, self.outputs) or not torch.equal(directions, self.directions):
             made.content_digest = ""  # since it is not as its file has it
         return made

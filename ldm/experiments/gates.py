@@ -22,10 +22,13 @@ from ldm.diffusion.text_encoder import PromptEncoder
 from ldm.erasure.gate_fitter import GateFitter, rate
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.experiments.prompt_sets import HELD_OUT, MISSPELT, RESPELT, RESTORED, PromptSet, find_said
+from ldm.io.errors import notify
 from ldm.ledger.ledger import Ledger
+from ldm.ledger.lines import some_of
 
 _NUM_ALONE = 500  # prompts, the nearest to a threshold, that are embedded one by one too
 _NUM_TIMED = 200
+_UNSURE = (MISSPELT, RESPELT)  # of which no prompt is sure to be a name to the model, or not
 _ROUNDED_TO = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -89,20 +92,28 @@ def fit_gates(fitter: GateFitter, concepts: Sequence[Concept]) -> FittedGates:
 
 
 def active_gates(ledger: Ledger) -> FittedGates:
-    """Return the gates of what a ledger has erased. Raises ValueError where nothing is, or a shift has no gate."""
+    """Return the gates of what a ledger has erased; shifts without one are left out, with a notice.
+
+    Raises ValueError where nothing is erased, or all of it without a gate.
+    """
     concepts: list[Concept] = []
     edits: list[GatedEdit] = []
+    linear: list[str] = []
     shifts = ledger.shifts()
     for concept in ledger.concepts:
         if concept.label not in shifts:
             continue
         edit = shifts[concept.label].gated
         if edit is None:
-            raise ValueError(f"the shift of {concept.name} has no gate: restore it, and erase it with one")
+            linear.append(concept.name)
+            continue
         concepts.append(concept)
         edits.append(edit)
     if not edits:
-        raise ValueError(f"nothing is erased in {ledger.root}: erase a concept first")
+        how = " by a gate: restore one of its concepts, and erase it with one" if linear else ": erase a concept first"
+        raise ValueError(f"nothing is erased in {ledger.root}{how}")
+    if linear:
+        notify(f"{some_of(linear)}: erased without a gate, and left out here")
     return FittedGates(concepts, edits, {}, None)
 
 
@@ -169,7 +180,7 @@ def evaluate_gates(
         pd.DataFrame([{**row, "differ": format_rate(row["differ"])} for row in precision]),
         concepts,
         _examples(gates, judged, lambda each: each.is_alarm),
-        _examples(gates, [each for each in judged if each.prompts.name == HELD_OUT], lambda each: each.is_miss),
+        _examples(gates, [each for each in judged if each.prompts.name not in _UNSURE], lambda each: each.is_miss),
         summary,
         judged,
     )
@@ -235,7 +246,7 @@ def _concept_table(gates: FittedGates, judged: Sequence[Judged]) -> pd.DataFrame
         alarms["other_names" if each.prompts.has_own_names else "false_alarms"] += each.is_alarm.sum(0)
         missed, said = each.is_miss.sum(0).tolist(), each.said.sum(0).tolist()
         misses[each.prompts.name] = list(zip(missed, said, strict=True))
-        if each.prompts.name not in (MISSPELT, RESPELT):  # of which none is sure to be a name to the model, or not
+        if each.prompts.name not in _UNSURE:
             least = torch.minimum(least, each.margins.abs().amin(0))
     rows: list[dict[str, Any]] = []
     for number, (concept, edit) in enumerate(zip(gates.concepts, gates.edits, strict=True)):

@@ -253,13 +253,14 @@ class Ledger:
             f"{self.header['time']} begun on {self.header['base_model']}, digest {self.header['base_digest'][:12]}"
         ]
         for entry in self.entries:
-            erased = [
-                f"{record['concept']} by {record['method']} ({record['digest'][:12]})"
-                for record in entry.erase.values()
-            ]
+            erased: list[str] = []
+            weak: list[str] = []
+            for record in entry.erase.values():
+                line = f"{record['concept']} by {record['method']} ({record['digest'][:12]})"
+                (erased if record.get("is_erased", True) else weak).append(line)
             restored = [self._concepts[label].name for label in entry.restore]
             added = [concept.name for concept in entry.add]
-            changes = (("erased", erased), ("restored", restored), ("added", added))
+            changes = (("erased", erased), ("too weak to erase", weak), ("restored", restored), ("added", added))
             parts = [f"{what} {', '.join(names)}" for what, names in changes if names]
             lines.append(f"{entry.time} {'; '.join(parts)}")
         return lines

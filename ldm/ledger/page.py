@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -229,33 +229,45 @@ def serve(
     auth: tuple[str, str] | None = None,
     share: bool = False,
     owner: Owner | None = None,
+    started: Callable[[str], object] = print,
 ) -> None:
     """Serve the page on this machine at `port`, and at an address of Gradio's with `share`, until it is stopped.
 
-    `auth` are the user and password that it asks for, without which nothing is shared. All that is written is in a
-    temporary folder, but for what an `owner` writes to the ledger.
+    `started` is called with its address when it is there. `auth` are the user and password that it asks for, without
+    which nothing is shared. All that is written is in a temporary folder, but for what an `owner` writes to the ledger.
+    Raises ValueError for a port that it cannot have.
     """
     if share and auth is None:
         raise ValueError("what is shared asks for a password: give a user and a password")
+    if port >= 2**16:
+        raise ValueError(f"`port` {port} is none that there can be: choose one below {2**16}, such as 7860")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "images")  # where Gradio writes what it shows
         os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "100"  # past requests, which it looks through after every one
         page = build(demo, Path(folder) / "exports", owner)
-        page.launch(
-            server_name="127.0.0.1",
-            server_port=port,
-            share=share,
-            auth=auth,
-            app_kwargs={"middleware": [Middleware(PageGuard, page=page, port=port)]},
-            state_session_capacity=MAX_SESSIONS,
-            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none from a network
-            css=STYLE,
-            footer_links=[],
-            quiet=True,
-            ssr_mode=False,  # here and below: what environment variables could add, past the guard
-            mcp_server=False,
-            pwa=False,
-            run_history=False,
-            enable_monitoring=False,
-            num_workers=0,
-        )
+        try:
+            page.launch(
+                server_name="127.0.0.1",
+                server_port=port,
+                share=share,
+                auth=auth,
+                app_kwargs={"middleware": [Middleware(PageGuard, page=page, port=port)]},
+                state_session_capacity=MAX_SESSIONS,
+                theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none from a network
+                css=STYLE,
+                footer_links=[],
+                quiet=True,
+                prevent_thread_lock=True,
+                ssr_mode=False,  # here and below: what environment variables could add, past the guard
+                mcp_server=False,
+                pwa=False,
+                run_history=False,
+                enable_monitoring=False,
+                num_workers=0,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"the page cannot be served at `port` {port}, which may be taken: choose another"
+            ) from error
+        started(page.share_url or f"http://127.0.0.1:{port}")
+        page.block_thread()
