@@ -12,10 +12,20 @@ from ldm.io.files import (
     atomic_write,
     atomic_write_dir,
     check_metadata,
+    check_writable,
     find_metadata_file,
     read_dir_metadata,
     write_json,
 )
+
+
+def test_a_place_where_nothing_can_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "new" / "folder", tmp_path / "file"):
+        check_writable(path, "save_path")
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)  # whoever runs the tests may write anywhere
+    with pytest.raises(ValueError, match=f"`save_path` .*new/folder: nothing can be written in {tmp_path}"):
+        check_writable(tmp_path / "new" / "folder", "save_path")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

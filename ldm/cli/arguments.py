@@ -25,6 +25,7 @@ from ldm.config.methods import (
 )
 from ldm.config.settings import Settings, check_value, did_you_mean
 from ldm.io.errors import notify
+from ldm.io.files import check_writable
 from ldm.io.paths import REPO_ROOT
 
 Namespace = argparse.Namespace
@@ -93,6 +94,9 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unrecognized argument {flag}{did_you_mean(flag, list(self._option_string_actions))}")
         parsed, others = super().parse_known_args(args, namespace)
         typed.update({name: value for name, value in vars(parsed).items() if name in spelled})
+        for name in ("save_path", "export_dir"):  # before the work whose results go there
+            if isinstance(getattr(parsed, name, None), Path):
+                check_writable(getattr(parsed, name), name)
         return parsed, others
 
     def error(self, message: str) -> NoReturn:

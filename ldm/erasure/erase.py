@@ -43,7 +43,7 @@ from ldm.erasure.summary import OF_EMBEDDINGS, OF_OUTPUTS, ErasureSummary
 from ldm.erasure.targets import target_prompts
 from ldm.erasure.training import CURVE_COLUMNS, fit
 from ldm.io.errors import MissingFileError, notify
-from ldm.io.files import atomic_write, file_digest
+from ldm.io.files import atomic_write, check_writable, file_digest
 from ldm.io.legacy import ADDED_KEYS, upgrade_digests
 from ldm.io.paths import ArtifactPaths
 from ldm.io.sharding import Shard
@@ -120,6 +120,7 @@ def erase_concepts(
         if _made_from(metadata[concept.label], existing, config.name):
             print(f"{concept.name}: {path} is there already, from the same inputs")
         else:
+            check_writable(path, "artifacts_dir")
             missing.append(concept)
     rounds = [[concept] for concept in missing]
     if config.is_joint and missing:
@@ -412,7 +413,8 @@ class _Erasure:
     def _measure(self, concept: Concept, shift: WeightShift) -> dict[str, float]:
         """Return the leakage of a shift on its own and the protected prompts; NaN where text layers do not say all."""
         if shift.gated and shift.is_gate_alone:
-            return self.cache.gate_leakage(shift.gated, [concept.prompt, *self._protected(concept)])
+            own = EmbeddingCache(self.model).gate_leakage(shift.gated, [concept.prompt])  # not kept for the next one
+            return self.cache.gate_leakage(shift.gated, self._protected(concept)) | own
         embeds, norms = self.cache.get([concept.prompt, *self._protected(concept)])
         rows = leakage(self.cache.layers, {"": shift}, embeds, norms)
         return {row["prompt"]: row["leakage"] for row in rows}

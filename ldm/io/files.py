@@ -260,6 +260,13 @@ def _files(folder: Path) -> list[Path]:
     return sorted(part for part in folder.rglob("*") if part.is_file() and part not in others)
 
 
+def check_writable(path: Path, setting: str) -> None:
+    """Raise ValueError, with the setting that gives it, for a path at which nothing can be written."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"`{setting}` {path}: nothing can be written in {there}: give another place")
+
+
 def stream_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     with open(path, "rb") as opened:
