@@ -207,7 +207,7 @@ def test_the_script_measures_a_list(script, tiny_path, tmp_path):
     assert (
         "| everyday captions |" in out
         and "| restored concepts |" in out
-        and "gates.csv, detectors.csv and gates.json" in out
+        and "gates.csv, detectors.csv, false_alarms.csv, misses.csv and gates.json" in out
     )
     table = pd.read_csv(tmp_path / "out" / "gates.csv")
     assert sorted(table.concept) == ["Monet", "Nike"]

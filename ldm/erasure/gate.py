@@ -7,8 +7,8 @@ to its concept. A gate keeps it from that: with e_t the rows of a prompt's embed
 
 w is Fisher's linear discriminant between the row of the concept's last token and every row of prompts that do not say
 it, found anew with more weight on those that come nearest (hard negatives); b lies in the gap between the highest of
-these and the lowest prompt that says it. Where there is no gap, as between namesakes, w is turned until it tells the
-nearest rows apart, by logistic regression. (Gates by similarity: SPM, arXiv 2312.16145.)
+these and the lowest prompt that says it. Where there is hardly a gap, as between namesakes, w is turned until it tells
+the nearest rows apart, by logistic regression. (Gates by similarity: SPM, arXiv 2312.16145.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OWN_WEIGHT = 0.1  # of the covariance of a concept's own rows, against that of 
 _LOOKALIKE_GAP = 0.2  # that lookalikes stay below a concept's prompts to count for its threshold
 _GROUPS_AT_ONCE = 32
 _NUM_HARD, _HARD_WEIGHT = 600, 0.1  # rows, the hardest to a first direction, and with what weight they count again
-_TURN_RIDGES, _TURN_STEPS = (0.01, 0.001), 60  # each ridge where the one before leaves no gap
+_TURN_RIDGES, _TURN_STEPS = (0.01, 0.001), 60  # each ridge where the one before leaves too small a gap
 _TURN_GAP = 0.05  # that a turned direction has to leave: a smaller one may be of these very prompts alone
 _SHARPNESS = 20.0  # of the logistic loss: the inverse of its width, in units of the distance of the means
 _NEAR_WEIGHT = 3.0  # of the negatives in it
@@ -114,7 +114,7 @@ def fit_gates(
 ) -> list[list[Gate | NoGateError]]:
     """Return for each task a gate of one direction for each of its groups, or what tells that there is none.
 
-    The threshold lies at the fraction `position` of the gap. Without `turns` a direction that leaves no gap is left so.
+    The threshold lies at the fraction `position` of the gap. Without `turns` a direction that leaves hardly a gap is left so.
     What a task gets does not depend on the others, which are there since the rows of all negatives are read once for
     many of them.
     """
@@ -145,7 +145,8 @@ def _fit_batch(
         gates: list[Gate | NoGateError] = []
         for number, group in enumerate(tasks[place].groups):
             gate = search.gate(group, weights[place][number], scores[number])
-            if turns and isinstance(gate, NoGateError):
+            is_near = isinstance(gate, NoGateError) or (group.clearance is None and gate.gap < _TURN_GAP)
+            if turns and is_near:
                 gate = search.turn(group, weights[place][number], scores[number], fits[place].offsets[number]) or gate
             gates.append(gate)
         found.append(gates)
@@ -233,7 +234,7 @@ class _Thresholds:
         return Gate(weight[None], (bound + self.position * (lowest - bound))[None], gap)
 
     def turn(self, group: Positives, weight: torch.Tensor, scores: torch.Tensor, offset: torch.Tensor) -> Gate | None:
-        """Return the gate of a group whose weight leaves no gap, turned until it leaves one; None for still none."""
+        """Return the gate of a group whose weight leaves hardly a gap, turned until it leaves one; None for none."""
         start = self.negatives.directions(weight[None])[0]
         for ridge in _TURN_RIDGES:
             turned = _turned(start, offset, group, self.negatives, scores, ridge)
