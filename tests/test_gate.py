@@ -133,6 +133,20 @@ def test_a_direction_that_takes_namesakes_is_turned_until_it_tells_them_apart(mo
         fit(group, negatives)
 
 
+def test_a_direction_that_leaves_hardly_a_gap_is_turned_too(monkeypatch):
+    group, namesakes = saying(12, 0), saying(4, 5)
+    namesakes[:, 2, 3] += 5
+    negatives = torch.cat([random_rows(300, 1), namesakes])
+    turned = fit(group, negatives)
+    monkeypatch.setattr(gates, "_TURN_RIDGES", ())
+    straight = fit(group, negatives)
+    assert 0 < straight.gap < 0.05 < 0.3 < turned.gap
+    others = saying(50, 7)
+    others[:, 2, 3] += 5
+    assert (straight.margins(others) > 0).any() and not (turned.margins(others) > 0).any()
+    assert (turned.margins(saying(50, 6)) > 0).float().mean() > 0.9
+
+
 def test_the_direction_is_fishers_with_the_covariance_of_all_but_the_left_out(monkeypatch):
     monkeypatch.setattr(gates, "_HARD_WEIGHT", 0.0)
     monkeypatch.setattr(gates, "in_bytes", lambda weights: weights)
