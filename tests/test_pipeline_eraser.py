@@ -24,7 +24,7 @@ from ldm.config.concept_lists import make_concept
 from ldm.config.methods import GateConfig
 from ldm.diffusion.load import silence_hf_logging
 from ldm.diffusion.pipeline_encoder import PipelineEncoder
-from ldm.erasure import gate_fitter, gate_prompts
+from ldm.erasure import gate, gate_fitter, gate_prompts
 from ldm.erasure.gate_fitter import GateFitter, InseparableError
 from ldm.erasure.pipeline_concepts import Details, new_concepts
 from ldm.erasure.pipeline_eraser import PipelineEraser
@@ -580,7 +580,8 @@ def test_texts_that_cannot_be_erased_are_refused_in_a_line_and_nothing_changes(p
 
 
 @pytest.mark.slow
-def test_what_no_gate_tells_is_refused_and_the_pipeline_stays_as_it_was(plain):
+def test_what_no_gate_tells_is_refused_and_the_pipeline_stays_as_it_was(plain, monkeypatch):
+    monkeypatch.setattr(gate, "_TURN_RIDGES", ())  # since a direction that is turned may read the padding after a name
     pipe = load()
     eraser = ConceptEraser(pipe)
     eraser.config = SMALL

@@ -31,10 +31,12 @@ def test_output_that_nobody_reads_ends_a_script_quietly(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_output_that_has_no_room_is_one_line(tmp_path):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_has_no_room_is_one_line(tmp_path, unbuffered):
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
         command = [*MAKE, "--save_path", str(tmp_path / "list.csv")]
-        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     is_error((result.returncode, "", result.stderr), "No space left")
 
 

@@ -83,7 +83,17 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("SRSME_TRACEBACK") or not _is_users(error):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {explain(error)}", file=sys.stderr)
+        _drop_unwritten()
         sys.exit(2)
+
+
+def _drop_unwritten() -> None:
+    """Give up what stdout cannot take, as on a full disk: written at the end, it would be another error."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # What is there when a process ends is not looked through for cyclic garbage: after imports of torch that took a second.

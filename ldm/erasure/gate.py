@@ -114,9 +114,9 @@ def fit_gates(
 ) -> list[list[Gate | NoGateError]]:
     """Return for each task a gate of one direction for each of its groups, or what tells that there is none.
 
-    The threshold lies at the fraction `position` of the gap. Without `turns` a direction that leaves hardly a gap is left so.
-    What a task gets does not depend on the others, which are there since the rows of all negatives are read once for
-    many of them.
+    The threshold lies at the fraction `position` of the gap. Without `turns` a direction that leaves hardly a gap is
+    left so. What a task gets does not depend on the others, which are there since the rows of all negatives are read
+    once for many of them.
     """
     found: list[list[Gate | NoGateError]] = []
     waiting: list[GateTask] = []
