@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import fields
@@ -191,7 +190,7 @@ def _show_changed(ledger: Ledger, concepts: Sequence[Concept]) -> None:
 
 def _check_erased(ledger: Ledger, labels: Collection[str], least_effect: float | None) -> None:
     """Raise NotErasedError where an active shift is too weak for its record, or for the least effect asked for."""
-    from ldm.erasure.effect import judged_form, least_effect_met
+    from ldm.erasure.effect import judged_form, least_effect_met, round_down
 
     weak: list[str] = []
     for label, record in ledger.active_shifts().items():
@@ -202,7 +201,7 @@ def _check_erased(ledger: Ledger, labels: Collection[str], least_effect: float |
             metadata = ledger.load(record).metadata
             is_weak = least_effect_met(metadata, judged_form(metadata, record.get("effect"))) < least_effect
         if is_weak:
-            weak.append(f"{record['concept']} ({math.floor(100 * record['effect']) / 100:.2f})")  # never as the limit
+            weak.append(f"{record['concept']} ({round_down(record['effect'])})")
     if weak:
         raise NotErasedError(
             f"{some_of(weak, _NUM_SHOWN)}: prompts that say it go less of the way to what takes its place than is "

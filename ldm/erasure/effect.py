@@ -141,14 +141,14 @@ def describe_miss(said: Mapping[str, Any]) -> str:
     """Return in a few words by how much the effect that `judge` found misses its limits."""
     missed: list[str] = []
     if said["mean"] < said["limit"]:
-        missed.append(f"{_down(said['mean'])} of {said['limit']:.2f} on average")
+        missed.append(f"{round_down(said['mean'])} of {said['limit']:.2f} on average")
     if said["least"] < said["least_limit"]:
-        lowest = f"{_down(said['least'])} of {said['least_limit']:.2f} on the lowest prompts"
+        lowest = f"{round_down(said['least'])} of {said['least_limit']:.2f} on the lowest prompts"
         missed.append(f"{lowest}, such as '{said['lowest_prompt']}'")
     return " and ".join(missed)
 
 
-def _down(value: float) -> str:
+def round_down(value: float) -> str:
     """Return a number with two digits, rounded down, so that what misses a limit is never written as the limit."""
     return f"{math.floor(value * 100) / 100:.2f}"
 

@@ -14,7 +14,7 @@ import torch
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.effect import judge
 from ldm.erasure.export_metadata import file_stem
-from ldm.erasure.portable import measured_on, replacements
+from ldm.erasure.portable import forms_of, measured_on, replacements
 from ldm.erasure.shift import SHIFT_FILE_TYPE, EmbeddingShift, WeightShift
 from ldm.io.files import write_text
 from ldm.io.tensors import save_tensors
@@ -70,7 +70,7 @@ def _card(path: Path, shift: EmbeddingShift, metadata: Mapping[str, Any], dtype:
     loader = re.sub(r"  # noqa.*", "", _LOADER.read_text(encoding="utf-8"))
     prompt, gate = str(metadata.get("prompt", "")), shift.gated
     names = list(dict.fromkeys([metadata["concept"], prompt, *metadata.get("aliases", ())]))
-    forms = [*(["linear"] if shift.rank else []), *(["gated"] if gate else [])]
+    forms = forms_of(shift)
     is_loadable = gate is not None and len(gate.gates) == 1  # by the card's loader, which reads one text encoder
     return _CARD.read_text(encoding="utf-8").format(
         concept=metadata["concept"],

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ldm.diffusion.batches import PROMPTS_AT_ONCE, States, encode_in_batches, join_states
+from ldm.diffusion.batches import States, encode_in_batches, join_states
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.output_norms import output_norms
@@ -107,7 +107,7 @@ class EmbeddingCache:
         self.model, self.layers = model, model.text_layers
         self.embeds: dict[str, torch.Tensor] = {}
         self.norms: dict[str, float] = {}
-        self._read: dict[Any, dict[str, tuple[torch.Tensor, States]]] = {}  # by the states that gates read
+        self._read: dict[Any, tuple[torch.Tensor, States]] = {}  # by the prompts, and the states that gates read
 
     def get(self, prompts: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Return the embeddings (tokens, d) of the prompts, and the `base_norms` of these."""
@@ -119,21 +119,14 @@ class EmbeddingCache:
         return {prompt: self.embeds[prompt] for prompt in prompts}, self.norms
 
     def gate_leakage(self, edit: GatedEdit, prompts: Iterable[str]) -> dict[str, float]:
-        """Return `gated_leakage` on prompts; those that an earlier gate was measured on are not embedded again."""
-        layers = GatedPrompts({"": edit}).layers
-        key, texts = tuple((name, *sorted(numbers)) for name, numbers in layers.items()), list(dict.fromkeys(prompts))
-        known = self._read.setdefault(key, {})
-        lacking = [prompt for prompt in texts if prompt not in known]
-        for some, embeds, states in encode_in_batches(self.model, lacking, layers):
-            for number, prompt in enumerate(some):
-                own = {name: state[number : number + 1].cpu() for name, state in states.items()}
-                known[prompt] = embeds[number : number + 1].cpu(), own
-        found: dict[str, float] = {}
-        for start in range(0, len(texts), PROMPTS_AT_ONCE):
-            some = texts[start : start + PROMPTS_AT_ONCE]
-            embeds = torch.cat([known[prompt][0] for prompt in some])
-            found |= gated_leakage(self.model, edit, some, embeds, join_states([known[prompt][1] for prompt in some]))
-        return found
+        """Return `gated_leakage` on prompts, which are embedded once for all gates that read the same states."""
+        texts, layers = tuple(dict.fromkeys(prompts)), GatedPrompts({"": edit}).layers
+        key = texts, *((name, *sorted(numbers)) for name, numbers in layers.items())
+        if key not in self._read:
+            batches = list(encode_in_batches(self.model, texts, layers))
+            embeds = torch.cat([found.cpu() for _, found, _ in batches])
+            self._read[key] = embeds, join_states([states for _, _, states in batches])
+        return gated_leakage(self.model, edit, texts, *self._read[key])
 
 
 def _differences(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -74,13 +74,18 @@ def measured_on(model: TextModel, shift: WeightShift) -> WeightShift:
     if concept is None or config is None:
         return measured
     effects: dict[str, Any] = {}
-    for form in [*(["linear"] if shift.rank else []), *(["gated"] if shift.gated else [])]:
+    for form in forms_of(shift):
         said = measure_effect(model, concept, shift, config, form).to_dict()
         effects[form] = {
             name: float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value for name, value in said.items()
         }
     measured.metadata["effects"] = effects
     return measured
+
+
+def forms_of(shift: WeightShift) -> list[str]:
+    """Return the forms in which a shift can act by its file."""
+    return [*(["linear"] if shift.rank else []), *(["gated"] if shift.gated else [])]
 
 
 def replacements(metadata: Mapping[str, Any], forms: Iterable[str]) -> dict[str, str]:

@@ -17,15 +17,13 @@ from torch import nn
 from ldm.config.concepts import OWN, Concept, erasable_concepts
 from ldm.config.methods import METHODS, NO_GATE, GateConfig, MethodConfig, NullSpaceConfig
 from ldm.config.models import load_model_config
-from ldm.diffusion.batches import States, encode_in_batches, join_states
 from ldm.diffusion.edits import remember_embeddings
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.contradictions import check_contradictions
 from ldm.erasure.effect import judge, stated_effects
 from ldm.erasure.erase import erase
 from ldm.erasure.gate_fitter import NoGatesError
-from ldm.erasure.gated_edit import GatedEdit
-from ldm.erasure.leakage import base_norms, changes_only, gated_leakage, leakage
+from ldm.erasure.leakage import EmbeddingCache, base_norms, changes_only, leakage
 from ldm.erasure.merge import applied
 from ldm.erasure.protection import Protection, concept_metadata
 from ldm.erasure.shift import WeightShift
@@ -110,7 +108,7 @@ class Measure:
 
     def __init__(self, model: DiffusionModel, prompts: Sequence[str]):
         self.model, self.layers = model, model.text_layers
-        self._read: dict[tuple[Any, ...], tuple[torch.Tensor, States]] = {}  # by the states that gates read
+        self._cache = EmbeddingCache(model)
         self.embeds = model.embed_prompts(dict.fromkeys(prompts))  # (tokens, d) each
         self.norms = base_norms(self.layers, self.embeds)
 
@@ -122,18 +120,8 @@ class Measure:
         if not changes_only(shift, self.layers):
             return {}
         if shift.gated and shift.is_gate_alone:
-            return gated_leakage(self.model, shift.gated, list(self.embeds), *self._encoded(shift.gated))
+            return self._cache.gate_leakage(shift.gated, self.embeds)
         return {row["prompt"]: row["leakage"] for row in leakage(self.layers, {"": shift}, self.embeds, self.norms)}
-
-    def _encoded(self, edit: GatedEdit) -> tuple[torch.Tensor, States]:
-        """Return the embeddings of all prompts, (N, rows, d), and the hidden states that a gate reads, read once."""
-        key = tuple(sorted(edit.layers.items()))
-        if key not in self._read:
-            prompts, layers = list(self.embeds), {name: [layer] for name, layer in edit.layers.items()}
-            batches = list(encode_in_batches(self.model, prompts, layers))
-            embeds = torch.cat([found.cpu() for _, found, _ in batches])
-            self._read[key] = embeds, join_states([states for _, _, states in batches])
-        return self._read[key]
 
 
 def _largest(changes: Mapping[str, float], leave_out: str | None) -> float | None:
