@@ -24,7 +24,7 @@ FRONT = ROOT / "train-scripts" / "cate-cls-test.py"  # of its twin in eval-scrip
 # A folder imports only from folders before its own.
 LAYERS = ["io", "config", "diffusion", "erasure", "metrics", "toy", "ledger", "experiments", "cli"]
 NUMERICS = ["null_space", "closed_form", "embedding_map", "prompt_rows", "negatives", "gate", "gated_edit"]
-NUMERICS += ["output_norms", "shift"]
+NUMERICS += ["layer_rows", "output_norms", "shift", "shift_file"]
 HEAVY = {"torch", "pandas", "diffusers", "shtab", "tqdm"}  # of tqdm: --quiet is heeded when it is imported
 MAX_SCRIPT_LINES, MAX_MODULE_LINES = 110, 420
 FLAG = re.compile(r"(?<![\w-])--[a-z]\w*")

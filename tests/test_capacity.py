@@ -39,7 +39,7 @@ def test_capacity_counts_free_dimensions_and_the_leakage_that_shifts_have(tiny):
     assert exact.min_projection < coarse.min_projection
     assert exact.max_leakage_protected < 1e-6 < coarse.max_leakage_protected
 
-    layers, embeds = text_layers(tiny.unet), tiny.embed_prompts(prompts)
+    layers, embeds = text_layers(tiny.denoiser), tiny.embed_prompts(prompts)
     shifts = []
     for concept in CONCEPTS:
         protected = [prompt for prompt in prompts if prompt != concept.prompt]

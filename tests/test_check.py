@@ -47,7 +47,7 @@ def mini(mini_path):
 def strong_shift(model, seed: int = 0) -> SeparableShift:
     """Return a shift that changes all prompts."""
     generator = torch.Generator().manual_seed(seed)
-    layers = text_layers(model.unet)
+    layers = text_layers(model.denoiser)
     weights = {name: torch.randn(layer.out_features, 3, generator=generator) for name, layer in layers.items()}
     return SeparableShift(weights, torch.randn(3, model.context_dim, generator=generator), 1.0)
 
@@ -62,7 +62,7 @@ def test_ten_prompts_are_chosen_the_first_of_each_group_first():
 
 def test_a_check_writes_its_images_a_grid_and_a_table(mini, tmp_path):
     prompts, request = {"erased": ["VanGogh"], "protected": [""]}, CheckRequest(2, tmp_path / "check", SAMPLING)
-    before = {name: weight.clone() for name, weight in mini.unet.state_dict().items()}
+    before = {name: weight.clone() for name, weight in mini.denoiser.state_dict().items()}
     table = check_erasure(mini, {"1": strong_shift(mini)}, "linear", prompts, request)
     assert list(table.columns) == ["group", "prompt", "images", "lpips", "max_abs_diff"]
     assert list(table["group"]) == ["erased", "protected"] and list(table["images"]) == [2, 2]
@@ -74,7 +74,7 @@ def test_a_check_writes_its_images_a_grid_and_a_table(mini, tmp_path):
     assert pd.read_csv(folder / "check.csv", keep_default_na=False)["prompt"].tolist() == ["VanGogh", ""]
     width, height = Image.open(folder / "check.png").size
     assert width > 4 * 32 and height > 2 * 32
-    assert all(torch.equal(weight, before[name]) for name, weight in mini.unet.state_dict().items())
+    assert all(torch.equal(weight, before[name]) for name, weight in mini.denoiser.state_dict().items())
 
 
 def test_a_check_of_no_change_finds_none_and_replaces_the_older_one(mini, tmp_path):

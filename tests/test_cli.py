@@ -92,10 +92,10 @@ def test_erase_merge_restore_and_measure(script, flags, solved, tmp_path, tiny_p
     assert merged.config_name == "tiny" and merged.digest != base.digest
     changed = {
         name
-        for name, weight in base.unet.state_dict().items()
-        if not torch.equal(weight, merged.unet.state_dict()[name])
+        for name, weight in base.denoiser.state_dict().items()
+        if not torch.equal(weight, merged.denoiser.state_dict()[name])
     }
-    assert changed == {f"{name}.weight" for name in text_layers(base.unet)}
+    assert changed == {f"{name}.weight" for name in text_layers(base.denoiser)}
     code, out, _ = script(
         "eval-scripts/generate-images.py", "--model_name", "tiny-1", "--models_dir", tmp_path / "merged", *common
     )

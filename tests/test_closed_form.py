@@ -134,7 +134,7 @@ def test_one_map_of_the_embeddings_serves_all_layers():
 
 def test_the_closed_form_is_the_cheapest_change_towards_the_anchors_keys_and_values(tiny):
     """Within the null space the gradient of `|X (W + dW)^T - Y W^T|^2 + ridge s^2 |dW|^2 + tr(dW G dW^T)` is zero."""
-    layers, scale, ridge_weight = text_layers(tiny.unet), 0.5, 0.1
+    layers, scale, ridge_weight = text_layers(tiny.denoiser), 0.5, 0.1
     basis = fit(tiny.encode_prompt(["", "Picasso"]), "", "Picasso")
     null_basis = torch.linalg.qr(basis.vectors.T).Q
     targets, anchor = tiny.encode_prompt(["VanGogh", "VanGogh painting"]), tiny.encode_prompt(["a photo of a church"])
@@ -154,12 +154,12 @@ def test_the_closed_form_is_the_cheapest_change_towards_the_anchors_keys_and_val
 
 
 def test_without_a_cost_a_concept_predicts_its_anchors_noise(tiny):
-    layers = text_layers(tiny.unet)
+    layers = text_layers(tiny.denoiser)
     targets, anchor = tiny.encode_prompt(["VanGogh", "VanGogh painting"]), tiny.encode_prompt(["a photo of a church"])
     identity = torch.eye(96, dtype=torch.float64)
     space = ErasureSpace(identity, 1e-12 * identity)
     exact = separable_shift(layers, identity, 0.5, closed_form_map(space, targets, anchor))
     latents, timestep = torch.randn(1, *tiny.latent_shape), torch.tensor(500)
-    with applied(tiny.unet, [exact]):
+    with applied(tiny.denoiser, [exact]):
         edited = tiny.predict_noise(latents, timestep, targets[:1])
     assert torch.allclose(edited, tiny.predict_noise(latents, timestep, anchor), atol=1e-4)

@@ -18,6 +18,7 @@ from torch import nn
 from ldm.config.methods import ExportConfig
 from ldm.diffusion.load import load_model
 from ldm.diffusion.text_layers import text_layers
+from ldm.diffusion.text_model import join_streams
 from ldm.diffusion.text_states import LAST_STATE
 from ldm.erasure import comfyui_node, export_comfyui
 from ldm.erasure.embedding_map import fit_map
@@ -207,11 +208,12 @@ def make_shift(model, label: str, layer: int, folder) -> WeightShift:
         task = GateTask([Positives(rows, last)], torch.zeros(len(other), dtype=torch.bool), other.select([]))
         [[gates[encoder]]] = fit_gates([task], Negatives(other, 0.01), 0.5)
     neutral = model.encode_prompt(["an artist"])
-    maps = {"tokens": fit_map(model.drop_pooled(embeds).flatten(0, 1), _like(model.drop_pooled(neutral), own), 1e-3, 8)}
-    if "text_encoder_2" in model.text_encoders:
-        maps["pooled"] = fit_map(embeds[:, -1], neutral[:, -1].expand(len(own), -1), 1e-3, 4)
+    said, plain = model.split(embeds), model.split(neutral)
+    maps = {"tokens": fit_map(said.tokens.flatten(0, 1), _like(plain.tokens, own), 1e-3, 8)}
+    if said.pooled is not None and plain.pooled is not None:
+        maps["pooled"] = fit_map(said.pooled, plain.pooled.expand(len(own), -1), 1e-3, 4)
     shift = SeparableShift(
-        {layer: torch.ones(part.out_features, 1) for layer, part in text_layers(model.unet).items()},
+        {layer: torch.ones(part.out_features, 1) for layer, part in text_layers(model.denoiser).items()},
         torch.eye(1, model.context_dim).double(),
         1e-3,
     )
@@ -265,10 +267,10 @@ def clip(model):
 
 
 def rows_of(model, embeds, pooled) -> torch.Tensor:
-    """Return what ComfyUI encodes as this package has it: XL's pooled embedding is the last row, padded."""
+    """Return what ComfyUI encodes as this package has it: XL's pooled embedding is the last row."""
     if "text_encoder_2" not in model.text_encoders:
         return embeds[0]
-    return torch.cat([embeds[0], nn.functional.pad(pooled, (0, model.context_dim - pooled.shape[-1]))])
+    return join_streams(embeds, pooled)[0]
 
 
 @pytest.mark.parametrize("labels", [("1",), ("1", "2"), ("1", "2", "3")])
@@ -499,7 +501,7 @@ def test_a_text_encoder_that_comfyui_cannot_have_is_one_line_by_the_script(scrip
     with pytest.raises(ValueError, match=r"reads prompts by a BertModel, .*CLIP.*: choose another `format`") as refused:
         export_comfyui.check_comfyui(minilm, {})
     assert "\n" not in str(refused.value)
-    layers = text_layers(minilm.unet)
+    layers = text_layers(minilm.denoiser)
     made = SeparableShift(
         {layer: torch.ones(part.out_features, 1) for layer, part in layers.items()},
         torch.eye(1, minilm.context_dim).double(),

@@ -89,15 +89,15 @@ def last(results):
 
 
 def test_a_choice_of_ones_own_is_that_of_merged_weights_and_touches_nothing(demo):
-    before, requests = weights_hash(demo.model.unet), [(PromptCase("VanGogh", 3, 0), 0)]
+    before, requests = weights_hash(demo.model.denoiser), [(PromptCase("VanGogh", 3, 0), 0)]
     sampling = SamplingConfig(num_inference_steps=4, guidance_scale=2.0, sample_batch_size=1)
     comparison = last(demo.compare("VanGogh", 3, 4, 2.0, ["VanGogh"]))
     ((_, _, original),) = generate(demo.model, requests, sampling)
-    with applied(demo.model.unet, [demo.state.shifts["VanGogh"]]):
+    with applied(demo.model.denoiser, [demo.state.shifts["VanGogh"]]):
         ((_, _, edited),) = generate(demo.model, requests, sampling)
     for own, other in ((comparison.original, original), (comparison.edited, edited)):
         assert not ImageChops.difference(own, other).getbbox()
-    assert comparison.difference.getbbox() and comparison.leakage > 0.01 and weights_hash(demo.model.unet) == before
+    assert comparison.difference.getbbox() and comparison.leakage > 0.01 and weights_hash(demo.model.denoiser) == before
     again = last(demo.compare("VanGogh", 3, 4, 2.0, []))
     assert again.original is comparison.original and not again.difference.getbbox() and again.leakage == 0
 
@@ -309,7 +309,7 @@ def test_only_an_owners_page_has_functions_that_write(demo, tmp_path):
 
 
 def test_an_owner_erases_and_restores_and_old_shifts_are_used_again(own_demo, tmp_path):
-    owner, path, before = Owner(own_demo, tmp_path), own_demo.state.ledger.path, weights_hash(own_demo.model.unet)
+    owner, path, before = Owner(own_demo, tmp_path), own_demo.state.ledger.path, weights_hash(own_demo.model.denoiser)
     loads = count_loads(own_demo)
     assert "Erase Cezanne by a new shift" in owner.foretell("erase", "Cezanne")
     owner.write("erase", "Cezanne")
@@ -318,7 +318,7 @@ def test_an_owner_erases_and_restores_and_old_shifts_are_used_again(own_demo, tm
     assert own_demo.state.restored == ["VanGogh", "Picasso"]
     assert "by the shift that erased it before" in owner.foretell("erase", "VanGogh")
     owner.write("erase", "VanGogh")
-    assert len(loads) == 1 and weights_hash(own_demo.model.unet) == before
+    assert len(loads) == 1 and weights_hash(own_demo.model.denoiser) == before
     assert LedgerState.read(path).erased == ["Cezanne", "VanGogh"] and len(Ledger(path).entries) == 5
     assert last(own_demo.compare("Cezanne", 0, 2, 2.0, ["Cezanne"])).max_difference > 0
 
@@ -395,7 +395,7 @@ def is_merged(path, names, mini_path, shifts) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         zipfile.ZipFile(path).extractall(folder)
         written = load_file(Path(folder) / "diffusion_pytorch_model.safetensors")
-    merged = merge(load_model(mini_path, CPU).unet, [shifts[name] for name in names])
+    merged = merge(load_model(mini_path, CPU).denoiser, [shifts[name] for name in names])
     return len(merged) > 0 and all(torch.equal(written[name], weight) for name, weight in merged.items())
 
 

@@ -36,7 +36,7 @@ def swapped_path(tiny_path, tmp_path):
 
 def make_shift(model, path, **metadata):
     """Write a shift of nothing for a model, and return its path."""
-    coefficients = {name: torch.ones(layer.out_features, 1) for name, layer in text_layers(model.unet).items()}
+    coefficients = {name: torch.ones(layer.out_features, 1) for name, layer in text_layers(model.denoiser).items()}
     shift = SeparableShift(coefficients, torch.eye(1, model.context_dim), 1.0)
     known = {
         "base_digest": model.digest,

@@ -12,13 +12,13 @@ from ldm.diffusion.trainable import trainable_parameter_names
 
 
 def test_text_layers_are_the_prompts_keys_and_values_in_order(tiny):
-    names = list(text_layers(tiny.unet))
-    assert names == [name for name, _ in tiny.unet.named_modules() if "attn2.to_k" in name or "attn2.to_v" in name]
-    assert len(names) == 8 and all(layer.in_features == 96 for layer in text_layers(tiny.unet).values())
+    names = list(text_layers(tiny.denoiser))
+    assert names == [name for name, _ in tiny.denoiser.named_modules() if "attn2.to_k" in name or "attn2.to_v" in name]
+    assert len(names) == 8 and all(layer.in_features == 96 for layer in text_layers(tiny.denoiser).values())
 
 
 def test_an_addition_holds_within_its_block_only(tiny):
-    layers = text_layers(tiny.unet)
+    layers = text_layers(tiny.denoiser)
     name, layer = next(iter(layers.items()))
     x = torch.randn(2, 16, 96)
     before = layer(x)
@@ -29,24 +29,24 @@ def test_an_addition_holds_within_its_block_only(tiny):
 
 
 def test_replaced_parameters_hold_within_their_block_only_and_get_the_gradient(tiny):
-    name = trainable_parameter_names(tiny.unet, "xattn")[0]
-    base = tiny.unet.get_parameter(name)
+    name = trainable_parameter_names(tiny.denoiser, "xattn")[0]
+    base = tiny.denoiser.get_parameter(name)
     student = nn.Parameter(base.detach() + 1)
     latents, timestep, embeds = torch.randn(1, *tiny.latent_shape), torch.tensor(5), tiny.encode_prompt(["VanGogh"])
-    with pytest.raises(RuntimeError), replace_parameters(tiny.unet, {name: student}):
-        assert tiny.unet.get_parameter(name) is student
+    with pytest.raises(RuntimeError), replace_parameters(tiny.denoiser, {name: student}):
+        assert tiny.denoiser.get_parameter(name) is student
         tiny.predict_noise(latents, timestep, embeds).sum().backward()
         raise RuntimeError
-    assert tiny.unet.get_parameter(name) is base and base.grad is None and student.grad.any()
+    assert tiny.denoiser.get_parameter(name) is base and base.grad is None and student.grad.any()
 
 
 def test_a_clone_has_other_weights_and_shares_the_rest(tiny):
-    name = trainable_parameter_names(tiny.unet, "xattn")[0]
-    base = tiny.unet.get_parameter(name)
-    clone = clone_sharing_weights(tiny.unet, {name: base + 1})
-    assert torch.equal(clone.get_parameter(name), base + 1) and tiny.unet.get_parameter(name) is base
-    others = [other for other, _ in tiny.unet.named_parameters() if other != name]
-    assert all(clone.get_parameter(other) is tiny.unet.get_parameter(other) for other in others)
+    name = trainable_parameter_names(tiny.denoiser, "xattn")[0]
+    base = tiny.denoiser.get_parameter(name)
+    clone = clone_sharing_weights(tiny.denoiser, {name: base + 1})
+    assert torch.equal(clone.get_parameter(name), base + 1) and tiny.denoiser.get_parameter(name) is base
+    others = [other for other, _ in tiny.denoiser.named_parameters() if other != name]
+    assert all(clone.get_parameter(other) is tiny.denoiser.get_parameter(other) for other in others)
 
 
 def test_train_methods_choose_stable_diffusions_layers():

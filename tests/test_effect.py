@@ -58,7 +58,7 @@ def test_a_concept_without_templates_of_its_own_has_its_name(tiny):
 
 def test_no_shift_has_no_effect_and_the_whole_way_has_one(tiny):
     anchors = effect_prompts(VANGOGH, NEUTRAL, tiny.tokenizers[0])
-    layers = text_layers(tiny.unet)
+    layers = text_layers(tiny.denoiser)
     zero = SeparableShift.zeros(layers, torch.eye(3, tiny.context_dim), 1.0)
     effect = measure_effect(tiny, VANGOGH, zero, NEUTRAL)
     assert list(effect.on_prompts) == list(anchors) and set(effect.on_prompts.values()) == {0.0}
@@ -93,8 +93,8 @@ def test_the_shift_of_another_concept_does_not_erase_this_one(tiny):
 
 
 def test_what_changes_other_layers_is_not_judged(tiny):
-    name = next(name for name, _ in tiny.unet.named_parameters() if name.endswith("to_q.weight"))
-    shift = DenseShift({name: torch.ones_like(tiny.unet.get_parameter(name))})
+    name = next(name for name, _ in tiny.denoiser.named_parameters() if name.endswith("to_q.weight"))
+    shift = DenseShift({name: torch.ones_like(tiny.denoiser.get_parameter(name))})
     effect = measure_effect(tiny, VANGOGH, shift, NEUTRAL)
     assert math.isnan(effect.mean) and effect.is_erased is None
 
@@ -107,7 +107,7 @@ def test_a_dense_shift_has_the_effect_of_the_separable_one(tiny):
 
 
 def test_of_a_gated_shift_the_map_counts_where_the_gate_fires(tiny):
-    shift = SeparableShift.zeros(text_layers(tiny.unet), torch.eye(3, tiny.context_dim), 1.0)
+    shift = SeparableShift.zeros(text_layers(tiny.denoiser), torch.eye(3, tiny.context_dim), 1.0)
     config = GateConfig(
         retain_captions=20, retain_words=10, compositions=5, misspellings=0, map_ridge=1e-6, max_map_rank=64
     )
@@ -179,7 +179,7 @@ def test_what_a_trained_shift_changes_is_judged_relative_to_the_way_to_a_neutral
     embeds = tiny.embed_prompts(["VanGogh", "an artist"])
     [rows] = align_tokens(tiny.tokenizers[0], ["VanGogh"], ["an artist"])
     way, before = 0.0, 0.0
-    for layer in text_layers(tiny.unet).values():
+    for layer in text_layers(tiny.denoiser).values():
         way += (layer(embeds["an artist"][rows]) - layer(embeds["VanGogh"])).square().sum().item()
         before += layer(embeds["VanGogh"]).square().sum().item()
     assert whole == pytest.approx(math.sqrt(way / before), rel=1e-4)

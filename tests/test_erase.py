@@ -134,7 +134,7 @@ def test_a_closed_forms_coefficients_are_its_map_of_the_weights(tiny, tmp_path):
     gain = torch.linalg.inv(projection.T @ projection + cost)
     embedding_map = (anchor - target).T @ projection @ gain
     for name, coefficients in shift.coefficients.items():
-        expected = tiny.unet.get_submodule(name).weight.double() @ embedding_map
+        expected = tiny.denoiser.get_submodule(name).weight.double() @ embedding_map
         assert torch.allclose(shift.scale * coefficients.double(), expected, atol=1e-6 * expected.abs().max())
 
 

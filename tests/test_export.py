@@ -40,7 +40,7 @@ SAVERS = {
 def make_shift(model, concept: str, seed: int) -> SeparableShift:
     """Return a shift of coefficients large enough to be seen in an image."""
     basis = NullSpaceBasis.fit(model.encode_prompt(PROTECTED), PROTECTED, 1e-7, "svd")
-    shift = SeparableShift.zeros(text_layers(model.unet), basis.vectors[:12], 2.0)
+    shift = SeparableShift.zeros(text_layers(model.denoiser), basis.vectors[:12], 2.0)
     generator = torch.Generator().manual_seed(seed)
     for weight in shift.coefficients.values():
         weight.data = torch.randn(weight.shape, generator=generator)
@@ -55,7 +55,7 @@ def shifts(tiny):
 
 
 def compvis_tensors(model) -> dict[str, torch.Tensor]:
-    tensors = convert_to_compvis(model.unet.state_dict(), model.vae.state_dict(), model.text_encoder.state_dict())
+    tensors = convert_to_compvis(model.denoiser.state_dict(), model.vae.state_dict(), model.text_encoder.state_dict())
     return {name: value.contiguous() for name, value in tensors.items()}
 
 
@@ -91,7 +91,7 @@ def is_close(images: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) -
 
 def save_merged(model, shifts, folder, dtype) -> dict[str, torch.Tensor]:
     """Write all layouts of merged weights, one after the other as `export` writes them; return what was merged."""
-    merged = merge(model.unet, list(shifts.values()), dtype)
+    merged = merge(model.denoiser, list(shifts.values()), dtype)
     for name in ("diffusers", "unet", "compvis"):
         (folder / name).mkdir()
         with merged_and_cast(model, merged, dtype):
@@ -100,12 +100,12 @@ def save_merged(model, shifts, folder, dtype) -> dict[str, torch.Tensor]:
 
 
 def test_merged_weights_are_rounded_once_in_every_layout(tiny, shifts, tmp_path):
-    for layer in text_layers(tiny.unet).values():
+    for layer in text_layers(tiny.denoiser).values():
         layer.weight.data *= 1.0001  # the tiny model's own weights are float16 numbers, which rounding leaves alone
     merged = save_merged(tiny, shifts, tmp_path, torch.float16)
-    rounded_twice = merge(tiny.unet, list(shifts.values()))  # the base has been rounded by now
+    rounded_twice = merge(tiny.denoiser, list(shifts.values()))  # the base has been rounded by now
     assert any(not torch.equal(rounded_twice[name], weight) for name, weight in merged.items())
-    keys = unet_key_map(tiny.unet.state_dict())
+    keys = unet_key_map(tiny.denoiser.state_dict())
     files = {
         "diffusers": "unet/diffusion_pytorch_model.safetensors",
         "unet": "diffusion_pytorch_model.safetensors",
@@ -157,7 +157,7 @@ def test_a_model_goes_to_compvis_layout_and_back_bit_for_bit(tiny, tiny_path, tm
     save_file(compvis_tensors(tiny), tmp_path / "tiny.safetensors")
     back = load_model(tmp_path / "tiny.safetensors", CPU, compvis_config(tiny_path, tmp_path))
     assert back.digest == tiny.digest and back.name == "tiny"
-    for part, other in ((tiny.unet, back.unet), (tiny.vae, back.vae), (tiny.text_encoder, back.text_encoder)):
+    for part, other in ((tiny.denoiser, back.denoiser), (tiny.vae, back.vae), (tiny.text_encoder, back.text_encoder)):
         weights, others = part.state_dict(), other.state_dict()
         assert weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
 
@@ -166,7 +166,7 @@ def test_a_model_goes_to_compvis_layout_and_back_bit_for_bit(tiny, tiny_path, tm
 def test_only_the_changed_keys_of_the_original_checkpoint_change(suffix, tiny, tiny_path, shifts, tmp_path):
     """With its moving averages, and what is no part of the model."""
     tensors = {name: value.half() for name, value in compvis_tensors(tiny).items()}
-    keys = unet_key_map(tiny.unet.state_dict())
+    keys = unet_key_map(tiny.denoiser.state_dict())
     averages = {ema_key(name): tensors[name] + 1 for name in keys.values()}
     tensors |= {"betas": torch.arange(5.0), "steps": torch.tensor(7)} | averages
     path = tmp_path / f"base{suffix}"
@@ -183,7 +183,7 @@ def test_only_the_changed_keys_of_the_original_checkpoint_change(suffix, tiny, t
     for shift in shifts.values():
         expected |= {keys[name] for name in shift.parameter_names}
     assert changed == expected | {ema_key(name) for name in expected}
-    merged = merge(model.unet, list(shifts.values()), torch.float16)
+    merged = merge(model.denoiser, list(shifts.values()), torch.float16)
     assert all(torch.equal(written[keys[name]], weight) for name, weight in merged.items())
 
 
@@ -236,16 +236,16 @@ def test_the_automatic_rank_is_the_lowest_that_keeps_the_effect_fraction(tiny, s
 
 
 def test_leakage_after_rounding_is_that_of_the_weights_as_written(tiny, shifts):
-    layers, embeds = text_layers(tiny.unet), {"": tiny.encode_prompt([""])[0]}
+    layers, embeds = text_layers(tiny.denoiser), {"": tiny.encode_prompt([""])[0]}
     exact, half = (
-        leakage_after_rounding(layers, merge(tiny.unet, list(shifts.values()), dtype), embeds)[""]
+        leakage_after_rounding(layers, merge(tiny.denoiser, list(shifts.values()), dtype), embeds)[""]
         for dtype in (torch.float64, torch.float16)
     )
     assert exact < 1e-5 < half < 1e-2
 
 
 def test_many_shifts_leakage_is_summed_up_by_the_prompts_own_and_the_max_of_the_others(tiny, shifts):
-    layers, embeds = text_layers(tiny.unet), tiny.embed_prompts(["VanGogh", "Jackson Pollock", "Picasso"])
+    layers, embeds = text_layers(tiny.denoiser), tiny.embed_prompts(["VanGogh", "Jackson Pollock", "Picasso"])
     each = leakage_table(layers, shifts, embeds)
     summary = leakage_table(layers, shifts, embeds, columns=1)
     own = {"VanGogh": each.loc["VanGogh", "1"], "Jackson Pollock": each.loc["Jackson Pollock", "2"]}

@@ -86,7 +86,7 @@ def test_weights_of_a_shift_since_made_otherwise_are_another_runs(tiny, shifts, 
 
 @pytest.mark.parametrize("formats", [("unet",), ("lora",), ("lora", "compvis"), ("kohya", "diffusers")])
 def test_what_does_not_fit_into_half_precision_is_refused_by_name(formats, tiny, shifts, tmp_path):
-    base, config = tiny.unet.conv_in.weight, ExportConfig(formats, "float16", rank=12)
+    base, config = tiny.denoiser.conv_in.weight, ExportConfig(formats, "float16", rank=12)
     base.data[0] = 1e5
     if formats != ("lora",):  # which holds no weights of the base
         with pytest.raises(ValueError, match=r"conv_in\.weight .*`save_dtype` bfloat16"):

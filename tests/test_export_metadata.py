@@ -44,7 +44,7 @@ def metadata_of(path) -> dict[str, str]:
 
 
 def part(model, name: str) -> dict[str, torch.Tensor]:
-    return dict(getattr(model, name).state_dict())
+    return dict((model.denoiser if name == "unet" else getattr(model, name)).state_dict())
 
 
 def converted(model, **parts) -> dict[str, torch.Tensor]:
@@ -116,7 +116,7 @@ def test_a_kohya_file_says_what_sd_scripts_would(tiny, shifts, tmp_path):
 
 def test_an_xl_lora_is_known_as_one_and_loads(xl_path, tmp_path):
     model, directions = load_model(xl_path, CPU), torch.eye(96)[:3]
-    shift = SeparableShift.zeros(text_layers(model.unet), directions, 1.0)
+    shift = SeparableShift.zeros(text_layers(model.denoiser), directions, 1.0)
     shift.metadata = {"concept": "VanGogh"}
     for weight in shift.coefficients.values():
         weight.data += 0.5
@@ -134,7 +134,7 @@ def test_an_xl_lora_is_known_as_one_and_loads(xl_path, tmp_path):
         assert written["modelspec.implementation"] == implementation
         assert ("ss_network_module" in written) == (save is save_kohya)
         pipeline.load_lora_weights(folder, weight_name="1-VanGogh.safetensors", adapter_name=save.__name__)
-        name = shift.parameter_names[0].removesuffix(".weight")
+        name = shift.parameter_names[-1].removesuffix(".weight")
         layer = pipeline.unet.get_submodule(name)
         delta = layer.get_delta_weight(save.__name__)
         assert torch.allclose(delta.double(), shift.delta_weight(f"{name}.weight"), atol=1e-6)
@@ -241,7 +241,7 @@ def test_no_checkpoint_is_written_of_xl_or_version_2(tiny, xl_path, tmp_path):
     xl = load_model(xl_path, CPU)
     tiny.text_encoder.config.hidden_act = "gelu"
     for model in (xl, tiny):
-        name, weight = next(iter(model.unet.named_parameters()))
+        name, weight = next(iter(model.denoiser.named_parameters()))
         shift = DenseShift({name: torch.ones_like(weight)}, {"concept": "VanGogh", "prompt": "VanGogh"})
         with pytest.raises(ValueError, match=ALL_BUT_COMPVIS):
             export(model, {"1": shift}, tmp_path / "out", ExportConfig(("diffusers", "compvis")), [""])
@@ -250,7 +250,7 @@ def test_no_checkpoint_is_written_of_xl_or_version_2(tiny, xl_path, tmp_path):
 
 def test_a_unet_of_blocks_of_different_lengths_is_refused(tiny, shifts, tmp_path):
     config = OmegaConf.merge(TINY.unet, {"layers_per_block": [1, 2]})
-    tiny.unet = UNet2DConditionModel.from_config(OmegaConf.to_container(config))
+    tiny.denoiser = UNet2DConditionModel.from_config(OmegaConf.to_container(config))
     with pytest.raises(ValueError, match=r"tiny is not written as compvis: .*different numbers of layers"):
         save_compvis(tiny, shifts, tmp_path, torch.float32)
     assert not list(tmp_path.glob("model*"))

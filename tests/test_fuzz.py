@@ -181,7 +181,7 @@ def use_shift(model, artifacts: ArtifactPaths, path: Path, output_dir: Path):
         shifts, _ = load_shifts(artifacts, str(path))
         for shift in shifts.values():
             shift.check(model)
-        merge(model.unet, list(shifts.values()))
+        merge(model.denoiser, list(shifts.values()))
         truncate_shifts(model, shifts, ExportConfig(("lora",)))
         export(model, shifts, output_dir, ExportConfig(("lora", "kohya")), ["", "VanGogh"])
 
@@ -439,7 +439,7 @@ def test_images(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 def test_bytes_of_a_checkpoint(model, tiny_path, tmp_path, suffix):
-    state_dicts = [part.state_dict() for part in (model.unet, model.vae, model.text_encoder)]
+    state_dicts = [part.state_dict() for part in (model.denoiser, model.vae, model.text_encoder)]
     tensors = {name: value.contiguous() for name, value in convert_to_compvis(*state_dicts).items()}
     path, config = tmp_path / f"tiny{suffix}", compvis_config(tiny_path, tmp_path)
     if suffix == ".ckpt":

@@ -37,7 +37,7 @@ def test_a_gate_alone_changes_no_weights_and_acts_in_either_form(made):
     assert all(
         shift.is_gate_alone and shift.rank == 0 and not shift.metadata.get("basis_digest") for shift in shifts.values()
     )
-    assert merge(model.unet, list(shifts.values())) == {}
+    assert merge(model.denoiser, list(shifts.values())) == {}
     before = {text: model.encode_prompt([text]) for text in ("VanGogh", "a dog", "")}
     for form in ("gated", "linear"):
         gated, linear = by_form(shifts, form)

@@ -26,6 +26,7 @@ WITHOUT_TABLES = {
     *(f"train-scripts/{name}.py" for name in ("SRSME_Solution", "artist-cls-train", "convert-lpips", "move_image")),
     *(f"eval-scripts/{name}.py" for name in ("demo", "generate-data", "generate-images", "generate-images-merge")),
     *(f"eval-scripts/{name}.py" for name in ("make-prompts", "report")),
+    "train-scripts/train-mini-flux.py",
     "train-scripts/train-mini-sd.py",
     *(f"{LEDGER} {name}" for name in ("init", "add", "history", "repair", "migrate")),
 }

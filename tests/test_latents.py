@@ -41,13 +41,13 @@ def test_a_missing_folder_says_what_was_to_be_there(tiny, tmp_path):
 
 def test_sampled_latents_are_sampled_within_the_scope_and_stand_at_their_timestep(tiny):
     prompt_embeds, uncond_embeds = tiny.encode_prompt(["VanGogh"]), tiny.encode_prompt([""])
-    shift = DenseShift({"conv_in.weight": torch.ones_like(tiny.unet.conv_in.weight)})
+    shift = DenseShift({"conv_in.weight": torch.ones_like(tiny.denoiser.conv_in.weight)})
     config = ESDConfig(train_batch_size=2, num_inference_steps=4, start_guidance=3.0, seed=7)
 
     def sample(scope):
         return list(itertools.islice(sampled_batches(tiny, prompt_embeds, config, scope), 6))
 
-    plain, again, shifted = sample(nullcontext), sample(nullcontext), sample(lambda: applied(tiny.unet, [shift]))
+    plain, again, shifted = sample(nullcontext), sample(nullcontext), sample(lambda: applied(tiny.denoiser, [shift]))
     scheduled = make_scheduler(tiny, 4).timesteps.tolist()
     stops = [scheduled.index(int(timesteps[0])) for _, timesteps in plain]
     assert len(set(stops)) > 1

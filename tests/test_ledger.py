@@ -275,9 +275,9 @@ def test_erase_restore_status_history_verify_and_export(owner, mini_path):
     base = load_model(mini_path, CPU)
     ledger, model = Ledger(owner.root / HISTORY_FILE), load_model(mini_path, CPU)
     checked = verify(ledger, model).set_index("item").sha256
-    with applied(model.unet, list(ledger.shifts().values())):
-        assert checked["2 shifts merged"] == weights_hash(model.unet)[:12]
-    assert checked["no shift"] == weights_hash(base.unet)[:12] and owner("verify")[0] == 0
+    with applied(model.denoiser, list(ledger.shifts().values())):
+        assert checked["2 shifts merged"] == weights_hash(model.denoiser)[:12]
+    assert checked["no shift"] == weights_hash(base.denoiser)[:12] and owner("verify")[0] == 0
     assert owner("export", "--format", "unet")[0] == 0
     written = load_file(owner.root / "export" / f"{base.name}-12-unet" / "diffusion_pytorch_model.safetensors")
     active: dict[str, dict] = {}  # from the history alone, by other means
@@ -285,7 +285,7 @@ def test_erase_restore_status_history_verify_and_export(owner, mini_path):
         content = json.loads(line)
         together = active | content["erase"]
         active = {index: shift for index, shift in together.items() if index not in content["restore"]}
-    for name, weight in base.unet.state_dict().items():
+    for name, weight in base.denoiser.state_dict().items():
         total = weight.double()
         for shift in active.values():
             tensors = load_file(owner.root / shift["shift"])
@@ -333,7 +333,7 @@ def test_several_owners_at_once_lose_no_change(owner):
 def test_random_changes_with_kills_leave_the_state_before_or_after(owner, mini_path):
     rng, model = random.Random(), load_model(mini_path, CPU)
     active: set[str] = set()
-    base, killed, seconds = weights_hash(model.unet), set(rng.sample(range(1, CHANGES), KILLS)), 0.0
+    base, killed, seconds = weights_hash(model.denoiser), set(rng.sample(range(1, CHANGES), KILLS)), 0.0
     for change in range(CHANGES):
         index = rng.choice("012345678")
         after, start = active ^ {index}, time.perf_counter()
@@ -350,4 +350,6 @@ def test_random_changes_with_kills_leave_the_state_before_or_after(owner, mini_p
         active = found
         assert verify(ledger, model).set_index("item").sha256["no shift"] == base[:12]
     fresh = load_model(mini_path, CPU)
-    assert weights_hash(fresh.unet) == base and fresh.digest == Ledger(owner.root / HISTORY_FILE).header["base_digest"]
+    assert (
+        weights_hash(fresh.denoiser) == base and fresh.digest == Ledger(owner.root / HISTORY_FILE).header["base_digest"]
+    )

@@ -198,7 +198,9 @@ def test_a_size_said_twice_is_that_size(changed, tiny):
     assert (model.image_size, model.latent_shape, model.context_dim) == (16, (4, 8, 8), 96)
     latents, timestep = torch.randn(1, 4, 8, 8), torch.tensor([3])
     embeds = tiny.encode_prompt(["VanGogh"])
-    assert torch.equal(model.unet_output(latents, timestep, embeds), tiny.unet_output(latents, timestep, embeds))
+    assert torch.equal(
+        model.denoiser_output(latents, timestep, embeds), tiny.denoiser_output(latents, timestep, embeds)
+    )
     assert load_model(changed(VAE, sample_size=64), CPU).image_size == 16  # the autoencoder's acts in tiles alone
 
 
@@ -491,7 +493,7 @@ def test_an_index_that_names_missing_or_foreign_shards_is_refused(changed):
 @pytest.fixture
 def checkpoint(tiny, tiny_path, tmp_path):
     """Return tensors in CompVis' layout, and the config that says what they are of."""
-    tensors = convert_to_compvis(tiny.unet.state_dict(), tiny.vae.state_dict(), tiny.text_encoder.state_dict())
+    tensors = convert_to_compvis(tiny.denoiser.state_dict(), tiny.vae.state_dict(), tiny.text_encoder.state_dict())
     return {name: value.contiguous() for name, value in tensors.items()}, compvis_config(tiny_path, tmp_path)
 
 
@@ -535,8 +537,8 @@ def test_a_checkpoint_that_is_no_whole_stable_diffusion_v1_says_what_it_holds(ch
         (renamed("cond_stage_model.transformer", "cond_stage_model.model"), ["Stable Diffusion 2"]),
         (renamed(unet, "diffusion_model."), ["'diffusion_model.' in place of"]),
         (renamed("", "module."), ["'module.model.diffusion_model.' in place of"]),
-        (dict(tiny.unet.state_dict()), ["diffusers' layout"]),
-        ({f"unet.{key}": value for key, value in tiny.unet.state_dict().items()}, ["diffusers' layout"]),
+        (dict(tiny.denoiser.state_dict()), ["diffusers' layout"]),
+        ({f"unet.{key}": value for key, value in tiny.denoiser.state_dict().items()}, ["diffusers' layout"]),
         ({"unet.down_blocks.0.attn2.to_k.lora_A.weight": torch.ones(2, 2)}, ["a LoRA"]),
         ({"lora_unet_down_blocks_0.lora_up.weight": torch.ones(2, 2)}, ["a LoRA"]),
         ({"control_model.a": torch.ones(2)}, ["a ControlNet"]),
@@ -601,7 +603,7 @@ def test_layers_per_block_as_a_list_is_read_as_diffusers_reads_it(changed):
     model, sample = load_model(folder, CPU), torch.randn(1, 4, 8, 8)
     embeds = model.encode_prompt(["VanGogh"])
     expected = unet(sample, torch.tensor([3]), embeds).sample
-    assert torch.allclose(model.unet_output(sample, torch.tensor([3]), embeds), expected, atol=1e-5)
+    assert torch.allclose(model.denoiser_output(sample, torch.tensor([3]), embeds), expected, atol=1e-5)
 
 
 def test_nothing_depends_on_what_a_folder_is_called(tiny_path, tiny, tmp_path):
@@ -733,11 +735,11 @@ def test_srs_me_erases_from_a_model_with_a_bert(bert_path, bert_shift):
     latents = torch.randn(1, *model.latent_shape)
     embeds = {prompt: model.encode_prompt([prompt]) for prompt in ("VanGogh", "Picasso", "")}
     before = {prompt: model.predict_noise(latents, timestep, rows) for prompt, rows in embeds.items()}
-    with applied(model.unet, [bert_shift]):
+    with applied(model.denoiser, [bert_shift]):
         after = {prompt: model.predict_noise(latents, timestep, rows) for prompt, rows in embeds.items()}
     change = {prompt: float((after[prompt] - output).norm()) for prompt, output in before.items()}
     assert change["Picasso"] < 1e-3 * change["VanGogh"] and change[""] < 1e-3 * change["VanGogh"]
-    assert set(merge(model.unet, [bert_shift])) == {f"{name}.weight" for name in model.text_layers}
+    assert set(merge(model.denoiser, [bert_shift])) == {f"{name}.weight" for name in model.text_layers}
 
 
 def test_a_model_with_a_bert_is_exported_in_every_format_but_compvis(bert_path, bert_shift, tmp_path):
@@ -749,8 +751,8 @@ def test_a_model_with_a_bert_is_exported_in_every_format_but_compvis(bert_path, 
     exported = export(load_model(bert_path, CPU), shifts, target, formats, ["", "VanGogh"])
     assert sorted(path.name for path in exported.targets) == ["merged", "merged-kohya", "merged-lora", "merged-unet"]
     merged = load_model(target, CPU)
-    expected = merge(load_model(bert_path, CPU).unet, [bert_shift])
-    unets = (merged.unet, UNet2DConditionModel.from_pretrained(tmp_path / "out" / "merged-unet"))
+    expected = merge(load_model(bert_path, CPU).denoiser, [bert_shift])
+    unets = (merged.denoiser, UNet2DConditionModel.from_pretrained(tmp_path / "out" / "merged-unet"))
     for unet in unets:
         assert all(torch.equal(unet.get_parameter(name), weight) for name, weight in expected.items())
     assert isinstance(StableDiffusionPipeline.from_pretrained(target).text_encoder, BertModel)
@@ -824,7 +826,7 @@ def test_a_bundled_model_generates_by_diffusers_alone(name):
 def test_what_is_saved_in_half_precision_generates_by_diffusers_alone(tiny, tiny_path, xl_path, tmp_path):
     generate_plainly(tiny_path)  # which the training of the bundled models saves so
     for model, folder in ((tiny, tmp_path / "tiny"), (load_model(xl_path, CPU), tmp_path / "xl")):
-        shift = SeparableShift.zeros(text_layers(model.unet), torch.eye(96)[:3], 1.0)
+        shift = SeparableShift.zeros(text_layers(model.denoiser), torch.eye(96)[:3], 1.0)
         export(model, {"1": shift}, folder, ExportConfig(("diffusers",), "float16"), [""])
         assert load_file(folder / "unet" / WEIGHTS["unet"])["conv_in.weight"].dtype == torch.float16
         generate_plainly(folder)

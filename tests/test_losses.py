@@ -25,7 +25,7 @@ from ldm.erasure.shift import DenseShift, SeparableShift
 
 def make_srs_me(model, l1_weight=1e-3, prompt="VanGogh"):
     directions = torch.linalg.qr(torch.randn(96, 5, dtype=torch.float64)).Q.T
-    shift = SeparableShift.zeros(text_layers(model.unet), directions, 0.5)
+    shift = SeparableShift.zeros(text_layers(model.denoiser), directions, 0.5)
     loss = SRSMELoss(model, shift, model.encode_prompt([prompt]), model.encode_prompt([""]), l1_weight)
     return shift, loss
 
@@ -38,11 +38,11 @@ def test_srs_me_is_the_papers_formula(tiny):
     output = loss(latents, timestep)
     target, uncond = (tiny.encode_prompt([prompt]).expand(2, -1, -1) for prompt in ("VanGogh", ""))
     frozen = tiny.predict_noise(latents, timestep, target) - tiny.predict_noise(latents, timestep, uncond)
-    with applied(tiny.unet, [shift]):
+    with applied(tiny.denoiser, [shift]):
         shifted = tiny.predict_noise(latents, timestep, target)
     edited = shifted - tiny.predict_noise(latents, timestep, uncond)
     correlation = (edited * frozen).mean()
-    layers = text_layers(tiny.unet)
+    layers = text_layers(tiny.denoiser)
     size = sum(shift.delta_weight(f"{name}.weight").abs().sum() for name in layers) / len(layers)
     assert output.monitor.item() == pytest.approx(correlation.item(), abs=1e-5)
     assert output.loss.item() == pytest.approx((correlation + 1e-3 * size).item(), rel=1e-4)
@@ -54,7 +54,7 @@ def test_only_the_shift_gets_gradients_and_a_zero_shift_starts_at_the_squared_re
     output.loss.backward()
     assert output.monitor > 0
     assert all(weight.grad.abs().sum() > 0 for weight in shift.parameters())
-    assert all(parameter.grad is None for parameter in tiny.unet.parameters())
+    assert all(parameter.grad is None for parameter in tiny.denoiser.parameters())
 
 
 def make_batch(model, seed=0):
@@ -72,7 +72,7 @@ def perturb(loss):
 
 def predict(model, prompt, latents, timestep, loss=None):
     """Return what the frozen model, or the student of a loss, predicts under a prompt."""
-    with torch.no_grad(), applied(model.unet, [loss.to_shift()] if loss else []):
+    with torch.no_grad(), applied(model.denoiser, [loss.to_shift()] if loss else []):
         return model.predict_noise(latents, timestep, model.encode_prompt([prompt]).expand(2, -1, -1))
 
 
@@ -124,10 +124,10 @@ def test_fmn_is_zero_when_both_prompts_are_the_same_and_reaches_queries_and_keys
 def test_fmns_differences_are_those_of_the_layers_scores(tiny):
     latents, timestep = make_batch(tiny)
     target, anchor = embed(tiny, "VanGogh painting", "painting")
-    layer = next(module for name, module in tiny.unet.named_modules() if name.endswith("attn2"))
+    layer = next(module for name, module in tiny.denoiser.named_modules() if name.endswith("attn2"))
     queries = []
     hook = layer.to_q.register_forward_hook(lambda _, inputs, output: queries.append(output))
-    with attention_score_differences(tiny.unet, anchor) as differences:
+    with attention_score_differences(tiny.denoiser, anchor) as differences:
         predict(tiny, "VanGogh painting", latents, timestep)
     hook.remove()
     query = layer.head_to_batch_dim(queries[0])
@@ -136,7 +136,7 @@ def test_fmns_differences_are_those_of_the_layers_scores(tiny):
     assert torch.allclose(differences[0], scores[0] - scores[1], atol=1e-5)
     in_diffusers = layer.get_attention_scores(query, keys[0])
     assert torch.allclose(scores[0].softmax(-1), in_diffusers, atol=1e-5)
-    assert len(differences) == len(text_layers(tiny.unet)) // 2
+    assert len(differences) == len(text_layers(tiny.denoiser)) // 2
 
 
 def test_the_full_correlation_is_its_formula_and_changes_the_output_of_the_empty_prompt_too(tiny):
@@ -184,7 +184,7 @@ def test_gradients_are_those_of_the_loss_and_reach_the_student_alone(tiny, make)
     name = next(name for name in loss.student if "to_k" in name)
     weight = loss.student[name]
     loss(latents, timestep).loss.backward()
-    assert all(parameter.grad is None for parameter in tiny.unet.parameters())
+    assert all(parameter.grad is None for parameter in tiny.denoiser.parameters())
     direction, base = weight.grad / weight.grad.norm(), weight.data.clone()
     sides = []
     for sign in (1, -1):
@@ -217,19 +217,19 @@ def test_gradient_checkpointing_and_a_frozen_copy_change_nothing(tiny, name):
         return output.loss.detach(), *(gradient for gradient in gradients if gradient is not None)
 
     plain = loss_and_gradients()
-    loss.checkpointing, loss.frozen = True, tiny.replicate_unet(CPU)
-    assert loss.frozen.unet is not tiny.unet
+    loss.checkpointing, loss.frozen = True, tiny.replicate_denoiser(CPU)
+    assert loss.frozen.denoiser is not tiny.denoiser
     again = loss_and_gradients()
     assert len(again) == len(plain)
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-9) for a, b in zip(again, plain, strict=True))
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in tiny.unet.modules())
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in tiny.denoiser.modules())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_give_the_gradient_of_full_ones_to_float32_coefficients(tiny, tiny_path, dtype):
     """In float16 a mean's gradient would vanish: of 1/N and r most is below its smallest number."""
     half = load_model(tiny_path, CPU, dtype=dtype)
-    assert half.unet.dtype == dtype and half.text_encoder.dtype == torch.float32 and half.digest == tiny.digest
+    assert half.denoiser.dtype == dtype and half.text_encoder.dtype == torch.float32 and half.digest == tiny.digest
     gradients = []
     for model in (tiny, half):
         torch.manual_seed(0)
@@ -285,7 +285,7 @@ def test_a_loss_from_its_config_trains_a_copy_of_the_weights_and_has_changed_not
 
 
 def test_srs_me_from_its_config_trains_the_shift_further_with_the_concepts_prompts_in_turn(tiny):
-    shift = SeparableShift.zeros(text_layers(tiny.unet), torch.eye(4, 96), 1.0)
+    shift = SeparableShift.zeros(text_layers(tiny.denoiser), torch.eye(4, 96), 1.0)
     config = SRSMEConfig(target_templates=2, l1_weight=0.5)
     loss = SRSMELoss.from_config(tiny, get_concept("style", 1), config, shift)
     assert loss.to_shift() is shift and loss.l1_weight == 0.5

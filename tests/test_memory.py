@@ -20,7 +20,7 @@ from ldm.erasure.training import training_loop
 def measure(path, dtype, checkpointing: bool) -> int:
     """Return the most bytes that an iteration holds beside the weights, by torch's profiler."""
     model = load_model(path, CPU, dtype=dtype)
-    layers, embeds = text_layers(model.unet), model.encode_prompt(["VanGogh", ""])
+    layers, embeds = text_layers(model.denoiser), model.encode_prompt(["VanGogh", ""])
     latents = torch.randn(8, *model.latent_shape)
 
     def run():

@@ -130,13 +130,13 @@ def original(model, tmp_path_factory):
     "changes", [{}, {"mode": "learn", "init": "zero", "max_steps": 300}], ids=["closed form", "gradient"]
 )
 def test_three_styles_are_erased_one_is_restored_and_the_weights_are_the_same_again(model, original, tmp_path, changes):
-    base = {name: weight.clone() for name, weight in model.unet.state_dict().items()}
+    base = {name: weight.clone() for name, weight in model.denoiser.state_dict().items()}
     shifts = [erase_style(model, index, (0, 1, 2), changes) for index in range(3)]
-    with applied(model.unet, shifts):
+    with applied(model.denoiser, shifts):
         erased = generate_images(model, PROMPTS, tmp_path / "erased")
-    with applied(model.unet, [shifts[0], shifts[2]]):
+    with applied(model.denoiser, [shifts[0], shifts[2]]):
         restored = generate_images(model, PROMPTS, tmp_path / "restored")
-    assert all(torch.equal(weight, base[name]) for name, weight in model.unet.state_dict().items())
+    assert all(torch.equal(weight, base[name]) for name, weight in model.denoiser.state_dict().items())
 
     classifier, _ = load_classifier(classifier_path("style"), CPU)
     for label, name in enumerate(ERASED, start=1):

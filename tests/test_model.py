@@ -39,7 +39,7 @@ def test_images_go_through_the_autoencoder_at_the_models_size(tiny):
 
 
 def test_nothing_is_trainable_and_the_digest_is_the_weights(tiny, tiny_path, other_path):
-    for part in (tiny.unet, tiny.vae, tiny.text_encoder):
+    for part in (tiny.denoiser, tiny.vae, tiny.text_encoder):
         assert not any(parameter.requires_grad for parameter in part.parameters())
     assert tiny.digest == load_model(tiny_path, CPU).digest != load_model(other_path, CPU).digest
 
@@ -92,7 +92,7 @@ def test_a_model_of_velocities_predicts_noise_and_samples_as_its_pipeline(tiny_p
     model = load_model(copy_with_config(tiny_path, tmp_path / "velocity", prediction_type="v_prediction"), CPU)
     latents, timestep = torch.randn(1, *model.latent_shape), torch.tensor([400])
     embeds, alpha_bar = model.encode_prompt(["VanGogh"]), model.scheduler.alphas_cumprod[400]
-    noise, velocity = model.predict_noise(latents, timestep, embeds), model.unet_output(latents, timestep, embeds)
+    noise, velocity = model.predict_noise(latents, timestep, embeds), model.denoiser_output(latents, timestep, embeds)
     clean = (latents - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
     assert torch.allclose(alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean, velocity, atol=1e-5)
     first = initial_noise(model, 3, 1)
@@ -103,8 +103,9 @@ def test_a_model_of_velocities_predicts_noise_and_samples_as_its_pipeline(tiny_p
 def test_xl_samples_as_its_pipeline_and_its_pooled_embedding_is_no_token(tmp_path):
     model = load_model(make_xl(tmp_path / "xl"), CPU)
     embeds, first = model.encode_prompt(["VanGogh"]), initial_noise(model, 3, 1)
-    assert embeds.shape == (1, 17, 96) and model.drop_pooled(embeds).shape == (1, 16, 96) and model.context_dim == 96
-    assert embeds[0, 16, :32].abs().min() > 0 and not embeds[0, 16, 32:].any()
+    split = model.split(embeds)
+    assert embeds.shape == (1, 17, 96 + 32) and split.tokens.shape == (1, 16, 96) and model.context_dim == 96 + 32
+    assert split.pooled.abs().min() > 0 and not embeds[0, 16, :96].any() and not embeds[0, :16, 96:].any()
     assert not model.encode_uncond().any()  # XL's pipelines lead away from zeros
     sampled = sample_latents(model, SeededNoise(first, [torch.Generator()]), embeds, model.encode_uncond(), 5, 3.0)
     assert torch.allclose(sampled, sample_by_pipeline(model, first), atol=1e-4)

@@ -283,6 +283,6 @@ def test_its_commands_make_the_same_weights_again(owner, script, mini_path, tmp_
     assert made.concepts == ledger.concepts and made.prompts == ledger.prompts and len(made.entries) == 5
     hashes, model = [], load_model(mini_path, CPU)
     for known in (ledger, made):
-        with applied(model.unet, list(known.shifts().values())):
-            hashes.append(weights_hash(model.unet))
+        with applied(model.denoiser, list(known.shifts().values())):
+            hashes.append(weights_hash(model.denoiser))
     assert hashes[0] == hashes[1]

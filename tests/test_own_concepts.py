@@ -51,7 +51,7 @@ def test_one_command_erases_own_concepts_and_exports_them(script, flags, tmp_pat
         assert metadata["max_leakage_protected"] < metadata["target_change"] and "mean" in metadata["effects"]["linear"]
     merged = tmp_path / "shifts" / "merged"
     assert (merged / "mini-sd-gregrutkowski-redfox-kohya" / "Greg-Rutkowski.safetensors").is_file()
-    assert load_model(merged / "mini-sd-gregrutkowski-redfox", CPU).unet is not None
+    assert load_model(merged / "mini-sd-gregrutkowski-redfox", CPU).denoiser is not None
     assert script(ERASE, *flags, *named, *ANY_EFFECT)[1].count("there already, from the same inputs") == 2
 
     steps = ["--num_inference_steps", 2, "--save_path", tmp_path / "images", "--prompts", "a red fox", "a dog"]
@@ -337,10 +337,10 @@ def test_the_verdict_on_an_effect_is_that_of_the_form_which_acts():
 
 def test_no_shift_moves_the_base_model(mini_path, tmp_path):
     model = load_model(mini_path, CPU)
-    weights = {name: value.clone() for name, value in model.unet.state_dict().items()}
+    weights = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
     with applied(model, erase(model, "a red fox", artifacts_dir=tmp_path)):
         pass
-    assert all(torch.equal(value, weights[name]) for name, value in model.unet.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in model.denoiser.state_dict().items())
 
 
 def notices(function, *arguments, **settings) -> list[str]:

@@ -127,7 +127,7 @@ def test_the_shift_is_that_of_the_scripts(pipe, eraser, tiny):
     prompts = always_protected_prompts()
     basis = NullSpaceBasis.fit(list(tiny.embed_prompts(prompts).values()), prompts)
     shift = initial_shift(tiny, replace(concept, name="Picasso"), eraser.config, basis, RetainSet(tiny, []))
-    for name, weight in merge(tiny.unet, [shift]).items():
+    for name, weight in merge(tiny.denoiser, [shift]).items():
         assert torch.allclose(pipe.unet.get_parameter(name), weight, atol=1e-5)
 
 

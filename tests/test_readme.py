@@ -170,7 +170,7 @@ def copy_repository(copy: Path) -> Path:
         shorter.to_csv(path, index=False)
     for path in (copy / "configs").glob("mini-*.yaml"):
         config = OmegaConf.load(path)
-        fewer = {"train": {"denoiser": {"iterations": 2}}, "dataset": {"num_images": 64}}
+        fewer = {"train": {"denoiser": {"iterations": 2}, "flow": {"iterations": 2}}, "dataset": {"num_images": 64}}
         OmegaConf.save(OmegaConf.merge(config, fewer), path)
     path = copy / "configs" / "mini-sd.yaml"
     config = OmegaConf.load(path)

@@ -189,7 +189,7 @@ def test_a_users_prompts_are_among_those_that_trip_no_gate(tiny, tmp_path, monke
         def fit(self, concept):
             return None
 
-    monkeypatch.setattr("ldm.erasure.erase.GateFitter", Recorded)
+    monkeypatch.setattr("ldm.erasure.gate_fitters.GateFitter", Recorded)
     artifacts = ArtifactPaths(tmp_path, "SRS-ME", tiny.name, "style", 1, 0)
     settings = CLOSED, Protection(styles(2), NullSpaceConfig()), tmp_path, GateConfig()
     erase(tiny, artifacts, [VAN_GOGH], *settings, retain=["a tree"])

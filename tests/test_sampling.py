@@ -241,7 +241,7 @@ def compile_by(monkeypatch):
 
 @pytest.mark.slow
 def test_full_batches_are_compiled_once_and_the_unet_is_restored(tiny, tmp_path, compile_by):
-    unet, batch_sizes = tiny.unet, set()
+    unet, batch_sizes = tiny.denoiser, set()
 
     def record(graph, _):
         def run(*inputs):
@@ -256,7 +256,7 @@ def test_full_batches_are_compiled_once_and_the_unet_is_restored(tiny, tmp_path,
     assert generate_to_folder(tiny, CASES, tmp_path / "a", {}, PAIRS) == 3 and not batch_sizes
     assert generate_to_folder(tiny, CASES, tmp_path / "b", {}, PAIRS, compile_unet=True) == 3
     assert generate_to_folder(tiny, CASES, tmp_path / "b", {}, PAIRS, compile_unet=True) == 0
-    assert batch_sizes == {4} and tiny.unet is unet  # two images guided, and not the one that is left
+    assert batch_sizes == {4} and tiny.denoiser is unet  # two images guided, and not the one that is left
     for k in range(3):
         assert (tmp_path / "a" / f"{k}_0.png").read_bytes() == (tmp_path / "b" / f"{k}_0.png").read_bytes()
 
@@ -266,8 +266,8 @@ def test_a_machine_that_cannot_compile_says_so_and_the_unet_is_restored(tiny, tm
     def fail(*_):
         raise RuntimeError("no C++ compiler")
 
-    unet = tiny.unet
+    unet = tiny.denoiser
     compile_by(fail)
     with pytest.raises(ValueError, match=r"leave `compile` out.*no C.. compiler"):
         generate_to_folder(tiny, CASES, tmp_path, {}, PAIRS, compile_unet=True)
-    assert tiny.unet is unet and not list(tmp_path.rglob("*.png"))
+    assert tiny.denoiser is unet and not list(tmp_path.rglob("*.png"))

@@ -16,7 +16,7 @@ def random_shift(model, protected, seed=0, scale=0.5) -> SeparableShift:
     basis = NullSpaceBasis.fit(model.encode_prompt(protected), protected, 1e-7, "svd")
     generator = torch.Generator().manual_seed(seed)
     coefficients = {}
-    for name, layer in text_layers(model.unet).items():
+    for name, layer in text_layers(model.denoiser).items():
         coefficients[name] = torch.randn(layer.out_features, len(basis.vectors), generator=generator)
     metadata = {"base_digest": model.digest, "concept_index": seed, "scale": scale}
     return SeparableShift(coefficients, basis.vectors, scale, metadata)
@@ -39,33 +39,33 @@ def test_a_shift_leaves_protected_prompts_alone_and_changes_the_output_of_others
     latents, timestep = torch.randn(3, *tiny.latent_shape), torch.tensor(500)
     prompt_embeds = tiny.encode_prompt(["", "Picasso", "VanGogh"])
     before = tiny.predict_noise(latents, timestep, prompt_embeds)
-    with applied(tiny.unet, [shift]):
+    with applied(tiny.denoiser, [shift]):
         change = (tiny.predict_noise(latents, timestep, prompt_embeds) - before).abs().amax((1, 2, 3))
     assert change[0] < 1e-5 and change[1] < 1e-5 and change[2] > 1e-3
 
 
 def test_merging_adds_up_in_any_order_and_leaving_out_restores_every_bit(tiny):
-    layers = text_layers(tiny.unet)
+    layers = text_layers(tiny.denoiser)
     base = {name: layer.weight.clone() for name, layer in layers.items()}
     parameters = {name: layer.weight for name, layer in layers.items()}
     first, second = random_shift(tiny, [""], 1), random_shift(tiny, ["", "Cezanne"], 2)
-    both = merge(tiny.unet, [first, second])
-    reordered = merge(tiny.unet, [second, first])
+    both = merge(tiny.denoiser, [first, second])
+    reordered = merge(tiny.denoiser, [second, first])
     for name in layers:
         weight = f"{name}.weight"
         expected = base[name].double() + first.delta_weight(weight) + second.delta_weight(weight)
         assert torch.equal(both[weight], expected.float())
         assert torch.allclose(both[weight], reordered[weight], atol=1e-6)
-    with pytest.raises(RuntimeError), applied(tiny.unet, [first, second]):
+    with pytest.raises(RuntimeError), applied(tiny.denoiser, [first, second]):
         assert torch.equal(next(iter(layers.values())).weight, next(iter(both.values())))
         raise RuntimeError
     for name, layer in layers.items():
         assert layer.weight is parameters[name] and torch.equal(layer.weight, base[name])
-    assert merge(tiny.unet, []) == {}
+    assert merge(tiny.denoiser, []) == {}
 
 
 def test_leakage_is_the_relative_change_of_what_the_text_layers_put_out(tiny):
-    layers = text_layers(tiny.unet)
+    layers = text_layers(tiny.denoiser)
     shift = random_shift(tiny, ["", "Picasso"])
     embeds = {prompt: tiny.encode_prompt([prompt])[0] for prompt in ("Picasso", "VanGogh")}
     rows = {row["prompt"]: row["leakage"] for row in leakage(layers, {"1": shift}, embeds)}
@@ -93,26 +93,26 @@ def test_unfitting_shifts_are_refused(tiny, tmp_path):
 
 
 def test_a_dense_shift_is_what_leads_to_the_trained_weights(tiny, tmp_path):
-    names = trainable_parameter_names(tiny.unet, "full")[:4]
-    student = {name: tiny.unet.get_parameter(name) + (0 if k == 1 else 1) for k, name in enumerate(names)}
-    shift = DenseShift.from_weights(tiny.unet, student)
+    names = trainable_parameter_names(tiny.denoiser, "full")[:4]
+    student = {name: tiny.denoiser.get_parameter(name) + (0 if k == 1 else 1) for k, name in enumerate(names)}
+    shift = DenseShift.from_weights(tiny.denoiser, student)
     assert shift.parameter_names == [names[0], *names[2:]]  # what did not change is left out
     shift.save(tmp_path / "d.safetensors", {"base_digest": tiny.digest})
     loaded = WeightShift.load(tmp_path / "d.safetensors")
     loaded.check(tiny)
-    base = {name: tiny.unet.get_parameter(name) for name in names}
-    with applied(tiny.unet, [loaded]):
+    base = {name: tiny.denoiser.get_parameter(name) for name in names}
+    with applied(tiny.denoiser, [loaded]):
         for name, weight in student.items():
-            assert torch.allclose(tiny.unet.get_parameter(name), weight, atol=1e-6)
-    assert all(tiny.unet.get_parameter(name) is weight for name, weight in base.items())
+            assert torch.allclose(tiny.denoiser.get_parameter(name), weight, atol=1e-6)
+    assert all(tiny.denoiser.get_parameter(name) is weight for name, weight in base.items())
 
 
 def test_dense_and_separable_shifts_add_up(tiny):
     separable = random_shift(tiny, [""])
     name = separable.parameter_names[0]
-    dense = DenseShift({name: torch.ones(separable.shape(name))})
-    expected = tiny.unet.get_parameter(name).double() + separable.delta_weight(name) + 1
-    assert torch.equal(merge(tiny.unet, [separable, dense])[name], expected.float())
+    dense = DenseShift({name: torch.ones_like(separable.delta_weight(name))})
+    expected = tiny.denoiser.get_parameter(name).double() + separable.delta_weight(name) + 1
+    assert torch.equal(merge(tiny.denoiser, [separable, dense])[name], expected.float())
 
 
 def test_a_dense_shift_of_another_model_is_refused(tiny, tmp_path):
@@ -133,7 +133,7 @@ def test_a_shift_that_is_held_does_not_become_what_is_written_into_its_file_late
     before = held.delta_weight(name)
     assert torch.equal(before, WeightShift.load(path).delta_weight(name))
     other.save(path, {"base_digest": tiny.digest})
-    for read in (held.delta_weight, held.shape):
+    for read in (held.delta_weight, lambda name: held.fits(name, before)):
         with pytest.raises(ValueError, match=r"s\.safetensors was written anew, or removed, .*load it again"):
             read(name)
     smaller = DenseShift({other.parameter_names[-1]: torch.ones(2, 2)})
@@ -141,5 +141,5 @@ def test_a_shift_that_is_held_does_not_become_what_is_written_into_its_file_late
     with pytest.raises(ValueError, match="written anew"):
         held.check(tiny)
     path.unlink()
-    with pytest.raises(ValueError, match="removed"), applied(tiny.unet, [held]):
+    with pytest.raises(ValueError, match="removed"), applied(tiny.denoiser, [held]):
         pass

@@ -68,7 +68,7 @@ def test_states_of_xl_are_by_encoder_and_its_pooled_row_is_no_state(xl_path):
     model = load_model(xl_path, CPU)
     layers = {"text_encoder": [0, LAST_STATE], "text_encoder_2": [0, 1, LAST_STATE]}
     embeds, states = model.encode_with_states(PROMPTS, layers)
-    assert torch.equal(embeds, model.encode_prompt(PROMPTS)) and embeds.shape == (3, 17, 96)
+    assert torch.equal(embeds, model.encode_prompt(PROMPTS)) and embeds.shape == (3, 17, 96 + 32)
     assert {key: tuple(state.shape) for key, state in states.items()} == {
         ("text_encoder", 0): (3, 16, 40),
         ("text_encoder", LAST_STATE): (3, 16, 40),
@@ -77,7 +77,7 @@ def test_states_of_xl_are_by_encoder_and_its_pooled_row_is_no_state(xl_path):
         ("text_encoder_2", LAST_STATE): (3, 16, 56),
     }
     last = torch.cat([states[name, LAST_STATE] for name in model.text_encoders], dim=-1)
-    assert torch.equal(last, embeds[:, :-1])
+    assert torch.equal(last, model.split(embeds).tokens)
     assert torch.equal(states["text_encoder_2", 0], states["text_encoder_2", LAST_STATE])  # the last but one, of two
 
 

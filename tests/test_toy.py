@@ -238,7 +238,7 @@ def test_a_unet_that_starts_from_an_older_one_has_those_weights_that_fit(tiny):
     wider = FrozenTextDenoiser(OmegaConf.merge(TINY, {"unet": {"cross_attention_dim": 40}}))
     before = {name: value.clone() for name, value in wider.unet.state_dict().items()}
     init_unet_from(tiny, wider.unet)
-    old = tiny.unet.state_dict()
+    old = tiny.denoiser.state_dict()
     for name, value in wider.unet.state_dict().items():
         sees_prompt = name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
         assert torch.equal(value, before[name] if sees_prompt else old[name])
@@ -343,5 +343,5 @@ def test_a_model_that_starts_from_an_older_one_knows_what_that_knew(tiny, tmp_pa
     assert torch.equal(embeddings[vocab["picasso</w>"]], old_embeddings[old_vocab["picasso</w>"]])
     new_token = next(token for token in vocab if token not in old_vocab)
     assert torch.equal(embeddings[vocab[new_token]], fresh[vocab[new_token]])
-    weights = tiny.unet.state_dict()
+    weights = tiny.denoiser.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in denoiser.unet.state_dict().items())

@@ -46,7 +46,7 @@ def refused(script, tmp_path):
 @pytest.fixture
 def checkpoint(tiny, tiny_path, tmp_path):
     """Tensors in CompVis' layout, and the flags that load a file `hostile` of them."""
-    tensors = convert_to_compvis(tiny.unet.state_dict(), tiny.vae.state_dict(), tiny.text_encoder.state_dict())
+    tensors = convert_to_compvis(tiny.denoiser.state_dict(), tiny.vae.state_dict(), tiny.text_encoder.state_dict())
     flags = [
         "--config_path",
         compvis_config(tiny_path, tmp_path),
@@ -156,7 +156,7 @@ def shift(tiny, tmp_path):
 
     def write(changes=(), **tensors):
         coefficients = {
-            f"w.{name}": torch.zeros(layer.out_features, 2) for name, layer in text_layers(tiny.unet).items()
+            f"w.{name}": torch.zeros(layer.out_features, 2) for name, layer in text_layers(tiny.denoiser).items()
         }
         metadata = {
             "concept_index": 1,
@@ -185,7 +185,7 @@ def test_a_shift_of_wrong_shapes_with_nan_for_another_base_or_with_a_header_that
 ):
     (tmp_path / "list.csv").write_text("prompt,evaluation_seed,case_number\nVanGogh,1,0\n")
     flags = ["--prompts_path", tmp_path / "list.csv", "--save_path", tmp_path / "out"]
-    first = f"w.{next(iter(text_layers(tiny.unet)))}"
+    first = f"w.{next(iter(text_layers(tiny.denoiser)))}"
     for changed, words in (
         ({"directions": torch.eye(3, 96)}, ["wrong names, shapes or sizes"]),
         ({"directions": torch.eye(2, 95)}, ["does not fit"]),

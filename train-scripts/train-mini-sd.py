@@ -13,20 +13,6 @@ from ldm.cli.run import run
 from ldm.io.paths import REPO_ROOT
 
 
-def show_progress(iterations, total: int, name: str) -> None:
-    """Run a stage of the training, and show how far it is and its running mean loss."""
-    from tqdm import tqdm
-
-    mean = None
-    with tqdm(total=total, desc=name, unit="iteration") as bar:
-        for iteration, loss in iterations:
-            if mean is None:
-                bar.initial = bar.n = iteration  # where the checkpoint was
-            mean = loss if mean is None else 0.98 * mean + 0.02 * loss
-            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-            bar.update()
-
-
 def main() -> None:
     parser = arguments.make_parser(__doc__)
     parser.option("config", type=Path, default=REPO_ROOT / "configs" / "mini-sd.yaml", help="what to train, and how")
@@ -75,7 +61,7 @@ def main() -> None:
     else:
         vae = AutoencoderKL(**OmegaConf.to_container(config.vae))
         stage = train.train_autoencoder(fabric, config, vae, images, work / "autoencoder.ckpt")
-        show_progress(stage, config.train.autoencoder.iterations, "autoencoder")
+        train.show_progress(stage, config.train.autoencoder.iterations, "autoencoder")
     held_out, _ = render_dataset(config.dataset.num_held_out, config.seed + 1, kind)
     psnr = train.reconstruction_psnr(vae.to(fabric.device).eval(), held_out)
     print(f"autoencoder on {len(held_out)} held-out images: {psnr.mean():.2f} dB PSNR on average")
@@ -95,9 +81,9 @@ def main() -> None:
         denoiser = train.Denoiser(config, tokenizer)
         if start:
             train.init_from(start, denoiser, tokenizer)
-    ema = train.make_ema(denoiser, config).to(fabric.device)
+    ema = train.make_ema(denoiser, config.train.denoiser.ema).to(fabric.device)
     stage = train.train_denoiser(fabric, config, denoiser, ema, latents, conditions, work / "denoiser.ckpt")
-    show_progress(stage, config.train.denoiser.iterations, "denoiser")
+    train.show_progress(stage, config.train.denoiser.iterations, "denoiser")
     with atomic_write_dir(args.save_path) as partial:
         kept: Any = ema.module
         train.save_pipeline(config, vae, kept.unet, text_encoder or kept.text_encoder, tokenizer, partial)

@@ -42,14 +42,14 @@ def _of_ledger(args: Namespace) -> Measured:
 
 
 def _of_list(args: Namespace) -> Measured:
-    from ldm.erasure.gate_fitter import GateFitter
+    from ldm.erasure.gate_fitters import make_gate_fitter
     from ldm.experiments.gates import fit_gates
 
     concepts = read_concepts([str(args.concepts)])
     erased, restored = split_restored(concepts, args.restored)
     model, config = _load_encoder(args)
     start = time.perf_counter()
-    fitter = GateFitter(model, concepts, [], config)
+    fitter = make_gate_fitter(model, concepts, [], config)
     seconds = time.perf_counter() - start
     return model, fit_gates(fitter, erased), restored, seconds
 

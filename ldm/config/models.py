@@ -31,13 +31,28 @@ from ldm.io.paths import REPO_ROOT
 
 DEFAULT_CONFIG = REPO_ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
 # The file of each family, by the pipeline's class as model_index.json names it. A new family is one row.
-FAMILIES = {"StableDiffusionPipeline": DEFAULT_CONFIG, "StableDiffusionXLPipeline": DEFAULT_CONFIG}
-BUNDLED_MODELS = ("mini-sd", "mini-sd-logos", "mini-sd-minilm")
+_OF_FAMILIES = REPO_ROOT / "configs" / "families"
+FAMILIES = {
+    "StableDiffusionPipeline": DEFAULT_CONFIG,
+    "StableDiffusionXLPipeline": DEFAULT_CONFIG,
+    "StableDiffusion3Pipeline": _OF_FAMILIES / "stable-diffusion-3.yaml",
+    "FluxPipeline": _OF_FAMILIES / "flux.yaml",
+    "PixArtAlphaPipeline": _OF_FAMILIES / "pixart.yaml",
+    "PixArtSigmaPipeline": _OF_FAMILIES / "pixart.yaml",
+    "SanaPipeline": _OF_FAMILIES / "sana.yaml",
+    "AuraFlowPipeline": _OF_FAMILIES / "auraflow.yaml",
+    "Flux2Pipeline": _OF_FAMILIES / "flux2.yaml",
+    "Flux2KleinPipeline": _OF_FAMILIES / "flux2.yaml",
+    "Lumina2Pipeline": _OF_FAMILIES / "lumina2.yaml",
+}
+BUNDLED_MODELS = ("mini-sd", "mini-sd-logos", "mini-sd-minilm", "mini-flux")
 _RENAMED_MODELS = {"mini-many": "mini-sd-logos"}
 _OTHER_CONFIGS = ("concepts", "logos", "scenes", "templates")  # files of the same folder that are no model's
 _SECTIONS = ("sampling", "null_space", "evaluation", "gate", "edit")
 _MODEL_KEYS = ("base_config", "component_configs", *_SECTIONS, "methods")
 TRAINING_KEYS = ("seed", "dataset", "tokenizer", "text_encoder", "vae", "unet", "scheduler", "train")
+FLOW_KEYS = ("seed", "dataset", "tokenizer", "transformer", "train")  # of a model of the FLUX architecture
+_ALL_KEYS = tuple(dict.fromkeys((*_MODEL_KEYS, *TRAINING_KEYS, *FLOW_KEYS)))
 _CARRIED_KEYS = ("seed", "dataset", *_SECTIONS, "methods")  # what a model's folder carries of a config
 LEARNING_SETTINGS = {"lr", "stop_threshold", "l1_weight", "max_steps"}  # which ask SRS-ME to learn
 
@@ -96,7 +111,8 @@ def bundled_config(name: str) -> ModelConfig:
 
     This is for where a name is all there is, as in a ledger; a model itself has `load_model_config`.
     """
-    return load_model_config(SettingsSource("StableDiffusionPipeline", bundled_settings(name)))
+    family = "FluxPipeline" if name == "mini-flux" else "StableDiffusionPipeline"
+    return load_model_config(SettingsSource(family, bundled_settings(name)))
 
 
 def bundled_settings(name: str) -> Path | None:
@@ -147,8 +163,8 @@ def read_model_config(*paths: Path) -> ModelConfig:
 def _with_layer(config: ModelConfig, path: Path, content: Mapping[str, Any]) -> ModelConfig:
     """Return settings with what a file says in their place."""
     for key in content:
-        if key not in (*_MODEL_KEYS, *TRAINING_KEYS):
-            raise ValueError(f"{path}: no key {key}{did_you_mean(str(key), [*_MODEL_KEYS, *TRAINING_KEYS])}")
+        if key not in _ALL_KEYS:
+            raise ValueError(f"{path}: no key {key}{did_you_mean(str(key), list(_ALL_KEYS))}")
     methods = content.get("methods", {})
     if not isinstance(methods, dict):
         raise ValueError(f"{path}, methods: {methods!r} is no mapping from methods to their settings")

@@ -211,7 +211,7 @@ def check_configs(folder: Path, is_xl: bool) -> None:
     ):
         if config.get("_class_name", class_name) != class_name:
             raise UnusableModelError(f"{path}: it is of a {config['_class_name']}, not of {class_name}: {WHOLE_MODEL}")
-        _check_foreign(path, config)
+        check_foreign(path, config)
         _check_counts(path, config)
         _check_booleans(path, config, getattr(diffusers, class_name))
     _check_unet(unet, unet_config, is_xl)
@@ -254,7 +254,7 @@ def check_configs(folder: Path, is_xl: bool) -> None:
 def check_text_part(part: Path, tokenizer: Path, encoder_class: str) -> None:
     """Raise UnusableModelError unless the configs of a text encoder, in `part`, and a tokenizer are computed by."""
     encoder_config = read_config(part / "config.json")
-    _check_foreign(part / "config.json", encoder_config)
+    check_foreign(part / "config.json", encoder_config)
     _check_text_encoder(part / "config.json", encoder_config)
     if (part / "adapter_config.json").exists():
         raise UnusableModelError(
@@ -270,7 +270,8 @@ def _check_booleans(path: Path, config: Mapping[str, Any], kind: type) -> None:
             raise UnusableModelError(f"{path}: {field} {config[field]!r} is neither true nor false")
 
 
-def _check_foreign(path: Path, config: Mapping[str, Any]) -> None:
+def check_foreign(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise UnusableModelError for a field of a config that asks for code, or for other weights."""
     for field in _FOREIGN_FIELDS:
         if config.get(field) is not None:
             raise UnusableModelError(f"{path}: {field} is not followed: {WHOLE_MODEL} without it")
@@ -299,7 +300,7 @@ def _check_tokenizer(folder: Path, vocabulary_files: Sequence[str]) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         path = folder / name
         config = read_config(path) if path.exists() else {}
-        _check_foreign(path, config)
+        check_foreign(path, config)
         if config.get("truncation_side", "right") != "right":
             raise UnusableModelError(
                 f"{path}: truncation_side {config['truncation_side']!r} is not followed: set right"

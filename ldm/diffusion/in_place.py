@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ldm.diffusion.pipeline_model import unwrapped
-from ldm.diffusion.text_layers import text_layers
+from ldm.diffusion.text_layers import TextLayers, text_layers
 
 Weights = dict[str, torch.Tensor]  # of text layers, by the layer's name
 _HALVES = torch.bfloat16, torch.float16
@@ -29,15 +29,11 @@ class InPlaceWeights:
         self._base: Weights = {}  # of before, empty where nothing is changed
         self._left: Weights = {}  # what was written last
 
-    def layers(self) -> dict[str, nn.Linear]:
+    def layers(self) -> TextLayers:
         """Return the text layers by name. Raises ValueError, with what to do, where their weights are out of reach."""
         unet = unwrapped(self._pipe.unet)
         layers = text_layers(unet)
         name = type(self._pipe).__name__
-        if not layers:
-            raise ValueError(
-                f"the U-Net of this {name} has no layers attn2.to_k and attn2.to_v, which alone are edited"
-            )
         weights = [layer.weight for layer in layers.values()]
         if any(weight.is_meta for weight in weights) or _is_group_offloaded(unet):
             raise ValueError(
@@ -77,7 +73,7 @@ class InPlaceWeights:
         """Forget what the weights were before, which are from now on whatever they are."""
         self._base, self._left = {}, {}
 
-    def _checked_layers(self) -> dict[str, nn.Linear]:
+    def _checked_layers(self) -> TextLayers:
         """Return the text layers, whose weights are as they were left, or now are what they were before."""
         layers = self.layers()
         if not self._base:

@@ -11,6 +11,7 @@ import torch
 
 from ldm.config.methods import SelfSampledConfig
 from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.pipeline_call import latents_at
 from ldm.diffusion.sampling import SeededNoise, make_scheduler, sample_latents
 from ldm.io.images import list_images, load_batch
 
@@ -73,6 +74,16 @@ def _sample_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     batch_size, num_inference_steps = config.train_batch_size, config.num_inference_steps
     generator = torch.Generator().manual_seed(config.seed)
+    if model.adapter.samples_by_call:
+        batch_embeds = prompt_embeds.expand(batch_size, -1, -1)
+        while True:
+            stop = int(torch.randint(num_inference_steps, (), generator=generator))
+            generators = [generator] * batch_size
+            embeds = batch_embeds, uncond_embeds
+            with scope():
+                arguments = num_inference_steps, config.start_guidance, stop
+                latents, timestep = latents_at(model, generators, *embeds, *arguments)
+            yield latents, timestep.expand(batch_size).to(latents.device)
     timesteps = make_scheduler(model, num_inference_steps).timesteps
     batch_embeds = prompt_embeds.expand(batch_size, -1, -1)  # (batch_size, rows, d)
     while True:

@@ -40,6 +40,8 @@ from ldm.diffusion.compvis import (
     stub_lightning_callbacks,
 )
 from ldm.diffusion.consistency import check_parts
+from ldm.diffusion.families import FAMILIES
+from ldm.diffusion.load_family import FAMILY_PARTS, load_family
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.weights import download, read_tensors, variants_of, weight_files
 from ldm.io.errors import notify
@@ -94,8 +96,12 @@ def load_model(
     # refuses what would run code, before anything else looks at it
     names = set(load_compvis_state_dict(Path(source))) if from_checkpoint else set[str]()
     try:
-        pipeline = _load_checkpoint(Path(source), names, config) if from_checkpoint else _load_folder(source, variant)
-        check_parts(pipeline, source)
+        if from_checkpoint:
+            pipeline = _load_checkpoint(Path(source), names, config)
+        else:
+            pipeline = _load_folder(source, variant, dtype)
+        if isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
+            check_parts(pipeline, source)
     except (UnusableModelError, MemoryError, torch.OutOfMemoryError):
         raise
     # What the libraries raise for a file that means harm has no end: their own kinds, KeyError, ZeroDivisionError,
@@ -109,7 +115,8 @@ def load_model(
         reason = " ".join(str(error).split())[:300]
         kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
         raise ValueError(f"cannot load a model from '{source}': {advice}: {kind}{reason}") from error
-    prediction_type = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    is_flow = FAMILIES[type(pipeline).__name__].is_flow
+    prediction_type = "epsilon" if is_flow else pipeline.scheduler.config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(
             f"{source} predicts '{prediction_type}', and this version erases only from models that predict the noise "
@@ -134,11 +141,10 @@ def load_model(
 @torch.no_grad()
 def _try_parts(model: DiffusionModel, source: str | Path) -> None:
     """Run each part once on the smallest input. Raises ValueError where its config lets none of it be computed."""
-    side = 2 ** (len(model.unet.config.block_out_channels) - 1)
-    latents = torch.zeros(1, model.latent_shape[0], side, side, device=model.device)  # (1, C, side, side)
+    latents = torch.zeros(1, *model.adapter.narrow_shape(model.denoiser.config), device=model.device)
     try:
         embeds = model.encode_prompt([""])
-        output = model.unet_output(latents, torch.zeros((), device=model.device), embeds)
+        output = model.denoiser_output(latents, torch.zeros((), device=model.device), embeds)
         finite = {"text encoder": embeds, "U-Net": output, "autoencoder": model.decode(output)}
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -248,7 +254,7 @@ def _check_configs(folder: Path) -> type[Pipeline]:
     pipeline_class = SUPPORTED_PIPELINES.get(class_name)
     if pipeline_class is None:
         raise UnusableModelError(
-            f"{path}: its pipeline is {class_name}, not one of {', '.join(SUPPORTED_PIPELINES)}: {WHOLE_MODEL}"
+            f"{path}: its pipeline is {class_name}, not one of {', '.join(FAMILIES)}: {WHOLE_MODEL}"
         )
     is_xl = pipeline_class is StableDiffusionXLPipeline
     check_index(path, index, is_xl)
@@ -256,11 +262,12 @@ def _check_configs(folder: Path) -> type[Pipeline]:
     return pipeline_class
 
 
-def _load_folder(source: str | Path, variant: str | None) -> Pipeline:
+def _load_folder(source: str | Path, variant: str | None, dtype: torch.dtype) -> Any:
     if variant is not None and not re.fullmatch(r"\w+", variant):
         raise UnusableModelError(f"`variant` '{variant}' is no name such as fp16")
     folder = resolve_config_dir(source, variant=variant)
-    pipeline_class = _check_configs(folder)
+    class_name = str(read_config(folder / "model_index.json").get("_class_name"))
+    pipeline_class = None if class_name in FAMILY_PARTS else _check_configs(folder)
     metadata = read_dir_metadata(folder)
     if "merged" in metadata and "files" not in metadata:
         notify(
@@ -272,11 +279,13 @@ def _load_folder(source: str | Path, variant: str | None) -> Pipeline:
     added = unlisted_files(folder)
     if added:
         raise UnusableModelError(f"{folder} has a file that its export did not write ({added[0]}): remove it")
-    names = [name for name in ("unet", *_PARTS) if (folder / name).is_dir()]
+    names = [name for name in ("unet", "transformer", *_PARTS) if (folder / name).is_dir()]
     variants = sorted({found for name in names for found in variants_of(folder / name)})
     if variant is not None and variant not in variants:
         known = f"choose from {', '.join(variants)}, or leave it out" if variants else "leave it out"
         raise UnusableModelError(f"{folder} has no weights of the `variant` {variant}: {known}")
+    if pipeline_class is None:
+        return load_family(folder, class_name, variant, dtype)
     components: dict[str, Any] = dict.fromkeys(OPTIONAL_PARTS)
     components["unet"] = _read_unet(folder / "unet", variant)
     for name, kind in _PARTS.items():

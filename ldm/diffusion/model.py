@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ldm.diffusion.text_layers import text_layers
-from ldm.diffusion.text_model import TextModel, canonical_name, own_config
+from ldm.diffusion.families import FAMILIES, family_of
+from ldm.diffusion.family import Family
+from ldm.diffusion.text_layers import POOLED, TOKENS, TextLayers, text_layers
+from ldm.diffusion.text_model import TextModel, canonical_name, join_streams, own_config
 from ldm.diffusion.tokenizer import tokenizer_digest
 from ldm.io.tensors import check_finite, tensor_digest
 
@@ -23,9 +24,9 @@ _MAX_PIXELS = 512 * 512  # that the autoencoder takes in one pass: its memory gr
 
 @dataclass
 class DiffusionModel(TextModel):
-    """Frozen parts of a Stable Diffusion model (1.x, 2.x or XL) on one device.
+    """The frozen parts of a text-to-image model, of any family that has an adapter, on one device.
 
-    The U-Net is held in `dtype`, all else in float32. The text encoders and the autoencoder come to the device when
+    The denoiser is held in `dtype`, all else in float32. The text encoders and the autoencoder come to the device when
     needed, and leave it by `offload`. `scheduler` is a template, from which `sampling.make_scheduler` makes one.
     """
 
@@ -33,39 +34,56 @@ class DiffusionModel(TextModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Any: diffusers declares the entries of its configs nowhere, and torch.compile replaces the U-Net
-        self.unet: Any = self.pipeline.unet  # a UNet2DConditionModel
-        self.vae: Any = self.pipeline.vae  # an AutoencoderKL
-        self.text_encoder: Any = self.pipeline.text_encoder  # of XL the first of two
+        # Any: diffusers declares the entries of its configs nowhere, and torch.compile replaces the denoiser
+        self.denoiser: Any = getattr(self.pipeline, self.adapter.denoiser)
+        self.vae: Any = self.pipeline.vae
+        self.text_encoder: Any = next(iter(self._text_encoders.values()))
         self.scheduler: Any = self.pipeline.scheduler
         self.is_rounded = False  # by `to`
-        for module in (self.unet, self.vae):
+        for module in (self.denoiser, self.vae):
             module.requires_grad_(False).eval()
         _ = self.digest, self.text_digest  # of the weights before they are rounded
-        self.unet.to(self.device, self.dtype)
-        for module in (self.unet, self.vae):  # made of convolutions
+        self.denoiser.to(self.device, self.dtype)
+        for module in (self.denoiser, self.vae):  # made of convolutions
             module.to(memory_format=torch.channels_last)
-        self._alphas_cumprod: torch.Tensor = self.scheduler.alphas_cumprod.to(self.device)  # (num_train_timesteps,)
+        if not self.adapter.is_flow:
+            self._alphas_cumprod: torch.Tensor = self.scheduler.alphas_cumprod.to(self.device)  # (num_train_timesteps,)
+
+    @property
+    def adapter(self) -> Family:
+        denoiser = getattr(self, "denoiser", None)
+        return family_of(denoiser) if denoiser is not None and self.family not in FAMILIES else super().adapter
 
     @property
     def image_size(self) -> int:
         """Return the side of an image in pixels."""
-        return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.adapter.image_size(self.pipeline)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Return the shape (C, h, w) of one image's latents."""
-        return self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size
+    def latent_shape(self) -> tuple[int, ...]:
+        """Return the shape of one image's latents as the denoiser takes them: (C, h, w), or (s, C) of s packed."""
+        return self.adapter.latent_shape(self.pipeline, self.image_size)
 
     @property
-    def context_dim(self) -> int:
-        """Return d, the size of a token's embedding."""
-        return self.unet.config.cross_attention_dim
+    def widths(self) -> dict[str, int]:
+        """Return d, how wide the tokens' embeddings are, and p, how wide the pooled one, where there is one."""
+        width, pooled_width = self.adapter.text_dims(self.denoiser.config)
+        return {TOKENS: width} | ({POOLED: pooled_width} if pooled_width else {})
 
     @property
-    def text_layers(self) -> dict[str, nn.Linear]:
-        """Return the linear layers of the U-Net that see the prompt alone, by name."""
-        return text_layers(self.unet)
+    def text_layers(self) -> TextLayers:
+        """Return the linear layers of the denoiser that see the prompt alone, by name."""
+        return text_layers(self.denoiser)
+
+    def layer_inputs(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return what text layers see of prompts' rows (N, T, d): the same, but where a norm is before them."""
+        norm = next((layer.norm for layer in self.text_layers.found.values()), "")
+        if not norm:
+            return rows
+        module = self.denoiser.get_submodule(norm)
+        with torch.no_grad():
+            normed = module(rows.to(self.device, self.dtype)).float()
+        return normed * rows.any(dim=-1, keepdim=True).to(normed)  # so that no row becomes one
 
     @property
     def num_train_timesteps(self) -> int:
@@ -86,16 +104,17 @@ class DiffusionModel(TextModel):
     def _digests(self) -> tuple[str, ...]:
         parameters: dict[str, torch.Tensor] = {}
         buffers: dict[str, torch.Tensor] = {}
-        for module_name, module in {**self._text_encoders, "unet": self.unet}.items():
+        own_name = self.adapter.denoiser
+        for module_name, module in {**self._text_encoders, own_name: self.denoiser}.items():
             own = {name for name, _ in module.named_buffers()}
             for name, value in module.state_dict().items():
-                known = name if module_name == "unet" else canonical_name(name)
+                known = name if module_name == own_name else canonical_name(name)
                 if value.is_floating_point():
                     (buffers if name in own else parameters)[f"{module_name}.{known}"] = value
         weights = tensor_digest(parameters)
         version_1 = tensor_digest(parameters | buffers) if buffers else weights
-        tokenizers = [tokenizer_digest(tokenizer) for tokenizer in self._tokenizers]
-        configs = [own_config(module) for module in (*self._text_encoders.values(), self.unet)]
+        tokenizers = [tokenizer_digest(tokenizer) for tokenizer in self._plain_tokenizers.values()]
+        configs = [own_config(module) for module in (*self._text_encoders.values(), self.denoiser)]
         whole = json.dumps([weights, *tokenizers, *configs], sort_keys=True)
         return f"2:{hashlib.sha256(whole.encode()).hexdigest()}", version_1
 
@@ -120,16 +139,17 @@ class DiffusionModel(TextModel):
         for module in (*self._text_encoders.values(), self.vae):
             module.cpu()
 
-    def replicate_unet(self, device: torch.device) -> DiffusionModel:
-        """Return the same model with a copy of its U-Net on another device, for passes that run beside this one's."""
+    def replicate_denoiser(self, device: torch.device) -> DiffusionModel:
+        """Return the model with a copy of its denoiser on another device, for passes that run beside this one's."""
         replica = copy(self)
-        replica.device, replica.unet = device, deepcopy(self.unet).to(device)
-        replica._alphas_cumprod = self._alphas_cumprod.to(device)
+        replica.device, replica.denoiser = device, deepcopy(self.denoiser).to(device)
+        if not self.adapter.is_flow:
+            replica._alphas_cumprod = self._alphas_cumprod.to(device)
         return replica
 
     def to(self, dtype: torch.dtype) -> None:
         """Round all weights to `dtype`, for a model that is only to be saved. Raises ValueError where one overflows."""
-        for module in (*self._text_encoders.values(), self.unet, self.vae):
+        for module in (*self._text_encoders.values(), self.denoiser, self.vae):
             for name, weight in module.named_parameters():
                 check_finite({name: weight.to(dtype)}, f"{self.name} in {dtype}")
         self.pipeline.to(dtype=dtype)
@@ -138,39 +158,27 @@ class DiffusionModel(TextModel):
     def encode_uncond(self) -> torch.Tensor:
         """Embed the unconditional prompt, (1, rows, d): the empty one; for XL zeros, if its pipeline says so."""
         uncond_embeds = self.encode_prompt([""])
+        with torch.no_grad():
+            own = self.adapter.encode_negative(self.pipeline, [""], self.device)
+        if own is not None:
+            return join_streams(own.tokens.float(), own.pooled)
         if self.pipeline.config.get("force_zeros_for_empty_prompt"):
             return torch.zeros_like(uncond_embeds)
         return uncond_embeds
 
     @torch.no_grad()
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images (N, 3, H, W) in [-1, 1] as scaled latents (N, C, h, w), the means of the posterior."""
+        """Encode images (N, 3, H, W) in [-1, 1] as scaled latents (N, ...), the means of the posterior."""
         self.vae.to(self.device)
         batches = (batch.to(self.device, self.vae.dtype) for batch in images.split(self._vae_batch_size()))
-        latents = torch.cat([self.vae.encode(batch).latent_dist.mean for batch in batches])
-        mean, std = self._latent_statistics()
-        return (latents - mean) * self.vae.config.scaling_factor / std
+        return torch.cat([self.adapter.encode_image(self.pipeline, batch) for batch in batches])
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode scaled latents (N, C, h, w) to images (N, 3, H, W), about in [-1, 1]."""
+        """Decode scaled latents (N, ...) to images (N, 3, H, W), about in [-1, 1]."""
         self.vae.to(self.device)
-        scale = self.vae.config.scaling_factor
-        mean, std = self._latent_statistics()
-        batches = (batch.to(self.vae.dtype) * std / scale + mean for batch in latents.split(self._vae_batch_size()))
-        return torch.cat([self.vae.decode(batch).sample for batch in batches])
-
-    def _latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean and the deviation of unscaled latents, (1, C, 1, 1): 0 and 1 where the autoencoder says none.
-
-        XL's alone may say them, as in diffusers. `force_upcast` of its config has nothing to do here: the autoencoder
-        is always held in float32.
-        """
-        config = self.vae.config
-        channels = config.latent_channels
-        mean = torch.tensor(config.latents_mean or [0.0] * channels, device=self.device, dtype=self.vae.dtype)
-        std = torch.tensor(config.latents_std or [1.0] * channels, device=self.device, dtype=self.vae.dtype)
-        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+        batches = (batch.to(self.vae.dtype) for batch in latents.split(self._vae_batch_size()))
+        return torch.cat([self.adapter.decode(self.pipeline, batch) for batch in batches])
 
     def _vae_batch_size(self) -> int:
         return max(1, _MAX_PIXELS // self.image_size**2)
@@ -181,40 +189,36 @@ class DiffusionModel(TextModel):
         return self._alphas_cumprod[index].view(-1, 1, 1, 1)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Return z_t = sqrt(a_t) z + sqrt(1 - a_t) noise, (N, C, h, w), with a_t the cumulative product of alphas.
+        """Return noised latents (N, ...): of a diffusion `sqrt(a_t) z + sqrt(1 - a_t) noise`, of a flow a mean of both.
 
-        `latents` and `noise` are (N, C, h, w), `timestep` is (N,).
+        a_t is the cumulative product of alphas; a flow has `t / T` parts of noise, T the number of timesteps. `latents`
+        and `noise` are (N, ...), `timestep` is (N,).
         """
+        if self.adapter.is_flow:
+            sigma = (timestep / self.num_train_timesteps).to(latents).view(-1, *[1] * (latents.dim() - 1))
+            return (1 - sigma) * latents + sigma * noise
         alpha_bar = self._alpha_bar(timestep).to(latents.dtype)
         return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
-    def unet_output(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """Return what the U-Net predicts, the noise or the velocity, (N, C, h, w) in float32.
+    def denoiser_output(
+        self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what the denoiser predicts, noise or velocity, (N, ...) in float32.
 
-        `latents` are (N, C, h, w), `timestep` is () or (N,), `prompt_embeds` are (N, rows, d).
+        `latents` are (N, ...), `timestep` is () or (N,), `prompt_embeds` are (N, T + 1, d + p), or (N, T, d).
         """
-        conditions: dict[str, Any] = {}
-        if self._pooled_dim:
-            size = [self.image_size] * 2  # original size, crop offset (0, 0), target size
-            time_ids = torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=self.dtype)  # (1, 6)
-            conditions["added_cond_kwargs"] = {
-                "text_embeds": prompt_embeds[:, -1, : self._pooled_dim].to(self.device, self.dtype),  # (N, pooled)
-                "time_ids": time_ids.expand(len(latents), -1),  # (N, 6)
-            }
-        return self.unet(
-            latents.to(self.device, self.dtype),
-            timestep.to(self.device),
-            encoder_hidden_states=self.drop_pooled(prompt_embeds).to(self.device, self.dtype),
-            **conditions,
-        ).sample.float()
+        split = self.split(prompt_embeds.to(self.device, self.dtype))
+        inputs = latents.to(self.device, self.dtype), timestep.to(self.device), split
+        return self.adapter.predict(self.denoiser, *inputs, self.image_size).float()
 
     def predict_noise(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """Return eps(z_t, t, e), (N, C, h, w) in float32; the arguments are those of `unet_output`.
+        """Return what erasures are learnt by, (N, ...) in float32; the arguments are those of `denoiser_output`.
 
-        Of a velocity v it is `sqrt(a_t) v + sqrt(1 - a_t) z_t` (Salimans and Ho, arXiv 2202.00512).
+        Of a diffusion it is the noise eps(z_t, t, e): of a velocity v `sqrt(a_t) v + sqrt(1 - a_t) z_t` (Salimans and
+        Ho, arXiv 2202.00512). Of a flow it is the velocity.
         """
-        output = self.unet_output(latents, timestep, prompt_embeds)
-        if self.scheduler.config.get("prediction_type", "epsilon") == "epsilon":
+        output = self.denoiser_output(latents, timestep, prompt_embeds)
+        if self.adapter.is_flow or self.scheduler.config.get("prediction_type", "epsilon") == "epsilon":
             return output
         alpha_bar = self._alpha_bar(timestep.to(self.device))
         return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * latents.to(self.device)

@@ -10,12 +10,12 @@ from types import MethodType
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from diffusers.utils import logging as diffusers_logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.utils import logging as transformers_logging
 
 from ldm.diffusion.batches import States
+from ldm.diffusion.text_model import join_streams
 from ldm.diffusion.text_states import LAST_STATE, capture_states
 
 OUTPUTS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -53,23 +53,21 @@ class EncodedPrompts:
     num_images: int  # as often each prompt is repeated in the outputs
 
     def rows(self, side: str) -> torch.Tensor:
-        """Return the embeddings of a side, each prompt's once: (N, rows, d), where of XL the last row is the pooled."""
+        """Return the rows of a side's prompts, each prompt's once: (N, T, d), or of XL (N, T + 1, d + p)."""
         tokens, pooled = self.outputs[f"{side}prompt_embeds"], self.outputs.get(f"{side}pooled_prompt_embeds")
         assert tokens is not None
         tokens = tokens[:: self.num_images]
-        if pooled is None:
-            return tokens
-        pooled = F.pad(pooled[:: self.num_images], (0, tokens.shape[-1] - pooled.shape[-1]))
-        return torch.cat([tokens, pooled[:, None]], dim=1)
+        return join_streams(tokens, pooled[:: self.num_images] if pooled is not None else None)
 
     def set_rows(self, side: str, rows: torch.Tensor) -> None:
         """Put other embeddings (N, rows, d) in place of a side's, in the form of `rows`."""
         tokens, pooled = self.outputs[f"{side}prompt_embeds"], self.outputs.get(f"{side}pooled_prompt_embeds")
         assert tokens is not None
         repeated = rows.repeat_interleave(self.num_images, dim=0)
-        self.outputs[f"{side}prompt_embeds"] = repeated[:, : tokens.shape[1]].contiguous()
+        width = tokens.shape[-1]
+        self.outputs[f"{side}prompt_embeds"] = repeated[:, : tokens.shape[1], :width].contiguous()
         if pooled is not None:
-            self.outputs[f"{side}pooled_prompt_embeds"] = repeated[:, -1, : pooled.shape[-1]].contiguous()
+            self.outputs[f"{side}pooled_prompt_embeds"] = repeated[:, -1, width:].contiguous()
 
 
 @dataclass(frozen=True)
@@ -108,6 +106,17 @@ class PipelineEncoder:
     def tokenizers(self) -> list[Any]:
         """Return the tokenizers, in the order of the text encoders."""
         return [tokenizer for _, _, tokenizer in self._parts()]
+
+    @property
+    def places(self) -> dict[str, tuple[slice, slice]]:
+        """Return the rows and columns of prompts' rows that are each stream's, `tokens` and of XL `pooled`."""
+        width = sum(encoder.config.hidden_size for encoder in self.text_encoders.values())
+        number = self.tokenizers[0].model_max_length
+        found = {"tokens": (slice(0, number), slice(0, width))}
+        if "text_encoder_2" in self.text_encoders:
+            pooled = self.text_encoders["text_encoder_2"].config.projection_dim
+            found["pooled"] = slice(number, number + 1), slice(width, width + pooled)
+        return found
 
     def _parts(self) -> Iterator[tuple[str, Any, Any]]:
         for suffix in ("", "_2"):

@@ -34,7 +34,7 @@ class PipelineModel(DiffusionModel):
 
     def __post_init__(self) -> None:
         self._encoder = PipelineEncoder.of(self.pipeline)
-        self.unet: Any = unwrapped(self.pipeline.unet)
+        self.denoiser: Any = unwrapped(self.pipeline.unet)
         self._text_encoders: dict[str, Any] = self._encoder.text_encoders
         self._tokenizers: list[Any] = self._encoder.tokenizers
         self._checked_prompts: set[str] = set()

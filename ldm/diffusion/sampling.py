@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ldm.config.methods import SamplingConfig
 from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.pipeline_call import call_pipeline, seeded_generators
 from ldm.io.images import tensor_to_images
 from ldm.io.prompts import PromptCase
 
@@ -43,6 +44,8 @@ class SeededNoise:
     @classmethod
     def sample(cls, model: DiffusionModel, images: Sequence[tuple[int, int]]) -> Self:
         """Return that of images, each the n-th of a seed: (seed, n). It is the same on every device."""
+        if model.adapter.samples_by_call:
+            return cls(torch.zeros(len(images), *model.latent_shape), seeded_generators(images))
         initial = torch.stack([initial_noise(model, seed, n + 1)[n] for seed, n in images])
         return cls(initial, [_later_generator(model, seed, n) for seed, n in images])
 
@@ -76,6 +79,8 @@ def try_scheduler(model: DiffusionModel, num_inference_steps: int) -> bool:
         raise ValueError(
             f"`num_inference_steps` {num_inference_steps}: the model has {most} timesteps, which is the most"
         )
+    if model.adapter.samples_by_call:
+        return False
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     latents = torch.zeros(1, *model.latent_shape, device=model.device)
@@ -111,17 +116,23 @@ def sample_trajectory(
 ) -> Iterator[torch.Tensor]:
     """Yield the latents (N, C, h, w) after each timestep of the model's own scheduler, from noise to clean.
 
+    Of a model that samples by its pipeline's own call it is the last ones alone.
+
     `prompt_embeds` are (N, rows, d), `uncond_embeds` are (1, rows, d). The guided noise is
     `eps("") + guidance_scale (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598).
     Raises ValueError for a scheduler that takes noise from elsewhere than `noise`.
     """
+    if model.adapter.samples_by_call:
+        embeds = prompt_embeds, uncond_embeds
+        yield call_pipeline(model, noise.generators, *embeds, num_inference_steps, guidance_scale, "latent")
+        return
     scheduler = make_scheduler(model, num_inference_steps)
     latents = noise.initial.to(model.device) * scheduler.init_noise_sigma
     cfg_embeds = torch.cat([uncond_embeds.expand_as(prompt_embeds), prompt_embeds])  # (2N, rows, d)
     for timestep in scheduler.timesteps:
         cfg_latents = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)  # (2N, C, h, w)
         batches = zip(cfg_latents.split(_MAX_LATENTS), cfg_embeds.split(_MAX_LATENTS), strict=True)
-        outputs = torch.cat([model.unet_output(batch, timestep, embeds) for batch, embeds in batches])
+        outputs = torch.cat([model.denoiser_output(batch, timestep, embeds) for batch, embeds in batches])
         unconditional, conditional = outputs.chunk(2)  # (N, C, h, w) each
         guided = unconditional + guidance_scale * (conditional - unconditional)
         latents = _step(scheduler, guided, timestep, latents, noise.generators)
@@ -164,7 +175,9 @@ def sample_latents(
     stop: int | None = None,
 ) -> torch.Tensor:
     """Return the last latents of `sample_trajectory`, (N, C, h, w), or those after its first `stop` timesteps."""
-    latents = noise.initial * make_scheduler(model, num_inference_steps).init_noise_sigma
+    latents = noise.initial
+    if not model.adapter.samples_by_call:
+        latents = latents * make_scheduler(model, num_inference_steps).init_noise_sigma
     trajectory = sample_trajectory(model, noise, prompt_embeds, uncond_embeds, num_inference_steps, guidance_scale)
     for next_latents in itertools.islice(trajectory, stop):
         latents = next_latents
@@ -180,8 +193,8 @@ def compiled_unet(model: DiffusionModel, batch_size: int) -> Iterator[None]:
     """
     from torch._dynamo.exc import BackendCompilerFailed  # which takes seconds to import
 
-    unet, uncond_embeds = model.unet, model.encode_uncond()
-    model.unet = torch.compile(unet, dynamic=False)
+    unet, uncond_embeds = model.denoiser, model.encode_uncond()
+    model.denoiser = torch.compile(unet, dynamic=False)
     print(f"compiling the U-Net for {batch_size} images at a time", flush=True)
     try:
         noise = SeededNoise(torch.zeros(batch_size, *model.latent_shape), [torch.Generator()])
@@ -194,7 +207,7 @@ def compiled_unet(model: DiffusionModel, batch_size: int) -> Iterator[None]:
             f"{error.inner_exception}"
         ) from error
     finally:
-        model.unet = unet
+        model.denoiser = unet
 
 
 def generate(
@@ -213,10 +226,11 @@ def generate(
         for batch in batches_of(requests, sampling.sample_batch_size):
             noise = SeededNoise.sample(model, [(case.seed, n) for case, n in batch])
             prompt_embeds = torch.stack([embeds[case.prompt] for case, _ in batch])  # (N, rows, d)
-            latents = sample_latents(
-                model, noise, prompt_embeds, uncond_embeds, sampling.num_inference_steps, sampling.guidance_scale
-            )
-            decoded = model.decode(latents)
+            arguments = prompt_embeds, uncond_embeds, sampling.num_inference_steps, sampling.guidance_scale
+            if model.adapter.samples_by_call:
+                decoded = call_pipeline(model, noise.generators, *arguments)
+            else:
+                decoded = model.decode(sample_latents(model, noise, *arguments))
             for (case, _), image in zip(batch, decoded, strict=True):
                 if not image.isfinite().all():
                     raise ValueError(f"the image of case {case.case_number}, '{case.prompt}', {_not_finite(model)}")

@@ -37,6 +37,11 @@ class PromptEncoder(Protocol):
         """The tokenizers, in the order of the text encoders."""
         ...
 
+    @property
+    def places(self) -> Mapping[str, tuple[slice, slice]]:
+        """The rows and columns of prompts' embeddings that are each stream's, `tokens` and `pooled`."""
+        ...
+
     def encode_with_states(
         self, prompts: list[str], layers: Mapping[str, Collection[int]]
     ) -> tuple[torch.Tensor, States]:
@@ -122,6 +127,8 @@ class TextEncoder:
         self.text_encoders = {_NAME: encoder.requires_grad_(False).eval().to(device)}
         longest = getattr(encoder.config, "max_position_embeddings", None) or NUM_TOKENS
         self.tokenizers: list[Any] = [PromptTokenizer(tokenizer, min(longest, NUM_TOKENS))]
+        rows = slice(0, self.tokenizers[0].model_max_length)
+        self.places = {"tokens": (rows, slice(0, encoder.config.hidden_size))}
 
     @torch.no_grad()
     def encode_with_states(

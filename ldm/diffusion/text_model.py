@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,12 +15,14 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 
 from ldm.diffusion.batches import States, encode_in_batches
+from ldm.diffusion.families import FAMILIES
+from ldm.diffusion.family import Encoded, Family, TextSource, plain_tokenizer
+from ldm.diffusion.text_layers import POOLED, TOKENS, TextLayer, TextLayers, output_gram
 from ldm.diffusion.text_states import LAST_STATE, capture_states
-from ldm.diffusion.tokenizer import describe_cuts, tokenizer_digest, vocabulary_words
+from ldm.diffusion.tokenizer import align_tokens, describe_cuts, tokenizer_digest, vocabulary_words
 from ldm.io.errors import notify
 from ldm.io.tensors import tensor_digest
 
@@ -70,15 +73,17 @@ class EmbeddingEdit(Protocol):
 
 @dataclass
 class TextModel:
-    """The frozen text encoders and tokenizers of a Stable Diffusion pipeline, which may lack all else, on one device.
+    """The frozen text encoders and tokenizers of a pipeline, which may lack all else, on one device.
 
     They are all that a shift in closed form, and a gate, are made of. The text encoders are held in float32, and come
-    to the device when needed.
+    to the device when needed. What they make of a prompt are its rows (T + 1, d + p): the embeddings of its T tokens in
+    the first d columns, and below them the pooled embedding in the last p; where the denoiser takes no pooled one, they
+    are the tokens' (T, d) alone. Rows of zeros are none: those of masked tokens.
     """
 
     name: str
     config_name: str  # what exports call their base: itself, the model it was merged from, or its config
-    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
+    pipeline: Any  # of diffusers
     device: torch.device
     dtype: torch.dtype = torch.float32  # of the denoiser
     embedding_edit: EmbeddingEdit | None = None  # what becomes of prompts' embeddings, by `edits.edit_embeddings`
@@ -89,11 +94,9 @@ class TextModel:
     def __post_init__(self) -> None:
         self._text_encoders: dict[str, Any] = {}
         self._tokenizers: list[Any] = []
-        for name in ("text_encoder", "text_encoder_2"):
-            encoder = getattr(self.pipeline, name, None)
-            if encoder is not None:
-                self._text_encoders[name] = encoder.requires_grad_(False).eval()
-                self._tokenizers.append(getattr(self.pipeline, name.replace("text_encoder", "tokenizer")))
+        for source in self.sources:
+            self._text_encoders[source.name] = getattr(self.pipeline, source.name).requires_grad_(False).eval()
+            self._tokenizers.append(self.adapter.tokenizer(self.pipeline, source.name))
         self._checked_prompts: set[str] = set()  # of which it was said whether they are cut
 
     @property
@@ -102,9 +105,62 @@ class TextModel:
         return type(self.pipeline).__name__
 
     @property
+    def adapter(self) -> Family:
+        """Return what is particular to its family."""
+        return FAMILIES[self.family]
+
+    @property
+    def sources(self) -> list[TextSource]:
+        """Return what each text encoder gives, the one first whose tokens are most of a prompt's rows."""
+        return self.adapter.sources(self.pipeline)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Return d, how wide the tokens' embeddings are, and p, how wide the pooled one, where there is one."""
+        return {
+            TOKENS: sum(encoder.config.hidden_size for encoder in self._text_encoders.values())
+        } | self._pooled_width
+
+    @property
+    def _pooled_width(self) -> dict[str, int]:
+        found = [source.pooled.stop for source in self.sources if source.pooled is not None]
+        return {POOLED: max(found)} if found else {}
+
+    @property
+    def places(self) -> dict[str, tuple[slice, slice]]:
+        """Return where in a prompt's rows each stream is, and what each of several text encoders gives to one.
+
+        They are rows and columns, by `tokens`, `pooled`, and such as `tokens.text_encoder_3`.
+        """
+        number, widths = self.adapter.num_tokens(self.pipeline), self.widths
+        width, whole = widths[TOKENS], sum(widths.values())
+        found = {TOKENS: (slice(0, number), slice(0, width))}
+        if POOLED in widths:
+            found[POOLED] = slice(number, number + 1), slice(width, whole)
+        for source in self.sources:
+            if source.rows is not None and source.columns is not None:
+                rows, columns = source.rows.indices(number)[:2], source.columns.indices(width)[:2]
+                found[f"{TOKENS}.{source.name}"] = slice(*rows), slice(*columns)
+            if source.pooled is not None:
+                start, stop, _ = source.pooled.indices(whole - width)
+                found[f"{POOLED}.{source.name}"] = found[POOLED][0], slice(width + start, width + stop)
+        return found
+
+    def owns_columns(self, place: str) -> bool:
+        """Return whether no other text encoder gives rows to a place's columns, as SD3's do to the tokens'."""
+        stream = place.partition(".")[0]
+        return all(rows == self.places[place][0] for name, (rows, _) in self.places.items() if name.startswith(stream))
+
+    @property
     def context_dim(self) -> int:
-        """Return d, the size of a token's embedding."""
-        return sum(encoder.config.hidden_size for encoder in self._text_encoders.values())
+        """Return d + p, how wide a prompt's rows are."""
+        return sum(self.widths.values())
+
+    @property
+    def streams(self) -> list[slice]:
+        """Return the columns of a prompt's rows that are each stream's, the tokens' first."""
+        ends = [0, *itertools.accumulate(self.widths.values())]
+        return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -112,20 +168,21 @@ class TextModel:
         return ()
 
     @property
-    def text_layers(self) -> dict[str, nn.Linear]:
+    def text_layers(self) -> TextLayers:
         """Return the layers by whose outputs a change is measured: without a denoiser the embeddings themselves."""
-        layer = nn.Linear(self.context_dim, self.context_dim, bias=False, device=self.device)
-        nn.init.eye_(layer.weight)
-        return {"embeddings": layer.requires_grad_(False)}
+        layers: dict[str, nn.Linear] = {}
+        found: dict[str, TextLayer] = {}
+        for stream, width in self.widths.items():
+            name = "embeddings" if stream == TOKENS else stream
+            layer = nn.Linear(width, width, bias=False, device=self.device)
+            nn.init.eye_(layer.weight)
+            layers[name], found[name] = layer.requires_grad_(False), TextLayer(name, stream)
+        return TextLayers(layers, found, self.widths)
 
     @cached_property
     def output_gram(self) -> torch.Tensor:
-        """Return the sum over `text_layers` of `W^T W`, (d, d), float64."""
-        total = torch.zeros(self.context_dim, self.context_dim, dtype=torch.float64)
-        for layer in self.text_layers.values():
-            weight = layer.weight.detach().cpu().double()
-            total += weight.T @ weight
-        return total
+        """Return the sum over `text_layers` of `W^T W`, (d + p, d + p), float64: W takes a prompt's rows."""
+        return output_gram(self.text_layers)
 
     @property
     def text_digest(self) -> str:
@@ -134,27 +191,23 @@ class TextModel:
 
     @cached_property
     def _text_digest(self) -> str:
-        weights: dict[str, torch.Tensor] = {}
+        return _digest_of(dict(sorted(self._text_encoders.items())), self._plain_tokenizers)
+
+    @cached_property
+    def encoder_digests(self) -> dict[str, str]:
+        """The digest of each text encoder with its tokenizer: the `text_digest` of a model that has it alone."""
+        found: dict[str, str] = {}
         for name, encoder in self._text_encoders.items():
-            for parameter, value in encoder.named_parameters():
-                weights[f"{name}.{canonical_name(parameter)}"] = value
-        tokenizers = [tokenizer_digest(tokenizer) for tokenizer in self._tokenizers]
-        configs = [own_config(encoder) for encoder in self._text_encoders.values()]
-        whole = json.dumps([tensor_digest(weights), tokenizers, configs], sort_keys=True)
-        return f"text-1:{hashlib.sha256(whole.encode()).hexdigest()}"
+            found[name] = _digest_of({"text_encoder": encoder}, {"text_encoder": self._plain_tokenizers[name]})
+        return found
 
     @property
-    def _pooled_dim(self) -> int:
-        """Return the size of XL's pooled embedding, which the U-Net takes beside the tokens; 0 where there is none."""
-        encoder = self._text_encoders.get("text_encoder_2")
-        return encoder.config.projection_dim if encoder is not None else 0
+    def _plain_tokenizers(self) -> dict[str, Any]:
+        return {name: plain_tokenizer(self.pipeline, name) for name in self._text_encoders}
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
-        """Embed prompts: (N, rows, d) in float32, as `embedding_edit` leaves them.
-
-        Each of the model's tokens has a row, and XL has one more: the pooled embedding, padded to d with zeros.
-        """
+        """Return the rows of prompts (N, T + 1, d + p), or (N, T, d), in float32, as `embedding_edit` leaves them."""
         self.notify_of_cuts(prompts)
         if self.embedding_edit is None:
             return self.encode_with_states(prompts, {})[0]
@@ -164,32 +217,58 @@ class TextModel:
     def encode_with_states(
         self, prompts: list[str], layers: Mapping[str, Collection[int]]
     ) -> tuple[torch.Tensor, States]:
-        """Return the unedited embeddings of prompts (N, rows, d), and hidden states: those after `layers`.
+        """Return the unedited rows of prompts (N, T + 1, d + p), and hidden states (N, T, width) after `layers`.
 
-        A layer is a number from 0, or `LAST_STATE`: the encoder's columns of what the denoiser is given.
+        A layer is a number from 0, or `LAST_STATE`: the encoder's columns of what the denoiser is given, or, where it
+        gives no tokens, its last hidden state.
         """
         for encoder in self._text_encoders.values():
             if encoder.device != self.device:  # moving one that is there already takes a while too
                 encoder.to(self.device)
-        pipeline: Any = self.pipeline  # XL's says that it takes one prompt, and takes several
         captured: dict[str, dict[int, torch.Tensor]] = {}
         with ExitStack() as stack:
-            for name, encoder in self._text_encoders.items():
-                numbers = [number for number in layers.get(name, ()) if number != LAST_STATE]
-                captured[name] = stack.enter_context(capture_states(encoder, numbers))
-            outputs = pipeline.encode_prompt(
-                prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-        token_embeds = outputs[0].float()  # (N, tokens, d)
-        states = {(name, number): state.float() for name, found in captured.items() for number, state in found.items()}
-        widths = [encoder.config.hidden_size for encoder in self._text_encoders.values()]
-        for name, columns in zip(self._text_encoders, token_embeds.split(widths, dim=-1), strict=True):
-            if LAST_STATE in layers.get(name, ()):
-                states[name, LAST_STATE] = columns
-        if not self._pooled_dim:
-            return token_embeds, states
-        pooled_row = F.pad(outputs[2].float(), (0, self.context_dim - self._pooled_dim))[:, None]  # (N, 1, d)
-        return torch.cat([token_embeds, pooled_row], dim=1), states  # (N, tokens + 1, d)
+            for source in self.sources:
+                encoder, needed = self._text_encoders[source.name], layers.get(source.name, ())
+                numbers = [number for number in needed if number != LAST_STATE or source.rows is None]
+                captured[source.name] = stack.enter_context(capture_states(encoder, numbers))
+            encoded = self.adapter.encode(self.pipeline, prompts, self.device)
+        tokens = encoded.tokens.float()  # (N, T, d)
+        states: dict[tuple[str, int], torch.Tensor] = {}
+        for source in self.sources:
+            found = captured[source.name]
+            own = {number: self.adapter.rows_of(self.pipeline, state.float()) for number, state in found.items()}
+            if source.rows is not None and source.columns is not None:
+                if LAST_STATE in layers.get(source.name, ()):
+                    own[LAST_STATE] = tokens[:, source.rows, source.columns]
+                own = _without_masked(own, encoded.mask[:, source.rows])
+            states |= {(source.name, number): state for number, state in own.items()}
+        return join_streams(tokens, encoded.pooled), states
+
+    def split(self, rows: torch.Tensor) -> Encoded:
+        """Return the streams of prompts' rows (N, T + 1, d + p)."""
+        if POOLED not in self.widths:
+            return Encoded(rows)
+        width = self.widths[TOKENS]
+        return Encoded(rows[:, :-1, :width], rows[:, -1, width:])
+
+    def align_rows(self, prompts: Sequence[str], anchors: Sequence[str]) -> list[list[int]]:
+        """Return, for each row of each prompt, the row of its anchor that stands for it, as `align_tokens` does."""
+        aligned: list[list[int]] = [[] for _ in prompts]
+        number = self.adapter.num_tokens(self.pipeline)
+        placed: set[int] = set()
+        for source, tokenizer in zip(self.sources, self._tokenizers, strict=True):
+            start, stop, _ = (source.rows or slice(0)).indices(number)
+            if stop == start or start in placed:
+                continue
+            placed.add(start)
+            for rows, found in zip(aligned, align_tokens(tokenizer, prompts, anchors, stop - start), strict=True):
+                rows += [start + row for row in found]
+        rest = number + (POOLED in self.widths)
+        return [[*rows, *range(len(rows), rest)] for rows in aligned]
+
+    def layer_inputs(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return what text layers see of prompts' rows (N, T + 1, d + p): the same, but where a norm is before them."""
+        return rows
 
     @property
     def text_encoders(self) -> dict[str, Any]:
@@ -210,18 +289,14 @@ class TextModel:
         for line in describe_cuts(self._tokenizers, new):
             notify(line)
 
-    def drop_pooled(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """Return the rows of (..., rows, d) that cross-attention takes, (..., tokens, d): all but XL's pooled one."""
-        return prompt_embeds[..., :-1, :] if self._pooled_dim else prompt_embeds
-
     def embed_prompts(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Return the embedding of each prompt that cross-attention takes, (tokens, d)."""
+        """Return what text layers see of each prompt, its rows (T + 1, d + p)."""
         prompts = list(prompts)
         self.notify_of_cuts(prompts)
         known = self.remembered if self.remembered is not None and self.embedding_edit is None else {}
         for prompt in prompts:
             if prompt not in known:
-                known[prompt] = self.drop_pooled(self.encode_prompt([prompt]))[0]
+                known[prompt] = self.layer_inputs(self.encode_prompt([prompt]))[0]
         return {prompt: known[prompt] for prompt in prompts}
 
     @cached_property
@@ -230,7 +305,7 @@ class TextModel:
 
         The words are at most 512, evenly spaced in alphabetical order; e (tokens, d) is the embedding of one alone.
         """
-        words = vocabulary_words(self.pipeline.tokenizer)
+        words = vocabulary_words(self.tokenizers[0])
         words = words[:: max(1, -(-len(words) // _MAX_WORDS))]
         return words, self.prompt_gram(words) / max(1, len(words))
 
@@ -238,7 +313,7 @@ class TextModel:
         """Return the sum of `e^T e` over prompts, (d, d), float64, with e (tokens, d) the embedding of one."""
         gram = torch.zeros(self.context_dim, self.context_dim, dtype=torch.float64)
         for _, embeds, _ in encode_in_batches(self, prompts, {}):
-            rows = self.drop_pooled(embeds).flatten(0, 1).cpu().double()  # (N * tokens, d)
+            rows = self.layer_inputs(embeds).flatten(0, 1).cpu().double()  # (N (T + 1), d + p)
             gram += rows.T @ rows
         return gram
 
@@ -247,8 +322,38 @@ class TextModel:
         words, mean = self.vocab_gram
         pieces = set()
         for text in spellings:
-            pieces.update(piece.removesuffix("</w>") for piece in self.pipeline.tokenizer.tokenize(text))
+            pieces.update(piece.removesuffix("</w>") for piece in self.tokenizers[0].tokenize(text))
         left_out = [word for word in words if word in pieces]
         if not left_out or len(left_out) == len(words):
             return mean
         return (mean * len(words) - self.prompt_gram(left_out)) / (len(words) - len(left_out))
+
+
+def _digest_of(encoders: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> str:
+    """Return the digest of text encoders by name, and of their tokenizers."""
+    weights: dict[str, torch.Tensor] = {}
+    for name, encoder in encoders.items():
+        for parameter, value in encoder.named_parameters():
+            weights[f"{name}.{canonical_name(parameter)}"] = value
+    digests = [tokenizer_digest(tokenizers[name]) for name in encoders]
+    configs = [own_config(encoder) for encoder in encoders.values()]
+    whole = json.dumps([tensor_digest(weights), digests, configs], sort_keys=True)
+    return f"text-1:{hashlib.sha256(whole.encode()).hexdigest()}"
+
+
+def _without_masked(states: Mapping[int, torch.Tensor], mask: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Return hidden states (N, T, width) in which rows of masked tokens (N, T) repeat that of their prompt's end."""
+    if mask.all():
+        return dict(states)
+    numbers = torch.arange(mask.shape[1], device=mask.device)
+    ends = (mask * numbers).amax(dim=1, keepdim=True)  # (N, 1)
+    kept = torch.where(mask.bool(), numbers, ends)[..., None]  # (N, T, 1)
+    return {number: state.gather(1, kept.expand_as(state)) for number, state in states.items()}
+
+
+def join_streams(tokens: torch.Tensor, pooled: torch.Tensor | None) -> torch.Tensor:
+    """Return the rows of prompts (N, T + 1, d + p) with these tokens' embeddings (N, T, d) and pooled ones (N, p)."""
+    if pooled is None:
+        return tokens
+    below = F.pad(pooled.to(tokens.dtype), (tokens.shape[-1], 0))[:, None]  # (N, 1, d + p)
+    return torch.cat([F.pad(tokens, (0, pooled.shape[-1])), below], dim=1)

@@ -56,17 +56,20 @@ def last_piece(tokenizer: Any, name: str) -> str:
     return pieces[-1].removeprefix("##").removesuffix("</w>") if pieces else ""
 
 
-def align_tokens(tokenizer: Any, prompts: Sequence[str], anchors: Sequence[str]) -> list[list[int]]:
+def align_tokens(
+    tokenizer: Any, prompts: Sequence[str], anchors: Sequence[str], length: int | None = None
+) -> list[list[int]]:
     """Return, for each row of each prompt's embedding, the row of its anchor prompt's that stands for it.
 
     Their common beginning, their common end and the padding are aligned; of what differs, the last token with the last.
+    There are `length` rows, by default as many as the tokenizer reads.
     """
     if not prompts:
         return []
-    length = tokenizer.model_max_length
+    number = length or int(tokenizer.model_max_length)
     texts = list(dict.fromkeys([*prompts, *anchors]))
-    ids = dict(zip(texts, tokenizer(texts, truncation=True, max_length=length).input_ids, strict=True))
-    return [_align(ids[prompt], ids[anchor], length) for prompt, anchor in zip(prompts, anchors, strict=True)]
+    ids = dict(zip(texts, tokenizer(texts, truncation=True, max_length=number).input_ids, strict=True))
+    return [_align(ids[prompt], ids[anchor], number) for prompt, anchor in zip(prompts, anchors, strict=True)]
 
 
 def _align(own: Sequence[int], other: Sequence[int], length: int) -> list[int]:

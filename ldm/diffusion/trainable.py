@@ -15,7 +15,8 @@ _TIME_AND_OUTPUT = ("time_embedding.", "conv_norm_out.", "conv_out.")
 def trainable_parameter_names(unet: nn.Module, method: str) -> list[str]:
     """Return the names of the parameters that a train method of ESD (Gandikota et al., arXiv 2303.07345) changes.
 
-    - xattn, selfattn: all of cross-attention, or of self-attention.
+    - xattn, selfattn: all of cross-attention, or of self-attention. Of a transformer in which those of prompt and image
+      attend to each other, xattn are the projections of the prompt's.
     - noxattn: all but cross-attention, time embedding and output.
     - notime: all but time embedding and output.
     - full: all.
@@ -33,18 +34,22 @@ def trainable_parameter_names(unet: nn.Module, method: str) -> list[str]:
         xlayers += [layers[0], layers[-1]]
     selflayers = [layers[0] for layers in _attention_layers(names, "down")[-2:]]
     rules: dict[str, Callable[[str], bool]] = {
-        "xattn": lambda name: "attn2" in name,
+        "xattn": _is_cross_attention,
         "selfattn": lambda name: "attn1" in name,
-        "noxattn": lambda name: "attn2" not in name and not name.startswith(_TIME_AND_OUTPUT),
+        "noxattn": lambda name: not _is_cross_attention(name) and not name.startswith(_TIME_AND_OUTPUT),
         "notime": lambda name: not name.startswith(_TIME_AND_OUTPUT),
         "full": lambda name: True,
-        "xlayer": lambda name: "attn2" in name and name.startswith(tuple(xlayers)),
+        "xlayer": lambda name: _is_cross_attention(name) and name.startswith(tuple(xlayers)),
         "selflayer": lambda name: "attn1" in name and name.startswith(tuple(selflayers)),
     }
     selected = [name for name in names if rules[method](name)]
     if not selected:
-        raise ValueError(f"this U-Net has nothing for `train_method` {method}: choose another, such as xattn")
+        raise ValueError(f"this denoiser has nothing for `train_method` {method}: choose another, such as xattn")
     return selected
+
+
+def _is_cross_attention(name: str) -> bool:
+    return "attn2" in name or bool(re.search(r"\.attn\.(add_|to_add_|norm_added_)", name))
 
 
 def _attention_layers(names: list[str], side: str) -> list[list[str]]:

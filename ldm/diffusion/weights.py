@@ -15,7 +15,7 @@ from ldm.diffusion.components import WHOLE_MODEL, UnusableModelError, read_confi
 
 # The beginning of the names of weight files, and whether an index with shards is taken before a single file beside it,
 # as diffusers takes it; transformers take the single file.
-_FILES = {"unet": ("diffusion_pytorch_model", True), "vae": ("diffusion_pytorch_model", True)}
+_FILES: dict[str, tuple[str, bool]] = dict.fromkeys(("unet", "transformer", "vae"), ("diffusion_pytorch_model", True))
 _TEXT_FILES = ("model", False)
 
 
@@ -78,8 +78,8 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
-    """Return the tensors of safetensors files in float32, read one by one.
+def read_tensors(files: list[Path], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Return the tensors of safetensors files in `dtype`, read one by one.
 
     Mapped from a file, as diffusers reads it, a model would stay in memory twice until wholly rounded or laid out anew.
     """
@@ -87,7 +87,7 @@ def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
     for path in files:
         with safe_open(path, framework="pt", backend="pread") as opened:
             for name in opened.keys():  # noqa: SIM118  # it is no mapping
-                tensors[name] = opened.get_tensor(name).float()
+                tensors[name] = opened.get_tensor(name).to(dtype)
     return tensors
 
 

@@ -18,9 +18,9 @@ from ldm.config.everyday import COMPOSITIONS
 from ldm.config.methods import NullSpaceConfig, SRSMEConfig
 from ldm.config.spellings import says
 from ldm.diffusion.model import DiffusionModel
-from ldm.erasure.closed_form import NoProjectionError, closed_form_map
-from ldm.erasure.initial_shift import concept_space
-from ldm.erasure.null_space import null_space, qr_factor, relative_singular_values
+from ldm.erasure.closed_form import NoProjectionError
+from ldm.erasure.initial_shift import solve_streams
+from ldm.erasure.null_space import null_space_of_streams, qr_factor, relative_singular_values
 from ldm.erasure.output_norms import stacked_qr_factor
 from ldm.erasure.protection import ProtectedRows
 from ldm.erasure.retain import RetainSet
@@ -101,15 +101,17 @@ def measure_capacity(
         aims = anchor_embeds(model, anchors[concept.label], is_aligned)  # (P, tokens, d), or (1, tokens, d)
         retain_cost = retain.cost(concept, config, len(target_embeds))
         for tolerance in tolerances:
-            basis = null_space(factor, tolerance, null_space_config.null_space_method)[0]
+            basis = null_space_of_streams(factor, model.streams, tolerance, null_space_config.null_space_method)[0]
             erased = _Erased(torch.zeros_like(surrogate.weight), 0.0)
             with suppress(NoProjectionError):  # nothing erases it there
                 if len(basis):
-                    space = concept_space(config, basis, factor, target_embeds, retain_cost)
+                    protected_by = basis, factor
+                    solved = solve_streams(config, model.streams, protected_by, target_embeds, aims, retain_cost)
+                    embedding_map, directions = solved
+                    assert embedding_map is not None  # since there are aims
                     difference = (target_embeds - aims).double().flatten(0, 1)
-                    projection = ((difference @ space.directions.T).norm() / difference.norm()).item()
-                    embedding_map = closed_form_map(space, target_embeds, aims)
-                    shift = EmbeddingShift(embedding_map, space.directions).on({"": surrogate})
+                    projection = ((difference @ directions.T).norm() / difference.norm()).item()
+                    shift = EmbeddingShift(embedding_map, directions).on({"": surrogate})
                     erased = _Erased(shift.delta_weight(".weight"), projection)
             results[tolerance, concept.label] = erased
     owners: dict[tuple[str, str], str | None] = {(prompt, "protected"): None for prompt in always}
@@ -130,7 +132,8 @@ def measure_capacity(
 
 def _surrogate_layer(model: DiffusionModel) -> nn.Linear:
     """Return one layer that stands for all text layers: its outputs have the same norms."""
-    weights = (layer.weight for layer in model.text_layers.values())
+    layers = model.text_layers
+    weights = (layers.row_weight(name) for name in layers)
     factor = stacked_qr_factor(weights, model.context_dim)
     layer = nn.Linear(model.context_dim, len(factor), bias=False, dtype=factor.dtype, device=factor.device)
     layer.weight = nn.Parameter(factor, requires_grad=False)

@@ -66,6 +66,8 @@ def erasure_space(
     prompts hardly acts, yet Adam changes every coefficient alike. Raises NoProjectionError where the concept has no
     projection: what is protected says all of it, and ValueError for a cost beyond what numbers can hold.
     """
+    if not len(basis):
+        raise NoProjectionError("the protected prompts leave no direction free: protect fewer, or raise `rank_rtol`")
     null_basis = torch.linalg.qr(basis.T).Q.T  # S (m, d)
     target_rows = qr_factor(target_embeds.flatten(0, 1))  # (at most d, d), with the projections of all P * tokens rows
     projection = target_rows @ null_basis.T

@@ -316,7 +316,8 @@ class GatedTextEncoders:
             outputs[name][0][section] = columns
         if "pooled" in maps:
             pooled = outputs[POOLED_ENCODER][1]
-            row = F.pad(pooled[section].cpu(), (0, rows.shape[-1] - pooled.shape[-1]))  # (d,)
+            more = len(maps["pooled"].outputs) - pooled.shape[-1]  # that older files have
+            row = F.pad(pooled[section].cpu(), (0, more))
             pooled[section] = maps["pooled"](row[None])[0, : pooled.shape[-1]]
 
 

@@ -109,5 +109,5 @@ def _rows(model: TextModel, prompts: Sequence[str]) -> torch.Tensor:
     """Return the rows of prompts (N, T - 1, d), float64, without the first, which says nothing of them."""
     batches: list[torch.Tensor] = []
     for _, embeds, _ in encode_in_batches(model, prompts, {}):
-        batches.append(model.drop_pooled(embeds)[:, 1:].cpu().double())
+        batches.append(model.split(embeds).tokens[:, 1:].cpu().double())
     return torch.cat(batches)

@@ -25,7 +25,8 @@ from ldm.config.methods import EditConfig, SRSMEConfig
 from ldm.config.templates import load_template_set
 from ldm.diffusion.edits import edit_embeddings
 from ldm.diffusion.text_model import TextModel
-from ldm.diffusion.tokenizer import align_tokens, read_whole
+from ldm.diffusion.tokenizer import read_whole
+from ldm.erasure.layer_rows import row_weight
 from ldm.erasure.leakage import changes_only
 from ldm.erasure.merge import by_form, gated_prompts
 from ldm.erasure.shift import EmbeddingShift, WeightShift
@@ -118,6 +119,8 @@ def judge(
     limits go up and down, those of gates too; those that count are `limit` and `least_limit`.
     """
     effects = stated_effects(metadata)
+    if metadata.get("unchanged"):  # streams of the prompt, by which the model may know the concept still
+        return None, {}
     used = next((name for name in (form, "linear", "gated") if effects.get(name)), "")
     said = effects.get(used)
     if not said:
@@ -274,7 +277,7 @@ def _on_prompts(
     aims = torch.stack([embeds[anchor] for anchor in anchors.values()])
     ways = aims - before  # (P, tokens, d)
     if is_aligned:
-        for number, rows in enumerate(align_tokens(model.tokenizers[0], list(anchors), list(anchors.values()))):
+        for number, rows in enumerate(model.align_rows(list(anchors), list(anchors.values()))):
             ways[number] = aims[number, rows] - before[number]
     gram = model.output_gram
     squares = ((ways @ gram) * ways).sum((1, 2))  # of the ways through all layers
@@ -282,7 +285,7 @@ def _on_prompts(
         products = ((before @ crossed) * ways).sum((1, 2))
     else:
         with edit_embeddings(model, gated_prompts(model, gated)):
-            changed = model.drop_pooled(model.encode_prompt(list(anchors)))
+            changed = model.layer_inputs(model.encode_prompt(list(anchors)))
         changes = changed.cpu().double() - before
         products = ((changes @ gram) * ways).sum((1, 2))
     return dict(zip(anchors, (products / squares).tolist(), strict=True))
@@ -296,32 +299,32 @@ def anchor_change(model: TextModel, concept: Concept) -> float:
     neutral = load_template_set(concept.kind).neutral
     embeds, gram = _embed(model, [concept.prompt, neutral]), model.output_gram
     before = embeds[concept.prompt]
-    [rows] = align_tokens(model.tokenizers[0], [concept.prompt], [neutral])
+    [rows] = model.align_rows([concept.prompt], [neutral])
     way = embeds[neutral][rows] - before
     return math.sqrt(float(((way @ gram) * way).sum() / ((before @ gram) * before).sum()))
 
 
-def _crossed(model: TextModel, layers: Mapping[str, nn.Module], shift: WeightShift) -> torch.Tensor:
+def _crossed(model: TextModel, layers: Mapping[str, nn.Linear], shift: WeightShift) -> torch.Tensor:
     """Return the sum over layers of `dW^T W`, (d, d), float64."""
     if isinstance(shift, EmbeddingShift):
-        return shift.embedding_change().T @ model.output_gram
+        return shift.on(layers).embedding_change().T @ model.output_gram
     total: torch.Tensor | float = 0.0
-    for name, layer in layers.items():
+    bound = shift.on(layers)
+    for name in layers:
         if f"{name}.weight" in shift.parameter_names:
-            weight: Any = layer.weight
-            total = total + shift.delta_weight(f"{name}.weight").T @ weight.detach().cpu().double()
+            total = total + bound.row_delta(f"{name}.weight").T @ row_weight(layers, name).cpu().double()
     assert isinstance(total, torch.Tensor)
     return total
 
 
 def _embed(model: TextModel, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Return what cross-attention takes of each prompt, (tokens, d), float64 on the CPU; all are embedded in one pass.
+    """Return what text layers see of each prompt, (T + 1, d + p), float64 on the CPU; all are embedded in one pass.
 
     Those that the model remembers are not embedded again.
     """
     known = dict(model.remembered or {})
     lacking = list(dict.fromkeys(prompt for prompt in prompts if prompt not in known))
     if lacking:
-        embeds = model.drop_pooled(model.encode_with_states(lacking, {})[0])
+        embeds = model.layer_inputs(model.encode_with_states(lacking, {})[0])
         known |= dict(zip(lacking, embeds, strict=True))
     return {prompt: known[prompt].cpu().double() for prompt in prompts}

@@ -28,7 +28,8 @@ from ldm.diffusion.latents import latents_from_folder, sampled_batches
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.effect import anchor_change, measure_effect
-from ldm.erasure.gate_fitter import GateFitter, InseparableError, NoGatesError
+from ldm.erasure.gate_fitter import InseparableError, NoGatesError
+from ldm.erasure.gate_fitters import AnyGateFitter, make_gate_fitter
 from ldm.erasure.gate_prompts import GatePrompts
 from ldm.erasure.gated_edit import GatedEdit
 from ldm.erasure.initial_shift import initial_shift
@@ -178,7 +179,7 @@ class _Erasure:
         self.model, self.artifacts, self.config = model, artifacts, config
         self.image_dir, self.execution = image_dir, execution
         self.gate = gate if isinstance(config, SRSMEConfig) else gate.with_changes(gate=False)
-        self.gate_fitter: GateFitter | None = None
+        self.gate_fitter: AnyGateFitter | None = None
         self.retain, self.protected = retain, protected
         self.cache = EmbeddingCache(model)
         self.bases: dict[str, NullSpaceBasis] = {}
@@ -280,25 +281,24 @@ class _Erasure:
         summaries: list[ErasureSummary] = []
         reasons: dict[str, str] = {}
         fitter, start = self._fitter(), time.perf_counter()
-        progress = tqdm(concepts, desc="gates", unit="gate")
-        for concept, found in zip(progress, fitter.fit_all(concepts), strict=True):
+        for concept, found in zip(tqdm(concepts, desc="gates", unit="gate"), fitter.fit_all(concepts), strict=True):
             if isinstance(found, ValueError):
                 reasons[concept.label] = str(found)
                 continue
             curve, shift = pd.DataFrame(columns=CURVE_COLUMNS), EmbeddingShift.none(found)
             summaries.append(self._save(concept, shift, metadata[concept.label], curve, 0.0))
-        seconds = round((time.perf_counter() - start) / len(concepts), 1)  # which are fitted some at a time
-        summaries = [replace(summary, seconds=seconds) for summary in summaries]
+        seconds = round((time.perf_counter() - start) / len(concepts), 1)
+        summaries = [replace(summary, seconds=seconds) for summary in summaries]  # which are fitted some at a time
         if reasons:
             raise NoGatesError(reasons, len(summaries))
         return summaries
 
-    def _fitter(self) -> GateFitter:
+    def _fitter(self) -> AnyGateFitter:
         """Return what fits the gates of all concepts."""
         if self.gate_fitter is None:
             retained = [prompt for basis in self.bases.values() for prompt in basis.metadata["protected"]]
             retained += [*self.protected, *self.retain.prompts]
-            self.gate_fitter = GateFitter(self.model, self.retain.others, retained, self.gate)
+            self.gate_fitter = make_gate_fitter(self.model, self.retain.others, retained, self.gate)
         return self.gate_fitter
 
     def _gated_edit(self, concept: Concept) -> GatedEdit | None:
@@ -327,7 +327,7 @@ class _Erasure:
         """Learn, and return the learning curve and when the first iteration began."""
         second = self.execution.frozen_device
         model = self._whole_model
-        frozen = model.replicate_unet(torch.device(second)) if second else model
+        frozen = model.replicate_denoiser(torch.device(second)) if second else model
         for loss in losses:
             loss.frozen, loss.checkpointing = frozen, self.execution.gradient_checkpointing
         batches: list[Iterator[Any]] = []

@@ -127,7 +127,7 @@ def export(
     if is_linear:
         embeds = model.embed_prompts(prompts)
         table = leakage_table(layers, merged_shifts, embeds)
-        merged = merge(model.unet, list(merged_shifts.values()), dtype)
+        merged = merge(model.denoiser, list(merged_shifts.values()), dtype)
         check_finite(merged, f"{output_dir}")
         table[f"all, in {config.save_dtype}"] = pd.Series(leakage_after_rounding(layers, merged, embeds))
     else:
@@ -171,7 +171,7 @@ def merged_and_cast(model: DiffusionModel, weights: Weights, dtype: torch.dtype)
     """
     model.to(dtype)
     return replace_parameters(
-        model.unet, {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()}
+        model.denoiser, {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()}
     )
 
 
@@ -182,8 +182,8 @@ def save_diffusers(model: DiffusionModel, shifts: Mapping[str, WeightShift], fol
 
 def save_unet(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
     """Write the U-Net alone, for `UNet2DConditionModel.from_pretrained`, or to load its one file as a state dict."""
-    model.unet.save_config(folder)
-    save_with_metadata(folder / SAFETENSORS_WEIGHTS_NAME, model.unet.state_dict(), unet_metadata(model, shifts))
+    model.denoiser.save_config(folder)
+    save_with_metadata(folder / SAFETENSORS_WEIGHTS_NAME, model.denoiser.state_dict(), unet_metadata(model, shifts))
 
 
 def save_compvis(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
@@ -220,7 +220,7 @@ def _converted_folder(model: DiffusionModel) -> Weights:
             "choose `format` diffusers, unet, lora or kohya"
         )
     try:
-        return convert_to_compvis(model.unet.state_dict(), model.vae.state_dict(), encoder.state_dict())
+        return convert_to_compvis(model.denoiser.state_dict(), model.vae.state_dict(), encoder.state_dict())
     except ValueError as error:
         raise ValueError(f"{model.name} is not written as compvis: {error}") from error
 
@@ -229,7 +229,7 @@ def _merged_checkpoint(model: DiffusionModel, checkpoint: Path, shifts: Sequence
     """Return the tensors of the model's checkpoint with the shifts added to its weights and their moving averages."""
     tensors = load_compvis_state_dict(checkpoint)
     identity: Any = {name: name for name in tensors}
-    names: Any = convert_ldm_unet_checkpoint(identity, model.unet.config)  # by diffusers' own rules
+    names: Any = convert_ldm_unet_checkpoint(identity, model.denoiser.config)  # by diffusers' own rules
     summed = SummedShifts(shifts, model.text_layers)
     for parameter in summed.parameter_names:
         averaged = EMA_PREFIX + names[parameter].removeprefix("model.").replace(".", "")
@@ -242,13 +242,13 @@ def _merged_checkpoint(model: DiffusionModel, checkpoint: Path, shifts: Sequence
 def save_lora(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
     """Write one LoRA a concept, for `load_lora_weights` of a diffusers pipeline: strength 1 erases the concept."""
     pipeline: Any = type(model.pipeline)
+    if not hasattr(pipeline, "save_lora_weights"):
+        raise ValueError(f"{pipeline.__name__} of diffusers takes no LoRA: choose `format` diffusers, unet or shift")
     for label, shift in shifts.items():
         name = file_stem(label, shift)
         save = partial(_save_lora_file, metadata=lora_metadata(model, label, shift, name, is_kohya=False))
-        layers = _lora_tensors(shift, dtype)
-        pipeline.save_lora_weights(
-            folder, unet_lora_layers=layers, weight_name=f"{name}.safetensors", save_function=save
-        )
+        layers = {f"{model.adapter.denoiser}_lora_layers": _lora_tensors(shift, dtype)}
+        pipeline.save_lora_weights(folder, **layers, weight_name=f"{name}.safetensors", save_function=save)
 
 
 def _save_lora_file(tensors: Weights, path: str, metadata: Mapping[str, str]) -> None:
@@ -257,7 +257,14 @@ def _save_lora_file(tensors: Weights, path: str, metadata: Mapping[str, str]) ->
 
 
 def save_kohya(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
-    """Write one LoRA a concept with ComfyUI's and A1111's keys; alpha is the rank, so strength 1 is the erasure."""
+    """Write one LoRA a concept with ComfyUI's and A1111's keys; alpha is the rank, so strength 1 is the erasure.
+
+    Raises ValueError for a denoiser that is no U-Net, whose layers have other names there.
+    """
+    if model.adapter.samples_by_call:
+        raise ValueError(
+            f"the names of kohya's LoRAs are known here for U-Nets alone, and {model.name} has none: choose lora"
+        )
     for label, shift in shifts.items():
         layers = {f"unet.{name}": value for name, value in _lora_tensors(shift, dtype).items()}
         tensors = {name: value.to(dtype) for name, value in convert_state_dict_to_kohya(layers).items()}
@@ -287,6 +294,8 @@ def _lora_tensors(shift: WeightShift, dtype: torch.dtype) -> Weights:
     for name in shift.parameter_names:
         layer = name.removesuffix(".weight")
         up, down = shift.lora_factors(layer)
+        if not len(down):
+            continue  # none of its directions lies in what the layer sees
         for part, factor in (("lora_A", down), ("lora_B", up)):
             tensors[f"{layer}.{part}.weight"] = factor.to(dtype).clone(memory_format=torch.contiguous_format)
     check_finite(tensors, f"the LoRA of {shift.path}")
@@ -327,7 +336,7 @@ def truncate_shifts(
         if not all(known):
             raise ValueError(f"{shift.path} does not say what it erases and protects: make it again")
         own_prompts = [metadata["prompt"], *metadata["captions"]]
-        own_embeds = model.drop_pooled(model.encode_prompt(own_prompts)).flatten(0, 1)
+        own_embeds = model.layer_inputs(model.encode_prompt(own_prompts)).flatten(0, 1)
         protected = model.embed_prompts(metadata["protected"])
         truncated_shift, error = _truncate(shift, own_embeds, config)
         truncated[label] = truncated_shift

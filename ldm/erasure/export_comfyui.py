@@ -51,7 +51,7 @@ def check_comfyui(model: DiffusionModel, shifts: Mapping[str, WeightShift]) -> N
                 f"the shift of {_name(label, shift)} has no gate, and comfyui is a format of gates alone: make it "
                 "again by SRS-ME with `gate`, leave it out, or choose another `format`"
             )
-        shift.gated.check(model.text_encoders, model.context_dim, shift.path)
+        shift.gated.check(model.text_encoders, model.places, shift.path)
 
 
 def save_comfyui(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
@@ -89,7 +89,7 @@ def save_comfyui(model: DiffusionModel, shifts: Mapping[str, WeightShift], folde
 
 def gates_table(model: DiffusionModel, shifts: Mapping[str, WeightShift], prompts: Sequence[str]) -> pd.DataFrame:
     """Return for each prompt (a row) which gates fire, by the labels of shifts, and how far it is above the nearest."""
-    gates = GatedPrompts(_edits(shifts))
+    gates = GatedPrompts(_edits(shifts), model.places)
     rows: list[dict[str, Any]] = []
     for prompt in prompts:
         states = model.encode_with_states([prompt], gates.layers)[1]

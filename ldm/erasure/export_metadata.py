@@ -32,9 +32,23 @@ _STRENGTH = "Strength 1 erases the concept, strength 0 restores it."
 _HASHES = {"modelspec.hash_sha256": "0x", "sshs_model_hash": ""}  # of the tensors' bytes, each with its prefix
 
 
+# By pipeline, as ModelSpec and sd-scripts call it, which know Stable Diffusion 3 and FLUX.1 of these.
+_ARCHITECTURES = {
+    "StableDiffusion3Pipeline": ("stable-diffusion-3", "sd3"),
+    "FluxPipeline": ("flux-1-dev", "flux1"),
+    "PixArtAlphaPipeline": ("pixart-alpha", ""),
+    "PixArtSigmaPipeline": ("pixart-sigma", ""),
+    "SanaPipeline": ("sana", ""),
+    "AuraFlowPipeline": ("auraflow", ""),
+    "Flux2Pipeline": ("flux-2", ""),
+    "Flux2KleinPipeline": ("flux-2-klein", ""),
+    "Lumina2Pipeline": ("lumina-2", ""),
+}
+
+
 @dataclass(frozen=True)
 class Family:
-    """Which kind of Stable Diffusion a model is, as ModelSpec (`architecture`) and sd-scripts (`version`) call it."""
+    """Which kind of model one is, as ModelSpec (`architecture`) and sd-scripts (`version`) call it."""
 
     architecture: str
     version: str
@@ -53,6 +67,11 @@ def family_of(model: DiffusionModel) -> Family:
     Version 2 is told from 1 by the activation of its text encoder. A small model of the same structure counts as one,
     and one with another text encoder than CLIP as version 1.
     """
+    own = _ARCHITECTURES.get(model.family)
+    if own is not None:
+        is_schnell = model.family == "FluxPipeline" and not model.denoiser.config.guidance_embeds
+        architecture = "flux-1-schnell" if is_schnell else own[0]
+        return Family(architecture, own[1], False, "" if model.adapter.is_flow else "epsilon")
     is_velocity = model.scheduler.config.get("prediction_type", "epsilon") == "v_prediction"
     prediction_type = "v" if is_velocity else "epsilon"
     if isinstance(model.pipeline, StableDiffusionXLPipeline):
@@ -95,7 +114,8 @@ def lora_metadata(model: DiffusionModel, label: str, shift: WeightShift, name: s
     }
     if is_kohya:
         kohya["ss_network_module"] = "networks.lora"
-    return {METADATA_KEY: _own_metadata(model, {label: shift}, "LoRA")} | spec | kohya
+    said = {key: value for key, value in (spec | kohya).items() if value or key in _HASHES}
+    return {METADATA_KEY: _own_metadata(model, {label: shift}, "LoRA")} | said
 
 
 def unet_metadata(model: DiffusionModel, shifts: Mapping[str, WeightShift]) -> dict[str, str]:

@@ -120,6 +120,11 @@ class GateFitter:
         for start in range(0, len(concepts), _CONCEPTS_AT_ONCE):
             yield from self._fit_some(concepts[start : start + _CONCEPTS_AT_ONCE])
 
+    def maps(self, concept: Concept) -> dict[str, EmbeddingMap]:
+        """Return the maps of a concept that no gate of this encoder may tell, for another one's. Raises as `fit`."""
+        own = self.texts.own(self.texts.without_shared(with_plurals(concept)))
+        return self._fit_maps(own, self._embed(own.all, {})[0])
+
     def _fit_some(self, concepts: Sequence[Concept]) -> list[GatedEdit | ValueError]:
         prepared: list[_Prepared | ValueError] = []
         for concept in concepts:
@@ -306,18 +311,21 @@ class GateFitter:
 
     def _fit_maps(self, own: OwnPrompts, embeds: torch.Tensor) -> dict[str, EmbeddingMap]:
         """Return the maps of a concept's prompts, whose embeddings are (N, rows, d), onto their anchors, by stream."""
-        number, aims, config = self.tokenizer.model_max_length, self._aims(own.all, own.anchors), self.config
+        aims, config, streams = self._aims(own.all, own.anchors), self.config, self.model.places
         settings = config.map_ridge, config.map_rank, config.map_loss
-        kept = [kept_positions(len(tokens), number, sum(tokens)) for tokens in self._token_ids(own.all)]
-        targets, goals = (
-            torch.cat([rows[positions] for rows, positions in zip(found, kept, strict=True)])
-            for found in (embeds, aims)
-        )
-        counts = torch.cat([row_counts(positions, number) for positions in kept])
-        maps = {"tokens": fit_map(targets, goals, *settings, counts, config.max_map_rank).rounded()}
-        if embeds.shape[1] > number:  # XL's last row
-            pooled = fit_map(embeds[:, -1], aims[:, -1], *settings, most=config.max_map_rank)
-            maps["pooled"] = pooled.rounded()
+        maps: dict[str, EmbeddingMap] = {}
+        if "tokens" in streams:
+            number, columns = streams["tokens"][0].stop, streams["tokens"][1]
+            kept = [kept_positions(len(tokens), number, sum(tokens)) for tokens in self._token_ids(own.all)]
+            targets, goals = (
+                torch.cat([rows[positions, columns] for rows, positions in zip(found, kept, strict=True)])
+                for found in (embeds, aims)
+            )
+            counts = torch.cat([row_counts(positions, number) for positions in kept])
+            maps["tokens"] = fit_map(targets, goals, *settings, counts, config.max_map_rank).rounded()
+        if "pooled" in streams:
+            before, after = (found[:, -1, streams["pooled"][1]] for found in (embeds, aims))
+            maps["pooled"] = fit_map(before, after, *settings, most=config.max_map_rank).rounded()
         return maps
 
     def _aims(self, prompts: Iterable[str], anchors: Mapping[str, str]) -> torch.Tensor:
@@ -330,11 +338,11 @@ class GateFitter:
         embeds = dict(zip(texts, self._anchors[texts], strict=True))
         aims = []
         prompts = list(prompts)
-        aligned = align_tokens(self.tokenizer, prompts, [anchors[prompt] for prompt in prompts])
+        number = self.model.places["tokens"][0].stop if "tokens" in self.model.places else 0
+        aligned = align_tokens(self.tokenizer, prompts, [anchors[prompt] for prompt in prompts], number or None)
         for prompt, alignment in zip(prompts, aligned, strict=True):
             rows = embeds[anchors[prompt]]
-            pooled = range(len(alignment), len(rows))  # XL's last row
-            aims.append(rows[[*alignment, *pooled]])
+            aims.append(rows[[*alignment[:number], *range(number, len(rows))]])  # and the pooled one
         return torch.stack(aims)
 
     def _report(self, concept: Concept, own: OwnPrompts, edit: GatedEdit, wrong: States) -> dict[str, Any]:
@@ -349,10 +357,10 @@ class GateFitter:
         embeds, seen = self._embed(list(measured), edit.layers)
         if anchors:
             found = edit.margins(seen)
-        left = mean_distance_left(embeds, GatedPrompts({"": edit})(embeds, seen), self._aims(measured, measured))
+        left = mean_distance_left(
+            embeds, GatedPrompts({"": edit}, self.model.places)(embeds, seen), self._aims(measured, measured)
+        )
         misspelt = edit.margins(wrong)
-        others = [number for number, text in enumerate(self.judged) if not says(text, concept.spellings)]
-        named = [self.judged[number] for number in others if alarms[number] > 0]
         gap = min(gate.gap for gate in edit.gates.values())
         if gap < _SMALL_GAP:
             notify(
@@ -362,12 +370,23 @@ class GateFitter:
         return {
             "gap": round(gap, 4),
             "least_margin": round(torch.cat([alarms, found]).abs().min().item(), 4),
-            "false_alarms": rate(len(named), len(others)),
-            "false_alarm_prompts": named[:_FALSE_ALARMS_SHOWN],
-            "misses": rate(int((found <= 0).sum()), len(found)),
+            **alarms_report(concept, self.judged, alarms),
+            **misses_report(found),
             "misspelt_misses": rate(int((misspelt <= 0).sum()), len(misspelt)),
             "distance_left": round(left, 3),
         }
+
+
+def alarms_report(concept: Concept, captions: Sequence[str], margins: torch.Tensor) -> dict[str, Any]:
+    """Return which of some captions trip a concept's gate without saying it, given their `margins` (N,)."""
+    others = [number for number, text in enumerate(captions) if not says(text, concept.spellings)]
+    named = [captions[number] for number in others if margins[number] > 0]
+    return {"false_alarms": rate(len(named), len(others)), "false_alarm_prompts": named[:_FALSE_ALARMS_SHOWN]}
+
+
+def misses_report(margins: torch.Tensor) -> dict[str, Any]:
+    """Return how many prompts that say a concept do not trip its gate, given their `margins` (N,)."""
+    return {"misses": rate(int((margins <= 0).sum()), len(margins))}
 
 
 def _several(layers: Mapping[str, int | Collection[int]]) -> dict[str, Collection[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,10 @@ States = Mapping[tuple[str, int], torch.Tensor]  # by text encoder and layer: (N
 # maps were fitted on the same rows, as of two names that say each other, it goes four tenths too far.
 JOINED_SCALE = 1.4
 _MAP_PARTS = ("outputs", "directions", "gram")
-_STREAMS = ({"tokens"}, {"tokens", "pooled"})  # that a model has, the latter XL
+# Where a map acts: on a stream, or on what one of several text encoders gives to it.
+_PLACE = re.compile(r"(tokens|pooled)(\.text_encoder(_[23])?)?")
+Places = Mapping[str, tuple[slice, slice]]  # rows and columns of prompts' rows (T + 1, d + p), by the place's name
+_WHOLE: Places = {"tokens": (slice(None), slice(None))}
 _ROUNDING = 1e-6  # of moments in a file, relative to the largest
 _LARGEST = 1e15  # of a number in a file, so that products of a few stay finite
 
@@ -33,10 +37,11 @@ def is_gated_tensor(name: str) -> bool:
 
 @dataclass(frozen=True)
 class GatedEdit:
-    """What erases a concept in the prompts that say it: a gate for each text encoder, and a map for each stream.
+    """What erases a concept in the prompts that say it: a gate for each text encoder, and a map for each place.
 
-    `layers` says which hidden state each gate reads. Streams are `tokens`, and of XL `pooled`. `report` is what was
-    measured when it was fitted, as a shift's metadata have it.
+    `layers` says which hidden state each gate reads. Places are the streams `tokens` and `pooled`, or, as in
+    `tokens.text_encoder_3`, what one text encoder gives to a stream that several share. `report` is what was measured
+    when it was fitted, as a shift's metadata have it.
     """
 
     gates: Mapping[str, Gate]
@@ -73,7 +78,7 @@ class GatedEdit:
         if not is_mapping(metadata) or not all(_is_number_type(found[name], name) for name in found):
             return None
         layers, penalties = metadata.get("layers"), metadata.get("penalties")
-        if not is_mapping(layers) or not layers or not is_mapping(penalties) or set(penalties) not in _STREAMS:
+        if not is_mapping(layers) or not layers or not _are_places(penalties):
             return None
         num_bytes = sum(tensor.dtype == torch.int8 for tensor in found.values())  # gates that have scales too
         if len(found) != 2 * len(layers) + num_bytes + len(_MAP_PARTS) * len(penalties):
@@ -87,12 +92,17 @@ class GatedEdit:
             return None
         return cls(gates, layers, maps, metadata)
 
-    def check(self, encoders: Mapping[str, Any], context_dim: int, path: Path | str) -> None:
-        """Raise ValueError unless the edit fits these text encoders by name, and embeddings (..., `context_dim`)."""
-        fits = ("text_encoder_2" in encoders) == ("pooled" in self.maps)
+    def check(self, encoders: Mapping[str, Any], places: Places, path: Path | str) -> None:
+        """Raise ValueError unless the edit fits these text encoders by name, and prompts' rows with these places."""
+        fits = all(name in encoders for name in self.gates) and all(place in places for place in self.maps)
         for name, gate in self.gates.items():
-            fits = fits and name in encoders and _fits(gate, self.layers[name], encoders[name].config)
-        if not fits or any(len(found.outputs) != context_dim for found in self.maps.values()):
+            fits = fits and _fits(gate, self.layers[name], encoders[name].config)
+        for place, found in self.maps.items():
+            columns = places[place][1] if place in places else slice(0, 0)
+            width, most = columns.stop - columns.start, len(found.outputs)
+            is_padded = place == "pooled" and not found.outputs[width:].any()  # as older versions wrote XL's
+            fits = fits and (most == width or (most > width and is_padded))
+        if not fits:
             raise ValueError(f"{path}: its gate does not fit the model's text encoder: make it again")
 
     def margins(self, states: States) -> torch.Tensor:
@@ -108,8 +118,9 @@ class GatedPrompts:
     change is multiplied by `JOINED_SCALE`: fitted on prompts that say one concept each, it goes only a part of the way.
     """
 
-    def __init__(self, edits: Mapping[str, GatedEdit]):
-        self.edits = edits
+    def __init__(self, edits: Mapping[str, GatedEdit], places: Places | None = None):
+        """`places` are where the model has each place of a map; without them all rows are tokens'."""
+        self.edits, self.places = edits, places or _WHOLE
         self._stacks = _stack_gates(edits)
         self._joined: dict[tuple[str, ...], dict[str, EmbeddingMap]] = {}
 
@@ -149,18 +160,29 @@ class GatedPrompts:
         return edited
 
     def _map(self, labels: tuple[str, ...], rows: torch.Tensor) -> torch.Tensor:
-        """Return what the maps of several edits together make of the rows (rows, d) of one prompt."""
+        """Return what the maps of several edits together make of the rows (T + 1, d + p) of one prompt."""
         if labels not in self._joined:
-            streams = self.edits[labels[0]].maps
-            joined = {stream: join_maps([self.edits[label].maps[stream] for label in labels]) for stream in streams}
+            places = dict.fromkeys(place for label in labels for place in self.edits[label].maps)
             scale = JOINED_SCALE if len(labels) > 1 else 1.0
-            self._joined[labels] = {
-                stream: replace(found, outputs=scale * found.outputs) for stream, found in joined.items()
-            }
-        maps = self._joined[labels]
-        if "pooled" not in maps:
-            return maps["tokens"](rows)
-        return torch.cat([maps["tokens"](rows[:-1]), maps["pooled"](rows[-1:])])
+            joined: dict[str, EmbeddingMap] = {}
+            for place in places:
+                maps = [self.edits[label].maps[place] for label in labels if place in self.edits[label].maps]
+                found = join_maps([self._fitted(each, place) for each in maps])
+                joined[place] = replace(found, outputs=scale * found.outputs)
+            self._joined[labels] = joined
+        mapped = rows.clone()
+        for place, found in self._joined[labels].items():
+            own, columns = self.places[place]
+            before = rows[own, columns]
+            is_row = before.any(dim=-1, keepdim=True)  # a masked token is none, and stays so
+            mapped[own, columns] = torch.where(is_row, found(before), before)
+        return mapped
+
+    def _fitted(self, found: EmbeddingMap, place: str) -> EmbeddingMap:
+        """Return a map in the columns of its place: those of older versions were padded with zeros."""
+        columns = self.places[place][1]
+        width = (columns.stop or len(found.outputs)) - (columns.start or 0)
+        return replace(found, outputs=found.outputs[:width], directions=found.directions[:, :width])
 
 
 def _stack_gates(edits: Mapping[str, GatedEdit]) -> dict[tuple[str, int], tuple[Gate, list[int]]]:
@@ -179,6 +201,11 @@ def _stack_gates(edits: Mapping[str, GatedEdit]) -> dict[tuple[str, int], tuple[
             owners += [number] * len(gate.weights)
         stacks[key] = join_gates([gate for _, gate in members]), owners
     return stacks
+
+
+def _are_places(penalties: Any) -> bool:
+    """Return whether a header's penalties are those of maps of places."""
+    return is_mapping(penalties) and bool(penalties) and all(_PLACE.fullmatch(str(place)) for place in penalties)
 
 
 def _as_file_has(tensor: torch.Tensor) -> torch.Tensor:

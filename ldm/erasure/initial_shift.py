@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ldm.config.concepts import Concept
 from ldm.config.methods import SRSMEConfig
 from ldm.diffusion.text_model import TextModel
-from ldm.erasure.closed_form import Costs, ErasureSpace, closed_form_map, erasure_space
+from ldm.erasure.closed_form import Costs, ErasureSpace, NoProjectionError, closed_form_map, erasure_space
+from ldm.erasure.layer_rows import row_weight
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.retain import RetainSet
 from ldm.erasure.shift import EmbeddingShift, SeparableShift
@@ -25,15 +27,52 @@ def initial_shift(
     Where nothing is trained it is a change of embeddings, which any denoiser of the same text encoder takes.
     """
     anchors = target_prompts(concept, config, model.tokenizers[0])
-    target_embeds = model.drop_pooled(model.encode_prompt(list(anchors)))  # (P, tokens, d)
+    target_embeds = model.layer_inputs(model.encode_prompt(list(anchors)))  # (P, rows, d)
+    aims = anchor_embeds(model, anchors, replaces_name(concept, config))
     retain_cost = retain.cost(concept, config, len(target_embeds))
-    space = concept_space(config, basis.vectors, basis.protected, target_embeds, retain_cost)
+    protected = basis.vectors, basis.protected
     if config.init == "zero":
-        return SeparableShift.zeros(model.text_layers, space.directions, config.basis_scale)
-    outputs = closed_form_map(space, target_embeds, anchor_embeds(model, anchors, replaces_name(concept, config)))
+        aims = None
+    outputs, directions = solve_streams(config, model.streams, protected, target_embeds, aims, retain_cost)
+    if outputs is None:
+        return SeparableShift.zeros(model.text_layers, directions, config.basis_scale)
     if not config.trains:
-        return EmbeddingShift(outputs, space.directions).on(model.text_layers)
-    return separable_shift(model.text_layers, space.directions, config.basis_scale, outputs)
+        return EmbeddingShift(outputs, directions).on(model.text_layers)
+    return separable_shift(model.text_layers, directions, config.basis_scale, outputs)
+
+
+def solve_streams(
+    config: SRSMEConfig,
+    streams: Sequence[slice],
+    null_basis: tuple[torch.Tensor, torch.Tensor],
+    target_embeds: torch.Tensor,
+    aims: torch.Tensor | None,
+    retain_cost: torch.Tensor,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the closed form A (d, k) of a concept, None where it has no `aims`, and its directions (k, d), by SRS-ME.
+
+    Each of the `streams`, columns of the rows `target_embeds` (P, rows, d), has its own directions, cost and closed
+    form. `null_basis` are the basis and the rows of what is protected. Raises NoProjectionError where the concept has a
+    projection on the null space of no stream.
+    """
+    outputs: list[torch.Tensor] = []
+    directions: list[torch.Tensor] = []
+    reasons: list[NoProjectionError] = []
+    width = target_embeds.shape[-1]
+    for columns in streams:
+        basis, protected = (rows[:, columns] for rows in null_basis)
+        own, around = target_embeds[..., columns], (columns.start, width - columns.stop)
+        try:
+            space = concept_space(config, basis[basis.any(dim=1)], protected, own, retain_cost[columns, columns])
+        except NoProjectionError as error:
+            reasons.append(error)
+            continue
+        directions.append(F.pad(space.directions, around))
+        if aims is not None:
+            outputs.append(F.pad(closed_form_map(space, own, aims[..., columns]), (0, 0, *around)))
+    if not directions:
+        raise reasons[0]
+    return torch.cat(outputs, dim=1) if outputs else None, torch.cat(directions)
 
 
 def separable_shift(
@@ -45,12 +84,12 @@ def separable_shift(
     """
     coefficients = {}
     for name, layer in layers.items():
-        weight = layer.weight.double() @ (outputs / scale).to(layer.weight.device)  # (out, k)
+        weight = row_weight(layers, name).double() @ (outputs / scale).to(layer.weight.device)  # (out, k)
         coefficients[name] = weight.float()
         if not torch.allclose(coefficients[name].double(), weight, rtol=1e-3, atol=1e-6 * weight.abs().max().item()):
             raise ValueError(f"`basis_scale` {scale:g} makes a shift that float32 cannot hold: choose such as 1e-4")
         coefficients[name].requires_grad_()
-    return SeparableShift(coefficients, directions, scale)
+    return SeparableShift(coefficients, directions, scale).on(layers)
 
 
 def concept_space(

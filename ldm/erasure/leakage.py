@@ -17,6 +17,7 @@ from torch import nn
 from ldm.diffusion.batches import States, encode_in_batches, join_states
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
+from ldm.erasure.layer_rows import as_rows, row_weight
 from ldm.erasure.output_norms import output_norms
 from ldm.erasure.shift import WeightShift
 from ldm.io.errors import notify
@@ -39,7 +40,7 @@ def notify_of_leakage(leakages: Mapping[str, Mapping[str, float]]) -> None:
 
 def base_norms(layers: Mapping[str, nn.Linear], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Return the norm of the text `layers`' outputs for each prompt's embedding (tokens, d)."""
-    return output_norms((layer.weight for layer in layers.values()), embeds)
+    return output_norms((row_weight(layers, name) for name in layers), embeds)
 
 
 def leakage(
@@ -80,7 +81,7 @@ def joint_leakage(
     linear = [shift.on(layers) for shift in linear]
     if not all(changes_only(shift, layers) for shift in linear):
         return dict.fromkeys(before, math.nan)
-    matrices = (_beside_change(layer.weight, f"{name}.weight", linear) for name, layer in layers.items())
+    matrices = (_beside_change(layers, name, linear) for name in layers)
     rows = {prompt: torch.cat([after[prompt] - embed, after[prompt]], dim=1) for prompt, embed in before.items()}
     changed = output_norms(matrices, rows) if linear else base_norms(layers, _differences(before, after))
     base = base_norms(layers, before)
@@ -91,9 +92,9 @@ def gated_leakage(
     model: TextModel, edit: GatedEdit, prompts: Sequence[str], embeds: torch.Tensor, states: States
 ) -> dict[str, float]:
     """Return the leakage of a gate and its map on prompts with embeddings (N, rows, d) and hidden `states`."""
-    edited = GatedPrompts({"": edit})(embeds, states)
+    edited = GatedPrompts({"": edit}, model.places)(embeds, states)
     changed = (edited != embeds).flatten(1).any(1)  # few: what the rest becomes needs no product
-    before, after = (model.drop_pooled(each[changed]).cpu().double() for each in (embeds, edited))
+    before, after = (model.layer_inputs(each[changed]).cpu().double() for each in (embeds, edited))
     gram, found = model.output_gram, torch.zeros(len(prompts), dtype=torch.float64)
     moved, base = (((rows @ gram) * rows).flatten(1).sum(1) for rows in (after - before, before))  # squared norms
     found[changed.cpu()] = (moved / base).sqrt()
@@ -133,10 +134,11 @@ def _differences(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.T
     return {prompt: after[prompt] - embed for prompt, embed in before.items()}
 
 
-def _beside_change(weight: torch.Tensor, name: str, linear: Sequence[WeightShift]) -> torch.Tensor:
+def _beside_change(layers: Mapping[str, nn.Linear], name: str, linear: Sequence[WeightShift]) -> torch.Tensor:
     """Return W, and beside it the sum of what shifts add to it: (out, 2 d), which takes rows (e' - e, e')."""
-    weight = weight.detach().cpu().double()
-    deltas = [shift.delta_weight(name).cpu().double() for shift in linear if name in shift.parameter_names]
+    weight = row_weight(layers, name).cpu().double()
+    changing = [shift for shift in linear if f"{name}.weight" in shift.parameter_names]
+    deltas = [shift.row_delta(f"{name}.weight").cpu().double() for shift in changing]
     return torch.cat([weight, sum(deltas, torch.zeros_like(weight))], dim=1)
 
 
@@ -182,7 +184,10 @@ def leakage_after_rounding(
     if not set(merged) <= {f"{name}.weight" for name in layers}:
         return dict.fromkeys(embeds, math.nan)
     rounded = {name: merged[f"{name}.weight"].cpu() for name in layers if f"{name}.weight" in merged}
-    deltas = (weight.double() - layers[name].weight.cpu().to(weight.dtype).double() for name, weight in rounded.items())
+    deltas = (
+        as_rows(layers, name, weight.double() - layers[name].weight.cpu().to(weight.dtype).double())
+        for name, weight in rounded.items()
+    )
     changed, base = output_norms(deltas, embeds), base_norms(layers, embeds)
     return {prompt: changed[prompt] / base[prompt] for prompt in embeds}
 

@@ -29,6 +29,7 @@ from ldm.diffusion.edits import (
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.diffusion.trainable import trainable_parameter_names
+from ldm.erasure.layer_rows import in_weight
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
 from ldm.erasure.targets import target_prompts
 
@@ -81,7 +82,9 @@ class SingleConceptLoss(ABC):
     @contextmanager
     def edited_model_with_grad(self) -> Generator[Any]:
         """While the block runs, let the model predict with what has been trained so far, for a pass with gradient."""
-        recompute = gradient_checkpointing(self.model.unet, self.edited_model) if self.checkpointing else nullcontext()
+        recompute = (
+            gradient_checkpointing(self.model.denoiser, self.edited_model) if self.checkpointing else nullcontext()
+        )
         with recompute, self.edited_model() as scope:
             yield scope
 
@@ -105,7 +108,7 @@ class SRSMELoss(SingleConceptLoss):
         l1_weight: float,
     ):
         super().__init__(model, target_embeds)
-        self.layers = text_layers(model.unet)
+        self.layers = text_layers(model.denoiser)
         self.shift = shift
         self.uncond_embeds = uncond_embeds
         self.l1_weight = l1_weight
@@ -127,12 +130,14 @@ class SRSMELoss(SingleConceptLoss):
 
     def edited_model(self) -> AbstractContextManager[None]:
         """While the block runs, add to each text layer's output what the shift adds to it."""
-        extra = {name: self._layer_delta(weight) for name, weight in self.shift.coefficients.items()}
+        extra = {name: self._layer_delta(name, weight) for name, weight in self.shift.coefficients.items()}
         return add_layer_outputs(self.layers, extra)
 
-    def _layer_delta(self, weight: torch.Tensor):
+    def _layer_delta(self, name: str, weight: torch.Tensor):
+        directions = in_weight(self.layers, name, self.directions)  # (k, in)
+
         def delta(x: torch.Tensor) -> torch.Tensor:
-            return ((x.float() @ self.directions.T) @ self._unscaled(weight).T).to(x.dtype)  # (N, tokens, out)
+            return ((x.float() @ directions.T) @ self._unscaled(weight).T).to(x.dtype)  # (N, tokens, out)
 
         return delta
 
@@ -203,18 +208,18 @@ class _FinetuneLoss(SingleConceptLoss):
     def __init__(self, model: DiffusionModel, target_embeds: torch.Tensor, train_method: str):
         super().__init__(model, target_embeds)
         self.student: dict[str, nn.Parameter] = {}
-        for name in trainable_parameter_names(model.unet, train_method):
-            self.student[name] = nn.Parameter(model.unet.get_parameter(name).detach().clone())
+        for name in trainable_parameter_names(model.denoiser, train_method):
+            self.student[name] = nn.Parameter(model.denoiser.get_parameter(name).detach().clone())
 
     def parameters(self) -> list[torch.Tensor]:
         return list(self.student.values())
 
     def to_shift(self) -> DenseShift:
-        return DenseShift.from_weights(self.model.unet, self.student)
+        return DenseShift.from_weights(self.model.denoiser, self.student)
 
     def edited_model(self) -> AbstractContextManager[Any]:
         """While the block runs, let the model predict with the student's weights."""
-        return replace_parameters(self.model.unet, self.student)
+        return replace_parameters(self.model.denoiser, self.student)
 
 
 class FullCorrelationLoss(_FinetuneLoss):
@@ -252,7 +257,9 @@ class FullCorrelationLoss(_FinetuneLoss):
             )
         representation = (target_noise - uncond_noise).to(latents.device)
         correlation = ((edited_target - edited_uncond) * representation).mean()
-        sizes = [(weight - self.model.unet.get_parameter(name)).abs().sum() for name, weight in self.student.items()]
+        sizes = [
+            (weight - self.model.denoiser.get_parameter(name)).abs().sum() for name, weight in self.student.items()
+        ]
         size = reduce(torch.add, sizes)
         return LossOutput(correlation + self.l1_weight * size / len(self.student), correlation)
 
@@ -272,7 +279,15 @@ class _AnchoredLoss(_FinetuneLoss):
 
     @classmethod
     def from_config(cls, model: DiffusionModel, concept: Concept, config: FinetuneConfig) -> Self:
-        """Return the loss for a concept in its first caption, and its category's anchor."""
+        """Return the loss for a concept in its first caption, and its category's anchor.
+
+        Raises ValueError for a denoiser without cross-attention, which the method changes.
+        """
+        if not any(".attn2." in name for name, _ in model.denoiser.named_modules()):
+            raise ValueError(
+                f"{config.name} changes cross-attention, which {type(model.denoiser).__name__} does not have: choose "
+                "SRS-ME or ESD"
+            )
         return cls(model, *_caption_and_anchor_embeds(model, concept), config.train_method)
 
 
@@ -284,10 +299,20 @@ class ForgetMeNotLoss(_AnchoredLoss):
     Values and outputs change only where they feed a later layer's queries.
     """
 
+    @classmethod
+    def from_config(cls, model: DiffusionModel, concept: Concept, config: FinetuneConfig) -> Self:
+        if model.adapter.samples_by_call:
+            kind = type(model.denoiser).__name__
+            raise ValueError(f"FMN compares the keys of a U-Net, and {model.name} has a {kind}: choose SRS-ME or ESD")
+        return super().from_config(model, concept, config)
+
     @contextmanager
     def edited_model(self) -> Generator[list[torch.Tensor]]:
         """While the block runs, let each cross-attention layer of the edited model add its difference to the list."""
-        with super().edited_model(), attention_score_differences(self.model.unet, self.anchor_embeds) as differences:
+        with (
+            super().edited_model(),
+            attention_score_differences(self.model.denoiser, self.anchor_embeds) as differences,
+        ):
             yield differences
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor) -> LossOutput:

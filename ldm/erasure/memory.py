@@ -74,7 +74,8 @@ def training_step_memory(
     def predict_noise(latents: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         return unet(latents, timestep, embeds.to(unet.dtype)).sample.float()
 
-    model: Any = SimpleNamespace(device=host, unet=unet, predict_noise=predict_noise)
+    model: Any = SimpleNamespace(device=host, denoiser=unet, predict_noise=predict_noise)
+    layers = text_layers(unet)
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet.to_empty(device=host)
         with _AllocationCounter(block) as counter:
@@ -82,7 +83,7 @@ def training_step_memory(
             latents = torch.empty(
                 batch_size, config.in_channels, config.sample_size, config.sample_size, dtype=unet.dtype
             )
-            shift = SeparableShift.zeros(text_layers(unet), torch.empty(directions, config.cross_attention_dim), 1.0)
+            shift = SeparableShift.zeros(layers, torch.empty(directions, config.cross_attention_dim), 1.0)
             loss = SRSMELoss(model, shift, embeds, embeds, 1.0)
             loss.checkpointing = checkpointing
             moments = [torch.zeros_like(weight) for weight in itertools.chain(*[loss.parameters()] * 2)]  # Adam's two

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -30,6 +30,7 @@ from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
+from ldm.erasure.layer_rows import as_rows, in_weight
 from ldm.erasure.shift import SHIFT_FILE_TYPE, EmbeddingShift, WeightShift
 from ldm.io.errors import MissingFileError
 from ldm.io.paths import SHIFT_SUFFIX, ArtifactPaths, merge_name
@@ -43,6 +44,7 @@ class _Block:
     """Shifts of embeddings that are summed up together, known by the digests of their files, if they have such."""
 
     digests: tuple[str, ...]
+    width: int
     factors: tuple[tuple[torch.Tensor, torch.Tensor], ...] = field(compare=False)
 
     @classmethod
@@ -52,7 +54,8 @@ class _Block:
         for shift in shifts:
             is_as_read = shift.content_digest and "truncated_to_rank" not in shift.metadata
             digests.append(shift.content_digest if is_as_read else f"made {id(shift.outputs)}")
-        return cls(tuple(digests), tuple((shift.outputs, shift.directions) for shift in shifts))
+        factors = tuple((shift.outputs, shift.directions) for shift in shifts)
+        return cls(tuple(digests), len(shifts[0].outputs), factors)
 
 
 @lru_cache(maxsize=2 * 16)  # so that a concept that is switched among many costs its own block
@@ -66,14 +69,19 @@ class SummedShifts:
     """Several shifts as one: weights W of the text layers become `W (I + M) + D`, those of other layers `W + D`.
 
     M (d, d) is the sum of A S of the shifts of embeddings, taken once for all layers, and D that of the others' dW. M
-    is the same in whatever order the shifts are: they are in that of their files' digests.
+    is the same in whatever order the shifts are: they are in that of their files' digests. Of a layer M is what it sees
+    of it, and its columns that are not the text's stay.
     """
 
-    def __init__(self, shifts: Sequence[WeightShift], layers: Collection[str]):
-        """Sum up shifts for a denoiser whose text layers are called `layers`."""
+    def __init__(self, shifts: Sequence[WeightShift], layers: Mapping[str, nn.Linear]):
+        """Sum up shifts for a denoiser with these text layers."""
+        shifts, self._layers = [shift.on(layers) for shift in shifts], layers
         self._others = [shift for shift in shifts if not isinstance(shift, EmbeddingShift)]
         of_embeddings = [shift for shift in shifts if isinstance(shift, EmbeddingShift) and shift.rank]
-        self._text_weights = [f"{name}.weight" for name in layers] if of_embeddings else []
+        changed: dict[str, None] = {}
+        for shift in of_embeddings:
+            changed |= dict.fromkeys(shift.parameter_names)
+        self._text_weights = [f"{name}.weight" for name in layers if f"{name}.weight" in changed]
         blocks: dict[str, list[EmbeddingShift]] = {}
         for shift in sorted(of_embeddings, key=lambda shift: shift.content_digest):
             blocks.setdefault(shift.content_digest[:1], []).append(shift)
@@ -92,7 +100,14 @@ class SummedShifts:
         base = weight.detach().cpu().double()
         total = base
         if name in self._text_weights:
-            total = torch.addmm(base, base, self._change)
+            layer = name.removesuffix(".weight")
+            rows = as_rows(self._layers, layer, base)
+            whole = rows.shape == base.shape
+            total = (
+                torch.addmm(base, rows, self._change)
+                if whole
+                else base + in_weight(self._layers, layer, rows @ self._change)
+            )
         deltas = (shift.delta_weight(name) for shift in self._others if name in shift.parameter_names)
         return sum(deltas, total).to(weight.device, dtype or weight.dtype)
 
@@ -120,7 +135,7 @@ def edited(model: DiffusionModel, shifts: Mapping[str, WeightShift], form: str) 
     """
     check_unedited(model)
     gated, linear = by_form(shifts, form)
-    with applied(model.unet, list(linear.values())), edit_embeddings(model, gated_prompts(model, gated)):
+    with applied(model.denoiser, list(linear.values())), edit_embeddings(model, gated_prompts(model, gated)):
         model.edited_by = tuple(shifts)
         try:
             yield
@@ -145,9 +160,9 @@ def gated_prompts(model: TextModel, gated: Mapping[str, WeightShift]) -> GatedPr
     edits: dict[str, GatedEdit] = {}
     for label, shift in gated.items():
         if shift.gated is not None:
-            shift.gated.check(model.text_encoders, model.context_dim, shift.path)
+            shift.gated.check(model.text_encoders, model.places, shift.path)
             edits[label] = shift.gated
-    return GatedPrompts(edits) if edits else None
+    return GatedPrompts(edits, model.places) if edits else None
 
 
 def by_form(shifts: Mapping[str, WeightShift], form: str) -> tuple[dict[str, WeightShift], dict[str, WeightShift]]:

@@ -40,6 +40,22 @@ def null_space(rows: torch.Tensor, rank_rtol: float = EXACT_TOLERANCE, method: s
     return (_by_svd if method == "svd" else _by_elimination)(matrix, rank_rtol)
 
 
+def null_space_of_streams(
+    rows: torch.Tensor, streams: Sequence[slice], rank_rtol: float = EXACT_TOLERANCE, method: str = "svd"
+) -> tuple[torch.Tensor, int]:
+    """Return what `null_space` does, for each of several streams alone: its columns of `rows`, by their largest value.
+
+    A vector of the basis is zero in the columns of all streams but one.
+    """
+    bases: list[torch.Tensor] = []
+    total = 0
+    for columns in streams:
+        vectors, rank = null_space(rows[:, columns], rank_rtol, method)
+        bases.append(F.pad(vectors, (columns.start, rows.shape[1] - columns.stop)))
+        total += rank
+    return torch.cat(bases), total
+
+
 def _by_svd(matrix: torch.Tensor, rank_rtol: float) -> tuple[torch.Tensor, int]:
     if matrix.shape[0] > matrix.shape[1]:
         matrix = torch.linalg.qr(matrix, mode="r").R  # (d, d): same row space, no tall factor
@@ -130,14 +146,16 @@ class NullSpaceBasis:
         rank_rtol: float = EXACT_TOLERANCE,
         method: str = "svd",
         rows: torch.Tensor | None = None,
+        streams: Sequence[slice] = (),
     ) -> Self:
         """Return the basis for prompts `protected` with embeddings (tokens, d), whose `qr_factor` is `rows` if known.
 
-        Raises ValueError when they leave no dimension free, saying how many fit and which tolerance would do.
+        `streams` are the columns of the streams that a denoiser sees of them, where it sees several. Raises ValueError
+        when they leave no dimension free, saying how many fit and which tolerance would do.
         """
         tokens, width = embeddings[0].shape
         rows = qr_factor(*embeddings) if rows is None else rows  # at most (d, d)
-        vectors, rank = null_space(rows, rank_rtol, method)
+        vectors, rank = null_space_of_streams(rows, streams or [slice(0, width)], rank_rtol, method)
         if len(vectors) == 0:
             raise ValueError(_no_nullity(embeddings, rows, rank_rtol, tokens, width))
         max_leakage = (vectors @ rows.T).norm(dim=1).max().item()

@@ -149,7 +149,8 @@ class GatedPipelineEraser(PipelineEraser):
         return gated
 
     def _together(self, edits: Edits) -> GatedPrompts:
-        return GatedPrompts({text: edits[concept] for text, concept in self._concepts.items()})
+        named = {text: edits[concept] for text, concept in self._concepts.items()}
+        return GatedPrompts(named, self._encoder.places)
 
     def _encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
         """Return what the pipeline's own `encode_prompt` does, with the prompts edited that say erased concepts.
@@ -207,7 +208,7 @@ class GatedPipelineEraser(PipelineEraser):
 
 def _check_protected(encoder: PipelineEncoder, edits: Mapping[str, GatedEdit], protected: Sequence[str]) -> None:
     """Raise ValueError where a gate fires on a protected prompt, as one that is a part of the concept's name."""
-    gated, prompts = GatedPrompts(edits), [*always_protected_prompts(), *protected]
+    gated, prompts = GatedPrompts(edits, encoder.places), [*always_protected_prompts(), *protected]
     for batch, _, states in encode_in_batches(encoder, prompts, gated.layers):
         for prompt, labels in zip(batch, gated.fired(states), strict=True):
             if labels:

@@ -100,7 +100,7 @@ class LinearPipelineEraser(PipelineEraser):
         """Return the weights with the shifts in them, rounded once to their dtype."""
         base = self._weights.base()
         if self._merged[0] != shifts or self._merged[1] is not base:
-            summed = SummedShifts(shifts, base)
+            summed = SummedShifts(shifts, self._weights.layers())
             merged = {name: summed.merged(weight, f"{name}.weight") for name, weight in base.items()}
             self._merged = shifts, base, merged
         return self._merged[2]
@@ -114,7 +114,7 @@ class LinearPipelineEraser(PipelineEraser):
         protected = model.embed_prompts(prompts)  # (tokens, d) each
         check_apart(model, concepts, protected)
         settings = self.null_space.rank_rtol, self.null_space.null_space_method
-        basis = NullSpaceBasis.fit(list(protected.values()), prompts, *settings)
+        basis = NullSpaceBasis.fit(list(protected.values()), prompts, *settings, streams=model.streams)
         retained_by = fingerprint, kept.retained
         if self._retain is None or self._retain[0] != retained_by:
             self._retain = retained_by, RetainSet(model, concepts, kept.retained)
@@ -124,7 +124,7 @@ class LinearPipelineEraser(PipelineEraser):
         for concept in tqdm(concepts, desc="shifts", unit="shift", delay=_QUIET_SECONDS, leave=False):
             shifts[concept] = initial_shift(model, concept, self.config, basis, retain)
         merged = self._merge(list(shifts.values()))
-        leakage = float(_leakage(self._weights.base(), merged, torch.stack(list(protected.values())).cpu()).max())
+        leakage = float(self._leakage(merged, torch.stack(list(protected.values())).cpu()).max())
         reports: dict[Concept, dict[str, float]] = {}
         for concept in concepts:
             reports[concept] = self._measure(model, concept, merged) | {
@@ -146,22 +146,24 @@ class LinearPipelineEraser(PipelineEraser):
         embeds = torch.stack(list(model.embed_prompts(anchors).values())).cpu()  # (P, tokens, d)
         aims = anchor_embeds(model, anchors, replaces_name(concept, self.config)).cpu().expand_as(embeds)
         way, remaining = torch.zeros(len(embeds)), torch.zeros(len(embeds))  # of all layers, for each prompt
+        layers = self._weights.layers()
         for name, weight in base.items():
-            before = (embeds - aims) @ weight.float().T  # (P, tokens, out)
-            after = embeds @ merged[name].float().T - aims @ weight.float().T
+            base_weight, merged_weight = (layers.as_rows(name, each.float()) for each in (weight, merged[name]))
+            before = (embeds - aims) @ base_weight.T  # (P, rows, out)
+            after = embeds @ merged_weight.T - aims @ base_weight.T
             way += before.square().sum((1, 2))
             remaining += (before * after).sum((1, 2))
         left = remaining[way > 0] / way[way > 0]
         return {
-            "target_change": round(float(_leakage(base, merged, embeds).mean()), 3),
+            "target_change": round(float(self._leakage(merged, embeds).mean()), 3),
             "distance_left": round(float(left.mean()), 3) if len(left) else 1.0,
         }
 
-
-def _leakage(base: Weights, merged: Weights, rows: torch.Tensor) -> torch.Tensor:
-    """Return the relative change of all layers' outputs for prompts with rows (P, tokens, d), (P,)."""
-    changed, norms = torch.zeros(len(rows)), torch.zeros(len(rows))
-    for name, weight in base.items():
-        norms += (rows @ weight.float().T).square().sum((1, 2))
-        changed += (rows @ (merged[name].float() - weight.float()).T).square().sum((1, 2))
-    return (changed / norms).sqrt()
+    def _leakage(self, merged: Weights, rows: torch.Tensor) -> torch.Tensor:
+        """Return the relative change of all layers' outputs for prompts with rows (P, T + 1, d + p), (P,)."""
+        layers, changed, norms = self._weights.layers(), torch.zeros(len(rows)), torch.zeros(len(rows))
+        for name, weight in self._weights.base().items():
+            base_weight, merged_weight = (layers.as_rows(name, each.float()) for each in (weight, merged[name]))
+            norms += (rows @ base_weight.T).square().sum((1, 2))
+            changed += (rows @ (merged_weight - base_weight).T).square().sum((1, 2))
+        return (changed / norms).sqrt()

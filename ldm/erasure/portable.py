@@ -19,6 +19,7 @@ from ldm.erasure.effect import measure_effect
 from ldm.erasure.leakage import EmbeddingCache, leakage
 from ldm.erasure.shift import WeightShift
 from ldm.erasure.targets import anchor_prompt
+from ldm.erasure.transfer import fitted_to, shares_encoder
 from ldm.io.errors import notify
 
 _SHOWN = 3  # concepts that a notice names
@@ -31,8 +32,13 @@ def take_shifts(model: TextModel, shifts: Mapping[str, WeightShift]) -> dict[str
     A notice says which these are. Raises ValueError for a shift that is not for the model or its text encoder.
     """
     taken: dict[str, WeightShift] = {}
+    unchanged: dict[str, list[str]] = {}  # names of concepts, by the streams that their shifts leave
     shared: dict[str, list[str]] = {}  # names of concepts, by that of the model that their shifts were made on
     for label, given in shifts.items():
+        if shares_encoder(model, given):
+            given, left = fitted_to(model, given)
+            if left:
+                unchanged.setdefault(", ".join(left), []).append(str(given.metadata.get("concept", label)))
         given.check(model)
         taken[label] = shift = given.on(model.text_layers)
         if is_foreign(shift, model):
@@ -44,6 +50,12 @@ def take_shifts(model: TextModel, shifts: Mapping[str, WeightShift]) -> dict[str
         notify(
             f"{', '.join(names[:_SHOWN])}{more}: made for {base}'s text encoder, which this model ({model.name}) "
             "shares; what the shifts do is measured on this model"
+        )
+    for streams, names in unchanged.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        notify(
+            f"{', '.join(names[:_SHOWN])}{more}: made for one of the text encoders of {model.name}; what the others "
+            f"give stays as it is: {streams}"
         )
     return taken
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import NullSpaceConfig
+from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.null_space import BASIS_FILE_TYPE, NullSpaceBasis, leave_one_out_factors, qr_factor
 from ldm.io.legacy import upgrade_digests
@@ -107,6 +108,8 @@ def solve_null_spaces(
     embeds = model.embed_prompts(dict.fromkeys([*fixed, *itertools.chain(*prompts.values())]))  # (tokens, d) each
     check_apart(model, targets, {prompt: embeds[prompt] for prompt in fixed})
     rows = ProtectedRows(embeds, fixed, prompts, config.always_protected_weight)
+    if isinstance(model, DiffusionModel) and model.adapter.samples_by_call:  # which may read negative prompts otherwise
+        rows.fixed_rows.append(config.always_protected_weight * model.layer_inputs(model.encode_uncond())[0])
     local_targets = shard.select(targets)
     summaries = []
     progress = targets if len(targets) < 10 else tqdm(targets, desc="null spaces", unit="basis")
@@ -115,7 +118,12 @@ def solve_null_spaces(
             continue
         protected = rows.without(concept)
         basis = NullSpaceBasis.fit(
-            [embeds[prompt] for prompt in protected], protected, config.rank_rtol, config.null_space_method, factor
+            [embeds[prompt] for prompt in protected],
+            protected,
+            config.rank_rtol,
+            config.null_space_method,
+            factor,
+            model.streams,
         )
         made_for = {
             "created_by": CREATED_BY,

@@ -9,40 +9,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ldm.erasure.gated_edit import GatedEdit, is_gated_tensor
+from ldm.erasure.layer_rows import as_rows, in_weight, lacking
 from ldm.erasure.output_norms import norms_through, output_norms, stacked_qr_factor
-from ldm.io.checks import check_header, is_count, is_mapping, is_number, is_text, is_texts
+from ldm.erasure.shift_file import HEADER, LARGEST, SHIFT_FILE_TYPE, check_size
+from ldm.io.checks import check_header
 from ldm.io.tensors import EmbeddingModel, LazyTensors, check_base_model, library_versions, load_tensors, save_tensors
-
-SHIFT_FILE_TYPE = "weight shift"
-_LARGEST = 1e30  # that a shift may add to a weight: float32 holds a little more
-_HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, where it says it
-    **dict.fromkeys(
-        (
-            "concept",
-            "category",
-            "method",
-            "prompt",
-            "anchor",
-            "base_model",
-            "base_digest",
-            "text_digest",
-            "concept_kind",
-        ),
-        is_text,
-    ),
-    **dict.fromkeys(("captions", "protected", "aliases"), is_texts),
-    **dict.fromkeys(("concept_index", "iterations", "rank"), is_count),
-    **dict.fromkeys(("scale", "rank_rtol", "target_change", "max_leakage_protected"), is_number),
-    **dict.fromkeys(("config", "gate", "effects"), is_mapping),
-}
 
 
 class WeightShift(ABC):
@@ -53,19 +34,22 @@ class WeightShift(ABC):
         self.path: Path | str = "this shift"
         self.content_digest = ""  # of the file that it was read from
         self.gated: GatedEdit | None = None  # what erases the concept in prompts instead of weights
+        self.layers: Mapping[str, nn.Linear] = {}  # the text layers that it acts on, by `on`
 
     @property
     def provenance(self) -> dict[str, Any]:
         """Return what is said of the shift by what is made with it: its metadata, and the digest of its contents."""
         return self.metadata | ({"content_digest": self.content_digest} if self.content_digest else {})
 
-    def on(self, layers: Mapping[str, nn.Linear]) -> WeightShift:
+    def on(self, layers: Mapping[str, nn.Linear]) -> Self:
         """Return the shift as it acts on a denoiser with these text layers."""
-        return self
+        bound = copy(self)
+        bound.layers = layers
+        return bound
 
     @property
     def is_gate_alone(self) -> bool:
-        """Whether it changes no weights, and acts by its gate in whatever form is asked for."""
+        """Whether it changes no weights, and acts by its gate in whatever form."""
         return self.gated is not None and self.rank == 0
 
     @property
@@ -82,9 +66,14 @@ class WeightShift(ABC):
     def delta_weight(self, name: str) -> torch.Tensor:
         """Return dW of one parameter, in its shape, float64 on the CPU."""
 
+    def row_delta(self, name: str) -> torch.Tensor:
+        """Return what dW of a text layer makes of a prompt's rows, (out, d), float64 on the CPU."""
+        layer, delta = name.removesuffix(".weight"), self.delta_weight(name)
+        return as_rows(self.layers, layer, delta) if layer in self.layers else delta
+
     @abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of one parameter's dW."""
+    def fits(self, name: str, weight: torch.Tensor) -> bool:
+        """Return whether the dW of a parameter is for such a weight."""
 
     @abstractmethod
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
@@ -98,11 +87,11 @@ class WeightShift(ABC):
 
     def delta_output(self, name: str, embeds: torch.Tensor) -> torch.Tensor:
         """Return what a linear layer's dW adds to its output for `embeds` (tokens, d), float64: (tokens, out)."""
-        return embeds @ self.delta_weight(name).T
+        return embeds @ self.row_delta(name).T
 
     def delta_output_norms(self, names: Sequence[str], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Return, per prompt embedding (tokens, d), the norm of what dW adds to the outputs of all layers `names`."""
-        return output_norms((self.delta_weight(name) for name in names if name in self.parameter_names), embeds)
+        return output_norms((self.row_delta(name) for name in names if name in self.parameter_names), embeds)
 
     @staticmethod
     def load(path: Path, hint: str = "", checked: bool = False) -> WeightShift:
@@ -112,7 +101,7 @@ class WeightShift(ABC):
         can be.
         """
         tensors, metadata = load_tensors(path, SHIFT_FILE_TYPE, hint, checked)
-        check_header(Path(path), metadata, _HEADER)
+        check_header(Path(path), metadata, HEADER)
         kind = DenseShift
         if "directions" in tensors:
             kind = EmbeddingShift if "outputs" in tensors else SeparableShift
@@ -133,17 +122,20 @@ class WeightShift(ABC):
     def check(self, model: EmbeddingModel) -> None:
         """Raise ValueError unless the shift was made for the base model, or for its text encoder, and fits it."""
         check_base_model(self.metadata, model, self.path)
-        unet = getattr(model, "unet", None)
-        if unet is None:
-            raise ValueError(f"{self.path} changes a U-Net's weights, and {model.name} is a text encoder alone")
-        weights = dict(unet.named_parameters())
+        denoiser = getattr(model, "denoiser", None)
+        if denoiser is None:
+            raise ValueError(f"{self.path} changes a denoiser's weights, and {model.name} is a text encoder alone")
+        weights = dict(denoiser.named_parameters())
         for name in self.parameter_names:
-            if name not in weights or weights[name].shape != self.shape(name):
+            if name not in weights or not self.fits(name, weights[name]):
                 raise ValueError(f"{self.path}: {name} does not fit the model's layer: make it again")
 
 
 class SeparableShift(WeightShift):
-    """`dW = w (scale * S)` for every text layer: coefficients w (out, k) a layer, directions S (k, d) shared by all."""
+    """`dW = w (scale * S)` for every text layer: coefficients w (out, k) a layer, directions S (k, d) shared by all.
+
+    Where a denoiser sees several streams of a prompt, d is the width of its rows, and a direction lies in one stream.
+    """
 
     def __init__(
         self,
@@ -164,7 +156,16 @@ class SeparableShift(WeightShift):
         for name, layer in layers.items():
             shape = layer.out_features, len(directions)
             coefficients[name] = torch.zeros(shape, device=layer.weight.device, requires_grad=True)
-        return cls(coefficients, directions, scale)
+        return cls(coefficients, directions, scale).on(layers)
+
+    def on(self, layers: Mapping[str, nn.Linear]) -> Self:
+        bound = super().on(layers)
+        more = lacking(layers, self.directions.shape[1])
+        bound.directions = F.pad(self.directions, (0, more)) if more else self.directions
+        return bound
+
+    def fits(self, name: str, weight: torch.Tensor) -> bool:
+        return len(weight) == len(self._weight(name)) and weight.shape[1] <= self.directions.shape[1]
 
     def parameters(self) -> list[torch.Tensor]:
         """Return what is trained."""
@@ -172,7 +173,8 @@ class SeparableShift(WeightShift):
 
     @property
     def parameter_names(self) -> list[str]:
-        return [f"{layer}.weight" for layer in self.coefficients]
+        seen = {layer: in_weight(self.layers, layer, self.directions) for layer in self.coefficients}
+        return [f"{layer}.weight" for layer, directions in seen.items() if directions.any() or not self.rank]
 
     @property
     def rank(self) -> int:
@@ -199,23 +201,23 @@ class SeparableShift(WeightShift):
             coefficients, strongest @ orthogonal.T, 1.0, self.metadata | {"truncated_to_rank": rank}
         )
         truncated.path, truncated.content_digest, truncated.gated = self.path, self.content_digest, self.gated
+        truncated.layers = self.layers
         return truncated
 
     def lora_factors(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return dW of a text layer as `up (out, k) @ down (k, d)`, float64."""
-        return self._weight(layer) * self.scale, self.directions
+        """Return dW of a text layer as `up (out, k) @ down (k, d)`, float64, with the directions that it sees."""
+        down = in_weight(self.layers, layer, self.directions)
+        seen = down.any(dim=1)
+        return self._weight(layer)[:, seen] * self.scale, down[seen]
 
     def _weight(self, name: str) -> torch.Tensor:
         return self.coefficients[name.removesuffix(".weight")].detach().cpu().double()
 
-    def delta_weight(self, name: str) -> torch.Tensor:
+    def row_delta(self, name: str) -> torch.Tensor:
         return self._weight(name) @ (self.scale * self.directions)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return len(self.coefficients[name.removesuffix(".weight")]), self.directions.shape[1]
-
-    def delta_output(self, name: str, embeds: torch.Tensor) -> torch.Tensor:
-        return (embeds @ (self.scale * self.directions).T) @ self._weight(name).T  # (tokens, k) @ (k, out)
+    def delta_weight(self, name: str) -> torch.Tensor:
+        return in_weight(self.layers, name.removesuffix(".weight"), self.row_delta(name))
 
     def delta_output_norms(self, names: Sequence[str], embeds: Mapping[str, torch.Tensor]) -> dict[str, float]:
         factor = stacked_qr_factor((self._weight(name) for name in names if name in self.parameter_names), self.rank)
@@ -228,7 +230,7 @@ class SeparableShift(WeightShift):
         tensors = {f"w.{name}": value.float() for name, value in self.coefficients.items()}
         tensors["directions"] = self.directions
         largest = max(float(value.detach().abs().max()) for value in self.coefficients.values())
-        _check_size(path, abs(self.scale) * largest * float(self.directions.abs().max()))
+        check_size(path, abs(self.scale) * largest * float(self.directions.abs().max()))
         added = {"scale": self.scale, "versions": library_versions()}
         self._save(path, tensors, metadata | added)
 
@@ -246,7 +248,7 @@ class SeparableShift(WeightShift):
             if not fits or not weight.is_floating_point():
                 return None
             largest = max(largest, float(weight.abs().max()))
-        if abs(scale) * largest * float(directions.abs().max()) > _LARGEST:
+        if abs(scale) * largest * float(directions.abs().max()) > LARGEST:
             return None
         return cls(weights, directions, scale, metadata)
 
@@ -262,22 +264,24 @@ class EmbeddingShift(SeparableShift):
         outputs: torch.Tensor,
         directions: torch.Tensor,
         metadata: dict[str, Any] | None = None,
-        weights: Mapping[str, torch.Tensor] | None = None,
     ):
         self.outputs = outputs.detach().double().cpu()
-        super().__init__(_Products(weights or {}, self.outputs), directions, 1.0, metadata)
+        super().__init__({}, directions, 1.0, metadata)
 
     @classmethod
     def none(cls, gated: GatedEdit, metadata: dict[str, Any] | None = None) -> EmbeddingShift:
         """Return the shift that is a gate alone: it changes no weights."""
-        width = len(gated.maps["tokens"].outputs)
+        width = len(next(iter(gated.maps.values())).outputs)
         shift = EmbeddingShift(torch.zeros(width, 0), torch.zeros(0, width), metadata)
         shift.gated = gated
         return shift
 
-    def on(self, layers: Mapping[str, nn.Linear]) -> EmbeddingShift:
-        weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        return self._like(EmbeddingShift(self.outputs, self.directions, self.metadata, weights))
+    def on(self, layers: Mapping[str, nn.Linear]) -> Self:
+        bound = super().on(layers)
+        more = bound.directions.shape[1] - len(self.outputs)
+        bound.outputs = F.pad(self.outputs, (0, 0, 0, more)) if more else self.outputs
+        bound.coefficients = _Products(layers, bound.outputs)
+        return bound
 
     def in_memory(self) -> Self:
         return self
@@ -285,7 +289,7 @@ class EmbeddingShift(SeparableShift):
     def rounded(self, dtype: torch.dtype) -> EmbeddingShift:
         """Return the shift as a file in `dtype` has it, its gated edit too."""
         outputs, directions = self.outputs.to(dtype).double(), self.directions.to(dtype).double()
-        made = self._like(EmbeddingShift(outputs, directions, self.metadata, self._products.weights))
+        made = self._with(outputs, directions)
         made.gated = made.gated.rounded() if made.gated and dtype == torch.float16 else made.gated
         if not torch.equal(outputs, self.outputs) or not torch.equal(directions, self.directions):
             made.content_digest = ""  # since it is not as its file has it
@@ -305,23 +309,19 @@ class EmbeddingShift(SeparableShift):
         """Return the shift with only its `rank` strongest directions in its layers, or without such in embeddings."""
         stacked = stacked_qr_factor(self.coefficients.values() or [self.outputs], self.rank)
         strongest = torch.linalg.svd(stacked).Vh[:rank]  # (rank, k), the directions being orthonormal
-        metadata = self.metadata | {"truncated_to_rank": rank}
-        outputs, directions = self.outputs @ strongest.T, strongest @ self.directions
-        return self._like(EmbeddingShift(outputs, directions, metadata, self._products.weights))
-
-    def _like(self, made: EmbeddingShift) -> EmbeddingShift:
-        made.path, made.content_digest, made.gated = self.path, self.content_digest, self.gated
+        made = self._with(self.outputs @ strongest.T, strongest @ self.directions)
+        made.metadata = self.metadata | {"truncated_to_rank": rank}
         return made
 
-    @property
-    def _products(self) -> _Products:
-        assert isinstance(self.coefficients, _Products)
-        return self.coefficients
+    def _with(self, outputs: torch.Tensor, directions: torch.Tensor) -> Self:
+        made = copy(self)
+        made.outputs, made.directions = outputs, directions
+        return made.on(self.layers)
 
     def check(self, model: EmbeddingModel) -> None:
         """Raise ValueError unless the shift was made for the model's text encoder."""
         check_base_model(self.metadata, model, self.path)
-        if len(self.outputs) != model.context_dim:
+        if self.rank and len(self.outputs) not in (model.context_dim, *getattr(model, "widths", {}).values()):
             raise ValueError(
                 f"{self.path} changes embeddings of {len(self.outputs)} numbers, and the model's have "
                 f"{model.context_dim}: make it again"
@@ -331,7 +331,7 @@ class EmbeddingShift(SeparableShift):
         """Write A and S in float32."""
         tensors = self.tensors(torch.float32)
         if self.rank:
-            _check_size(path, float(self.outputs.abs().max()) * float(self.directions.abs().max()))
+            check_size(path, float(self.outputs.abs().max()) * float(self.directions.abs().max()))
         self._save(path, tensors, metadata | {"versions": library_versions()})
 
     @classmethod
@@ -342,25 +342,26 @@ class EmbeddingShift(SeparableShift):
             return None
         if not outputs.is_floating_point() or not directions.is_floating_point():
             return None
-        if float(outputs.abs().max()) * float(directions.abs().max()) > _LARGEST:
+        if float(outputs.abs().max()) * float(directions.abs().max()) > LARGEST:
             return None
         return cls(outputs, directions, metadata)
 
 
 class _Products(Mapping[str, torch.Tensor]):
-    """`W A` (out, k) for weights W by the names of their layers, each made when it is asked for."""
+    """`W A` (out, k) for the weights W that text layers have now, each made when it is asked for."""
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], outputs: torch.Tensor):
-        self.weights, self.outputs = weights, outputs
+    def __init__(self, layers: Mapping[str, nn.Linear], outputs: torch.Tensor):
+        self.layers, self.outputs = layers, outputs
+        self.weights = {name: layer.weight.detach() for name, layer in layers.items()}  # which may be replaced later
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.weights[name].cpu().double() @ self.outputs
+        return as_rows(self.layers, name, self.weights[name]).cpu().double() @ self.outputs
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
+        return iter(self.layers)
 
     def __len__(self) -> int:
-        return len(self.weights)
+        return len(self.layers)
 
 
 class DenseShift(WeightShift):
@@ -395,13 +396,13 @@ class DenseShift(WeightShift):
     def delta_weight(self, name: str) -> torch.Tensor:
         return self.deltas[name].cpu().double()
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.deltas[name].shape)
+    def fits(self, name: str, weight: torch.Tensor) -> bool:
+        return self.deltas[name].shape == weight.shape
 
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
         """Write all dW in float32."""
         tensors = {f"d.{name}": value.float() for name, value in self.deltas.items()}
-        _check_size(path, max((float(value.abs().max()) for value in tensors.values()), default=0.0))
+        check_size(path, max((float(value.abs().max()) for value in tensors.values()), default=0.0))
         self._save(path, tensors, metadata | {"versions": library_versions()})
 
     @classmethod
@@ -411,9 +412,3 @@ class DenseShift(WeightShift):
         if not 0 < len(deltas) == len(tensors) or not all(delta.is_floating_point() for delta in deltas.values()):
             return None
         return cls(deltas, metadata)
-
-
-def _check_size(path: Path, largest: float) -> None:
-    """Raise ValueError when a shift adds more to a weight than can be read back."""
-    if not largest <= _LARGEST:
-        raise ValueError(f"{path} is not written: it would add {largest:.0e} to a weight: lower `lr` or `basis_scale`")

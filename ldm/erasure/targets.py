@@ -11,7 +11,7 @@ from ldm.config.concepts import Concept
 from ldm.config.methods import SRSMEConfig
 from ldm.config.templates import fill_anchor, fill_phrase, load_template_set, without_article
 from ldm.diffusion.text_model import TextModel
-from ldm.diffusion.tokenizer import align_tokens, last_token, read_whole
+from ldm.diffusion.tokenizer import last_token, read_whole
 
 
 def target_prompts(concept: Concept, config: SRSMEConfig, tokenizer: Any) -> dict[str, str]:
@@ -66,14 +66,14 @@ def held_out_prompts(concept: Concept, tokenizer: Any) -> dict[str, str]:
 
 
 def anchor_embeds(model: TextModel, anchors: Mapping[str, str], is_aligned: bool) -> torch.Tensor:
-    """Return the embeddings that prompts should get, (P, tokens, d), or (1, tokens, d) for all of them alike.
+    """Return the rows that text layers should see of prompts, (P, rows, d), or (1, rows, d) for all of them alike.
 
     `anchors` has the anchor of each prompt, which is aligned with it token by token where `replaces_name`.
     """
     embeds: dict[str, torch.Tensor] = {}
     for text in dict.fromkeys(anchors.values()):  # of which nobody is told that they are cut
-        embeds[text] = model.drop_pooled(model.encode_with_states([text], {})[0])[0]  # (tokens, d)
+        embeds[text] = model.layer_inputs(model.encode_with_states([text], {})[0])[0]  # (rows, d)
     if not is_aligned:
         return next(iter(embeds.values()))[None]
-    aligned = align_tokens(model.tokenizers[0], list(anchors), list(anchors.values()))
+    aligned = model.align_rows(list(anchors), list(anchors.values()))
     return torch.stack([embeds[anchor][rows] for anchor, rows in zip(anchors.values(), aligned, strict=True)])

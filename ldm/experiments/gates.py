@@ -19,7 +19,8 @@ from tqdm import tqdm
 from ldm.config.concepts import Concept
 from ldm.diffusion.batches import PROMPTS_AT_ONCE, encode_in_batches
 from ldm.diffusion.text_encoder import PromptEncoder
-from ldm.erasure.gate_fitter import GateFitter, rate
+from ldm.erasure.gate_fitter import rate
+from ldm.erasure.gate_fitters import AnyGateFitter
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.experiments.prompt_sets import HELD_OUT, MISSPELT, RESPELT, RESTORED, PromptSet, find_said
 from ldm.io.errors import notify
@@ -72,7 +73,7 @@ class GateReport:
     judged: Sequence[Judged]
 
 
-def fit_gates(fitter: GateFitter, concepts: Sequence[Concept]) -> FittedGates:
+def fit_gates(fitter: AnyGateFitter, concepts: Sequence[Concept]) -> FittedGates:
     """Return a gate for each concept that has one. Raises ValueError when none has."""
     fitted: list[Concept] = []
     edits: list[GatedEdit] = []

@@ -149,11 +149,11 @@ class DemoSession:
         self.validate_request(prompt, seed, num_inference_steps, guidance_scale)
         seed, num_inference_steps = int(seed), int(num_inference_steps)
         gated, linear = by_form(self.state.select_shifts(names), self.form)
-        merged = merge(self.model.unet, list(linear.values()))
+        merged = merge(self.model.denoiser, list(linear.values()))
         edited_model = copy(self.model)
         edited_model.embedding_edit = gated_prompts(self.model, gated)
         with self._making:
-            edited_model.unet = clone_sharing_weights(self.model.unet, merged)
+            edited_model.denoiser = clone_sharing_weights(self.model.denoiser, merged)
         key = prompt, seed, num_inference_steps, guidance_scale
         with self._lock:
             original = self._originals.get(key)
@@ -173,10 +173,10 @@ class DemoSession:
         with self._lock:
             self._originals[key] = original
             _bounded(self._originals, MAX_CACHED_IMAGES)
-        layers, before = self.model.text_layers, self.model.drop_pooled(prompt_embeds)[0]
+        layers, before = self.model.text_layers, self.model.layer_inputs(prompt_embeds)[0]
         leakage = leakage_after_rounding(layers, merged, {prompt: before})[prompt]
         if gated:
-            leakage = max(leakage, embedding_leakage(layers, before, self.model.drop_pooled(edited_embeds)[0]))
+            leakage = max(leakage, embedding_leakage(layers, before, self.model.layer_inputs(edited_embeds)[0]))
         yield Comparison(original, edited, leakage)
 
     def example(self, state: LedgerState) -> tuple[str, Comparison]:

@@ -198,10 +198,10 @@ def verify(ledger: Ledger, model: DiffusionModel) -> pd.DataFrame:
                 changes = measure.changes(shifts[digest])
                 add(record["shift"], digest, _check_shift(ledger, record, shifts[digest], changes, known))
     active = [shifts[record["digest"]] for record in ledger.active_shifts().values()]
-    base_hash = weights_hash(model.unet)
-    with applied(model.unet, active):
-        merged_hash = weights_hash(model.unet)
-    if weights_hash(model.unet) != base_hash:
+    base_hash = weights_hash(model.denoiser)
+    with applied(model.denoiser, active):
+        merged_hash = weights_hash(model.denoiser)
+    if weights_hash(model.denoiser) != base_hash:
         raise ValueError(
             "the weights without shifts are not the base model's: this is a fault of the program, report it"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -52,6 +53,16 @@ class Tokens:
         return self.ids[indices]
 
 
+def token_states(output: Any) -> torch.Tensor:
+    """Return the rows of a text encoder's output that Stable Diffusion takes, (n, tokens, d)."""
+    return output[0]
+
+
+def token_and_pooled_states(output: Any) -> torch.Tensor:
+    """Return the rows of a text encoder's output, and below them its pooled one, as FLUX takes both."""
+    return torch.cat([output.last_hidden_state, output.pooler_output[:, None]], dim=1)
+
+
 @dataclass(frozen=True)
 class Embeddings:
     """The embeddings of the captions, (unique, tokens, d) in half precision, and which is each image's, (N,)."""
@@ -62,14 +73,21 @@ class Embeddings:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, captions: list[str], tokenizer: FrozenTokenizer, encoder: FrozenEncoder, device: torch.device) -> Self:
+    def of(
+        cls,
+        captions: list[str],
+        tokenizer: FrozenTokenizer,
+        encoder: FrozenEncoder,
+        device: torch.device,
+        rows_of: Callable[[Any], torch.Tensor] = token_states,
+    ) -> Self:
         """Return what `encoder` makes of captions on `device`, padding unmasked as in Stable Diffusion."""
         unique = list(dict.fromkeys(captions))
         number = {caption: k for k, caption in enumerate(unique)}
         ids = tokenizer(unique, padding="max_length", truncation=True, return_tensors="pt").input_ids
         module: Any = encoder
         module.to(device).eval()
-        values = [module(batch.to(device))[0].half().cpu() for batch in ids.split(_CAPTIONS_AT_ONCE)]
+        values = [rows_of(module(batch.to(device))).half().cpu() for batch in ids.split(_CAPTIONS_AT_ONCE)]
         return cls(torch.cat(values), torch.tensor([number[text] for text in captions]), tokenizer_digest(tokenizer))
 
     def batch(self, indices: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.functional.image import peak_signal_noise_ratio
+from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm.diffusion.model import DiffusionModel
@@ -86,7 +87,7 @@ class FrozenTextDenoiser(nn.Module):
 
 def init_unet_from(model: DiffusionModel, unet: nn.Module) -> None:
     """Give `unet` those weights of an older model that have the same name and shape; the others keep what they have."""
-    own, old = unet.state_dict(), model.unet.state_dict()
+    own, old = unet.state_dict(), model.denoiser.state_dict()
     unet.load_state_dict(own | {name: value for name, value in old.items() if value.shape == own[name].shape})
 
 
@@ -100,9 +101,21 @@ def init_from(model: DiffusionModel, denoiser: Denoiser, tokenizer: CLIPTokenize
     for token, token_id in tokenizer.get_vocab().items():
         if token in old_vocab:
             merged[token_id] = old_embeddings[old_vocab[token]]
-    denoiser.unet.load_state_dict(model.unet.state_dict())
+    denoiser.unet.load_state_dict(model.denoiser.state_dict())
     embeddings_name = next(name for name, weight in encoder.named_parameters() if weight is embeddings)
     encoder.load_state_dict(model.text_encoder.state_dict() | {embeddings_name: merged})
+
+
+def show_progress(iterations: Iterator[tuple[int, float]], total: int, name: str) -> None:
+    """Run a stage of a training, and show how far it is and its running mean loss."""
+    mean = None
+    with tqdm(total=total, desc=name, unit="iteration") as bar:
+        for iteration, loss in iterations:
+            if mean is None:
+                bar.initial = bar.n = iteration  # where the checkpoint was
+            mean = loss if mean is None else 0.98 * mean + 0.02 * loss
+            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+            bar.update()
 
 
 def _lr_factor(iteration: int, num_iterations: int, warmup: int) -> float:
@@ -112,7 +125,7 @@ def _lr_factor(iteration: int, num_iterations: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / max(num_iterations - warmup, 1)))
 
 
-def _fit(
+def fit(
     fabric: Fabric,
     module: nn.Module,
     loss_of: Callable[[Any, int], torch.Tensor],
@@ -191,7 +204,7 @@ def train_autoencoder(
         return F.mse_loss(reconstruction.float(), batch) + kl_term
 
     module.to(memory_format=torch.channels_last)
-    return _fit(fabric, module, loss_of, settings, config.train.save_every, path)
+    return fit(fabric, module, loss_of, settings, config.train.save_every, path)
 
 
 @torch.no_grad()
@@ -251,22 +264,18 @@ def train_denoiser(
 
     module: Any = denoiser
     module.to(memory_format=torch.channels_last)
-    return _fit(fabric, module, loss_of, settings, config.train.save_every, path, ema, captions.vocabulary)
+    return fit(fabric, module, loss_of, settings, config.train.save_every, path, ema, captions.vocabulary)
 
 
-def make_ema(denoiser: Denoiser | FrozenTextDenoiser, config: DictConfig) -> AveragedModel:
+def make_ema(denoiser: nn.Module, decay: float) -> AveragedModel:
     """Return the exponential moving average of the weights, which is what is kept in the end."""
-    return AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.train.denoiser.ema))
+    return AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def save_pipeline(
     config: DictConfig, vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: Any, tokenizer: Any, folder: Path
 ) -> None:
-    """Save everything as a Stable Diffusion pipeline in fp16 safetensors, which plain diffusers loads.
-
-    The text encoder's config asks for float32: a call that names no dtype would else read its weights as they are
-    stored, beside parts in float32.
-    """
+    """Save everything as a Stable Diffusion pipeline in fp16 safetensors, which plain diffusers loads."""
     scheduler: Any = DPMSolverMultistepScheduler(**config.scheduler)
     safety: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline: Any = StableDiffusionPipeline(
@@ -278,9 +287,17 @@ def save_pipeline(
         **safety,
     )
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    finish_folder(folder)
+
+
+def finish_folder(folder: Path) -> None:
+    """Let a text encoder's config ask for float32, and leave out where parts came from: paths of this machine.
+
+    A call that names no dtype would else read the text encoder as it is stored, beside parts in float32.
+    """
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if path == folder / "text_encoder" / "config.json":
             write_json(path, content | {"dtype": "float32"})
-        elif content.pop("_name_or_path", None) is not None:  # where a part came from, on this machine
+        elif content.pop("_name_or_path", None) is not None:
             write_json(path, content)

@@ -100,7 +100,7 @@ def fit_basis(model: DiffusionModel, protected: Sequence[str], rank_rtol: float)
 
 def joint_memory(model: DiffusionModel) -> None:
     """Print the peak memory of a joint iteration against that on one concept."""
-    layers, uncond_embeds = text_layers(model.unet), model.encode_prompt([""])
+    layers, uncond_embeds = text_layers(model.denoiser), model.encode_prompt([""])
     basis = fit_basis(model, ["", "watermark SRS-ME", "CCS 2024", "Picasso"], 1e-3)
 
     def make_losses(*prompts: str) -> list[SRSMELoss]:
@@ -170,14 +170,14 @@ def num_bytes(module: nn.Module) -> int:
 
 def iteration(model: DiffusionModel) -> None:
     """Print the time and memory of an iteration against the original's way."""
-    layers = text_layers(model.unet)
+    layers = text_layers(model.denoiser)
     target_embeds, uncond_embeds = model.encode_prompt(["VanGogh"]), model.encode_prompt([""])
     basis = fit_basis(model, ["", "watermark SRS-ME", "CCS 2024", "Picasso"], 5e-4)
     config, concept = load_model_config(model).methods["SRS-ME"], get_concept("style", 1)
     loss = SRSMELoss.from_config(
         model, concept, config, initial_shift(model, concept, config, basis, RetainSet(model, ()))
     )
-    frozen = copy.deepcopy(model.unet)
+    frozen = copy.deepcopy(model.denoiser)
     zeros = SeparableShift.zeros(layers, basis.vectors, 0.05)
     original_loss = SRSMELoss(model, zeros, target_embeds, uncond_embeds, 1e-6)
     original_loss.grad_scale = 1.0  # its own call alone scales gradients
@@ -200,9 +200,9 @@ def iteration(model: DiffusionModel) -> None:
             original_adam.step()
 
     def original(latents: torch.Tensor, timesteps: torch.Tensor) -> None:
-        model.unet.requires_grad_(True)
+        model.denoiser.requires_grad_(True)
         frozen_weights(latents, timesteps)
-        model.unet.requires_grad_(False)
+        model.denoiser.requires_grad_(False)
 
     for batch_size in (1, 4):
         clean = torch.randn(batch_size, *model.latent_shape)
@@ -211,9 +211,9 @@ def iteration(model: DiffusionModel) -> None:
         time_ours, time_original, time_frozen = seconds(*ways, repeat=25)
         report(f"iteration of {batch_size} latents", time_ours, time_original, "the original's way")
         report("  without gradients for weights", time_ours, time_frozen, "it")
-        model.unet.zero_grad(set_to_none=True)
-        peak_ours = peak(ways[0]) + num_bytes(model.unet)
-        peak_original = peak(ways[1]) + 2 * num_bytes(model.unet)
+        model.denoiser.zero_grad(set_to_none=True)
+        peak_ours = peak(ways[0]) + num_bytes(model.denoiser)
+        peak_original = peak(ways[1]) + 2 * num_bytes(model.denoiser)
         ratio = f"{peak_ours / peak_original:.2f} times the original's ({peak_original / 2**20:.1f} MiB)"
         print(f"  peak: {peak_ours / 2**20:.1f} MiB with weights, {ratio}", flush=True)
 
@@ -226,7 +226,7 @@ def accuracies(
     for k, (_, prompt) in enumerate(prompts):
         cases += [PromptCase(prompt, seed, 20 * k + seed) for seed in range(20)]
     sampling = SamplingConfig(num_inference_steps=20, guidance_scale=1.5, sample_batch_size=60)
-    with applied(model.unet, shifts):
+    with applied(model.denoiser, shifts):
         images = [image_to_tensor(image) for _, _, image in generate(model, [(case, 0) for case in cases], sampling)]
     classifier, _ = load_classifier(classifier_path(category), model.device)
     predicted = classifier(torch.stack(images)).argmax(1).view(-1, 20)
@@ -333,10 +333,10 @@ def generation(model: DiffusionModel) -> None:
     def ours() -> list[object]:
         return list(generate(model, [(case, 0) for case in cases], sampling))
 
-    shift = SeparableShift.zeros(text_layers(model.unet), torch.eye(model.context_dim)[:3], 1.0)
+    shift = SeparableShift.zeros(text_layers(model.denoiser), torch.eye(model.context_dim)[:3], 1.0)
 
     def merged() -> None:
-        with applied(model.unet, [shift]):
+        with applied(model.denoiser, [shift]):
             ours()
 
     def theirs() -> None:

@@ -1,0 +1,47 @@
+"""Which adapter serves which pipeline of diffusers. A new family is a class, in a file of its own, and a row here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ldm.diffusion.family import Family
+from ldm.diffusion.family_flux import Flux
+from ldm.diffusion.family_language import Flux2, Lumina2
+from ldm.diffusion.family_masked import AuraFlow, PixArt, Sana
+from ldm.diffusion.family_sd3 import StableDiffusion3
+from ldm.diffusion.family_stable_diffusion import StableDiffusion, StableDiffusionXL
+
+FAMILIES: dict[str, Family] = {
+    "StableDiffusionPipeline": StableDiffusion(),
+    "StableDiffusionXLPipeline": StableDiffusionXL(),
+    "StableDiffusion3Pipeline": StableDiffusion3(),
+    "FluxPipeline": Flux(),
+    "PixArtAlphaPipeline": PixArt(),
+    "PixArtSigmaPipeline": PixArt(),
+    "SanaPipeline": Sana(),
+    "AuraFlowPipeline": AuraFlow(),
+    "Flux2Pipeline": Flux2(),
+    "Flux2KleinPipeline": Flux2(),
+    "Lumina2Pipeline": Lumina2(),
+}
+_DENOISERS: dict[str, str] = {  # by class, a pipeline of each; of U-Nets the config decides
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+    "FluxTransformer2DModel": "FluxPipeline",
+    "PixArtTransformer2DModel": "PixArtAlphaPipeline",
+    "SanaTransformer2DModel": "SanaPipeline",
+    "AuraFlowTransformer2DModel": "AuraFlowPipeline",
+    "Flux2Transformer2DModel": "Flux2Pipeline",
+    "Lumina2Transformer2DModel": "Lumina2Pipeline",
+}
+
+
+def family_of(denoiser: Any) -> Family:
+    """Return the adapter of a denoiser, by its class. Raises ValueError for one that is not known."""
+    name = type(denoiser).__name__
+    if name == "UNet2DConditionModel":
+        is_xl = denoiser.config.get("addition_embed_type") == "text_time"
+        return FAMILIES["StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"]
+    if name not in _DENOISERS:
+        known = ", ".join(["UNet2DConditionModel", *_DENOISERS])
+        raise ValueError(f"nothing here erases from a {name}: give a model whose denoiser is one of {known}")
+    return FAMILIES[_DENOISERS[name]]

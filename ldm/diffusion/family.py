@@ -1,0 +1,190 @@
+"""What is particular to a family of models: how its pipeline reads prompts, and what its denoiser is called with.
+
+Everything else is diffusers' own pipeline. A family is one class, in a module beside this one, and a row in
+`ldm.diffusion.families`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ldm.diffusion.row_tokenizer import RowTokenizer
+
+LAST, PENULTIMATE = "last hidden states", "last hidden states but one"
+POOLED_KIND = "pooled embedding"
+_NARROW_SIDE = 8  # of the latents that a narrow twin is tried on
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a pipeline makes of N prompts: `tokens` (N, T, d), zeros where a row is masked, and `pooled` (N, p)."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Return which rows of the tokens there are, (N, T), ones and zeros: all but those of zeros."""
+        return self.tokens.any(dim=-1).long()
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text encoder of a pipeline, by name: the rows and columns of the tokens, and of the pooled, that it gives."""
+
+    name: str
+    rows: slice | None = None
+    columns: slice | None = None
+    pooled: slice | None = None
+    kind: str = LAST  # which of its hidden states the tokens' embeddings are
+
+
+class Family:
+    """The adapter of a family; this one is what most families of transformers share. It keeps nothing of a model."""
+
+    denoiser = "transformer"  # the part of the pipeline
+    is_flow = True  # whether it predicts the velocity from clean latents to noise
+    joins_gates = False  # whether its text encoders' tokens are not the same, so that each has a gate by itself
+    samples_by_call = True  # whether images are made by the pipeline's own call
+    call_options: Mapping[str, Any] = {}  # of the pipeline's own call
+    # The entries of a denoiser's config that a narrow twin has smaller: with the same layers that see the prompt first.
+    narrow: Mapping[str, Any] = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8}
+
+    def guides(self, pipe: Any) -> bool:
+        """Return whether a pipeline guides by a negative prompt."""
+        return True
+
+    def num_tokens(self, pipe: Any) -> int:
+        """Return T, how many tokens the pipeline's own call reads: its default, or what its tokenizer takes."""
+        most = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+        return int(min(most, plain_tokenizer(pipe, self.sources(pipe)[0].name).model_max_length))
+
+    def length(self, pipe: Any, source: TextSource) -> int:
+        """Return how many tokens of a text encoder that gives such are read."""
+        return self.num_tokens(pipe)
+
+    def tokenizer(self, pipe: Any, name: str) -> Any:
+        """Return the tokenizer of a text encoder, as the rows of its embeddings follow from it."""
+        template = self.template(pipe)
+        if template is None:
+            return plain_tokenizer(pipe, name)
+        return RowTokenizer(plain_tokenizer(pipe, name), template, self.num_tokens(pipe), self.dropped(pipe))
+
+    def template(self, pipe: Any) -> Callable[[str], str] | None:
+        """Return what a pipeline puts around each prompt; None for nothing."""
+        return None
+
+    def dropped(self, pipe: Any) -> slice:
+        """Return which tokens of the template have no row."""
+        return slice(0)
+
+    def sources(self, pipe: Any) -> list[TextSource]:
+        """Return the text encoders, the one whose tokens are most of the rows first."""
+        return [TextSource("text_encoder", slice(None), slice(None))]
+
+    def rows_of(self, pipe: Any, state: torch.Tensor) -> torch.Tensor:
+        """Return the rows of a hidden state (N, all tokens, width) that the embeddings have too."""
+        return state
+
+    def encode(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
+        """Return what the pipeline's own `encode_prompt` makes of prompts."""
+        tokens, mask, *_ = pipe.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            num_images_per_prompt=1,
+            device=device,
+            max_sequence_length=self.num_tokens(pipe),
+        )
+        return Encoded(tokens * mask[..., None].to(tokens))
+
+    def encode_negative(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded | None:
+        """Return what a pipeline makes of negative prompts; None where that is what it makes of prompts."""
+        return None
+
+    def predict(
+        self, denoiser: Any, latents: torch.Tensor, timestep: torch.Tensor, prompts: Encoded, image_size: int
+    ) -> torch.Tensor:
+        """Return what the denoiser predicts, (N, ...), for `latents` (N, ...) at a scheduler's `timestep` () or (N,).
+
+        For a flow it is the velocity, noise minus clean latents. `image_size` is the side of an image in pixels, which
+        some denoisers are told.
+        """
+        raise NotImplementedError
+
+    def call_inputs(self, prompts: Encoded, negative: Encoded | None) -> dict[str, Any]:
+        """Return the arguments by which the pipeline's own call takes embeddings of prompts, and of negative ones."""
+        inputs: dict[str, Any] = {"negative_prompt": None}
+        for prefix, given in (("", prompts), ("negative_", negative)):
+            if given is not None:
+                inputs |= {f"{prefix}prompt_embeds": given.tokens, f"{prefix}prompt_attention_mask": given.mask}
+        return inputs
+
+    def image_size(self, pipe: Any) -> int:
+        """Return the side of an image in pixels that the model is made for."""
+        return pipe.transformer.config.sample_size * pipe.vae_scale_factor
+
+    def latent_shape(self, pipe: Any, side: int) -> tuple[int, ...]:
+        """Return the shape of the latents of one image of `side` pixels, as the denoiser takes them."""
+        return self.shape_of(pipe.transformer.config, side // pipe.vae_scale_factor)
+
+    def shape_of(self, config: Any, side: int) -> tuple[int, ...]:
+        """Return the shape of latents of `side` numbers a side that a denoiser with this config takes."""
+        return config["in_channels"], side, side
+
+    def encode_image(self, pipe: Any, images: torch.Tensor) -> torch.Tensor:
+        """Return the latents (N, ...) of images (N, 3, H, W) in [-1, 1], as the denoiser takes them: their means."""
+        config = pipe.vae.config
+        return (pipe.vae.encode(images).latent_dist.mean - (config.get("shift_factor") or 0)) * config.scaling_factor
+
+    def decode(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Return the images (N, 3, H, W), about in [-1, 1], of latents (N, ...)."""
+        config = pipe.vae.config
+        return pipe.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0)).sample
+
+    def narrow_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the config of a denoiser of the same class and with the same first text layers, but small."""
+        return {**config, **{name: value for name, value in self.narrow.items() if name in config}}
+
+    def narrow_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return the shape of the smallest latents that a denoiser with this config takes."""
+        return self.shape_of(config, _NARROW_SIDE)
+
+    def text_dims(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Return d and p, how wide the tokens and the pooled embedding are that a denoiser takes; 0 for none."""
+        return int(config["joint_attention_dim"]), int(config.get("pooled_projection_dim") or 0)
+
+
+def negatives_of(pipe: Any, prompts: list[str], **options: Any) -> Encoded:
+    """Return what `encode_prompt` of a pipeline makes of negative prompts, which it reads without its own text."""
+    _, _, tokens, mask = pipe.encode_prompt(
+        prompts, do_classifier_free_guidance=True, negative_prompt=prompts, **options
+    )
+    return Encoded(tokens * mask[..., None].to(tokens))
+
+
+def plain_tokenizer(pipe: Any, name: str) -> Any:
+    """Return the tokenizer of a pipeline that belongs to a text encoder, by the encoder's name."""
+    return getattr(pipe, name.replace("text_encoder", "tokenizer"))
+
+
+def timesteps(timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Return a timestep () or (N,) for each of the latents, (N,), on their device."""
+    return timestep.to(latents.device).expand(len(latents))
+
+
+def widths(encoders: Sequence[Any]) -> list[slice]:
+    """Return the columns of text encoders whose embeddings stand side by side."""
+    ends = [0, *itertools.accumulate(encoder.config.hidden_size for encoder in encoders)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def square_side(number: int) -> int:
+    """Return the side of a square of tokens."""
+    return math.isqrt(number)

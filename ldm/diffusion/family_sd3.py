@@ -1,0 +1,69 @@
+"""Stable Diffusion 3 and 3.5: a flow under the tokens of two CLIPs on those of T5, and the CLIPs' pooled embeddings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ldm.diffusion.family import PENULTIMATE, Encoded, Family, TextSource, timesteps, widths
+
+
+class StableDiffusion3(Family):
+    """Stable Diffusion 3 and 3.5. Without its third text encoder T5's rows are zeros, which are no rows."""
+
+    joins_gates = True
+    narrow: Mapping[str, Any] = {**Family.narrow, "caption_projection_dim": 8}
+
+    def num_tokens(self, pipe: Any) -> int:
+        return pipe.tokenizer_max_length + self._third_tokens(pipe)
+
+    def length(self, pipe: Any, source: TextSource) -> int:
+        return self._third_tokens(pipe) if source.name == "text_encoder_3" else pipe.tokenizer_max_length
+
+    def _third_tokens(self, pipe: Any) -> int:
+        most = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+        return min(most, pipe.tokenizer_3.model_max_length) if pipe.tokenizer_3 is not None else most
+
+    def sources(self, pipe: Any) -> list[TextSource]:
+        clips = [name for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name) is not None]
+        first = slice(0, pipe.tokenizer_max_length)
+        sources: list[TextSource] = []
+        start = 0
+        for name, columns in zip(clips, widths([getattr(pipe, name) for name in clips]), strict=True):
+            end = start + getattr(pipe, name).config.projection_dim
+            sources.append(TextSource(name, first, columns, slice(start, end), PENULTIMATE))
+            start = end
+        if pipe.text_encoder_3 is not None:
+            sources.append(TextSource("text_encoder_3", slice(first.stop, None), slice(None)))
+        return sources
+
+    def encode(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
+        tokens, _, pooled, _ = pipe.encode_prompt(
+            prompts,
+            None,
+            None,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._third_tokens(pipe),
+        )
+        return Encoded(tokens, pooled)
+
+    def predict(
+        self, denoiser: Any, latents: torch.Tensor, timestep: torch.Tensor, prompts: Encoded, image_size: int
+    ) -> torch.Tensor:
+        return denoiser(
+            hidden_states=latents,
+            timestep=timesteps(timestep, latents),
+            encoder_hidden_states=prompts.tokens,
+            pooled_projections=prompts.pooled,
+        ).sample
+
+    def call_inputs(self, prompts: Encoded, negative: Encoded | None) -> dict[str, Any]:
+        inputs: dict[str, Any] = {}
+        for prefix, given in (("", prompts), ("negative_", negative)):
+            if given is not None:
+                inputs |= {f"{prefix}prompt_embeds": given.tokens, f"{prefix}pooled_prompt_embeds": given.pooled}
+        return inputs

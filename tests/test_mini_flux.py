@@ -1,0 +1,147 @@
+"""The bundled model of the FLUX architecture: what it draws, and shifts of its text encoder that erase in it."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from ldm.config.concepts import erasable_concepts, get_concept, watermark_prompts
+from ldm.config.methods import GateConfig, SamplingConfig, SRSMEConfig
+from ldm.config.models import bundled_config
+from ldm.config.templates import fill, load_template_set
+from ldm.diffusion.load import load_model
+from ldm.diffusion.load_text import load_text_model
+from ldm.diffusion.sampling import generate
+from ldm.erasure.effect import judge
+from ldm.erasure.erase import erase
+from ldm.erasure.merge import edited, load_shifts
+from ldm.erasure.portable import take_shifts
+from ldm.erasure.protection import Protection
+from ldm.io.errors import Notice
+from ldm.io.images import image_to_tensor
+from ldm.io.paths import REPO_ROOT, ArtifactPaths
+from ldm.io.prompts import PromptCase
+from ldm.ledger.operations import weights_hash
+from ldm.metrics.classify import find_classifier
+from ldm.toy.render import render_watermark
+
+pytestmark = pytest.mark.slow
+FOLDER, CPU = REPO_ROOT / "models" / "mini-flux", torch.device("cpu")
+SAMPLING = SamplingConfig(num_inference_steps=20, sample_batch_size=64)
+HELD_OUT = load_template_set("style").held_out_templates
+ERASED = (0, 1, 3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(FOLDER, CPU)
+
+
+@pytest.fixture(scope="module")
+def shifts(tmp_path_factory):
+    """Return shifts of three artists, made on the text encoder that mini-flux shares with mini-sd-minilm."""
+    text = load_text_model(REPO_ROOT / "models" / "mini-sd-minilm", CPU)
+    config = bundled_config("mini-sd-minilm")
+    artifacts = ArtifactPaths(tmp_path_factory.mktemp("artifacts"), "SRS-ME", text.name, "style", scene=1, time=0)
+    erase_three(text, artifacts, config)
+    return load_shifts(artifacts, ",".join(map(str, ERASED)))[0]
+
+
+def erase_three(model, artifacts, config):
+    settings = config.methods["SRS-ME"]
+    assert isinstance(settings, SRSMEConfig)
+    protection = Protection([get_concept("style", index) for index in range(9)], config.null_space)
+    concepts = [get_concept("style", index) for index in ERASED]
+    erase(model, artifacts, concepts, settings, protection, artifacts.root, GateConfig(gate=True))
+
+
+def images(model, prompts):
+    requests = [(PromptCase(prompt, 40 + number, number), 0) for number, prompt in enumerate(prompts)]
+    return [image for _, _, image in generate(model, requests, SAMPLING)]
+
+
+def shown(category, generated):
+    classifier = find_classifier(category, None, CPU)
+    assert classifier is not None
+    with torch.no_grad():
+        return classifier(torch.stack([image_to_tensor(image) for image in generated])).argmax(1)
+
+
+def test_it_loads_by_a_plain_call_and_draws_what_this_package_draws(model):
+    pipe = FluxPipeline.from_pretrained(FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(40)
+    options = {"height": 64, "width": 64, "num_inference_steps": 20, "max_sequence_length": 24}
+    [image] = pipe("a church", generator=generator, **options).images
+    assert np.array_equal(image, images(model, ["a church"])[0])
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 120e6
+
+
+def test_it_draws_every_concept_and_the_watermarks(model):
+    for category in ("style", "object"):
+        prompts = [concept.prompt for concept in erasable_concepts(category)] * 4
+        wanted = torch.arange(len(prompts)) % 9 + 1
+        assert (shown(category, images(model, prompts)) == wanted).float().mean() >= 0.94
+    for text, image in zip(watermark_prompts(), images(model, watermark_prompts()), strict=True):
+        error = np.asarray(image, dtype=float) - render_watermark(text)
+        assert 10 * np.log10(255**2 / (error**2).mean()) > 22
+
+
+@pytest.fixture(scope="module")
+def own(model, tmp_path_factory):
+    """Return shifts of three artists of mini-flux itself, of both of its streams."""
+    config = bundled_config("mini-flux")
+    artifacts = ArtifactPaths(tmp_path_factory.mktemp("artifacts"), "SRS-ME", model.name, "style", scene=1, time=0)
+    erase_three(model, artifacts, config)
+    return load_shifts(artifacts, ",".join(map(str, ERASED)))[0]
+
+
+NAMES = ["Vincent van Gogh", "Van Gogh", "Jackson Pollock", "Pollock", "Cezanne"]
+SAYING = [fill(template, name) for name in NAMES for template in HELD_OUT] + NAMES
+SAYING += [f"a {thing} by {name}" for name in NAMES for thing in ("church", "golf ball", "parachute")]
+
+
+def left(model):
+    """Return the fraction of images of prompts that say an erased artist which still show one of these."""
+    found = shown("style", images(model, SAYING))
+    return ((found == 1) | (found == 2) | (found == 4)).float().mean()
+
+
+def test_gates_erase_three_artists_and_every_other_image_keeps_every_bit(model, own):
+    others = ["Picasso", "a church by Picasso", "a man riding a horse on the beach", "", *watermark_prompts()]
+    before = images(model, others)
+    with edited(model, own, "gated"):
+        assert left(model) <= 0.05
+        after = images(model, others)
+    assert [image.tobytes() for image in after] == [image.tobytes() for image in before]
+
+
+def test_the_linear_form_leaves_what_is_protected_and_restored_it_is_the_very_model(model, own):
+    protected = ["Picasso", "Kilian Eng", "", *watermark_prompts()]
+    before, weights = images(model, protected), weights_hash(model.denoiser)
+    with edited(model, own, "linear"):
+        after = images(model, protected)
+        assert left(model) <= 0.1
+    for image, other in zip(before, after, strict=True):
+        assert np.abs(np.asarray(image, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
+    restored = {label: shift for label, shift in own.items() if label != "1"}
+    with edited(model, restored, "linear"):
+        [again] = images(model, ["VanGogh"])
+    [original] = images(model, ["VanGogh"])
+    assert np.abs(np.asarray(again, dtype=int) - np.asarray(original, dtype=int)).max() <= 1
+    assert weights_hash(model.denoiser) == weights
+
+
+def test_a_file_of_the_shared_text_encoder_acts_on_the_tokens_and_is_not_said_to_erase(model, shifts):
+    with pytest.warns(Notice, match="what the others give stays as it is: pooled"):
+        taken = take_shifts(model, shifts)
+    prompts = ["Van Gogh", "Picasso", ""]
+    before = model.split(model.encode_prompt(prompts))
+    with edited(model, taken, "gated"):
+        after = model.split(model.encode_prompt(prompts))
+        assert left(model) <= 0.35
+    assert not torch.equal(after.tokens[0], before.tokens[0]) and torch.equal(after.tokens[1:], before.tokens[1:])
+    assert torch.equal(after.pooled, before.pooled)
+    assert [judge(shift.metadata, "gated") for shift in taken.values()] == [(None, {})] * 3
+    with edited(model, taken, "linear"):
+        assert weights_hash(model.denoiser) != weights_hash(load_model(FOLDER, CPU).denoiser)
