@@ -26,6 +26,8 @@ def main() -> None:
     arguments.add_unet_dtype(parser)
     text = "instead of a model, its text encoder and tokenizer alone, in a folder: its shifts fit every model with it"
     parser.option("text_encoder", type=Path, default=None, metavar="FOLDER", help=text)
+    text = "with --text_encoder: change its pooled embedding too, which FLUX and Stable Diffusion 3 take of some"
+    parser.option("pooled", action="store_true", help=text)
     parser.option(
         "estimate_memory", action="store_true", help="print the predicted peak memory of each choice, and end"
     )

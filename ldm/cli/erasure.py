@@ -108,11 +108,15 @@ def run_erasure(args: Namespace, method: str) -> None:
 def _load(args: Namespace, device: torch.device) -> TextModel:
     """Return the model that the arguments name, or the text encoder alone that --text_encoder of SRS_ME.py names."""
     if getattr(args, "text_encoder", None) is None:
+        if getattr(args, "pooled", False):
+            raise ValueError(
+                "`pooled` is of a text encoder alone, named by `text_encoder`: a model has its own streams"
+            )
         return load_model(args, device, getattr(args, "unet_dtype", "float32"))
     given = [name for name in _OF_A_DENOISER if name in typed]
     if given:
         raise ValueError(f"`text_encoder` is read without a denoiser, for which `{given[0]}` is: leave one of both out")
-    return load_text_model(args.text_encoder, device)
+    return load_text_model(args.text_encoder, device, args.pooled)
 
 
 def _check_erased(

@@ -9,8 +9,9 @@ from ldm.diffusion.family_flux import Flux
 from ldm.diffusion.family_language import Flux2, Lumina2
 from ldm.diffusion.family_masked import AuraFlow, PixArt, Sana
 from ldm.diffusion.family_sd3 import StableDiffusion3
-from ldm.diffusion.family_stable_diffusion import StableDiffusion, StableDiffusionXL
+from ldm.diffusion.family_stable_diffusion import StableDiffusion, StableDiffusionXL, TextAlone
 
+TEXT_ALONE = TextAlone()
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": StableDiffusion(),
     "StableDiffusionXLPipeline": StableDiffusionXL(),

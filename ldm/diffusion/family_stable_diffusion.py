@@ -58,6 +58,22 @@ class StableDiffusion(Family):
         return (width[0] if isinstance(width, list | tuple) else width), 0
 
 
+class TextAlone(StableDiffusion):
+    """A text encoder by itself, with its pooled embedding, which FLUX and Stable Diffusion 3 take of some."""
+
+    def sources(self, pipe: Any) -> list[TextSource]:
+        return [TextSource("text_encoder", slice(None), slice(None), slice(0, pipe.text_encoder.config.hidden_size))]
+
+    def encode(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
+        pooled: list[torch.Tensor] = []
+        keep: Any = lambda _, inputs, output: pooled.append(output.pooler_output)  # noqa: E731  # a hook
+        hook = pipe.text_encoder.register_forward_hook(keep)
+        try:
+            return Encoded(super().encode(pipe, prompts, device).tokens, torch.cat(pooled))
+        finally:
+            hook.remove()
+
+
 class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL, which has the pooled embedding of its second text encoder too, beside six sizes."""
 

@@ -35,11 +35,12 @@ _ADVICE = (
 _TOKENIZERS = {"CLIPTextModel": "CLIPTokenizer", "BertModel": "BertTokenizer"}  # where no model_index.json names one
 
 
-def load_text_model(source: str | Path, device: torch.device | None = None) -> TextModel:
+def load_text_model(source: str | Path, device: torch.device | None = None, with_pooled: bool = False) -> TextModel:
     """Load the text encoders and tokenizers of a Stable Diffusion model onto `device`; nothing else of it is read.
 
     `source` is a diffusers folder, which needs no other parts, or a folder with one text encoder and its tokenizer.
-    Raises ValueError where it is none, is damaged, or says in its configs what is not computed here.
+    `with_pooled` asks for its pooled embedding too. Raises ValueError where it is none, lacks that, is damaged, or says
+    in its configs what is not computed here.
     """
     silence_hf_logging()
     folder = Path(source)
@@ -52,7 +53,10 @@ def load_text_model(source: str | Path, device: torch.device | None = None) -> T
             if encoder is not None:
                 check_weights(encoder, source)
         name = folder.resolve().name
-        model = TextModel(name, name, pipeline, device, settings_path=find_settings(source))
+        if with_pooled and (hasattr(pipeline, "text_encoder_2") or getattr(pipeline.text_encoder, "pooler", 0) is None):
+            raise UnusableModelError(f"{source} has no single text encoder with a pooled embedding: leave `pooled` out")
+        options: dict[str, Any] = {"settings_path": find_settings(source), "has_own_pooled": with_pooled}
+        model = TextModel(name, name, pipeline, device, **options)
         finite = bool(model.encode_prompt([""]).isfinite().all())
     except UnusableModelError as error:  # which may say what a whole model needs
         raise UnusableModelError(str(error).replace(WHOLE_MODEL, _ADVICE)) from error

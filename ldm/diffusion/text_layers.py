@@ -62,6 +62,11 @@ class TextLayers(Mapping[str, nn.Linear]):
         """Return d + p."""
         return sum(self.widths.values())
 
+    @property
+    def streams(self) -> list[slice]:
+        """Return the columns of a prompt's rows that are each stream's."""
+        return [self.columns(stream) for stream in self.widths]
+
     def columns(self, stream: str) -> slice:
         """Return the columns of a prompt's rows that are a stream's."""
         start = 0 if stream == TOKENS else self.widths[TOKENS]

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.diffusion.batches import States, encode_in_batches
-from ldm.diffusion.families import FAMILIES
-from ldm.diffusion.family import Encoded, Family, TextSource, plain_tokenizer
+from ldm.diffusion.families import FAMILIES, TEXT_ALONE
+from ldm.diffusion.family import LAST, Encoded, Family, TextSource, plain_tokenizer
 from ldm.diffusion.text_layers import POOLED, TOKENS, TextLayer, TextLayers, output_gram
 from ldm.diffusion.text_states import LAST_STATE, capture_states
 from ldm.diffusion.tokenizer import align_tokens, describe_cuts, tokenizer_digest, vocabulary_words
@@ -90,6 +90,7 @@ class TextModel:
     remembered: dict[str, torch.Tensor] | None = None  # embeddings of prompts, by `edits.remember_embeddings`
     settings_path: Path | None = None  # the file with its own settings
     edited_by: tuple[str, ...] = ()  # the labels of the shifts that act on it now, by `merge.edited`
+    has_own_pooled: bool = False  # whether a text encoder alone gives its pooled embedding too
 
     def __post_init__(self) -> None:
         self._text_encoders: dict[str, Any] = {}
@@ -107,7 +108,7 @@ class TextModel:
     @property
     def adapter(self) -> Family:
         """Return what is particular to its family."""
-        return FAMILIES[self.family]
+        return TEXT_ALONE if self.has_own_pooled else FAMILIES[self.family]
 
     @property
     def sources(self) -> list[TextSource]:
@@ -186,11 +187,25 @@ class TextModel:
 
     @property
     def text_digest(self) -> str:
-        """Return the digest of what turns prompts into embeddings: tokenizers, text encoders and their configs."""
+        """Return the digest of what turns prompts into embeddings: tokenizers, text encoders and their configs.
+
+        Of a model that has one text encoder more than once it is that of the encoder.
+        """
         return self._text_digest
+
+    @property
+    def encoded_as(self) -> dict[str, Any]:
+        """Return what a file says of the embeddings that it changes: whose, which of several kinds, and how wide."""
+        said: dict[str, Any] = {"text_digest": self.text_digest}
+        if len(self.widths) > 1:
+            said["streams"] = self.widths
+        kinds = {source.kind for source in self.sources if source.rows is not None}
+        return said | ({"kind": " and ".join(sorted(kinds))} if kinds != {LAST} else {})
 
     @cached_property
     def _text_digest(self) -> str:
+        if len(self._text_encoders) > 1 and len(set(self.encoder_digests.values())) == 1:
+            return next(iter(self.encoder_digests.values()))
         return _digest_of(dict(sorted(self._text_encoders.items())), self._plain_tokenizers)
 
     @cached_property

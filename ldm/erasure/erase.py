@@ -221,7 +221,7 @@ class _Erasure:
         else:
             metadata["measured_on"] = "embeddings"
         if not self.config.trains:
-            metadata["text_digest"] = self.model.text_digest  # to which alone a closed form is bound
+            metadata |= self.model.encoded_as  # to which alone a closed form is bound
         if isinstance(self.config, SRSMEConfig):
             targets = target_prompts(concept, self.config, self.model.tokenizers[0])
             metadata |= self.retain.metadata(targets, concept, self.config)

@@ -22,7 +22,18 @@ from ldm.io.tensors import save_tensors
 _LOADER, _CARD = Path(__file__).with_stem("card_loader"), Path(__file__).with_name("shift_card.md")
 # What a shift's header says in such a file. Lists of prompts and all settings stand beside it.
 _IN_HEADER = (
-    *("created_by", "method", "base_model", "base_digest", "text_digest", "category", "concept_index", "concept"),
+    *(
+        "created_by",
+        "method",
+        "base_model",
+        "base_digest",
+        "text_digest",
+        "streams",
+        "kind",
+        "category",
+        "concept_index",
+        "concept",
+    ),
     *("concept_kind", "aliases", "prompt", "anchor", "iterations", "target_change", "max_leakage_protected", "effects"),
 )
 _BY = {"linear": "by the weights", "gated": "by the gate"}

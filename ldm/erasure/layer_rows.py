@@ -21,6 +21,11 @@ class Streams(Protocol):
         """How wide a prompt's rows are."""
         ...
 
+    @property
+    def streams(self) -> list[slice]:
+        """The columns of a prompt's rows that are each stream's."""
+        ...
+
     def row_weight(self, name: str) -> torch.Tensor:
         """Return what a layer's weight makes of a prompt's rows, (out, width)."""
         ...
@@ -50,6 +55,11 @@ def in_weight(layers: Layers, name: str, rows: torch.Tensor) -> torch.Tensor:
 def as_rows(layers: Layers, name: str, delta: torch.Tensor) -> torch.Tensor:
     """Return what acts on a layer's input (n, in) as it acts on a prompt's rows, (n, width)."""
     return layers.as_rows(name, delta) if isinstance(layers, Streams) and name in layers else delta
+
+
+def stream_columns(layers: Layers, width: int) -> list[slice]:
+    """Return the columns of a prompt's rows (T + 1, width) that are each stream's: of plain layers all."""
+    return layers.streams if isinstance(layers, Streams) else [slice(0, width)]
 
 
 def lacking(layers: Layers, width: int) -> int:

@@ -112,6 +112,8 @@ def estimate_memory(folder: Path, device: torch.device, batch_size: int, max_dir
     counts as well. Raises ValueError for a model of two text encoders, whose iteration is not estimated.
     """
     silence_hf_logging()
+    if not (folder / "unet").is_dir():
+        raise ValueError(f"{folder}: memory is estimated for Stable Diffusion 1.x and 2.x alone, and this has no U-Net")
     config: Any = UNet2DConditionModel.load_config(str(folder), subfolder="unet")
     if config.get("addition_embed_type"):
         raise ValueError(

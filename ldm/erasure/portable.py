@@ -19,7 +19,7 @@ from ldm.erasure.effect import measure_effect
 from ldm.erasure.leakage import EmbeddingCache, leakage
 from ldm.erasure.shift import WeightShift
 from ldm.erasure.targets import anchor_prompt
-from ldm.erasure.transfer import fitted_to, shares_encoder
+from ldm.erasure.transfer import fitted_to, needs_fitting
 from ldm.io.errors import notify
 
 _SHOWN = 3  # concepts that a notice names
@@ -35,7 +35,7 @@ def take_shifts(model: TextModel, shifts: Mapping[str, WeightShift]) -> dict[str
     unchanged: dict[str, list[str]] = {}  # names of concepts, by the streams that their shifts leave
     shared: dict[str, list[str]] = {}  # names of concepts, by that of the model that their shifts were made on
     for label, given in shifts.items():
-        if shares_encoder(model, given):
+        if needs_fitting(model, given):
             given, left = fitted_to(model, given)
             if left:
                 unchanged.setdefault(", ".join(left), []).append(str(given.metadata.get("concept", label)))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.erasure.gated_edit import GatedEdit, is_gated_tensor
-from ldm.erasure.layer_rows import as_rows, in_weight, lacking
+from ldm.erasure.layer_rows import as_rows, in_weight, lacking, stream_columns
 from ldm.erasure.output_norms import norms_through, output_norms, stacked_qr_factor
 from ldm.erasure.shift_file import HEADER, LARGEST, SHIFT_FILE_TYPE, check_size
 from ldm.io.checks import check_header
@@ -306,9 +306,15 @@ class EmbeddingShift(SeparableShift):
         return self.outputs @ self.directions
 
     def truncate(self, rank: int) -> EmbeddingShift:
-        """Return the shift with only its `rank` strongest directions in its layers, or without such in embeddings."""
+        """Return the shift with only its `rank` strongest directions of each stream in its layers, or in embeddings."""
         stacked = stacked_qr_factor(self.coefficients.values() or [self.outputs], self.rank)
-        strongest = torch.linalg.svd(stacked).Vh[:rank]  # (rank, k), the directions being orthonormal
+        parts: list[torch.Tensor] = []
+        for columns in stream_columns(self.layers, self.directions.shape[1]):
+            own = self.directions[:, columns].any(dim=1)
+            if own.any():
+                vh = torch.linalg.svd(stacked[:, own]).Vh[:rank]  # (rank, own k), the directions being orthonormal
+                parts.append(vh.new_zeros(len(vh), self.rank).masked_scatter(own, vh))
+        strongest = torch.cat(parts)
         made = self._with(self.outputs @ strongest.T, strongest @ self.directions)
         made.metadata = self.metadata | {"truncated_to_rank": rank}
         return made

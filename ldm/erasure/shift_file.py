@@ -22,13 +22,14 @@ HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, wh
             "base_digest",
             "text_digest",
             "concept_kind",
+            "kind",
         ),
         is_text,
     ),
     **dict.fromkeys(("captions", "protected", "aliases"), is_texts),
     **dict.fromkeys(("concept_index", "iterations", "rank"), is_count),
     **dict.fromkeys(("scale", "rank_rtol", "target_change", "max_leakage_protected"), is_number),
-    **dict.fromkeys(("config", "gate", "effects"), is_mapping),
+    **dict.fromkeys(("config", "gate", "effects", "streams"), is_mapping),
 }
 
 

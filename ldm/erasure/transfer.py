@@ -1,67 +1,55 @@
 """A shift that was made on one text encoder, for a model that has this encoder among others, or for another purpose.
 
-A file is bound to its text encoder, by digest, and to what it changes of it: its last hidden states, say. A model may
-have that encoder under another name, beside others. Then the gate reads it there, and the map acts on what it gives.
+A file is bound to its text encoder, by digest, and to what it changes of it: streams, the tokens' embeddings and maybe
+the pooled one, and which hidden states the former are. A model may have that encoder under another name, beside others,
+or take less of it. Then the gate reads it there, and the maps act on what the model takes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 
-from ldm.diffusion.family import LAST, POOLED_KIND, TextSource
+from ldm.diffusion.family import LAST
 from ldm.diffusion.text_layers import POOLED, TOKENS
 from ldm.diffusion.text_model import TextModel
-from ldm.erasure.embedding_map import EmbeddingMap
 from ldm.erasure.gated_edit import GatedEdit
 from ldm.erasure.shift import EmbeddingShift, WeightShift
 
 _FIRST = "text_encoder"  # as a model with one text encoder calls it
 
 
-def shares_encoder(model: TextModel, shift: WeightShift) -> bool:
-    """Return whether a model has the text encoder that a shift was made on among several."""
+def needs_fitting(model: TextModel, shift: WeightShift) -> bool:
+    """Return whether a model has the text encoder that a shift was made on, and takes other things of it."""
     made_on = shift.metadata.get("text_digest")
-    return made_on != model.text_digest and made_on in model.encoder_digests.values()
+    if made_on == model.text_digest:
+        return _streams(shift) != model.widths or shift.metadata.get("kind", "") != model.encoded_as.get("kind", "")
+    return made_on in model.encoder_digests.values()
 
 
 def fitted_to(model: TextModel, shift: WeightShift) -> tuple[WeightShift, list[str]]:
-    """Return a shift as it acts on a model that `shares_encoder`, and the model's places that it leaves unchanged.
+    """Return a shift as it acts on a model for which it `needs_fitting`, and the places that it leaves unchanged.
 
     Raises ValueError where the shift changes nothing that the model takes of the encoder.
     """
-    digest = shift.metadata["text_digest"]
-    sources = [source for source in model.sources if model.encoder_digests[source.name] == digest]
-    places: dict[str, str] = {}  # by what the file calls it
-    kinds = {TOKENS: shift.metadata.get("kind", LAST), POOLED: POOLED_KIND}
-    for stream, kind in kinds.items():
-        place = next((_place(model, source, stream) for source in sources if _gives(source, stream, kind)), None)
-        if place is not None:
-            places[stream] = place
+    places, name = _places(model, shift)
     fitted = copy(shift)
-    fitted.metadata = {**shift.metadata, "text_digest": model.text_digest, "made_on_encoder": digest}
+    fitted.metadata = {**shift.metadata, **model.encoded_as}
     changed: set[str] = set()
     if shift.gated is not None:
-        fitted.gated = _gated(shift.gated, places, sources[0].name)
-        changed |= set(fitted.gated.maps) if fitted.gated else set()
+        fitted.gated = _gated(shift.gated, places, name)
+        changed |= set(fitted.gated.maps) if fitted.gated is not None else set()
     if isinstance(fitted, EmbeddingShift) and fitted.rank:
-        place = places.get(TOKENS)
-        if place is not None and model.owns_columns(place):
-            columns = model.places[place][1]
-            around = columns.start, model.context_dim - columns.stop
-            fitted.outputs = F.pad(fitted.outputs, (0, 0, *around))
-            fitted.directions = F.pad(fitted.directions, around)
-            changed.add(place)
-        else:
-            width = model.context_dim
-            fitted.outputs, fitted.directions = fitted.outputs.new_zeros(width, 0), fitted.outputs.new_zeros(0, width)
+        changed |= _fit_factors(model, fitted, _streams(shift), places)
     if not changed:
-        given = ", ".join(source.name for source in sources)
+        kind = shift.metadata.get("kind", LAST)
         raise ValueError(
-            f"{shift.path} changes the {kinds[TOKENS]} of its text encoder, and {model.name} takes other states of it "
-            f"({given}): make it on {model.name} itself"
+            f"{shift.path} changes the {kind} of its text encoder, and {model.name} takes other states of it: make it "
+            f"on {model.name} itself"
         )
     left = [place for place in _all_places(model) if place not in changed]
     if left:
@@ -69,30 +57,79 @@ def fitted_to(model: TextModel, shift: WeightShift) -> tuple[WeightShift, list[s
     return fitted, left
 
 
-def _gives(source: TextSource, stream: str, kind: str) -> bool:
-    if stream == TOKENS:
-        return source.rows is not None and source.kind == kind
-    return source.pooled is not None and kind == POOLED_KIND
+def _streams(shift: WeightShift) -> dict[str, int]:
+    """Return how wide each stream is that a shift was made on; a file of one stream, or an older one, does not say."""
+    width = len(shift.outputs) if isinstance(shift, EmbeddingShift) else 0
+    if shift.gated is not None and TOKENS in shift.gated.maps and not shift.rank:
+        width = len(shift.gated.maps[TOKENS].outputs)
+    said = shift.metadata.get("streams") or {TOKENS: width}
+    return {stream: int(said[stream]) for stream in (TOKENS, POOLED) if stream in said}  # in the order of columns
 
 
-def _place(model: TextModel, source: TextSource, stream: str) -> str:
+def _places(model: TextModel, shift: WeightShift) -> tuple[dict[str, str], str]:
+    """Return the model's places by the streams of a shift, and what the model calls its text encoder."""
+    digest, kind = shift.metadata["text_digest"], shift.metadata.get("kind")
+    is_own = digest == model.text_digest
+    sources = [source for source in model.sources if is_own or model.encoder_digests[source.name] == digest]
+    if is_own and len(set(model.encoder_digests.values())) > 1:  # an older file, of all encoders together
+        return {stream: stream for stream in model.widths}, ""
+    places: dict[str, str] = {}
+    for source in sources:
+        if source.rows is not None and source.kind == (kind or LAST):
+            places.setdefault(TOKENS, _place(model, TOKENS, source.name))
+        if source.pooled is not None:
+            places.setdefault(POOLED, _place(model, POOLED, source.name))
+    return {stream: place for stream, place in places.items() if stream in _streams(shift)}, sources[0].name
+
+
+def _fit_factors(
+    model: TextModel, shift: EmbeddingShift, streams: Mapping[str, int], places: Mapping[str, str]
+) -> set[str]:
+    """Give a shift the factors by which it acts on a model's rows, and return the places that it changes."""
+    outputs: list[torch.Tensor] = []
+    directions: list[torch.Tensor] = []
+    changed: set[str] = set()
+    start = 0
+    for stream, width in streams.items():
+        own, start = slice(start, start + width), start + width
+        place = places.get(stream)
+        if place is None or not model.owns_columns(place):
+            continue
+        columns = model.places[place][1]
+        around = columns.start, model.context_dim - columns.stop
+        found = shift.directions[:, own]
+        acting = found.any(dim=1)
+        directions.append(F.pad(found[acting], around))
+        outputs.append(F.pad(shift.outputs[own][:, acting], (0, 0, *around)))
+        changed.add(place)
+    nothing = shift.outputs.new_zeros(model.context_dim, 0)
+    shift.outputs = torch.cat([nothing, *outputs], dim=1)
+    shift.directions = torch.cat([nothing.T, *directions])
+    return changed
+
+
+def _place(model: TextModel, stream: str, name: str) -> str:
     """Return the place of what a text encoder gives to a stream: the stream itself, where it gives all of it."""
-    own = f"{stream}.{source.name}"
+    own = f"{stream}.{name}"
     return stream if model.places[own] == model.places[stream] else own
 
 
 def _all_places(model: TextModel) -> list[str]:
     found: list[str] = []
     for stream in (TOKENS, POOLED):
-        given = [source for source in model.sources if f"{stream}.{source.name}" in model.places]
-        found += [_place(model, source, stream) for source in given]
+        given = [source.name for source in model.sources if f"{stream}.{source.name}" in model.places]
+        found += dict.fromkeys(_place(model, stream, name) for name in given)
     return found
 
 
-def _gated(edit: GatedEdit, places: dict[str, str], name: str) -> GatedEdit | None:
-    """Return an edit of one text encoder with the names that a model has for it and its places; None without any."""
-    maps: dict[str, EmbeddingMap] = {places[stream]: found for stream, found in edit.maps.items() if stream in places}
-    if not maps or set(edit.gates) != {_FIRST}:
+def _gated(edit: GatedEdit, places: Mapping[str, str], name: str) -> GatedEdit | None:
+    """Return an edit with the names that a model has for its text encoder and places; None where it acts on none."""
+    maps = {places[stream]: found for stream, found in edit.maps.items() if stream in places}
+    if not maps:
         return None
-    gates, layers = {name: edit.gates[_FIRST]}, {name: edit.layers[_FIRST]}
-    return replace(edit, gates=gates, layers=layers, maps=maps)
+    if not name:
+        return replace(edit, maps=maps)
+    if len(edit.gates) != 1:
+        return None
+    [own] = edit.gates
+    return replace(edit, gates={name: edit.gates[own]}, layers={name: edit.layers[own]}, maps=maps)
