@@ -265,7 +265,7 @@ def test_a_training_stopped_and_resumed_is_the_same_training(stage, tmp_path):
             is_frozen = stage == "frozen text"
             denoiser = FrozenTextDenoiser(config) if is_frozen else Denoiser(config, tokenizer)
             captions = embeddings if is_frozen else tokens
-            trained = make_ema(denoiser, config)  # what is kept in the end
+            trained = make_ema(denoiser, config.train.denoiser.ema)  # what is kept in the end
             iterations = train_denoiser(fabric, config, denoiser, trained, latents, captions, path)
         for iteration, loss in iterations:
             losses.append(loss)
