@@ -18,7 +18,6 @@ import torch
 from ldm.diffusion.row_tokenizer import RowTokenizer
 
 LAST, PENULTIMATE = "last hidden states", "last hidden states but one"
-POOLED_KIND = "pooled embedding"
 _NARROW_SIDE = 8  # of the latents that a narrow twin is tried on
 
 
@@ -93,14 +92,14 @@ class Family:
         """Return the rows of a hidden state (N, all tokens, width) that the embeddings have too."""
         return state
 
+    def prompt_options(self, pipe: Any) -> dict[str, Any]:
+        """Return the options by which the pipeline's own call has its `encode_prompt` read prompts."""
+        return {"max_sequence_length": self.num_tokens(pipe)}
+
     def encode(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
         """Return what the pipeline's own `encode_prompt` makes of prompts."""
         tokens, mask, *_ = pipe.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            num_images_per_prompt=1,
-            device=device,
-            max_sequence_length=self.num_tokens(pipe),
+            prompts, do_classifier_free_guidance=False, device=device, **self.prompt_options(pipe)
         )
         return Encoded(tokens * mask[..., None].to(tokens))
 

@@ -67,15 +67,8 @@ class Sana(Family):
     def dropped(self, pipe: Any) -> slice:
         return slice(1, len(pipe.tokenizer.encode("\n".join(self._instruction(pipe)))) - 1)
 
-    def encode(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
-        tokens, mask, *_ = pipe.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            device=device,
-            max_sequence_length=self.num_tokens(pipe),
-            complex_human_instruction=self._instruction(pipe),
-        )
-        return Encoded(tokens * mask[..., None].to(tokens))
+    def prompt_options(self, pipe: Any) -> dict[str, Any]:
+        return {**super().prompt_options(pipe), "complex_human_instruction": self._instruction(pipe)}
 
     def encode_negative(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
         return negatives_of(pipe, prompts, device=device, max_sequence_length=self.num_tokens(pipe))

@@ -75,12 +75,16 @@ class DiffusionModel(TextModel):
         """Return the linear layers of the denoiser that see the prompt alone, by name."""
         return text_layers(self.denoiser)
 
+    @cached_property
+    def _norm(self) -> str:
+        """The name of the norm before the text layers; empty where there is none."""
+        return next((layer.norm for layer in self.text_layers.found.values()), "")
+
     def layer_inputs(self, rows: torch.Tensor) -> torch.Tensor:
         """Return what text layers see of prompts' rows (N, T, d): the same, but where a norm is before them."""
-        norm = next((layer.norm for layer in self.text_layers.found.values()), "")
-        if not norm:
+        if not self._norm:
             return rows
-        module = self.denoiser.get_submodule(norm)
+        module = self.denoiser.get_submodule(self._norm)
         with torch.no_grad():
             normed = module(rows.to(self.device, self.dtype)).float()
         return normed * rows.any(dim=-1, keepdim=True).to(normed)  # so that no row becomes one

@@ -9,7 +9,6 @@ config but small, so that no model is too large.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -71,10 +70,6 @@ class TextLayers(Mapping[str, nn.Linear]):
         """Return the columns of a prompt's rows that are a stream's."""
         start = 0 if stream == TOKENS else self.widths[TOKENS]
         return slice(start, start + self.widths[stream])
-
-    def of_stream(self, stream: str) -> dict[str, nn.Linear]:
-        """Return the layers that see a stream."""
-        return {name: layer for name, layer in self._layers.items() if self.found[name].stream == stream}
 
     def row_weight(self, name: str) -> torch.Tensor:
         """Return what a layer's weight makes of a prompt's rows, (out, d + p): nothing of what it does not see."""
@@ -225,12 +220,3 @@ def output_gram(layers: TextLayers) -> torch.Tensor:
         weight = layers.row_weight(name).cpu().double()
         total += weight.T @ weight
     return total
-
-
-def norm_digest(denoiser: nn.Module, norm: str) -> str:
-    """Return the digest of a norm before text layers: its class, and its weights."""
-    module = denoiser.get_submodule(norm)
-    digest = hashlib.sha256(type(module).__name__.encode())
-    for name, weight in module.state_dict().items():
-        digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -28,11 +28,10 @@ def initial_shift(
     """
     anchors = target_prompts(concept, config, model.tokenizers[0])
     target_embeds = model.layer_inputs(model.encode_prompt(list(anchors)))  # (P, rows, d)
-    aims = anchor_embeds(model, anchors, replaces_name(concept, config))
+    is_zero = config.init == "zero"
+    aims = None if is_zero else anchor_embeds(model, anchors, replaces_name(concept, config))
     retain_cost = retain.cost(concept, config, len(target_embeds))
     protected = basis.vectors, basis.protected
-    if config.init == "zero":
-        aims = None
     outputs, directions = solve_streams(config, model.streams, protected, target_embeds, aims, retain_cost)
     if outputs is None:
         return SeparableShift.zeros(model.text_layers, directions, config.basis_scale)
