@@ -768,8 +768,8 @@ def test_the_memory_of_an_erasure_is_estimated_for_the_tokens_of_a_bert(changed,
     table = estimate_memory(bert_path, CPU, 8, 40)
     weights = sum(weight.numel() for weight in load_model(bert_path, CPU).text_encoder.parameters())
     longer = estimate_memory(changed(TOKENIZER, bert_path, model_max_length=32), CPU, 8, 40)
-    assert len(table) == 4 and table["weights"][0] * 2**30 > 4 * weights
-    assert longer["iteration"][0] > table["iteration"][0] and longer["weights"][0] == table["weights"][0]
+    assert len(table) == 5 and table["weights"][0] * 2**30 > 4 * weights
+    assert longer["beside them"][0] > table["beside them"][0] and longer["weights"][0] == table["weights"][0]
 
 
 def test_a_checkpoint_of_a_model_with_a_bert_is_refused_by_its_config(checkpoint, bert_path, tmp_path):

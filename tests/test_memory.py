@@ -6,8 +6,9 @@ import pytest
 import torch
 from bench.bench import peak
 from conftest import CPU, make_xl
-from diffusers import UNet2DConditionModel
+from families import MAKERS, make_family
 
+from ldm.diffusion.hollow import hollow_pipeline
 from ldm.diffusion.latents import noised_batches
 from ldm.diffusion.load import load_model
 from ldm.diffusion.text_layers import text_layers
@@ -37,27 +38,33 @@ def measure(path, dtype, checkpointing: bool) -> int:
     ("dtype", "checkpointing"), [*itertools.product((torch.float32, torch.bfloat16), (False, True))]
 )
 def test_an_iterations_memory_is_estimated(tiny_path, dtype, checkpointing):
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(tiny_path, subfolder="unet"))
-    unet.requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last)
-    estimate = training_step_memory(unet, 8, 16, 40, checkpointing, 64)
+    pipe = hollow_pipeline(tiny_path)
+    pipe.unet.requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last)
+    estimate = training_step_memory(pipe, 8, 40, checkpointing, 64)
     assert estimate == pytest.approx(measure(tiny_path, dtype, checkpointing), rel=0.25)
 
 
 @pytest.mark.slow
 def test_the_first_choice_that_fits_is_marked(tiny_path, monkeypatch):
     table = estimate_memory(tiny_path, CPU, 8, 40)
-    assert list(table["choice"]) == ["<-", "", "", ""]
-    assert list(table["dtype"]) == ["float32"] * 2 + ["bfloat16"] * 2
-    assert table["iteration"][1] < table["iteration"][0] > table["iteration"][2] > table["iteration"][3]
+    assert list(table["choice"]) == ["<-", "", "", "", ""]
+    assert list(table["dtype"]) == ["float32"] * 2 + ["bfloat16"] * 2 + ["of the files"]
+    assert table["beside them"][1] < table["beside them"][0] > table["beside them"][2] > table["beside them"][3]
     assert table["weights"][2] < table["weights"][0]
     less = 1.0001 * table["peak"][1] * GIB / 0.9
     monkeypatch.setattr("ldm.erasure.memory.total_memory", lambda device: less)
-    assert list(estimate_memory(tiny_path, CPU, 8, 40)["choice"]) == ["", "<-", "", ""]
+    assert list(estimate_memory(tiny_path, CPU, 8, 40)["choice"]) == ["", "<-", "", "", ""]
     monkeypatch.setattr("ldm.erasure.memory.total_memory", lambda device: 0)
     assert not any(estimate_memory(tiny_path, CPU, 8, 40)["choice"])
 
 
-def test_xl_is_not_estimated(tmp_path):
-    with pytest.raises(ValueError, match=r"not for XL.*`gradient_checkpointing`"):
-        estimate_memory(make_xl(tmp_path / "xl"), CPU, 1, None)
+@pytest.mark.parametrize("name", ["xl", *MAKERS])
+def test_every_family_is_estimated_from_configs_alone(name, tmp_path):
+    folder = make_xl(tmp_path / "xl") if name == "xl" else make_family(name, tmp_path)
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    table = estimate_memory(folder, CPU, 1, None)
+    assert (table["weights"] > 0).all() and table["beside them"].iloc[-1] > 0
+    assert table["peak"].notna().all() or name == "lumina2"
+    is_mapped = table["weights"].iloc[-1] < table["weights"].iloc[2]  # of which the bfloat16 denoiser is a part
+    assert is_mapped == (name != "xl")

@@ -34,7 +34,7 @@ def main() -> None:
     from ldm.erasure.portable import take_shifts
 
     config = arguments.export_config(args)
-    model = session.load_model(args, session.first_device(args))
+    model = session.load_model(args, session.first_device(args), dtype=None)
     shifts, name = load_shifts(session.artifact_paths(args, model.name, args.method), args.shifts)
     if not shifts:
         raise ValueError(

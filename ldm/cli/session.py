@@ -40,15 +40,18 @@ _NOT_TRAINED = "nothing is trained: --mode is closed_form"
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def load_model(args: Namespace, device: torch.device, dtype: str = "float32") -> DiffusionModel:
-    """Return the model that --ckpt_path (with --config_path) or --model names, its U-Net in `dtype`."""
+def load_model(args: Namespace, device: torch.device, dtype: str | None = "float32") -> DiffusionModel:
+    """Return the model that --ckpt_path (with --config_path) or --model names, its denoiser in `dtype`.
+
+    None is the dtype in which it is read.
+    """
     if "ckpt_path" in typed and "model" in typed:
         raise ValueError("`model` and `ckpt_path` both name a model: give one of them")
     if args.ckpt_path == "" or args.model == "":
         raise ValueError("`model` or `ckpt_path` is empty: give a path, or leave it out")
     if args.config_path and not args.ckpt_path:
         raise ValueError("`config_path` says what `ckpt_path` is made of: give that too, or leave both out")
-    source, torch_dtype = args.ckpt_path or args.model, getattr(torch, dtype)
+    source, torch_dtype = args.ckpt_path or args.model, getattr(torch, dtype) if dtype else None
     return load.load_model(source, device, args.config_path, torch_dtype, args.variant)
 
 

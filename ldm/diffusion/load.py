@@ -42,7 +42,7 @@ from ldm.diffusion.compvis import (
 from ldm.diffusion.consistency import check_parts
 from ldm.diffusion.families import FAMILIES
 from ldm.diffusion.load_family import FAMILY_PARTS, load_family
-from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.model import DiffusionModel, common_dtype
 from ldm.diffusion.weights import download, read_tensors, variants_of, weight_files
 from ldm.io.errors import notify
 from ldm.io.files import (
@@ -72,10 +72,13 @@ def load_model(
     source: str | Path,
     device: torch.device | None = None,
     config: str | Path | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     variant: str | None = None,
 ) -> DiffusionModel:
-    """Load a model onto `device`, or else the machine's accelerator or CPU, its U-Net in `dtype`.
+    """Load a model onto `device`, or else the machine's accelerator or CPU, its denoiser in `dtype`.
+
+    None is the dtype in which it is read: of a U-Net float32, of a transformer that of its files. In that dtype a
+    transformer on the CPU is mapped from its files, and may be larger than the memory.
 
     `source` is a diffusers folder of Stable Diffusion 1.x, 2.x or XL, a hub id of one where a hub can be reached, or
     a checkpoint of Stable Diffusion 1.x in CompVis' layout: a file, pickled or safetensors, whatever it is called. For
@@ -96,10 +99,8 @@ def load_model(
     # refuses what would run code, before anything else looks at it
     names = set(load_compvis_state_dict(Path(source))) if from_checkpoint else set[str]()
     try:
-        if from_checkpoint:
-            pipeline = _load_checkpoint(Path(source), names, config)
-        else:
-            pipeline = _load_folder(source, variant, dtype)
+        checkpoint = Path(source) if from_checkpoint else None
+        pipeline = _load_checkpoint(checkpoint, names, config) if checkpoint else _load_folder(source, variant)
         if isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
             check_parts(pipeline, source)
     except (UnusableModelError, MemoryError, torch.OutOfMemoryError):
@@ -115,8 +116,8 @@ def load_model(
         reason = " ".join(str(error).split())[:300]
         kind = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
         raise ValueError(f"cannot load a model from '{source}': {advice}: {kind}{reason}") from error
-    is_flow = FAMILIES[type(pipeline).__name__].is_flow
-    prediction_type = "epsilon" if is_flow else pipeline.scheduler.config.get("prediction_type", "epsilon")
+    family = FAMILIES[type(pipeline).__name__]
+    prediction_type = "epsilon" if family.is_flow else pipeline.scheduler.config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(
             f"{source} predicts '{prediction_type}', and this version erases only from models that predict the noise "
@@ -130,8 +131,8 @@ def load_model(
         config_name,
         pipeline,
         device,
-        dtype,
-        checkpoint=Path(source) if from_checkpoint else None,
+        dtype or common_dtype(getattr(pipeline, family.denoiser)),
+        checkpoint=checkpoint,
         settings_path=find_settings(source, config),
     )
     _try_parts(model, source)
@@ -262,7 +263,7 @@ def _check_configs(folder: Path) -> type[Pipeline]:
     return pipeline_class
 
 
-def _load_folder(source: str | Path, variant: str | None, dtype: torch.dtype) -> Any:
+def _load_folder(source: str | Path, variant: str | None) -> Any:
     if variant is not None and not re.fullmatch(r"\w+", variant):
         raise UnusableModelError(f"`variant` '{variant}' is no name such as fp16")
     folder = resolve_config_dir(source, variant=variant)
@@ -285,7 +286,7 @@ def _load_folder(source: str | Path, variant: str | None, dtype: torch.dtype) ->
         known = f"choose from {', '.join(variants)}, or leave it out" if variants else "leave it out"
         raise UnusableModelError(f"{folder} has no weights of the `variant` {variant}: {known}")
     if pipeline_class is None:
-        return load_family(folder, class_name, variant, dtype)
+        return load_family(folder, class_name, variant)
     components: dict[str, Any] = dict.fromkeys(OPTIONAL_PARTS)
     components["unet"] = _read_unet(folder / "unet", variant)
     for name, kind in _PARTS.items():

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from ldm.diffusion.components import UnusableModelError, check_foreign, read_config
 from ldm.diffusion.families import FAMILIES
 from ldm.diffusion.family import plain_tokenizer
-from ldm.diffusion.weights import read_tensors, weight_files
+from ldm.diffusion.weights import map_tensors, weight_files
 
 _TOKENIZER = re.compile(r"\w*(Tokenizer|TokenizerFast|Processor)|TokenizersBackend")
 _TEXT_ENCODERS = (
@@ -46,8 +46,8 @@ FAMILY_PARTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 _OPTIONAL = ("image_encoder", "feature_extractor")
 
 
-def load_family(folder: Path, class_name: str, variant: str | None, dtype: torch.dtype) -> Any:
-    """Return the pipeline of the class in a diffusers folder, its denoiser in `dtype` and all else in float32.
+def load_family(folder: Path, class_name: str, variant: str | None) -> Any:
+    """Return the pipeline of the class in a diffusers folder, its denoiser mapped from its files, all else in float32.
 
     Raises UnusableModelError for parts that are missing, or of other classes, and for what would be another model.
     """
@@ -56,7 +56,7 @@ def load_family(folder: Path, class_name: str, variant: str | None, dtype: torch
     denoiser_class, needed, optional = FAMILY_PARTS[class_name]
     parts: dict[str, Any] = dict.fromkeys(name for name in _OPTIONAL if name in index)
     parts["transformer"] = _read_denoiser(
-        folder / "transformer", _class(path, index, "transformer"), denoiser_class, variant, dtype
+        folder / "transformer", part_class(path, index, "transformer"), denoiser_class, variant
     )
     for name in (*needed, *optional):
         tokenizer = name.replace("text_encoder", "tokenizer")
@@ -68,16 +68,16 @@ def load_family(folder: Path, class_name: str, variant: str | None, dtype: torch
                 )
             parts |= {name: None, tokenizer: None}
             continue
-        parts[name] = _read_text_encoder(folder / name, _class(path, index, name), variant)
-        parts[tokenizer] = _read_tokenizer(folder / tokenizer, _class(path, index, tokenizer))
-    vae_class = _class(path, index, "vae")
+        parts[name] = _read_text_encoder(folder / name, part_class(path, index, name), variant)
+        parts[tokenizer] = _read_tokenizer(folder / tokenizer, part_class(path, index, tokenizer))
+    vae_class = part_class(path, index, "vae")
     if vae_class not in _VAES:
         raise UnusableModelError(f"{path}: its vae is {vae_class}, not one of {', '.join(_VAES)}")
     check_foreign(folder / "vae" / "config.json", read_config(folder / "vae" / "config.json"))
     parts["vae"] = getattr(diffusers, vae_class).from_pretrained(
         folder / "vae", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
-    scheduler_class = _class(path, index, "scheduler")
+    scheduler_class = part_class(path, index, "scheduler")
     if scheduler_class not in _SCHEDULERS:
         raise UnusableModelError(f"{path}: its scheduler is {scheduler_class}, not one of {', '.join(_SCHEDULERS)}")
     parts["scheduler"] = getattr(diffusers, scheduler_class).from_pretrained(
@@ -85,15 +85,21 @@ def load_family(folder: Path, class_name: str, variant: str | None, dtype: torch
     )
     plain = {name: value for name, value in index.items() if name == "is_distilled"}
     pipe = getattr(diffusers, class_name)(**parts, **plain)
-    family = FAMILIES[class_name]
+    cut_tokenizers(pipe)
+    return pipe
+
+
+def cut_tokenizers(pipe: Any) -> None:
+    """Let the tokenizers of a pipeline end where its own call does."""
+    family = FAMILIES[type(pipe).__name__]
     for source in family.sources(pipe):
         if source.rows is not None:
             tokenizer = plain_tokenizer(pipe, source.name)
             tokenizer.model_max_length = int(min(tokenizer.model_max_length, family.length(pipe, source)))
-    return pipe
 
 
-def _class(path: Path, index: dict[str, Any], name: str) -> str:
+def part_class(path: Path, index: dict[str, Any], name: str) -> str:
+    """Return the class of a part of a pipeline. Raises UnusableModelError for one that the libraries do not have."""
     value = index.get(name)
     if not (isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)):
         raise UnusableModelError(f"{path} names no {name}: give `model` a whole diffusers folder")
@@ -107,7 +113,7 @@ def _class(path: Path, index: dict[str, Any], name: str) -> str:
     return class_name
 
 
-def _read_denoiser(folder: Path, found: str, wanted: str, variant: str | None, dtype: torch.dtype) -> Any:
+def _read_denoiser(folder: Path, found: str, wanted: str, variant: str | None) -> Any:
     if found != wanted:
         raise UnusableModelError(f"{folder.parent}: its transformer is a {found}, and its pipeline's is a {wanted}")
     config = read_config(folder / "config.json")
@@ -121,7 +127,7 @@ def _read_denoiser(folder: Path, found: str, wanted: str, variant: str | None, d
     with init_empty_weights():  # of which what is no weight is computed
         denoiser = kind.from_config(config)
     try:
-        tensors = read_tensors(weight_files(folder, variant)[0], dtype)
+        tensors = map_tensors(weight_files(folder, variant)[0])
         lora = next((name for name in tensors if "lora_" in name or ".base_layer." in name), None)
         if lora is not None:
             raise UnusableModelError(f"{folder} holds a LoRA ({lora}): save it without, or fused by `fuse_lora`")

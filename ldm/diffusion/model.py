@@ -22,6 +22,12 @@ from ldm.io.tensors import check_finite, tensor_digest
 _MAX_PIXELS = 512 * 512  # that the autoencoder takes in one pass: its memory grows with them
 
 
+def common_dtype(module: torch.nn.Module) -> torch.dtype:
+    """Return the dtype of a part's weights, or float32 where they are of several."""
+    dtypes = {weight.dtype for weight in module.parameters()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
 @dataclass
 class DiffusionModel(TextModel):
     """The frozen parts of a text-to-image model, of any family that has an adapter, on one device.
@@ -43,6 +49,7 @@ class DiffusionModel(TextModel):
         for module in (self.denoiser, self.vae):
             module.requires_grad_(False).eval()
         _ = self.digest, self.text_digest  # of the weights before they are rounded
+        self.read_dtype = common_dtype(self.denoiser)
         self.denoiser.to(self.device, self.dtype)
         for module in (self.denoiser, self.vae):  # made of convolutions
             module.to(memory_format=torch.channels_last)

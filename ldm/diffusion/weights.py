@@ -78,8 +78,8 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def read_tensors(files: list[Path], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Return the tensors of safetensors files in `dtype`, read one by one.
+def read_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
+    """Return the tensors of safetensors files in float32, read one by one.
 
     Mapped from a file, as diffusers reads it, a model would stay in memory twice until wholly rounded or laid out anew.
     """
@@ -87,7 +87,19 @@ def read_tensors(files: list[Path], dtype: torch.dtype = torch.float32) -> dict[
     for path in files:
         with safe_open(path, framework="pt", backend="pread") as opened:
             for name in opened.keys():  # noqa: SIM118  # it is no mapping
-                tensors[name] = opened.get_tensor(name).to(dtype)
+                tensors[name] = opened.get_tensor(name).float()
+    return tensors
+
+
+def map_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
+    """Return the tensors of safetensors files in their own dtype, mapped from the files.
+
+    The system reads a page when it is needed and may let it go again, so that a model may be larger than the memory.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
     return tensors
 
 

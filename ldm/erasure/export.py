@@ -86,7 +86,7 @@ def export(
     merged_formats = set(config.formats) & set(LINEAR_FORMATS) - set(CUT_FORMATS)
     if model.checkpoint:
         merged_formats -= {"compvis"}  # which is merged into the checkpoint itself
-    if model.dtype != torch.float32 and merged_formats:
+    if model.dtype not in (torch.float32, model.read_dtype) and merged_formats:
         raise ValueError(
             f"the weights of {model.name} are held in {model.dtype}, by which those of "
             f"{', '.join(sorted(merged_formats))} would be rounded: load the model with `unet_dtype` float32"

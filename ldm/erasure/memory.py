@@ -12,16 +12,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModel
 
-from ldm.diffusion.components import check_configs, read_config
+from ldm.diffusion.families import FAMILIES
+from ldm.diffusion.family import Encoded
+from ldm.diffusion.hollow import hollow_pipeline
 from ldm.diffusion.load import silence_hf_logging
-from ldm.diffusion.text_layers import text_layers
+from ldm.diffusion.text_layers import TextLayers, text_layers
 from ldm.erasure.losses import SRSMELoss
 from ldm.erasure.shift import SeparableShift
 
@@ -60,30 +60,36 @@ def _storages(tree: object) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def training_step_memory(
-    unet: UNet2DConditionModel, batch_size: int, tokens: int, directions: int, checkpointing: bool, block: int
-) -> int:
+def training_step_memory(pipe: Any, batch_size: int, directions: int, checkpointing: bool, block: int) -> int:
     """Return the bytes beside the frozen weights that `SRSMELoss` and Adam hold at the peak of an iteration.
 
-    `unet` is on the meta device, in the dtype asked for. The loss itself runs, and back, on fake tensors, which have
-    shapes but no data; attention is fused. What an allocator of `block` bytes cannot use in between is not known.
+    `pipe` is a `hollow_pipeline`, its denoiser in the dtype asked for. The loss itself runs, and back, on fake tensors,
+    which have shapes but no data; attention is fused. What an allocator of `block` bytes cannot use in between is not
+    known.
     """
-    config: Any = unet.config
-    host = torch.get_default_device()
+    family = FAMILIES[type(pipe).__name__]
+    denoiser: Any = getattr(pipe, family.denoiser)
+    host, side = torch.get_default_device(), family.image_size(pipe)
+    width, pooled_width = family.text_dims(denoiser.config)
 
-    def predict_noise(latents: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        return unet(latents, timestep, embeds.to(unet.dtype)).sample.float()
+    def predict_noise(latents: torch.Tensor, timestep: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        given = Encoded(rows)
+        if pooled_width:
+            given = Encoded(rows[:, :-1, :width], rows[:, -1, width:])
+        given = Encoded(
+            given.tokens.to(denoiser.dtype), None if given.pooled is None else given.pooled.to(denoiser.dtype)
+        )
+        return family.predict(denoiser, latents, timestep, given, side).float()
 
-    model: Any = SimpleNamespace(device=host, denoiser=unet, predict_noise=predict_noise)
-    layers = text_layers(unet)
+    model: Any = SimpleNamespace(device=host, denoiser=denoiser, predict_noise=predict_noise)
+    layers = text_layers(denoiser)
+    rows = family.num_tokens(pipe) + bool(pooled_width)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        unet.to_empty(device=host)
+        denoiser.to_empty(device=host)
         with _AllocationCounter(block) as counter:
-            embeds = torch.empty(1, tokens, config.cross_attention_dim)
-            latents = torch.empty(
-                batch_size, config.in_channels, config.sample_size, config.sample_size, dtype=unet.dtype
-            )
-            shift = SeparableShift.zeros(layers, torch.empty(directions, config.cross_attention_dim), 1.0)
+            embeds = torch.empty(1, rows, width + pooled_width)
+            latents = torch.empty(batch_size, *family.latent_shape(pipe, side), dtype=denoiser.dtype)
+            shift = SeparableShift.zeros(layers, torch.empty(directions, layers.width), 1.0)
             loss = SRSMELoss(model, shift, embeds, embeds, 1.0)
             loss.checkpointing = checkpointing
             moments = [torch.zeros_like(weight) for weight in itertools.chain(*[loss.parameters()] * 2)]  # Adam's two
@@ -104,58 +110,66 @@ def total_memory(device: torch.device) -> int:
 
 
 def estimate_memory(folder: Path, device: torch.device, batch_size: int, max_directions: int | None) -> pd.DataFrame:
-    """Return an erasure's peak memory in GiB by dtype and gradient checkpointing, the most exact and fastest first.
+    """Return the peak memory in GiB of an erasure that is learnt, by dtype and gradient checkpointing, and of a merge.
 
-    `folder` has the configs of the model's parts; `choice` marks the first row that fits into nine tenths of the
-    device's memory. `max_directions` is the most that a shift has (None: as many as the prompts are wide). Weights are
-    the U-Net's, and where the device is not a GPU the other parts' too, which cannot leave it; there loading in float32
-    counts as well. Raises ValueError for a model of two text encoders, whose iteration is not estimated.
+    The most exact and fastest is first, and `choice` marks the first that fits into nine tenths of the device's memory.
+    `folder` has the configs of the model's parts. `max_directions` is the most that a shift has (None: as many as the
+    prompts are wide). Weights are the denoiser's, and where the device is not a GPU the other parts' too, which cannot
+    leave it; there a U-Net is loaded in float32, which counts as well. A merge is one on the CPU into the dtype of the
+    files: of a transformer it maps the weights from these, and holds what it changes alone. An iteration that computes
+    with the lengths of prompts cannot be told beforehand: NaN.
     """
     silence_hf_logging()
-    if not (folder / "unet").is_dir():
-        raise ValueError(f"{folder}: memory is estimated for Stable Diffusion 1.x and 2.x alone, and this has no U-Net")
-    config: Any = UNet2DConditionModel.load_config(str(folder), subfolder="unet")
-    if config.get("addition_embed_type"):
-        raise ValueError(
-            f"{folder}: memory is estimated for Stable Diffusion 1.x and 2.x alone, not for XL: try "
-            "`unet_dtype` bfloat16 with "
-            "`gradient_checkpointing`, which takes least"
-        )
-    check_configs(folder, is_xl=False)
-    with torch.device("meta"):
-        encoder: Any = AutoModel.from_config(AutoConfig.from_pretrained(str(folder), subfolder="text_encoder"))
-        vae_config: Any = AutoencoderKL.load_config(str(folder), subfolder="vae")
-        vae: Any = AutoencoderKL.from_config(vae_config)
-    tokenizer = read_config(folder / "tokenizer" / "tokenizer_config.json")
-    tokens = int(min(encoder.config.max_position_embeddings, tokenizer.get("model_max_length", math.inf)))
+    pipe = hollow_pipeline(folder)
+    family = FAMILIES[type(pipe).__name__]
+    original = getattr(pipe, family.denoiser)
     on_gpu, rows = _is_gpu(device), []
-    other_parts = 0 if on_gpu else _num_bytes(encoder) + _num_bytes(vae)
+    texts = sum(_num_bytes(getattr(pipe, source.name)) for source in family.sources(pipe))
+    other_parts = texts + _num_bytes(pipe.vae)
+    in_float32 = 0 if family.denoiser == "transformer" else _num_bytes(original)  # as a U-Net is read
     for dtype, checkpointing in itertools.product(DTYPES, (False, True)):
-        with torch.device("meta"):
-            unet: Any = UNet2DConditionModel.from_config(config)
-            unet.requires_grad_(False).eval()
-        loading = 0 if on_gpu else _num_bytes(unet) + other_parts
-        unet.to(dtype=DTYPES[dtype], memory_format=torch.channels_last)
-        weights = _num_bytes(unet) + other_parts
-        width = unet.config.cross_attention_dim
+        pipe = hollow_pipeline(folder)
+        denoiser = getattr(pipe, family.denoiser).requires_grad_(False).eval()
+        loading = 0 if on_gpu else in_float32 + other_parts
+        denoiser.to(dtype=DTYPES[dtype], memory_format=torch.channels_last)
+        weights = _num_bytes(denoiser) + (0 if on_gpu else other_parts)
+        width = sum(family.text_dims(denoiser.config))
         directions = min(max_directions or width, width)
-        step = training_step_memory(unet, batch_size, tokens, directions, checkpointing, 512 if on_gpu else 64)
-        peak = max(weights + step, loading) / GIB + (_CONTEXT if on_gpu else _LIBRARIES)
-        rows.append(
-            {
-                "dtype": dtype,
-                "gradient checkpointing": "yes" if checkpointing else "no",
-                "weights": weights / GIB,
-                "iteration": step / GIB,
-                "peak": peak,
-            }
-        )
+        try:
+            step = training_step_memory(pipe, batch_size, directions, checkpointing, 512 if on_gpu else 64)
+        except DataDependentOutputException:  # as of Lumina 2, which computes with prompts' lengths
+            step = math.nan
+        held = max(weights + step, loading) / GIB + (_CONTEXT if on_gpu else _LIBRARIES)
+        rows.append(_row("training", dtype, "yes" if checkpointing else "no", weights, step, held))
+    weights, maps = in_float32 + other_parts, _merge_memory(text_layers(original))
+    rows.append(_row("merge", "of the files", "", weights, maps, (weights + maps) / GIB + _LIBRARIES))
     table = pd.DataFrame(rows)
-    fits = table["peak"] <= 0.9 * total_memory(device) / GIB
+    fits = (table["peak"] <= 0.9 * total_memory(device) / GIB) & (table["for"] == "training")
     table["choice"] = ""
     if fits.any():
         table.loc[fits.idxmax(), "choice"] = "<-"
     return table
+
+
+def _row(what: str, dtype: str, checkpointing: str, weights: int, step: float, peak: float) -> dict[str, Any]:
+    """Return a row of the table, of bytes and of a peak in GiB."""
+    return {
+        "for": what,
+        "dtype": dtype,
+        "gradient checkpointing": checkpointing,
+        "weights": weights / GIB,
+        "beside them": step / GIB,
+        "peak": peak,
+    }
+
+
+def _merge_memory(layers: TextLayers) -> int:
+    """Return the bytes of what a merge holds beside the weights: the maps' sum, a layer and its products in float64.
+
+    And the merged layers in float32.
+    """
+    sizes = [layers[name].out_features * layers.width for name in layers]
+    return 8 * (layers.width**2 + 4 * max(sizes)) + 4 * sum(sizes)
 
 
 def _num_bytes(part: nn.Module) -> int:

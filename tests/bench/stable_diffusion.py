@@ -62,7 +62,7 @@ def original(work: Path) -> None:
     """Take three iterations with two float32 models: one frozen, one that trains the coefficients, four passes."""
     options = {"safety_checker": None, "dtype": torch.float32}
     models = [StableDiffusionPipeline.from_pretrained(work / "sd", **options) for _ in range(2)]
-    frozen, student = (model.denoiser.requires_grad_(False) for model in models)
+    frozen, student = (model.unet.requires_grad_(False) for model in models)
     token_ids = models[0].tokenizer(["VanGogh", ""], padding="max_length", return_tensors="pt").input_ids
     target_embeds, uncond_embeds = models[0].text_encoder(token_ids)[0].detach().split(1)
     suffixes = ("attn2.to_k", "attn2.to_v")
