@@ -221,7 +221,7 @@ def _converted_folder(model: DiffusionModel) -> Weights:
     if type(model.pipeline) is not StableDiffusionPipeline or encoder.config.hidden_act != "quick_gelu":
         raise ValueError(
             f"{model.name} is no Stable Diffusion v1, and checkpoints in CompVis' layout are written of that alone: "
-            "choose `format` diffusers, unet, lora or kohya"
+            "choose `format` diffusers, unet or shift"
         )
     try:
         return convert_to_compvis(model.denoiser.state_dict(), model.vae.state_dict(), encoder.state_dict())

@@ -55,7 +55,7 @@ def lora_metadata(
         f"{concept} erased from {model.config_name}",
         f"A LoRA of rank {said_rank} that erases {concept} from {model.config_name}, made by {CREATED_BY}.",
         {
-            "modelspec.architecture": f"{known.architecture}/lora",
+            "modelspec.architecture": "/".join((known.architecture, "lora")),
             "modelspec.usage_hint": _STRENGTH,
             "modelspec.category": "Concept erasure",  # and not "Style", where programs list what adds one
             "modelspec.tags": str(concept),
