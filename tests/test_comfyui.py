@@ -12,6 +12,7 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import CPU, ROOT, make_xl
+from families import make_family
 from safetensors import safe_open
 from torch import nn
 
@@ -513,6 +514,18 @@ def test_a_text_encoder_that_comfyui_cannot_have_is_one_line_by_the_script(scrip
     code, _, err = script(MERGE, *flags, "--format", "unet,comfyui")
     assert code == 2 and "--format" in err and len(err.strip().splitlines()) == 1 and "BertModel" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "sd3-without-t5", "pixart-alpha"])
+def test_other_families_are_refused_before_anything_is_written(name, tmp_path):
+    model = load_model(make_family(name, tmp_path / name), CPU)
+    made = SeparableShift.zeros(text_layers(model.denoiser), torch.eye(1, model.text_layers.width).double(), 1.0)
+    made.metadata = {"concept": "VanGogh"}
+    pipeline = type(model.pipeline).__name__
+    message = rf"{name} is a {pipeline}, and ComfyUI's node .*: choose another `format`, such as shift"
+    with pytest.raises(ValueError, match=message) as refused:
+        export(model, {"1": made}, tmp_path / "out", ExportConfig(("unet", "comfyui")), [""])
+    assert "\n" not in str(refused.value) and not list(tmp_path.glob("out*"))
 
 
 def test_the_script_writes_gates_beside_loras(script, tiny, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import CPU, TINY, compvis_config, make_xl
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from families import make_family
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -15,14 +16,15 @@ from test_export import compvis_tensors, ema_key, make_shift
 
 from ldm.config.methods import LINEAR_FORMATS, ExportConfig
 from ldm.diffusion.compvis import UNET_PREFIX, convert_to_compvis, unet_key_map
+from ldm.diffusion.family import ModelSpec
 from ldm.diffusion.load import load_model
 from ldm.diffusion.text_layers import text_layers
 from ldm.erasure.export import export, save_compvis, save_kohya, save_lora
-from ldm.erasure.export_metadata import Family, family_of, lora_metadata, save_with_metadata
+from ldm.erasure.export_metadata import lora_metadata, save_with_metadata
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
 from ldm.io.tensors import METADATA_KEY
 
-ALL_BUT_COMPVIS = "choose `format` diffusers, unet, lora or kohya"
+ALL_BUT_COMPVIS = "choose `format` diffusers, unet or shift"
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +55,56 @@ def converted(model, **parts) -> dict[str, torch.Tensor]:
     return convert_to_compvis(**own | parts)
 
 
-def test_a_family_is_known_by_structure(tiny, xl_path):
-    assert family_of(tiny) == Family("stable-diffusion-v1", "sd_v1", False, "epsilon")
+def spec_of(model) -> ModelSpec:
+    return model.adapter.model_spec(model.pipeline)
+
+
+def test_a_model_is_known_by_structure(tiny, xl_path):
+    known = {"network": "networks.lora", "prediction_type": "epsilon"}
+    assert spec_of(tiny) == ModelSpec("stable-diffusion-v1", "sd_v1", **known)
     tiny.text_encoder.config.hidden_act = "gelu"
-    assert family_of(tiny) == Family("stable-diffusion-v2-512", "sd_v2", True, "epsilon")
+    assert spec_of(tiny) == ModelSpec("stable-diffusion-v2-512", "sd_v2", **known, is_v2=True)
     tiny.scheduler.register_to_config(prediction_type="v_prediction")
-    assert family_of(tiny) == Family("stable-diffusion-v2-768-v", "sd_v2_v", True, "v")
-    xl = load_model(xl_path, CPU)
-    assert family_of(xl) == Family("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", False, "epsilon")
+    assert spec_of(tiny) == ModelSpec(
+        "stable-diffusion-v2-768-v", "sd_v2_v", "networks.lora", prediction_type="v", is_v2=True
+    )
+    implementation = "https://github.com/Stability-AI/generative-models"
+    expected = ModelSpec("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", implementation=implementation, **known)
+    assert spec_of(load_model(xl_path, CPU)) == expected
+
+
+def test_other_families_are_called_what_sd_scripts_calls_them_or_nothing(tmp_path):
+    """ModelSpec asks for an architecture, so that a model without a name there has none of its keys."""
+    specs = {}
+    for name in ("flux", "sd3", "lumina2", "sana", "flux2-klein"):
+        model = load_model(make_family(name, tmp_path / name), CPU)
+        tensors = {"a.lora_A.weight": torch.ones(2, 3), "b.lora_A.weight": torch.ones(1, 3)}
+        shift = DenseShift({"a.weight": torch.ones(2, 2)}, {"concept": "VanGogh"})
+        specs[name] = lora_metadata(model, "1", shift, tensors, is_kohya=True)
+        if name == "sd3":
+            for qk_norm, layers, version in (("rms_norm", (), "large"), ("rms_norm", (0,), "medium")):
+                model.denoiser.register_to_config(qk_norm=qk_norm, dual_attention_layers=layers)
+                assert spec_of(model).version == f"3-5-{version}"
+                assert spec_of(model).architecture == f"stable-diffusion-3-3-5-{version}"
+        if name == "flux":
+            model.denoiser.register_to_config(guidance_embeds=False)
+            assert spec_of(model).architecture == "flux-1-schnell"
+    keys = ("modelspec.architecture", "modelspec.implementation", "ss_base_model_version", "ss_network_module")
+    assert {name: tuple(spec.get(key) for key in keys) for name, spec in specs.items()} == {
+        "flux": ("flux-1-dev/lora", "https://github.com/black-forest-labs/flux", "flux1", "networks.lora_flux"),
+        "sd3": ("stable-diffusion-3-3-medium/lora", "diffusers", "3-medium", "networks.lora_sd3"),
+        "lumina2": (
+            "lumina-2/lora",
+            "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
+            "lumina2",
+            "networks.lora_lumina",
+        ),
+        "sana": (None,) * 4,
+        "flux2-klein": (None,) * 4,
+    }
+    for name, spec in specs.items():
+        assert "modelspec.prediction_type" not in spec and spec["ss_network_dim"] == "Dynamic"
+        assert any(key.startswith("modelspec.") for key in spec) == (name in ("flux", "sd3", "lumina2"))
 
 
 def test_a_kohya_file_says_what_sd_scripts_would(tiny, shifts, tmp_path):
@@ -115,8 +159,9 @@ def test_a_kohya_file_says_what_sd_scripts_would(tiny, shifts, tmp_path):
 
 
 def test_an_xl_lora_is_known_as_one_and_loads(xl_path, tmp_path):
-    model, directions = load_model(xl_path, CPU), torch.eye(96)[:3]
-    shift = SeparableShift.zeros(text_layers(model.denoiser), directions, 1.0)
+    model = load_model(xl_path, CPU)
+    layers = text_layers(model.denoiser)
+    shift = SeparableShift.zeros(layers, torch.eye(layers.width)[[0, 1, 2, -2, -1]], 1.0).on(layers)
     shift.metadata = {"concept": "VanGogh"}
     for weight in shift.coefficients.values():
         weight.data += 0.5
@@ -134,10 +179,9 @@ def test_an_xl_lora_is_known_as_one_and_loads(xl_path, tmp_path):
         assert written["modelspec.implementation"] == implementation
         assert ("ss_network_module" in written) == (save is save_kohya)
         pipeline.load_lora_weights(folder, weight_name="1-VanGogh.safetensors", adapter_name=save.__name__)
-        name = shift.parameter_names[-1].removesuffix(".weight")
-        layer = pipeline.unet.get_submodule(name)
-        delta = layer.get_delta_weight(save.__name__)
-        assert torch.allclose(delta.double(), shift.delta_weight(f"{name}.weight"), atol=1e-6)
+        for name in layers:
+            delta = pipeline.unet.get_submodule(name).get_delta_weight(save.__name__)
+            assert torch.allclose(delta.double(), shift.delta_weight(f"{name}.weight"), atol=1e-6)
 
 
 def test_every_single_file_says_what_was_merged_and_repeats_its_bytes(tiny, tiny_path, shifts, tmp_path):
@@ -145,7 +189,7 @@ def test_every_single_file_says_what_was_merged_and_repeats_its_bytes(tiny, tiny
         "compvis/model.safetensors": (METADATA_KEY, "merged checkpoint", 12),
         "kohya/1-VanGogh.safetensors": (METADATA_KEY, "LoRA", 0),  # the rank that it was cut to
         "lora/1-VanGogh.safetensors": (METADATA_KEY, "LoRA", 0),
-        "unet/diffusion_pytorch_model.safetensors": (METADATA_KEY, "merged U-Net", 12),
+        "unet/diffusion_pytorch_model.safetensors": (METADATA_KEY, "merged denoiser", 12),
     }
     digests = []
     for name in ("first", "again"):
@@ -167,12 +211,15 @@ def test_every_single_file_says_what_was_merged_and_repeats_its_bytes(tiny, tiny
         assert said["content_digest"] == shifts["1"].content_digest and said["concept"] == "VanGogh"
     spec = metadata_of(tmp_path / "first" / "out-compvis/model.safetensors")
     assert spec["modelspec.architecture"] == "stable-diffusion-v1" and "VanGogh" in spec["modelspec.description"]
+    denoiser = metadata_of(tmp_path / "first" / "out-unet/diffusion_pytorch_model.safetensors")
+    assert denoiser["modelspec.architecture"] == "stable-diffusion-v1"
+    assert denoiser["modelspec.implementation"] == "diffusers" != spec["modelspec.implementation"]
     assert spec["modelspec.merged_from"] == "tiny" and len(spec["modelspec.hash_sha256"]) == 2 + 64
 
 
 def test_no_program_would_write_an_erased_concept_into_a_prompt(tiny, shifts):
     for is_kohya in (True, False):
-        keys = set(lora_metadata(tiny, "1", shifts["1"], "a", is_kohya))
+        keys = set(lora_metadata(tiny, "1", shifts["1"], {}, is_kohya))
         assert not keys & {"modelspec.trigger_phrase", "ss_tag_frequency"}
 
 

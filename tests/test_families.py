@@ -3,13 +3,16 @@
 import inspect
 import json
 import shutil
+from typing import Any
 
 import diffusers
+import diffusers.loaders.single_file_utils as original
 import pytest
 import torch
 from conftest import CPU, make_xl
 from diffusers import DiffusionPipeline
 from families import MAKERS, make_family
+from safetensors.torch import load_file
 
 from ldm.config.concepts import Concept, get_concept, watermark_prompts
 from ldm.config.methods import ExportConfig, GateConfig, SamplingConfig, SRSMEConfig
@@ -27,7 +30,7 @@ from ldm.erasure.gate_fitters import make_gate_fitter
 from ldm.erasure.gated_edit import GatedPrompts
 from ldm.erasure.merge import applied
 from ldm.erasure.protection import Protection
-from ldm.erasure.shift import WeightShift
+from ldm.erasure.shift import SeparableShift, WeightShift
 from ldm.io.images import image_to_tensor
 from ldm.io.paths import ArtifactPaths
 from ldm.io.prompts import PromptCase
@@ -52,6 +55,16 @@ LAYERS = {
     "auraflow": {"context_embedder": 160},
     "flux2-klein": {"context_embedder": 240},
     "lumina2": {"time_caption_embed.caption_embedder.1": 160},
+}
+
+
+# Those whose layers have names in kohya's LoRAs: diffusers' own conversion of the original checkpoint knows them.
+ORIGINAL = {
+    "flux": original.convert_flux_transformer_checkpoint_to_diffusers,
+    "sd3": original.convert_sd3_transformer_checkpoint_to_diffusers,
+    "sd3-without-t5": original.convert_sd3_transformer_checkpoint_to_diffusers,
+    "flux2-klein": original.convert_flux2_transformer_checkpoint_to_diffusers,
+    "lumina2": original.convert_lumina2_to_diffusers,
 }
 
 
@@ -149,32 +162,103 @@ def test_a_gate_leaves_other_prompts_and_no_masked_row_becomes_one(tmp_path):
         assert set(edit.maps) == set(model.widths)
 
 
-def test_a_merged_folder_and_a_lora_give_a_stock_pipeline_the_same_image(folder, tmp_path):
-    model = load_model(folder, CPU)
-    artifacts = ArtifactPaths(tmp_path, "SRS-ME", model.name, "style", scene=1, time=0)
+def erased(model, folder) -> dict[str, WeightShift]:
+    """Return a shift that erases VanGogh from a model, by its label."""
+    artifacts = ArtifactPaths(folder, "SRS-ME", model.name, "style", scene=1, time=0)
     concept = get_concept("style", 1)
     null_space = load_model_config(model).null_space.with_changes(protected_templates=0)
-    erase(model, artifacts, [concept], TINY, Protection([get_concept("style", 0)], null_space), tmp_path)
-    shifts = {concept.label: WeightShift.load(artifacts.shift(concept.label))}
-    takes_loras = hasattr(model.pipeline, "load_lora_weights")
-    formats = ("diffusers", "lora") if takes_loras else ("diffusers",)
-    export(model, shifts, tmp_path / "merged", ExportConfig(formats, rank=99), ["", concept.prompt])
+    erase(model, artifacts, [concept], TINY, Protection([get_concept("style", 0)], null_space), folder)
+    return {concept.label: WeightShift.load(artifacts.shift(concept.label))}
+
+
+def stock_pipeline(path, folder) -> Any:
+    """Return the pipeline of diffusers that a path has, of the family of a folder."""
     lacking = {"text_encoder_3": None, "tokenizer_3": None} if folder.name == "sd3-without-t5" else {}
-    options = {**call_options(model, folder), "guidance_scale": 1.0, "output_type": "latent", "prompt": "VanGogh"}
-    latents = []
-    for path in (folder, tmp_path / "merged"):
-        pipe = DiffusionPipeline.from_pretrained(path, **lacking)
-        pipe.set_progress_bar_config(disable=True)
-        latents.append(pipe(**options, generator=torch.Generator().manual_seed(3)).images)
+    pipe = DiffusionPipeline.from_pretrained(path, **lacking)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_what_is_exported_gives_a_stock_pipeline_the_same_image(folder, tmp_path):
+    """Merged weights, whole or the denoiser's alone, and LoRAs, in kohya's layout where diffusers converts it."""
+    model = load_model(folder, CPU)
+    shifts = erased(model, tmp_path)
+    takes_loras, has_names = hasattr(model.pipeline, "load_lora_weights"), folder.name in ORIGINAL
+    formats = ("diffusers", "unet", *(["lora"] if takes_loras else []), *(["kohya"] if has_names else []))
+    export(model, shifts, tmp_path / "merged", ExportConfig(formats, rank=99), ["", "VanGogh"])
+    pipes = {"base": stock_pipeline(folder, folder), "merged": stock_pipeline(tmp_path / "merged", folder)}
+    pipes["denoiser"] = stock_pipeline(folder, folder)
+    pipes["denoiser"].transformer = type(model.denoiser).from_pretrained(tmp_path / "merged-unet")
+    file = "1-VanGogh.safetensors"
     if takes_loras:
-        pipe = DiffusionPipeline.from_pretrained(folder, **lacking)
-        pipe.set_progress_bar_config(disable=True)
-        pipe.load_lora_weights(tmp_path / "merged-lora", weight_name="1-VanGogh.safetensors")
-        latents.append(pipe(**options, generator=torch.Generator().manual_seed(3)).images)
-    change = relative(latents[1], latents[0])
+        pipes["lora"] = stock_pipeline(folder, folder)
+        pipes["lora"].load_lora_weights(tmp_path / "merged-lora", weight_name=file)
+    if folder.name == "flux2-klein":
+        pipes["kohya"] = stock_pipeline(folder, folder)
+        pipes["kohya"].load_lora_weights(tmp_path / "merged-kohya", weight_name=file)
+    if folder.name == "flux":  # whose names diffusers converts without the prefix that its pipeline looks for
+        pipes["kohya"] = stock_pipeline(folder, folder)
+        converted = pipes["kohya"].lora_state_dict(tmp_path / "merged-kohya", weight_name=file)
+        pipes["kohya"].transformer.load_lora_adapter(converted, prefix=None)
+    options = {**call_options(model, folder), "guidance_scale": 1.0, "output_type": "latent", "prompt": "VanGogh"}
+    latents = {name: pipe(**options, generator=torch.Generator().manual_seed(3)).images for name, pipe in pipes.items()}
+    change = relative(latents["merged"], latents["base"])
     assert change > 1e-7
-    for found in latents[2:]:
-        assert relative(found, latents[1]) < 0.05 * change
+    assert torch.equal(latents["denoiser"], latents["merged"])
+    for name in latents.keys() & {"lora", "kohya"}:
+        assert relative(latents[name], latents["merged"]) < 0.05 * change
+    if {"lora", "kohya"} <= latents.keys():
+        assert torch.equal(latents["kohya"], latents["lora"])
+
+
+class Everything(dict[str, torch.Tensor]):
+    """A checkpoint that has whatever it is asked for, each time another tensor."""
+
+    def __missing__(self, key: str) -> torch.Tensor:
+        return torch.zeros(21504)  # as many rows as FLUX's layers that are split have
+
+    def pop(self, key: str, *_) -> torch.Tensor:
+        return super().pop(key, self[key])
+
+
+def test_kohya_names_are_those_of_the_original_checkpoint(folder, tmp_path):
+    model = load_model(folder, CPU)
+    shifts = erased(model, tmp_path)
+    config = ExportConfig(("shift", "kohya"), rank=2)
+    if folder.name not in ORIGINAL:
+        pipeline = type(model.pipeline).__name__
+        advice = "lora$" if folder.name in ("sana", "auraflow") else "diffusers, unet or shift$"
+        with pytest.raises(ValueError, match=rf"have no name for .*1? of a {pipeline}: choose `format` {advice}"):
+            export(model, shifts, tmp_path / "out", config, [""])
+        assert not list(tmp_path.glob("out*"))
+        return
+    names = {layer: model.adapter.kohya_name(layer) for layer in model.text_layers}
+    blocks = [f"{kind}_blocks.0.one" for kind in ("joint", "double", "single")]  # by which blocks are counted
+    weights = {name: torch.zeros(1) for name in [*blocks, *(f"{name}.weight" for name in names.values())]}
+    converted = ORIGINAL[folder.name](Everything(weights))
+    assert all(converted[f"{layer}.weight"] is weights[f"{name}.weight"] for layer, name in names.items())
+    export(model, shifts, tmp_path / "out", config, [""])
+    written = load_file(tmp_path / "out-kohya" / "1-VanGogh.safetensors")
+    keys = {layer: f"lora_unet_{name.replace('.', '_')}" for layer, name in names.items()}
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert written.keys() == {f"{key}.{part}" for key in keys.values() for part in parts}
+    shift = shifts["1"].on(model.text_layers)
+    assert isinstance(shift, SeparableShift)
+    for layer, key in keys.items():
+        down, up, alpha = (written[f"{key}.{part}"].double() for part in parts)
+        expected = shift.truncate(2).delta_weight(f"{layer}.weight")
+        assert torch.allclose(up @ down * alpha / len(down), expected, atol=1e-6 * expected.abs().max().item())
+
+
+def test_a_layer_without_a_name_in_kohyas_layout_is_refused(tmp_path, monkeypatch):
+    model = load_model(make_family("flux", tmp_path / "flux"), CPU)
+    shifts = erased(model, tmp_path)
+    monkeypatch.setattr(type(model.adapter), "kohya_names", {"context_embedder": "txt_in"})
+    with pytest.raises(
+        ValueError, match=r"no name for time_text_embed.text_embedder.linear_1 of a FluxPipeline: .*lora$"
+    ):
+        export(model, shifts, tmp_path / "out", ExportConfig(("lora", "kohya")), [""])
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

@@ -45,6 +45,22 @@ class TextSource:
     kind: str = LAST  # which of its hidden states the tokens' embeddings are
 
 
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which kind of model one is: as ModelSpec calls it (`architecture`), and as sd-scripts does; empty for unknown.
+
+    `version` is sd-scripts' name of the base model, `network` that of its module of LoRAs, and `implementation` whose
+    names the layers have in such a LoRA.
+    """
+
+    architecture: str = ""
+    version: str = ""
+    network: str = ""
+    implementation: str = "diffusers"
+    prediction_type: str = ""
+    is_v2: bool = False
+
+
 class Family:
     """The adapter of a family; this one is what most families of transformers share. It keeps nothing of a model."""
 
@@ -53,6 +69,7 @@ class Family:
     joins_gates = False  # whether its text encoders' tokens are not the same, so that each has a gate by itself
     samples_by_call = True  # whether images are made by the pipeline's own call
     call_options: Mapping[str, Any] = {}  # of the pipeline's own call
+    kohya_names: Mapping[str, str] = {}  # of text layers: what the original implementation calls them, and so do LoRAs
     # The entries of a denoiser's config that a narrow twin has smaller: with the same layers that see the prompt first.
     narrow: Mapping[str, Any] = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8}
 
@@ -154,6 +171,18 @@ class Family:
     def narrow_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the shape of the smallest latents that a denoiser with this config takes."""
         return self.shape_of(config, _NARROW_SIDE)
+
+    def kohya_name(self, layer: str) -> str:
+        """Return what LoRAs in kohya's layout call a layer of the denoiser, with its dots; empty for no name."""
+        return self.kohya_names.get(layer, "")
+
+    def model_spec(self, pipe: Any) -> ModelSpec:
+        """Return what other programs call such a model, by its structure: a small one of the same counts as one."""
+        return ModelSpec()
+
+    def comfyui_encoders(self, pipe: Any) -> dict[str, str]:
+        """Return what ComfyUI calls each text encoder, for the node with gates; empty where the node cannot act."""
+        return {}
 
     def text_dims(self, config: Mapping[str, Any]) -> tuple[int, int]:
         """Return d and p, how wide the tokens and the pooled embedding are that a denoiser takes; 0 for none."""

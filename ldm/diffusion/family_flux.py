@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
-from ldm.diffusion.family import Encoded, Family, TextSource, square_side, timesteps
+from ldm.diffusion.family import Encoded, Family, ModelSpec, TextSource, square_side, timesteps
 
 
 class Flux(Family):
     """FLUX.1. Its guidance is an input of dev's transformer, and schnell has none. Latents are packed, (N, s, C)."""
 
     joins_gates = True
+    kohya_names: Mapping[str, str] = {
+        "context_embedder": "txt_in",
+        "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    }
     narrow: Mapping[str, Any] = {
         **Family.narrow,
         "num_single_layers": 1,
@@ -54,6 +58,10 @@ class Flux(Family):
 
     def call_inputs(self, prompts: Encoded, negative: Encoded | None) -> dict[str, Any]:
         return {"prompt_embeds": prompts.tokens, "pooled_prompt_embeds": prompts.pooled}
+
+    def model_spec(self, pipe: Any) -> ModelSpec:
+        architecture = "flux-1-dev" if pipe.transformer.config.guidance_embeds else "flux-1-schnell"
+        return ModelSpec(architecture, "flux1", "networks.lora_flux", "https://github.com/black-forest-labs/flux")
 
     def image_size(self, pipe: Any) -> int:
         return pipe.vae.config.sample_size

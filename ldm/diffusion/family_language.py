@@ -11,12 +11,22 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
-from ldm.diffusion.family import PENULTIMATE, Encoded, Family, TextSource, negatives_of, square_side, timesteps
+from ldm.diffusion.family import (
+    PENULTIMATE,
+    Encoded,
+    Family,
+    ModelSpec,
+    TextSource,
+    negatives_of,
+    square_side,
+    timesteps,
+)
 
 
 class Flux2(Family):
     """FLUX.2 and klein: a flow under three hidden states of a language model side by side. Latents are packed."""
 
+    kohya_names: Mapping[str, str] = {"context_embedder": "txt_in"}
     narrow: Mapping[str, Any] = {
         **Family.narrow,
         "num_single_layers": 1,
@@ -93,6 +103,7 @@ def _chat(pipe: Any, prompt: str) -> str:
 class Lumina2(Family):
     """Lumina 2: a flow under the tokens of Gemma, after a norm. It predicts the way from noise to clean latents."""
 
+    kohya_names: Mapping[str, str] = {"time_caption_embed.caption_embedder.1": "cap_embedder.1"}
     narrow: Mapping[str, Any] = {
         "num_layers": 1,
         "num_refiner_layers": 1,
@@ -128,3 +139,8 @@ class Lumina2(Family):
 
     def text_dims(self, config: Mapping[str, Any]) -> tuple[int, int]:
         return int(config["cap_feat_dim"]), 0
+
+    def model_spec(self, pipe: Any) -> ModelSpec:
+        return ModelSpec(
+            "lumina-2", "lumina2", "networks.lora_lumina", "https://github.com/Alpha-VLLM/Lumina-Image-2.0"
+        )

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
-from ldm.diffusion.family import PENULTIMATE, Encoded, Family, TextSource, timesteps, widths
+from ldm.diffusion.family import PENULTIMATE, Encoded, Family, ModelSpec, TextSource, timesteps, widths
 
 
 class StableDiffusion3(Family):
     """Stable Diffusion 3 and 3.5. Without its third text encoder T5's rows are zeros, which are no rows."""
 
     joins_gates = True
+    kohya_names: Mapping[str, str] = {
+        "context_embedder": "context_embedder",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    }
     narrow: Mapping[str, Any] = {**Family.narrow, "caption_projection_dim": 8}
 
     def num_tokens(self, pipe: Any) -> int:
@@ -67,3 +71,9 @@ class StableDiffusion3(Family):
             if given is not None:
                 inputs |= {f"{prefix}prompt_embeds": given.tokens, f"{prefix}pooled_prompt_embeds": given.pooled}
         return inputs
+
+    def model_spec(self, pipe: Any) -> ModelSpec:
+        config, version = pipe.transformer.config, "3-medium"
+        if config.qk_norm is not None:
+            version = "3-5-medium" if config.dual_attention_layers else "3-5-large"
+        return ModelSpec(f"stable-diffusion-3-{version}", version, "networks.lora_sd3")

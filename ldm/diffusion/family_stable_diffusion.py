@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import CLIPTextModel
 
-from ldm.diffusion.family import PENULTIMATE, Encoded, Family, TextSource, widths
+from ldm.diffusion.family import PENULTIMATE, Encoded, Family, ModelSpec, TextSource, widths
 
+STABILITY = "https://github.com/Stability-AI/generative-models"  # the implementation of CompVis' layout and of XL's
 _NARROW_WIDTH = 8  # of the blocks of a narrow twin
 
 
@@ -53,6 +55,21 @@ class StableDiffusion(Family):
         side = 2 ** (len(config["block_out_channels"]) - 1)
         return config.get("in_channels", 4), side, side
 
+    def kohya_name(self, layer: str) -> str:
+        return self.kohya_names.get(layer, layer)  # since they call a U-Net's layers as diffusers does, but for few
+
+    def model_spec(self, pipe: Any) -> ModelSpec:
+        """Return the version: 2 is told from 1 by its text encoder's activation, and one without CLIP counts as 1."""
+        kind, encoder = _prediction_type(pipe), pipe.text_encoder
+        suffix = "_v" if kind == "v" else ""
+        if not isinstance(encoder, CLIPTextModel) or encoder.config.hidden_act == "quick_gelu":
+            return ModelSpec("stable-diffusion-v1", f"sd_v1{suffix}", "networks.lora", prediction_type=kind)
+        architecture = "stable-diffusion-v2-768-v" if kind == "v" else "stable-diffusion-v2-512"
+        return ModelSpec(architecture, f"sd_v2{suffix}", "networks.lora", prediction_type=kind, is_v2=True)
+
+    def comfyui_encoders(self, pipe: Any) -> dict[str, str]:
+        return {"text_encoder": "clip_h" if self.model_spec(pipe).is_v2 else "clip_l"}
+
     def text_dims(self, config: Mapping[str, Any]) -> tuple[int, int]:
         width = config.get("cross_attention_dim", 1280)
         return (width[0] if isinstance(width, list | tuple) else width), 0
@@ -76,6 +93,8 @@ class TextAlone(StableDiffusion):
 
 class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL, which has the pooled embedding of its second text encoder too, beside six sizes."""
+
+    kohya_names: Mapping[str, str] = {"add_embedding.linear_1": "label_emb.0.0"}
 
     def sources(self, pipe: Any) -> list[TextSource]:
         own = {name: getattr(pipe, name) for name in ("text_encoder", "text_encoder_2")}
@@ -106,9 +125,21 @@ class StableDiffusionXL(StableDiffusion):
         mean, std = _statistics(pipe.vae)
         return pipe.vae.decode(latents * std / pipe.vae.config.scaling_factor + mean).sample
 
+    def model_spec(self, pipe: Any) -> ModelSpec:
+        kind = _prediction_type(pipe)
+        return ModelSpec("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "networks.lora", STABILITY, kind)
+
+    def comfyui_encoders(self, pipe: Any) -> dict[str, str]:
+        return {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+
     def text_dims(self, config: Mapping[str, Any]) -> tuple[int, int]:
         sizes = 6 * config["addition_time_embed_dim"]
         return super().text_dims(config)[0], config["projection_class_embeddings_input_dim"] - sizes
+
+
+def _prediction_type(pipe: Any) -> str:
+    """Return what ModelSpec calls the prediction of a pipeline's U-Net."""
+    return "v" if pipe.scheduler.config.get("prediction_type") == "v_prediction" else "epsilon"
 
 
 def _statistics(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:

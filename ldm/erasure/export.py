@@ -35,11 +35,12 @@ from ldm.diffusion.compvis import (
     load_compvis_state_dict,
 )
 from ldm.diffusion.edits import replace_parameters
+from ldm.diffusion.family_stable_diffusion import STABILITY
 from ldm.diffusion.load import save_pipeline
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.effect import notify_of_weak
 from ldm.erasure.export_comfyui import check_comfyui, gates_table, save_comfyui
-from ldm.erasure.export_metadata import checkpoint_metadata, file_stem, lora_metadata, save_with_metadata, unet_metadata
+from ldm.erasure.export_metadata import file_stem, lora_metadata, merged_metadata, save_with_metadata
 from ldm.erasure.export_shift import as_written, save_shifts
 from ldm.erasure.leakage import EmbeddingCache, leakage, leakage_after_rounding, leakage_table, truncation_error
 from ldm.erasure.merge import SummedShifts, check_unedited, merge
@@ -122,6 +123,8 @@ def export(
     is_linear = bool(set(config.formats) & set(_OF_WEIGHTS)) and not gates_alone
     if (config.rank and is_linear) or set(config.formats) & set(CUT_FORMATS):
         truncated, report = truncate_shifts(model, shifts, config)
+    if "kohya" in config.formats:
+        _kohya_names(model, truncated)
     merged_shifts = truncated if config.rank else dict(shifts)
     merged: Weights = {}
     if is_linear:
@@ -181,9 +184,10 @@ def save_diffusers(model: DiffusionModel, shifts: Mapping[str, WeightShift], fol
 
 
 def save_unet(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
-    """Write the U-Net alone, for `UNet2DConditionModel.from_pretrained`, or to load its one file as a state dict."""
+    """Write the denoiser alone, for `from_pretrained` of its class, or to load its one file as a state dict."""
     model.denoiser.save_config(folder)
-    save_with_metadata(folder / SAFETENSORS_WEIGHTS_NAME, model.denoiser.state_dict(), unet_metadata(model, shifts))
+    metadata = merged_metadata(model, shifts, "merged denoiser")
+    save_with_metadata(folder / SAFETENSORS_WEIGHTS_NAME, model.denoiser.state_dict(), metadata)
 
 
 def save_compvis(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
@@ -205,7 +209,7 @@ def save_compvis(model: DiffusionModel, shifts: Mapping[str, WeightShift], folde
     check_finite(tensors, f"{model.name} in CompVis' layout")
     for path in paths:
         if path.suffix == ".safetensors":
-            save_with_metadata(path, tensors, checkpoint_metadata(model, shifts))
+            save_with_metadata(path, tensors, merged_metadata(model, shifts, "merged checkpoint", STABILITY))
         else:
             with named_writes(path):
                 torch.save({"state_dict": tensors}, path)
@@ -217,7 +221,7 @@ def _converted_folder(model: DiffusionModel) -> Weights:
     if type(model.pipeline) is not StableDiffusionPipeline or encoder.config.hidden_act != "quick_gelu":
         raise ValueError(
             f"{model.name} is no Stable Diffusion v1, and checkpoints in CompVis' layout are written of that alone: "
-            "choose `format` diffusers, unet, lora or kohya"
+            "choose `format` diffusers, unet or shift"
         )
     try:
         return convert_to_compvis(model.denoiser.state_dict(), model.vae.state_dict(), encoder.state_dict())
@@ -242,13 +246,14 @@ def _merged_checkpoint(model: DiffusionModel, checkpoint: Path, shifts: Sequence
 def save_lora(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
     """Write one LoRA a concept, for `load_lora_weights` of a diffusers pipeline: strength 1 erases the concept."""
     pipeline: Any = type(model.pipeline)
-    if not hasattr(pipeline, "save_lora_weights"):
+    if not _takes_loras(pipeline):
         raise ValueError(f"{pipeline.__name__} of diffusers takes no LoRA: choose `format` diffusers, unet or shift")
     for label, shift in shifts.items():
-        name = file_stem(label, shift)
-        save = partial(_save_lora_file, metadata=lora_metadata(model, label, shift, name, is_kohya=False))
-        layers = {f"{model.adapter.denoiser}_lora_layers": _lora_tensors(shift, dtype)}
-        pipeline.save_lora_weights(folder, **layers, weight_name=f"{name}.safetensors", save_function=save)
+        tensors = _lora_tensors(shift, dtype)
+        save = partial(_save_lora_file, metadata=lora_metadata(model, label, shift, tensors, is_kohya=False))
+        layers = {f"{model.adapter.denoiser}_lora_layers": tensors}
+        file_name = f"{file_stem(label, shift)}.safetensors"
+        pipeline.save_lora_weights(folder, **layers, weight_name=file_name, save_function=save)
 
 
 def _save_lora_file(tensors: Weights, path: str, metadata: Mapping[str, str]) -> None:
@@ -257,20 +262,36 @@ def _save_lora_file(tensors: Weights, path: str, metadata: Mapping[str, str]) ->
 
 
 def save_kohya(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
-    """Write one LoRA a concept with ComfyUI's and A1111's keys; alpha is the rank, so strength 1 is the erasure.
+    """Write one LoRA a concept in the layout of kohya's sd-scripts; alpha is the rank, so strength 1 is the erasure.
 
-    Raises ValueError for a denoiser that is no U-Net, whose layers have other names there.
+    ComfyUI reads all of them, and A1111 those of U-Nets. diffusers' `load_lora_weights` reads those of U-Nets and of
+    FLUX.2; of FLUX.1 it leaves these layers out with no more than a warning (0.42), and of others it converts none.
     """
-    if model.adapter.samples_by_call:
-        raise ValueError(
-            f"the names of kohya's LoRAs are known here for U-Nets alone, and {model.name} has none: choose lora"
-        )
+    names = _kohya_names(model, shifts)
     for label, shift in shifts.items():
-        layers = {f"unet.{name}": value for name, value in _lora_tensors(shift, dtype).items()}
+        layers: Weights = {}
+        for key, value in _lora_tensors(shift, dtype).items():
+            layer, _, part = key.rpartition(".lora_")
+            layers[f"unet.{names[layer]}.lora_{part}"] = value
         tensors = {name: value.to(dtype) for name, value in convert_state_dict_to_kohya(layers).items()}
-        name = file_stem(label, shift)
-        metadata = lora_metadata(model, label, shift, name, is_kohya=True)
-        save_with_metadata(folder / f"{name}.safetensors", tensors, metadata)
+        metadata = lora_metadata(model, label, shift, layers, is_kohya=True)
+        save_with_metadata(folder / f"{file_stem(label, shift)}.safetensors", tensors, metadata)
+
+
+def _kohya_names(model: DiffusionModel, shifts: Mapping[str, WeightShift]) -> dict[str, str]:
+    """Return what kohya's LoRAs call the layers that shifts change; ValueError where one has no such name."""
+    layers = {name.removesuffix(".weight") for shift in shifts.values() for name in shift.parameter_names}
+    names = {layer: model.adapter.kohya_name(layer) for layer in sorted(layers)}
+    unnamed = ", ".join(layer for layer, name in names.items() if not name)
+    if unnamed:
+        pipeline = type(model.pipeline)
+        others = "lora" if _takes_loras(pipeline) else "diffusers, unet or shift"
+        raise ValueError(f"kohya's LoRAs have no name for {unnamed} of a {pipeline.__name__}: choose `format` {others}")
+    return names
+
+
+def _takes_loras(pipeline: type) -> bool:
+    return hasattr(pipeline, "save_lora_weights")
 
 
 _Writer = Callable[[DiffusionModel, Mapping[str, WeightShift], Path, torch.dtype], None]

@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from ldm.diffusion.family import PENULTIMATE
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.comfyui_node import GATES_FILE
-from ldm.erasure.export_metadata import family_of
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.shift import WeightShift
 from ldm.io.files import write_text
@@ -38,7 +38,16 @@ its name out; erasing none is bypassing the node.
 
 
 def check_comfyui(model: DiffusionModel, shifts: Mapping[str, WeightShift]) -> None:
-    """Raise ValueError unless ComfyUI can have the model's text encoders, and each shift has a gate that fits them."""
+    """Raise ValueError unless ComfyUI can have the model's text encoders, and each shift has a gate that fits them.
+
+    T5 takes padding for tokens, of which ComfyUI's has at least 256 in FLUX.1 and 77 in Stable Diffusion 3, diffusers'
+    always 512 and 256: its hidden states there are not those that gates are fitted on.
+    """
+    if not model.adapter.comfyui_encoders(model.pipeline):
+        raise ValueError(
+            f"{model.name} is a {type(model.pipeline).__name__}, and ComfyUI's node with gates reads the text encoders "
+            "of Stable Diffusion 1 to XL alone: choose another `format`, such as shift, or another model"
+        )
     for encoder in model.text_encoders.values():
         if not isinstance(encoder, (CLIPTextModel, CLIPTextModelWithProjection)):
             raise ValueError(
@@ -56,7 +65,7 @@ def check_comfyui(model: DiffusionModel, shifts: Mapping[str, WeightShift]) -> N
 
 def save_comfyui(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
     """Write the node, and the gates and maps as shifts' files have them, whatever `dtype` is."""
-    encoders = _encoder_names(model)
+    encoders = model.adapter.comfyui_encoders(model.pipeline)
     tensors: dict[str, torch.Tensor] = {}
     concepts: list[dict[str, Any]] = []
     for number, (label, edit) in enumerate(_edits(shifts).items()):
@@ -69,15 +78,17 @@ def save_comfyui(model: DiffusionModel, shifts: Mapping[str, WeightShift], folde
         said = {key: renamed.metadata[key] for key in ("layers", "penalties")}
         digest = shifts[label].content_digest
         concepts.append({"name": _name(label, shifts[label]), "label": label, "content_digest": digest, **said})
-    is_xl = family_of(model).is_xl
+    kinds = {encoders[source.name]: source.kind for source in model.adapter.sources(model.pipeline)}
     configs = {encoders[name]: encoder.config for name, encoder in model.text_encoders.items()}
     metadata = {
         "base_model": model.config_name,
         "base_digest": model.digest,
         "encoders": list(configs),
         "widths": {name: config.hidden_size for name, config in configs.items()},
-        # XL's denoiser is given what the last layer but one returns
-        "output_layers": {name: config.num_hidden_layers - (2 if is_xl else 1) for name, config in configs.items()},
+        "output_layers": {
+            name: config.num_hidden_layers - (2 if kinds[name] == PENULTIMATE else 1)
+            for name, config in configs.items()
+        },
         "concepts": concepts,
     }
     save_tensors(folder / GATES_FILE, tensors, GATES_FILE_TYPE, metadata)
@@ -104,11 +115,3 @@ def _edits(shifts: Mapping[str, WeightShift]) -> dict[str, GatedEdit]:
 
 def _name(label: str, shift: WeightShift) -> str:
     return str(shift.metadata.get("concept", label))
-
-
-def _encoder_names(model: DiffusionModel) -> dict[str, str]:
-    """Return what ComfyUI calls each of the model's text encoders."""
-    family = family_of(model)
-    if family.is_xl:
-        return {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-    return {"text_encoder": "clip_h" if family.is_v2 else "clip_l"}
