@@ -9,15 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.effect import judge
 from ldm.erasure.export_metadata import file_stem
+from ldm.erasure.merge import spellings_of
 from ldm.erasure.portable import forms_of, measured_on, replacements
 from ldm.erasure.shift import SHIFT_FILE_TYPE, EmbeddingShift, WeightShift
+from ldm.erasure.shift_file import changed_from, part_prefix, split_parts
 from ldm.io.files import write_text
-from ldm.io.tensors import save_tensors
+from ldm.io.tensors import LazyTensors, load_tensors, save_tensors
 
 _LOADER, _CARD = Path(__file__).with_stem("card_loader"), Path(__file__).with_name("shift_card.md")
 # What a shift's header says in such a file. Lists of prompts and all settings stand beside it.
@@ -49,16 +52,61 @@ def save_shifts(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder
         rounded = as_written(shift, dtype)
         metadata = measured_on(model, rounded).metadata
         metadata |= {"base_digest": model.digest, "base_model": model.config_name}
-        header = {name: metadata[name] for name in _IN_HEADER if name in metadata}
         tensors = rounded.tensors(dtype)
         if rounded.gated is not None:
             tensors |= rounded.gated.tensors(dtype)
-            said = rounded.gated.metadata
-            header["gate"] = {name: said[name] for name in _OF_GATE if name in said}
-            metadata["gate"] = said
+            metadata["gate"] = rounded.gated.metadata
         path = folder / f"{file_stem(label, shift)}.safetensors"
-        save_tensors(path, tensors, SHIFT_FILE_TYPE, header, beside=metadata)
+        save_tensors(path, tensors, SHIFT_FILE_TYPE, _header(metadata), beside=metadata)
         write_text(path.with_suffix(".md"), _card(path, rounded, metadata, dtype, type(model.pipeline).__name__))
+
+
+def _header(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a shift's metadata is in the header of a small file."""
+    header = {name: metadata[name] for name in _IN_HEADER if name in metadata}
+    if "gate" in metadata:
+        header["gate"] = {name: metadata["gate"][name] for name in _OF_GATE if name in metadata["gate"]}
+    if "parts" in metadata:
+        header["parts"] = [_header(part) for part in metadata["parts"]]
+    return header
+
+
+def join_shifts(paths: Sequence[Path], target: Path) -> pd.DataFrame:
+    """Write the files of one concept's shifts, made on several text encoders, as one, which may be the first of them.
+
+    Return a row for each of its parts. Raises ValueError for files of several concepts, for two made on the same
+    embeddings of the same text encoder, and for a shift that is bound to a denoiser's weights.
+    """
+    parts: list[tuple[Path, LazyTensors, dict[str, Any]]] = []
+    for path in paths:
+        shift = WeightShift.load(path, "give the files of a concept's shifts")
+        if not isinstance(shift, EmbeddingShift) or "text_digest" not in shift.metadata:
+            raise ValueError(f"{path} changes the weights of one denoiser alone: give shifts in closed form, or gates")
+        parts += [(path, *part) for part in split_parts(path, *load_tensors(path, SHIFT_FILE_TYPE))]
+    first = parts[0][2]
+    known: dict[str, Path] = {}
+    for path, _, metadata in parts:
+        if not set(spellings_of(metadata)) & set(spellings_of(first)):
+            raise ValueError(
+                f"{path} erases {metadata['concept']}, and {paths[0]} {first['concept']}: give one's files"
+            )
+        made_on = json.dumps([metadata.get(name) for name in ("text_digest", "streams", "kind")])
+        if made_on in known:
+            raise ValueError(f"{known[made_on]} and {path} were made on the same text encoder: give one of them")
+        known[made_on] = path
+    tensors: dict[str, torch.Tensor] = {}
+    rows: list[dict[str, Any]] = []
+    for number, (_, own, metadata) in enumerate(parts, start=1):
+        read = {f"{part_prefix(number)}{name}": own[name] for name in own}
+        tensors |= read
+        streams = ", ".join(metadata.get("streams", ["tokens"]))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in read.values())
+        rows.append({"made on": metadata.get("base_model"), "changes": streams, "bytes": size})
+    said = [{name: value for name, value in metadata.items() if name != "beside"} for _, _, metadata in parts]
+    whole = said[0] | {"parts": [changed_from(said[0], part) for part in said[1:]]}
+    is_small = any("beside" in metadata for _, _, metadata in parts)
+    save_tensors(target, tensors, SHIFT_FILE_TYPE, _header(whole) if is_small else whole, whole if is_small else None)
+    return pd.DataFrame(rows)
 
 
 def as_written(shift: WeightShift, dtype: torch.dtype) -> EmbeddingShift:

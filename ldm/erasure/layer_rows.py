@@ -5,7 +5,7 @@ A mapping of plain layers sees all. One of several streams says so itself, as `l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -65,3 +65,20 @@ def stream_columns(layers: Layers, width: int) -> list[slice]:
 def lacking(layers: Layers, width: int) -> int:
     """Return how many columns a prompt's rows have beyond the first `width`, those of its tokens."""
     return max(0, layers.width - width) if isinstance(layers, Streams) else 0
+
+
+class Products(Mapping[str, torch.Tensor]):
+    """`W A` (out, k) for the weights W that text layers have now, each made when it is asked for."""
+
+    def __init__(self, layers: Mapping[str, nn.Linear], outputs: torch.Tensor):
+        self.layers, self.outputs = layers, outputs
+        self.weights = {name: layer.weight.detach() for name, layer in layers.items()}  # which may be replaced later
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return as_rows(self.layers, name, self.weights[name]).cpu().double() @ self.outputs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)

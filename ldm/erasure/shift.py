@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, Self
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.erasure.gated_edit import GatedEdit, is_gated_tensor
-from ldm.erasure.layer_rows import as_rows, in_weight, lacking, stream_columns
+from ldm.erasure.layer_rows import Products, as_rows, in_weight, lacking, stream_columns
 from ldm.erasure.output_norms import norms_through, output_norms, stacked_qr_factor
-from ldm.erasure.shift_file import HEADER, LARGEST, SHIFT_FILE_TYPE, check_size
+from ldm.erasure.shift_file import HEADER, LARGEST, SHIFT_FILE_TYPE, check_size, split_parts
 from ldm.io.checks import check_header
 from ldm.io.tensors import EmbeddingModel, LazyTensors, check_base_model, library_versions, load_tensors, save_tensors
 
@@ -34,6 +34,7 @@ class WeightShift(ABC):
         self.path: Path | str = "this shift"
         self.content_digest = ""  # of the file that it was read from
         self.gated: GatedEdit | None = None  # what erases the concept in prompts instead of weights
+        self.parts: list[WeightShift] = []  # what its file has for further text encoders
         self.layers: Mapping[str, nn.Linear] = {}  # the text layers that it acts on, by `on`
 
     @property
@@ -102,6 +103,12 @@ class WeightShift(ABC):
         """
         tensors, metadata = load_tensors(path, SHIFT_FILE_TYPE, hint, checked)
         check_header(Path(path), metadata, HEADER)
+        found = [WeightShift._read(path, *part) for part in split_parts(Path(path), tensors, metadata)]
+        found[0].parts = found[1:]
+        return found[0]
+
+    @staticmethod
+    def _read(path: Path, tensors: LazyTensors, metadata: dict[str, Any]) -> WeightShift:
         kind = DenseShift
         if "directions" in tensors:
             kind = EmbeddingShift if "outputs" in tensors else SeparableShift
@@ -280,7 +287,7 @@ class EmbeddingShift(SeparableShift):
         bound = super().on(layers)
         more = bound.directions.shape[1] - len(self.outputs)
         bound.outputs = F.pad(self.outputs, (0, 0, 0, more)) if more else self.outputs
-        bound.coefficients = _Products(layers, bound.outputs)
+        bound.coefficients = Products(layers, bound.outputs)
         return bound
 
     def in_memory(self) -> Self:
@@ -351,23 +358,6 @@ class EmbeddingShift(SeparableShift):
         if float(outputs.abs().max()) * float(directions.abs().max()) > LARGEST:
             return None
         return cls(outputs, directions, metadata)
-
-
-class _Products(Mapping[str, torch.Tensor]):
-    """`W A` (out, k) for the weights W that text layers have now, each made when it is asked for."""
-
-    def __init__(self, layers: Mapping[str, nn.Linear], outputs: torch.Tensor):
-        self.layers, self.outputs = layers, outputs
-        self.weights = {name: layer.weight.detach() for name, layer in layers.items()}  # which may be replaced later
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return as_rows(self.layers, name, self.weights[name]).cpu().double() @ self.outputs
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
 
 
 class DenseShift(WeightShift):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.io.checks import is_count, is_mapping, is_number, is_text, is_texts
+from ldm.io.checks import check_header, is_count, is_mapping, is_number, is_text, is_texts
+from ldm.io.tensors import LazyTensors
 
 SHIFT_FILE_TYPE = "weight shift"
 LARGEST = 1e30  # that a shift may add to a weight: float32 holds a little more
@@ -30,7 +32,43 @@ HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, wh
     **dict.fromkeys(("concept_index", "iterations", "rank"), is_count),
     **dict.fromkeys(("scale", "rank_rtol", "target_change", "max_leakage_protected"), is_number),
     **dict.fromkeys(("config", "gate", "effects", "streams"), is_mapping),
+    "parts": lambda value: isinstance(value, list) and all(map(is_mapping, value)),
 }
+
+
+# What a header says of each text encoder that a file has a part for, beside what it says of all of it.
+OF_A_PART = (
+    *("base_model", "base_digest", "text_digest", "streams", "kind", "gate", "effects", "protected", "target_change"),
+    *("max_leakage_protected", "rank", "rank_rtol", "scale"),
+)
+_PART = re.compile(r"part(\d+)\.")  # before the names of a part's tensors, from the second one on
+
+
+def part_prefix(number: int) -> str:
+    """Return what stands before the names of a part's tensors: nothing for the first, 1."""
+    return f"part{number}." if number > 1 else ""
+
+
+def changed_from(first: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a header says of a further part: what is its own, and what differs from the `first`."""
+    return {name: value for name, value in metadata.items() if name in OF_A_PART or first.get(name) != value}
+
+
+def split_parts(path: Path, tensors: LazyTensors, metadata: dict[str, Any]) -> list[tuple[LazyTensors, dict[str, Any]]]:
+    """Return the tensors and the metadata of each part of a file, which has one for each text encoder.
+
+    Raises ValueError where the parts are not those that its header names.
+    """
+    further = metadata.get("parts", [])
+    shared = {name: value for name, value in metadata.items() if name not in (*OF_A_PART, "parts")}
+    first = {name: value for name, value in metadata.items() if name != "parts"}
+    found = [(tensors.where(lambda name: _PART.match(name) is None), first)]
+    for number, own in enumerate(further, start=2):
+        check_header(path, own, HEADER)
+        found.append((tensors.with_prefix(part_prefix(number)), shared | own))
+    if sum(len(part) for part, _ in found) != len(tensors) or not all(len(part) for part, _ in found):
+        raise ValueError(f"{path} has other parts than its header names: make it again")
+    return found
 
 
 def check_size(path: Path, largest: float) -> None:

@@ -24,7 +24,12 @@ _FIRST = "text_encoder"  # as a model with one text encoder calls it
 
 
 def needs_fitting(model: TextModel, shift: WeightShift) -> bool:
-    """Return whether a model has the text encoder that a shift was made on, and takes other things of it."""
+    """Return whether a model has a text encoder that a shift was made on, and takes other things of it."""
+    return bool(shift.parts) or _is_of_another(model, shift)
+
+
+def _is_of_another(model: TextModel, shift: WeightShift) -> bool:
+    """Return whether a part was made on an encoder of the model, for a model that takes other things of it."""
     made_on = shift.metadata.get("text_digest")
     if made_on == model.text_digest:
         return _streams(shift) != model.widths or shift.metadata.get("kind", "") != model.encoded_as.get("kind", "")
@@ -34,10 +39,60 @@ def needs_fitting(model: TextModel, shift: WeightShift) -> bool:
 def fitted_to(model: TextModel, shift: WeightShift) -> tuple[WeightShift, list[str]]:
     """Return a shift as it acts on a model for which it `needs_fitting`, and the places that it leaves unchanged.
 
-    Raises ValueError where the shift changes nothing that the model takes of the encoder.
+    Of several parts it is one that was made on all that the model takes, or else those together that were made on its
+    text encoders: of two that change the same place the first. Raises ValueError where no part changes anything that
+    the model takes.
     """
+    parts: list[WeightShift] = [shift, *shift.parts]
+    for part in parts:
+        if part.metadata.get("text_digest") == model.text_digest and not _is_of_another(model, part):
+            return _alone(part), []
+    fitting = [part for part in parts if _is_of_another(model, part)]
+    if not fitting:
+        return _alone(shift), []  # which is refused by its digest
+    found = [(part, changed) for part, changed in (_fitted(model, part) for part in fitting) if changed]
+    if not found:
+        kind = fitting[0].metadata.get("kind", LAST)
+        raise ValueError(
+            f"{shift.path} changes the {kind} of its text encoder, and {model.name} takes other states of it: make it "
+            f"on {model.name} itself"
+        )
+    fitted, changed = found[0]
+    for part, places in found[1:]:
+        if not places & changed:
+            fitted, changed = _joined(fitted, part), changed | places
+    left = [place for place in _all_places(model) if place not in changed]
+    if left:
+        fitted.metadata["unchanged"] = left
+    return fitted, left
+
+
+def _alone(part: WeightShift) -> WeightShift:
+    alone = copy(part)
+    alone.parts = []
+    return alone
+
+
+def _joined(one: WeightShift, other: WeightShift) -> WeightShift:
+    """Return two fitted parts as one shift, which change other places of the same model."""
+    joined = copy(one)
+    if isinstance(joined, EmbeddingShift) and isinstance(other, EmbeddingShift):
+        joined.outputs = torch.cat([joined.outputs, other.outputs], dim=1)
+        joined.directions = torch.cat([joined.directions, other.directions])
+    if one.gated is not None and other.gated is not None:
+        own, more = one.gated, other.gated
+        joined.gated = replace(
+            own, gates={**more.gates, **own.gates}, layers={**more.layers, **own.layers}, maps={**more.maps, **own.maps}
+        )
+    else:
+        joined.gated = one.gated or other.gated
+    return joined
+
+
+def _fitted(model: TextModel, shift: WeightShift) -> tuple[WeightShift, set[str]]:
+    """Return a part as it acts on a model, and the places that it changes."""
     places, name = _places(model, shift)
-    fitted = copy(shift)
+    fitted = _alone(shift)
     fitted.metadata = {**shift.metadata, **model.encoded_as}
     changed: set[str] = set()
     if shift.gated is not None:
@@ -45,16 +100,7 @@ def fitted_to(model: TextModel, shift: WeightShift) -> tuple[WeightShift, list[s
         changed |= set(fitted.gated.maps) if fitted.gated is not None else set()
     if isinstance(fitted, EmbeddingShift) and fitted.rank:
         changed |= _fit_factors(model, fitted, _streams(shift), places)
-    if not changed:
-        kind = shift.metadata.get("kind", LAST)
-        raise ValueError(
-            f"{shift.path} changes the {kind} of its text encoder, and {model.name} takes other states of it: make it "
-            f"on {model.name} itself"
-        )
-    left = [place for place in _all_places(model) if place not in changed]
-    if left:
-        fitted.metadata["unchanged"] = left
-    return fitted, left
+    return fitted, changed
 
 
 def _streams(shift: WeightShift) -> dict[str, int]:
