@@ -200,7 +200,20 @@ class TextModel:
         if len(self.widths) > 1:
             said["streams"] = self.widths
         kinds = {source.kind for source in self.sources if source.rows is not None}
-        return said | ({"kind": " and ".join(sorted(kinds))} if kinds != {LAST} else {})
+        said |= {"hidden_states": " and ".join(sorted(kinds))} if kinds != {LAST} else {}
+        is_joined = self.adapter.joins_gates and len(set(self.encoder_digests.values())) > 1
+        return said | ({"encoders": self._encoders_said} if is_joined else {})
+
+    @property
+    def _encoders_said(self) -> dict[str, dict[str, Any]]:
+        """Return what a file says of each text encoder by itself: its digest, what it gives, and how wide that is."""
+        found: dict[str, dict[str, Any]] = {}
+        for source in self.sources:
+            columns = {name: self.places.get(f"{name}.{source.name}", [None])[-1] for name in (TOKENS, POOLED)}
+            streams = {name: own.stop - own.start for name, own in columns.items() if own is not None}
+            kind = {"hidden_states": source.kind} if source.rows is not None and source.kind != LAST else {}
+            found[source.name] = {"text_digest": self.encoder_digests[source.name], "streams": streams, **kind}
+        return found
 
     @cached_property
     def _text_digest(self) -> str:

@@ -32,7 +32,8 @@ _IN_HEADER = (
         "base_digest",
         "text_digest",
         "streams",
-        "kind",
+        "hidden_states",
+        "encoders",
         "category",
         "concept_index",
         "concept",
@@ -90,7 +91,7 @@ def join_shifts(paths: Sequence[Path], target: Path) -> pd.DataFrame:
             raise ValueError(
                 f"{path} erases {metadata['concept']}, and {paths[0]} {first['concept']}: give one's files"
             )
-        made_on = json.dumps([metadata.get(name) for name in ("text_digest", "streams", "kind")])
+        made_on = json.dumps([metadata.get(name) for name in ("text_digest", "streams", "hidden_states")])
         if made_on in known:
             raise ValueError(f"{known[made_on]} and {path} were made on the same text encoder: give one of them")
         known[made_on] = path
@@ -99,7 +100,7 @@ def join_shifts(paths: Sequence[Path], target: Path) -> pd.DataFrame:
     for number, (_, own, metadata) in enumerate(parts, start=1):
         read = {f"{part_prefix(number)}{name}": own[name] for name in own}
         tensors |= read
-        streams = ", ".join(metadata.get("streams", ["tokens"]))
+        streams = ", ".join(sorted(metadata.get("streams", ["tokens"]), reverse=True))
         size = sum(tensor.numel() * tensor.element_size() for tensor in read.values())
         rows.append({"made on": metadata.get("base_model"), "changes": streams, "bytes": size})
     said = [{name: value for name, value in metadata.items() if name != "beside"} for _, _, metadata in parts]

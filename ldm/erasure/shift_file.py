@@ -12,6 +12,17 @@ from ldm.io.tensors import LazyTensors
 
 SHIFT_FILE_TYPE = "weight shift"
 LARGEST = 1e30  # that a shift may add to a weight: float32 holds a little more
+
+
+def _are_widths(value: Any) -> bool:
+    return is_mapping(value) and set(value) <= {"tokens", "pooled"} and all(map(is_count, value.values()))
+
+
+def _is_encoder(value: Any) -> bool:
+    fits = is_mapping(value) and is_text(value.get("text_digest")) and is_text(value.get("hidden_states", ""))
+    return fits and _are_widths(value.get("streams"))
+
+
 HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, where it says it
     **dict.fromkeys(
         (
@@ -24,21 +35,34 @@ HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, wh
             "base_digest",
             "text_digest",
             "concept_kind",
-            "kind",
+            "hidden_states",
         ),
         is_text,
     ),
     **dict.fromkeys(("captions", "protected", "aliases"), is_texts),
     **dict.fromkeys(("concept_index", "iterations", "rank"), is_count),
     **dict.fromkeys(("scale", "rank_rtol", "target_change", "max_leakage_protected"), is_number),
-    **dict.fromkeys(("config", "gate", "effects", "streams"), is_mapping),
+    **dict.fromkeys(("config", "gate", "effects"), is_mapping),
+    "streams": _are_widths,
+    "encoders": lambda value: is_mapping(value) and all(map(_is_encoder, value.values())),
     "parts": lambda value: isinstance(value, list) and all(map(is_mapping, value)),
 }
 
 
 # What a header says of each text encoder that a file has a part for, beside what it says of all of it.
 OF_A_PART = (
-    *("base_model", "base_digest", "text_digest", "streams", "kind", "gate", "effects", "protected", "target_change"),
+    *(
+        "base_model",
+        "base_digest",
+        "text_digest",
+        "streams",
+        "hidden_states",
+        "encoders",
+        "gate",
+        "effects",
+        "protected",
+        "target_change",
+    ),
     *("max_leakage_protected", "rank", "rank_rtol", "scale"),
 )
 _PART = re.compile(r"part(\d+)\.")  # before the names of a part's tensors, from the second one on

@@ -7,9 +7,11 @@ or take less of it. Then the gate reads it there, and the maps act on what the m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +27,23 @@ _FIRST = "text_encoder"  # as a model with one text encoder calls it
 
 def needs_fitting(model: TextModel, shift: WeightShift) -> bool:
     """Return whether a model has a text encoder that a shift was made on, and takes other things of it."""
-    return bool(shift.parts) or _is_of_another(model, shift)
+    if shift.parts or _made_on(shift) == model.text_digest:
+        return bool(shift.parts) or not _is_for(model, shift)
+    return any(_made_on(part) in _digests(model) for part in (shift, *_by_encoder(shift)))
 
 
-def _is_of_another(model: TextModel, shift: WeightShift) -> bool:
-    """Return whether a part was made on an encoder of the model, for a model that takes other things of it."""
-    made_on = shift.metadata.get("text_digest")
-    if made_on == model.text_digest:
-        return _streams(shift) != model.widths or shift.metadata.get("kind", "") != model.encoded_as.get("kind", "")
-    return made_on in model.encoder_digests.values()
+def _made_on(shift: WeightShift) -> str | None:
+    return shift.metadata.get("text_digest")
+
+
+def _digests(model: TextModel) -> set[str]:
+    return {model.text_digest, *model.encoder_digests.values()}
+
+
+def _is_for(model: TextModel, shift: WeightShift) -> bool:
+    """Return whether a part was made on just what a model takes of all its text encoders."""
+    is_of_states = shift.metadata.get("hidden_states", "") == model.encoded_as.get("hidden_states", "")
+    return _made_on(shift) == model.text_digest and _streams(shift) == model.widths and is_of_states
 
 
 def fitted_to(model: TextModel, shift: WeightShift) -> tuple[WeightShift, list[str]]:
@@ -43,28 +53,69 @@ def fitted_to(model: TextModel, shift: WeightShift) -> tuple[WeightShift, list[s
     text encoders: of two that change the same place the first. Raises ValueError where no part changes anything that
     the model takes.
     """
-    parts: list[WeightShift] = [shift, *shift.parts]
-    for part in parts:
-        if part.metadata.get("text_digest") == model.text_digest and not _is_of_another(model, part):
+    whole = [shift, *shift.parts]
+    for part in whole:
+        if _is_for(model, part):
             return _alone(part), []
-    fitting = [part for part in parts if _is_of_another(model, part)]
+    fitting = [part for each in whole for part in (each, *_by_encoder(each)) if _made_on(part) in _digests(model)]
     if not fitting:
         return _alone(shift), []  # which is refused by its digest
-    found = [(part, changed) for part, changed in (_fitted(model, part) for part in fitting) if changed]
-    if not found:
-        kind = fitting[0].metadata.get("kind", LAST)
+    fitted, by_weights = _fitted(model, fitting[0])
+    for part in fitting[1:]:
+        more, places = _fitted(model, part)
+        if not (places | _mapped(more)) & (by_weights | _mapped(fitted)):
+            fitted, by_weights = _joined(fitted, more), by_weights | places
+    if fitted.gated is not None and not fitted.gated.gates:  # whose maps nothing would let act
+        fitted.gated = None
+    changed = by_weights | _mapped(fitted)
+    if not changed:
+        kind = fitting[0].metadata.get("hidden_states", LAST)
         raise ValueError(
             f"{shift.path} changes the {kind} of its text encoder, and {model.name} takes other states of it: make it "
             f"on {model.name} itself"
         )
-    fitted, changed = found[0]
-    for part, places in found[1:]:
-        if not places & changed:
-            fitted, changed = _joined(fitted, part), changed | places
     left = [place for place in _all_places(model) if place not in changed]
     if left:
         fitted.metadata["unchanged"] = left
     return fitted, left
+
+
+def _by_encoder(shift: WeightShift) -> Iterator[WeightShift]:
+    """Return what a shift that was made on several text encoders does to what each of them gives.
+
+    That are its maps, its gate where it has one, and a change of the weights where no other gives to the same stream.
+    """
+    said: Mapping[str, Any] = shift.metadata.get("encoders", {})
+    digests = {name: own["text_digest"] for name, own in said.items()}
+    for digest in dict.fromkeys(digests.values()):
+        names = [name for name in said if digests[name] == digest]
+        givers = {stream: [n for n in said if stream in said[n]["streams"]] for stream in (TOKENS, POOLED)}
+        streams: dict[str, int] = {}
+        for stream in (TOKENS, POOLED):
+            widths = [said[name]["streams"][stream] for name in names if stream in said[name]["streams"]]
+            streams |= {stream: widths[0]} if widths else {}
+        sole = [stream for stream in streams if len({digests[name] for name in givers[stream]}) == 1]
+        part = _alone(shift)
+        part.metadata = {
+            name: value for name, value in shift.metadata.items() if name not in ("encoders", "hidden_states")
+        }
+        kinds = [said[name]["hidden_states"] for name in names if "hidden_states" in said[name]]
+        part.metadata |= {"text_digest": digest, "streams": streams} | ({"hidden_states": kinds[0]} if kinds else {})
+        if isinstance(part, EmbeddingShift) and part.rank:
+            before, after = _columns(_streams(shift)), _columns(streams)
+            _move(part, [(before[stream], after[stream]) for stream in sole], sum(streams.values()))
+        edit = shift.gated
+        part.gated = None
+        if edit is not None:
+            own = {name: gate for name, gate in edit.gates.items() if name in names}
+            places = {
+                stream: [stream] if stream in sole else [f"{stream}.{name}" for name in names] for stream in streams
+            }
+            maps = {stream: edit.maps[place] for stream in streams for place in places[stream] if place in edit.maps}
+            if maps:
+                layers = {name: edit.layers[name] for name in own}
+                part.gated = replace(edit, gates=own, layers=layers, maps=maps)
+        yield part
 
 
 def _alone(part: WeightShift) -> WeightShift:
@@ -89,32 +140,42 @@ def _joined(one: WeightShift, other: WeightShift) -> WeightShift:
     return joined
 
 
+def _mapped(shift: WeightShift) -> set[str]:
+    """Return the places for which a shift has maps."""
+    return set(shift.gated.maps) if shift.gated is not None else set()
+
+
 def _fitted(model: TextModel, shift: WeightShift) -> tuple[WeightShift, set[str]]:
-    """Return a part as it acts on a model, and the places that it changes."""
+    """Return a part as it acts on a model, and the places that its change of the weights changes."""
     places, name = _places(model, shift)
     fitted = _alone(shift)
     fitted.metadata = {**shift.metadata, **model.encoded_as}
-    changed: set[str] = set()
     if shift.gated is not None:
         fitted.gated = _gated(shift.gated, places, name)
-        changed |= set(fitted.gated.maps) if fitted.gated is not None else set()
-    if isinstance(fitted, EmbeddingShift) and fitted.rank:
-        changed |= _fit_factors(model, fitted, _streams(shift), places)
-    return fitted, changed
+    by_weights: set[str] = set()
+    if isinstance(fitted, EmbeddingShift):
+        by_weights = _fit_factors(model, fitted, _streams(shift), places)
+    return fitted, by_weights
 
 
 def _streams(shift: WeightShift) -> dict[str, int]:
-    """Return how wide each stream is that a shift was made on; a file of one stream, or an older one, does not say."""
+    """Return how wide each stream is that a shift was made on; a file of one stream, or an older one, does not say.
+
+    Raises ValueError for widths that are not those of the shift.
+    """
     width = len(shift.outputs) if isinstance(shift, EmbeddingShift) else 0
     if shift.gated is not None and TOKENS in shift.gated.maps and not shift.rank:
         width = len(shift.gated.maps[TOKENS].outputs)
     said = shift.metadata.get("streams") or {TOKENS: width}
-    return {stream: int(said[stream]) for stream in (TOKENS, POOLED) if stream in said}  # in the order of columns
+    found = {stream: int(said[stream]) for stream in (TOKENS, POOLED) if stream in said}  # in the order of columns
+    if shift.rank and isinstance(shift, EmbeddingShift) and sum(found.values()) != len(shift.outputs):
+        raise ValueError(f"{shift.path} says other widths of its streams than it has: make it again")
+    return found
 
 
 def _places(model: TextModel, shift: WeightShift) -> tuple[dict[str, str], str]:
     """Return the model's places by the streams of a shift, and what the model calls its text encoder."""
-    digest, kind = shift.metadata["text_digest"], shift.metadata.get("kind")
+    digest, kind = shift.metadata["text_digest"], shift.metadata.get("hidden_states")
     is_own = digest == model.text_digest
     sources = [source for source in model.sources if is_own or model.encoder_digests[source.name] == digest]
     if is_own and len(set(model.encoder_digests.values())) > 1:  # an older file, of all encoders together
@@ -132,26 +193,33 @@ def _fit_factors(
     model: TextModel, shift: EmbeddingShift, streams: Mapping[str, int], places: Mapping[str, str]
 ) -> set[str]:
     """Give a shift the factors by which it acts on a model's rows, and return the places that it changes."""
-    outputs: list[torch.Tensor] = []
-    directions: list[torch.Tensor] = []
+    moves: list[tuple[slice, slice]] = []
     changed: set[str] = set()
-    start = 0
-    for stream, width in streams.items():
-        own, start = slice(start, start + width), start + width
+    for stream, columns in _columns(streams).items():
         place = places.get(stream)
-        if place is None or not model.owns_columns(place):
-            continue
-        columns = model.places[place][1]
-        around = columns.start, model.context_dim - columns.stop
-        found = shift.directions[:, own]
+        if shift.rank and place is not None and model.owns_columns(place):
+            moves.append((columns, model.places[place][1]))
+            changed.add(place)
+    _move(shift, moves, model.context_dim)
+    return changed
+
+
+def _move(shift: EmbeddingShift, moves: Sequence[tuple[slice, slice]], width: int) -> None:
+    """Let a shift act on rows of another `width`: what it does to some columns, on others there."""
+    outputs = [shift.outputs.new_zeros(width, 0)]
+    directions = [outputs[0].T]
+    for own, other in moves:
+        found, around = shift.directions[:, own], (other.start, width - other.stop)
         acting = found.any(dim=1)
         directions.append(F.pad(found[acting], around))
         outputs.append(F.pad(shift.outputs[own][:, acting], (0, 0, *around)))
-        changed.add(place)
-    nothing = shift.outputs.new_zeros(model.context_dim, 0)
-    shift.outputs = torch.cat([nothing, *outputs], dim=1)
-    shift.directions = torch.cat([nothing.T, *directions])
-    return changed
+    shift.outputs, shift.directions = torch.cat(outputs, dim=1), torch.cat(directions)
+
+
+def _columns(streams: Mapping[str, int]) -> dict[str, slice]:
+    """Return the columns of rows that are each stream's."""
+    ends = itertools.accumulate(streams.values())
+    return {name: slice(end - width, end) for (name, width), end in zip(streams.items(), ends, strict=True)}
 
 
 def _place(model: TextModel, stream: str, name: str) -> str:
@@ -175,7 +243,7 @@ def _gated(edit: GatedEdit, places: Mapping[str, str], name: str) -> GatedEdit |
         return None
     if not name:
         return replace(edit, maps=maps)
-    if len(edit.gates) != 1:
+    if len(edit.gates) > 1:
         return None
-    [own] = edit.gates
-    return replace(edit, gates={name: edit.gates[own]}, layers={name: edit.layers[own]}, maps=maps)
+    gates = dict(zip([name], edit.gates.values(), strict=False))
+    return replace(edit, gates=gates, layers=dict(zip([name], edit.layers.values(), strict=False)), maps=maps)
