@@ -248,7 +248,7 @@ def test_the_loader_in_the_card_refuses_the_gates_of_two_text_encoders(shared, t
     gate = next(iter(rounded.gated.gates.values()))
     names = ("text_encoder", "text_encoder_2")
     rounded.gated = replace(rounded.gated, gates=dict.fromkeys(names, gate), layers=dict.fromkeys(names, 0))
-    tensors = rounded.tensors(torch.float16) | rounded.gated.tensors(torch.float16)
+    tensors = rounded.tensors(torch.float16, {}) | rounded.gated.tensors(torch.float16)
     header = {"gate": {"layers": rounded.gated.layers}}
     save_tensors(tmp_path / "two.safetensors", tensors, "shift", header)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_path)

@@ -8,7 +8,7 @@ which `join_maps` solves the one map that is fitted on the rows of all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,11 +41,18 @@ class EmbeddingMap:
         `length` is the mean square distance of the rows that it was fitted on from their anchors. Of its rank no map
         leaves less: it is `A gram^(1/2)` in its main directions, reduced-rank regression. It has its own normal
         equations; the directions that are left out are those of the outputs, not of the rows that it was fitted on.
+        Where `most` makes it leave more than `loss`, its outputs are made longer, so that the rows go as far towards
+        their anchors as by the whole map, on average.
         """
         gains, right = self._reduced()
         lost = gains.sum() - gains.cumsum(0)  # (k,), by what each rank takes less
         rank = 1 + int((lost > loss * length).sum()) if loss else len(lost)
-        return self._cut(min(rank, most), right) if min(rank, most) < len(lost) else self
+        if min(rank, most) == len(lost):
+            return self
+        cut = self._cut(min(rank, most), right)
+        if rank <= most:
+            return cut
+        return replace(cut, outputs=cut.outputs * float(gains.sum() / gains[:most].sum()))
 
     def _cut(self, rank: int, right: torch.Tensor) -> EmbeddingMap:
         kept = right[:rank] @ self.directions  # (r, d)

@@ -386,7 +386,8 @@ def _as_cut(shift: SeparableShift, dtype: torch.dtype, formats: Sequence[str]) -
         written = as_written(shift, dtype)
         if not {"lora", "kohya"} & set(formats):
             gate = written.gated.tensors(dtype) if written.gated else {}
-            return written, sum(value.nbytes for value in (written.tensors(dtype) | gate).values())
+            weights = written.tensors(dtype, shift.metadata.get("streams", {}))
+            return written, sum(value.nbytes for value in (weights | gate).values())
     tensors, deltas = _lora_tensors(shift, dtype), {}
     for name in shift.parameter_names:
         layer = name.removesuffix(".weight")

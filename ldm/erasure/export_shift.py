@@ -53,7 +53,7 @@ def save_shifts(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder
         rounded = as_written(shift, dtype)
         metadata = measured_on(model, rounded).metadata
         metadata |= {"base_digest": model.digest, "base_model": model.config_name}
-        tensors = rounded.tensors(dtype)
+        tensors = rounded.tensors(dtype, metadata.get("streams", {}))
         if rounded.gated is not None:
             tensors |= rounded.gated.tensors(dtype)
             metadata["gate"] = rounded.gated.metadata

@@ -21,7 +21,15 @@ from torch import nn
 from ldm.erasure.gated_edit import GatedEdit, is_gated_tensor
 from ldm.erasure.layer_rows import Products, as_rows, in_weight, lacking, stream_columns
 from ldm.erasure.output_norms import norms_through, output_norms, stacked_qr_factor
-from ldm.erasure.shift_file import HEADER, LARGEST, SHIFT_FILE_TYPE, check_size, split_parts
+from ldm.erasure.shift_file import (
+    HEADER,
+    LARGEST,
+    SHIFT_FILE_TYPE,
+    check_size,
+    factor_tensors,
+    read_factors,
+    split_parts,
+)
 from ldm.io.checks import check_header
 from ldm.io.tensors import EmbeddingModel, LazyTensors, check_base_model, library_versions, load_tensors, save_tensors
 
@@ -109,10 +117,10 @@ class WeightShift(ABC):
 
     @staticmethod
     def _read(path: Path, tensors: LazyTensors, metadata: dict[str, Any]) -> WeightShift:
-        kind = DenseShift
-        if "directions" in tensors:
-            kind = EmbeddingShift if "outputs" in tensors else SeparableShift
         weights = tensors.where(lambda name: not is_gated_tensor(name))
+        kind = SeparableShift if "directions" in weights else DenseShift
+        if any(name.startswith("outputs") for name in weights):
+            kind = EmbeddingShift
         gated = GatedEdit.read(tensors, metadata.get("gate")) if len(weights) < len(tensors) else None
         shift = EmbeddingShift.none(gated, metadata) if gated and not weights else kind.read(weights, metadata)
         if shift is not None:
@@ -302,11 +310,10 @@ class EmbeddingShift(SeparableShift):
             made.content_digest = ""  # since it is not as its file has it
         return made
 
-    def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Return what a file in `dtype` holds of the change, by name; nothing of a gate alone."""
-        if not self.rank:
-            return {}
-        return {"outputs": self.outputs.to(dtype), "directions": self.directions.to(dtype)}
+    def tensors(self, dtype: torch.dtype, streams: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Return what a file in `dtype` holds, by name, of rows with `streams` of these widths; for a gate alone none."""
+        found = factor_tensors(self.outputs, self.directions, streams) if self.rank else {}
+        return {name: tensor.to(dtype) for name, tensor in found.items()}
 
     def embedding_change(self) -> torch.Tensor:
         """Return A S (d, d), which is added to the identity: what becomes of an embedding, float64."""
@@ -342,7 +349,7 @@ class EmbeddingShift(SeparableShift):
 
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
         """Write A and S in float32."""
-        tensors = self.tensors(torch.float32)
+        tensors = self.tensors(torch.float32, metadata.get("streams", {}))
         if self.rank:
             check_size(path, float(self.outputs.abs().max()) * float(self.directions.abs().max()))
         self._save(path, tensors, metadata | {"versions": library_versions()})
@@ -350,9 +357,10 @@ class EmbeddingShift(SeparableShift):
     @classmethod
     def read(cls, tensors: LazyTensors, metadata: dict[str, Any]) -> Self | None:
         """Return the shift that a file's tensors are; None when they do not belong together."""
-        outputs, directions = tensors["outputs"], tensors["directions"]
-        if len(tensors) != 2 or directions.dim() != 2 or not directions.numel() or outputs.shape != directions.T.shape:
+        factors = read_factors(tensors, metadata.get("streams", {}))
+        if factors is None:
             return None
+        outputs, directions = factors
         if not outputs.is_floating_point() or not directions.is_floating_point():
             return None
         if float(outputs.abs().max()) * float(directions.abs().max()) > LARGEST:

@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 from ldm.io.checks import check_header, is_count, is_mapping, is_number, is_text, is_texts
 from ldm.io.tensors import LazyTensors
 
@@ -93,6 +96,50 @@ def split_parts(path: Path, tensors: LazyTensors, metadata: dict[str, Any]) -> l
     if sum(len(part) for part, _ in found) != len(tensors) or not all(len(part) for part, _ in found):
         raise ValueError(f"{path} has other parts than its header names: make it again")
     return found
+
+
+def factor_tensors(
+    outputs: torch.Tensor, directions: torch.Tensor, streams: Mapping[str, int]
+) -> dict[str, torch.Tensor]:
+    """Return what a file holds of A (d, k) and S (k, d), by name: of several streams each one's own, without zeros.
+
+    Where a direction lies in more than one stream, or there is one stream, it holds both whole.
+    """
+    found: dict[str, torch.Tensor] = {}
+    number = end = 0
+    for stream, width in streams.items():
+        own, end = slice(end, end + width), end + width
+        acting = directions[:, own].any(dim=1)
+        if acting.any():
+            found |= {f"outputs.{stream}": outputs[own][:, acting], f"directions.{stream}": directions[acting][:, own]}
+        number += int(acting.sum())
+    if len(streams) < 2 or number != len(directions) or end != directions.shape[1]:
+        return {"outputs": outputs, "directions": directions}
+    return found
+
+
+def read_factors(
+    tensors: Mapping[str, torch.Tensor], streams: Mapping[str, int]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return A (d, k) and S (k, d) of a file's tensors; None when they do not belong together."""
+    if set(tensors) == {"outputs", "directions"}:
+        outputs, directions = tensors["outputs"], tensors["directions"]
+        fits = directions.dim() == 2 and directions.numel() and outputs.shape == directions.T.shape
+        return (outputs, directions) if fits else None
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    end, whole = 0, sum(streams.values())
+    for stream, width in streams.items():
+        end += width
+        if f"outputs.{stream}" not in tensors or f"directions.{stream}" not in tensors:
+            continue
+        outputs, directions = tensors[f"outputs.{stream}"], tensors[f"directions.{stream}"]
+        if directions.dim() != 2 or outputs.shape != directions.T.shape or directions.shape[1] != width:
+            return None
+        around = end - width, whole - end
+        found.append((F.pad(outputs, (0, 0, *around)), F.pad(directions, around)))
+    if not found or len(tensors) != 2 * len(found):
+        return None
+    return torch.cat([outputs for outputs, _ in found], dim=1), torch.cat([directions for _, directions in found])
 
 
 def check_size(path: Path, largest: float) -> None:
