@@ -125,6 +125,15 @@ class Family:
                 inputs |= {f"{prefix}prompt_embeds": given.tokens, f"{prefix}prompt_attention_mask": given.mask}
         return inputs
 
+    def step_callback(self, keep: Callable[[torch.Tensor], None]) -> dict[str, Any]:
+        """Return the options by which the pipeline's own call gives `keep` the latents after each step."""
+
+        def end_step(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            keep(given["latents"])
+            return {}
+
+        return {"callback_on_step_end": end_step}
+
     def image_size(self, pipe: Any) -> int:
         """Return the side of an image in pixels that the model is made for."""
         return pipe.transformer.config.sample_size * pipe.vae_scale_factor

@@ -40,6 +40,9 @@ class PixArt(Family):
         ).sample
         return output[:, : config.in_channels]  # and not its variance
 
+    def step_callback(self, keep: Callable[[torch.Tensor], None]) -> dict[str, Any]:
+        return {"callback": lambda step, timestep, latents: keep(latents), "callback_steps": 1}
+
     def text_dims(self, config: Mapping[str, Any]) -> tuple[int, int]:
         return int(config["caption_channels"]), 0
 
