@@ -125,6 +125,10 @@ class Family:
                 inputs |= {f"{prefix}prompt_embeds": given.tokens, f"{prefix}prompt_attention_mask": given.mask}
         return inputs
 
+    def key_inputs(self, denoiser: Any, tokens: torch.Tensor) -> torch.Tensor:
+        """Return what the keys of cross-attention are made of, (N, T, width), for tokens' embeddings (N, T, d)."""
+        return tokens
+
     def step_callback(self, keep: Callable[[torch.Tensor], None]) -> dict[str, Any]:
         """Return the options by which the pipeline's own call gives `keep` the latents after each step."""
 
