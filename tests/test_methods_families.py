@@ -31,10 +31,9 @@ def predict(model, prompt, latents, timestep):
 
 def projections(layers, call) -> dict:
     """Return what the queries' and keys' layers of attention put out while `call` runs, by layer."""
-    found, hooks = {}, []
-    for layer in layers:
-        for part in (layer.to_q, layer.to_k):
-            hooks.append(part.register_forward_hook(lambda module, _, output: found.update({module: output})))
+    found: dict = {}
+    parts = [part for layer in layers for part in (layer.to_q, layer.to_k)]
+    hooks = [part.register_forward_hook(lambda module, _, output: found.update({module: output})) for part in parts]
     call()
     for hook in hooks:
         hook.remove()
@@ -47,12 +46,11 @@ def test_fmn_compares_the_scores_of_the_concept_and_its_anchor(name, tmp_path):
     loss = LOSSES["FMN"].from_config(model, CONCEPT, METHODS["FMN"]())
     latents, timestep = make_batch(model)
     layers = [module for name, module in model.denoiser.named_modules() if name.endswith("attn2")]
-    found: list[dict] = []  # of the concept and of its anchor: the queries and keys of each layer
-    for prompt in (CONCEPT.captions[0], CONCEPT.anchor_prompt):
-        found.append(projections(layers, lambda prompt=prompt: predict(model, prompt, latents, timestep)))
+    own = projections(layers, lambda: predict(model, CONCEPT.captions[0], latents, timestep))
+    anchors = projections(layers, lambda: predict(model, CONCEPT.anchor_prompt, latents, timestep))
     expected = 0
     for layer in layers:
-        query, key, anchor = found[0][layer.to_q], found[0][layer.to_k], found[1][layer.to_k]
+        query, key, anchor = own[layer.to_q], own[layer.to_k], anchors[layer.to_k]
         q, k = (layer.head_to_batch_dim(each) for each in (query, key - anchor))
         expected += (layer.scale * q @ k.transpose(1, 2)).square().mean()
     output = loss(latents, timestep)

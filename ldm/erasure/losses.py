@@ -64,6 +64,7 @@ class SingleConceptLoss(ABC):
         self.checkpointing = False  # whether blocks are run again for their gradient, instead of kept
 
     @classmethod
+    @abstractmethod
     def check(cls, model: DiffusionModel, config: Any) -> None:
         """Raise ValueError, saying what to choose instead, for a model that the method cannot change."""
 
@@ -119,6 +120,11 @@ class SRSMELoss(SingleConceptLoss):
         self.directions = (shift.scale * shift.directions).to(model.device, torch.float32)  # (k, d)
         self.prompt_offset = 0
         self.grad_scale = 1.0
+
+    @classmethod
+    def check(cls, model: DiffusionModel, config: Any) -> None:
+        """Raise ValueError for a denoiser of which no layer sees the prompt alone."""
+        text_layers(model.denoiser)
 
     @classmethod
     def from_config(cls, model: DiffusionModel, concept: Concept, config: SRSMEConfig, shift: SeparableShift) -> Self:
