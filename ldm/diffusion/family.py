@@ -18,6 +18,9 @@ import torch
 from ldm.diffusion.row_tokenizer import RowTokenizer
 
 LAST, PENULTIMATE = "last hidden states", "last hidden states but one"
+# What files say of these; `kind` was the type of a file in older ones.
+STATES_KEY = "hidden_states"
+AFTER_NORM = " after norm "  # in what is said of hidden states, before the digest of the norm behind them
 _NARROW_SIDE = 8  # of the latents that a narrow twin is tried on
 
 

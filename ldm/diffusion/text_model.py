@@ -19,7 +19,7 @@ from torch import nn
 
 from ldm.diffusion.batches import States, encode_in_batches
 from ldm.diffusion.families import FAMILIES, TEXT_ALONE
-from ldm.diffusion.family import LAST, Encoded, Family, TextSource, plain_tokenizer
+from ldm.diffusion.family import LAST, STATES_KEY, Encoded, Family, TextSource, plain_tokenizer
 from ldm.diffusion.text_layers import POOLED, TOKENS, TextLayer, TextLayers, output_gram
 from ldm.diffusion.text_states import LAST_STATE, capture_states
 from ldm.diffusion.tokenizer import align_tokens, describe_cuts, tokenizer_digest, vocabulary_words
@@ -199,8 +199,12 @@ class TextModel:
         said: dict[str, Any] = {"text_digest": self.text_digest}
         if len(self.widths) > 1:
             said["streams"] = self.widths
-        kinds = {source.kind for source in self.sources if source.rows is not None}
-        return said | ({"kind": " and ".join(sorted(kinds))} if kinds != {LAST} else {})
+        return said | ({STATES_KEY: self.kind} if self.kind != LAST else {})
+
+    @property
+    def kind(self) -> str:
+        """Return what the text layers see of the text encoders: which of their hidden states, and after which norm."""
+        return " and ".join(sorted({source.kind for source in self.sources if source.rows is not None}))
 
     @cached_property
     def _text_digest(self) -> str:

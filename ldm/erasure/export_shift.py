@@ -30,7 +30,7 @@ _IN_HEADER = (
         "base_digest",
         "text_digest",
         "streams",
-        "kind",
+        "hidden_states",
         "category",
         "concept_index",
         "concept",

@@ -22,7 +22,7 @@ HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, wh
             "base_digest",
             "text_digest",
             "concept_kind",
-            "kind",
+            "hidden_states",
         ),
         is_text,
     ),

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from ldm.diffusion.family import LAST
+from ldm.diffusion.family import AFTER_NORM, LAST, STATES_KEY
 from ldm.diffusion.text_layers import POOLED, TOKENS
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.gated_edit import GatedEdit
@@ -27,7 +27,7 @@ def needs_fitting(model: TextModel, shift: WeightShift) -> bool:
     """Return whether a model has the text encoder that a shift was made on, and takes other things of it."""
     made_on = shift.metadata.get("text_digest")
     if made_on == model.text_digest:
-        return _streams(shift) != model.widths or shift.metadata.get("kind", "") != model.encoded_as.get("kind", "")
+        return _streams(shift) != model.widths or shift.metadata.get(STATES_KEY, LAST) != model.kind
     return made_on in model.encoder_digests.values()
 
 
@@ -37,16 +37,16 @@ def fitted_to(model: TextModel, shift: WeightShift) -> tuple[WeightShift, list[s
     Raises ValueError where the shift changes nothing that the model takes of the encoder.
     """
     places, name = _places(model, shift)
-    fitted = copy(shift)
-    fitted.metadata = {**shift.metadata, **model.encoded_as}
+    fitted, kind = copy(shift), shift.metadata.get(STATES_KEY, LAST)
+    fitted.metadata = {**shift.metadata, STATES_KEY: model.kind, **model.encoded_as}
     changed: set[str] = set()
     if shift.gated is not None:
         fitted.gated = _gated(shift.gated, places, name)
         changed |= set(fitted.gated.maps) if fitted.gated is not None else set()
     if isinstance(fitted, EmbeddingShift) and fitted.rank:
-        changed |= _fit_factors(model, fitted, _streams(shift), places)
+        is_after_norm = _parts(kind)[1] == _parts(model.kind)[1]  # as weights act behind it, and maps before
+        changed |= _fit_factors(model, fitted, _streams(shift), places if is_after_norm else {})
     if not changed:
-        kind = shift.metadata.get("kind", LAST)
         raise ValueError(
             f"{shift.path} changes the {kind} of its text encoder, and {model.name} takes other states of it: make it "
             f"on {model.name} itself"
@@ -55,6 +55,12 @@ def fitted_to(model: TextModel, shift: WeightShift) -> tuple[WeightShift, list[s
     if left:
         fitted.metadata["unchanged"] = left
     return fitted, left
+
+
+def _parts(kind: str) -> tuple[str, str]:
+    """Return which hidden states a kind names, and the digest of the norm behind them; empty for none."""
+    states, _, norm = kind.partition(AFTER_NORM)
+    return states, norm
 
 
 def _streams(shift: WeightShift) -> dict[str, int]:
@@ -68,14 +74,14 @@ def _streams(shift: WeightShift) -> dict[str, int]:
 
 def _places(model: TextModel, shift: WeightShift) -> tuple[dict[str, str], str]:
     """Return the model's places by the streams of a shift, and what the model calls its text encoder."""
-    digest, kind = shift.metadata["text_digest"], shift.metadata.get("kind")
+    digest, kind = shift.metadata["text_digest"], _parts(shift.metadata.get(STATES_KEY, LAST))[0]
     is_own = digest == model.text_digest
     sources = [source for source in model.sources if is_own or model.encoder_digests[source.name] == digest]
     if is_own and len(set(model.encoder_digests.values())) > 1:  # an older file, of all encoders together
         return {stream: stream for stream in model.widths}, ""
     places: dict[str, str] = {}
     for source in sources:
-        if source.rows is not None and source.kind == (kind or LAST):
+        if source.rows is not None and source.kind == kind:
             places.setdefault(TOKENS, _place(model, TOKENS, source.name))
         if source.pooled is not None:
             places.setdefault(POOLED, _place(model, POOLED, source.name))
