@@ -16,7 +16,7 @@ from ldm.erasure.gated_edit import GatedEdit
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.portable import take_shifts
 from ldm.erasure.shift import WeightShift
-from ldm.erasure.transfer import fitted_to
+from ldm.erasure.transfer import fitted_to, needs_fitting
 
 NORM = "time_caption_embed.caption_embedder.0.weight"
 
@@ -74,3 +74,13 @@ def test_a_gate_acts_before_any_norm(folders, tmp_path):
     shift.gated = GatedEdit({"text_encoder": gate}, {"text_encoder": 0}, {"tokens": found})
     fitted, left = fitted_to(load_model(folders / "other", CPU), shift)
     assert shift.rank and fitted.is_gate_alone and fitted.gated.maps["tokens"] is found and not left
+
+
+@pytest.mark.parametrize("name", ["flux2-klein", "sd3", "flux", "lumina2"])
+def test_a_model_takes_its_own_shifts_as_they_are(name, tmp_path, recwarn):
+    model = load_model(make_family(name, tmp_path / name), CPU)
+    [shift] = erase(model, "VanGogh", artifacts_dir=tmp_path / "made", ridge_weight=1e-6, gate=False).values()
+    read = WeightShift.load(shift.path)
+    assert not needs_fitting(model, read)
+    recwarn.clear()
+    assert take_shifts(model, {"": read})[""].rank == read.rank and not recwarn.list

@@ -27,7 +27,7 @@ def erase(pipe: Any, path: str, gated: bool = True) -> Any:
             for stream, names in enumerate((TOKENS[not has_unet], POOLED)):
                 if name.endswith(names):
                     layer.register_forward_pre_hook(
-                        lambda _, given, stream=stream: changed(*given, pipe.erased, stream)
+                        lambda _, given, stream=stream: changed(given[0], pipe.erased, stream)
                     )
     change = (part["outputs"] @ part["directions"]).T
     width = said.get("streams", {}).get("tokens", len(change))
