@@ -7,7 +7,7 @@ with. Writes init.csv and init.md into SAVE_PATH/CATEGORY.
 """
 
 from ldm.cli import arguments, output
-from ldm.cli.experiment import add_experiment, add_targets, artifacts_dir, make_experiment, srsme_config, target_indexes
+from ldm.cli.experiment import add_experiment, add_targets, artifacts_dir, make_ablation, srsme_config, target_indexes
 from ldm.cli.run import run
 from ldm.config.concepts import get_concept
 
@@ -22,7 +22,7 @@ def main() -> None:
     erased = target_indexes(args)
     from ldm.experiments.ablations import compare_initializations, save_tables
 
-    experiment = make_experiment(args)
+    experiment = make_ablation(args)
     experiment.folder, experiment.held_out = experiment.folder / "init", True
     config = srsme_config(args, experiment)
     table, means = compare_initializations(experiment, artifacts_dir(args), erased, config, args.num_rendered)

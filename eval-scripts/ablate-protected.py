@@ -7,7 +7,7 @@ from ldm.cli import arguments
 from ldm.cli.experiment import (
     add_ablation,
     artifacts_dir,
-    make_experiment,
+    make_ablation,
     print_ablation,
     srsme_config,
     target_indexes,
@@ -28,7 +28,7 @@ def main() -> None:
         raise ValueError(f"`sweep_values` {args.sweep_values}: there are 0 to {len(others)} other concepts to protect")
     from ldm.experiments.ablations import Variant, run_ablation
 
-    experiment = make_experiment(args)
+    experiment = make_ablation(args)
     config = srsme_config(args, experiment)
     variants = [Variant(number, config, [*erased, *others[:number]]) for number in map(int, numbers)]
     table = run_ablation(experiment, artifacts_dir(args), "protected", erased, variants)

@@ -9,7 +9,7 @@ from ldm.cli.experiment import (
     add_experiment,
     add_targets,
     artifacts_dir,
-    make_experiment,
+    make_ablation,
     print_ablation,
     srsme_config,
     target_indexes,
@@ -28,7 +28,7 @@ def main() -> None:
     all_indexes = [concept.index for concept in erasable_concepts(args.category)]
     from ldm.experiments.ablations import Variant, run_ablation
 
-    experiment = make_experiment(args)
+    experiment = make_ablation(args)
     config = srsme_config(args, experiment)
     variants = [Variant("nothing else", config, erased), Variant("all others", config, all_indexes)]
     table = run_ablation(experiment, artifacts_dir(args), "similar", erased, variants)

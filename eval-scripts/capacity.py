@@ -33,11 +33,11 @@ def leakage_summary(leakage):
 
 def measure_gates(model, listed, others, args, config):
     """Return `measure_gate_capacity` of the concepts that are listed, by captions that no gate is fitted on."""
-    from ldm.erasure.gate_fitter import GateFitter
+    from ldm.erasure.gate_fitters import make_gate_fitter
     from ldm.experiments.gate_capacity import measure_gate_capacity
     from ldm.experiments.gates import fit_gates
 
-    gates = fit_gates(GateFitter(model, others, [], config), listed)
+    gates = fit_gates(make_gate_fitter(model, others, [], config), listed)
     return measure_gate_capacity(model, gates, everyday_captions(args.num_captions, CAPTION_SEED))
 
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from ldm.cli import arguments, output
 from ldm.cli.arguments import Namespace
 from ldm.cli.concepts import category_indexes
-from ldm.cli.experiment import add_experiment, artifacts_dir, make_experiment, method_configs, parse_methods
+from ldm.cli.experiment import (
+    add_experiment,
+    artifacts_dir,
+    make_experiment,
+    method_configs,
+    parse_methods,
+    trainable_methods,
+)
 from ldm.cli.run import run
 from ldm.config.concepts import erasable_concepts
 from ldm.config.everyday import COMPOSED_WITH
@@ -67,7 +74,8 @@ def main() -> None:
     from ldm.metrics.classify import find_classifier
 
     experiment = make_experiment(args)
-    contenders = list_contenders(methods, method_configs(args, experiment), factors)
+    configs = method_configs(args, experiment)
+    contenders = list_contenders(trainable_methods(experiment, methods, configs), configs, factors)
     second = COMPOSED_WITH.get(args.category)
     second_classifier = find_classifier(second, None, experiment.model.device) if second else None
     groups = prompt_groups(args.category, erased, args.prompts_per_concept)

@@ -16,15 +16,16 @@ from ldm.cli.experiment import (
     method_configs,
     parse_methods,
     parse_scenes,
+    trainable_methods,
 )
 from ldm.cli.run import run
 from ldm.config.concepts import STATUSES
-from ldm.config.methods import METHODS, EvaluationConfig
+from ldm.config.methods import METHODS, EvaluationConfig, MethodConfig
 from ldm.config.scenes import load_scene
 
 
-def run_and_write(args: Namespace, experiment, scene: int, methods: list[str]) -> None:
-    """Run one scene and write all of its files."""
+def run_and_write(args: Namespace, experiment, scene: int, configs: dict[str, MethodConfig]) -> None:
+    """Run one scene by the methods with these settings, and write all of its files."""
     import pandas as pd
 
     from ldm.experiments.plots import LinePlot, plot_lines
@@ -34,12 +35,12 @@ def run_and_write(args: Namespace, experiment, scene: int, methods: list[str]) -
     from ldm.metrics.frechet import distance_column
     from ldm.metrics.tables import to_markdown
 
-    steps, configs = load_scene(scene, args.category), method_configs(args, experiment)
+    steps = load_scene(scene, args.category)
     protect_all = args.protect_scope == "all"
     shift_dir = artifacts_dir(args) / "all" if protect_all else artifacts_dir(args)
     tables, folders = [], {}
-    for method in methods:
-        table, folders[method] = run_scene(experiment, configs[method], scene, steps, shift_dir, protect_all)
+    for method, config in configs.items():
+        table, folders[method] = run_scene(experiment, config, scene, steps, shift_dir, protect_all)
         tables.append(table)
     table, distance = pd.concat(tables, ignore_index=True), distance_column(args.inception_weights)
     means = summarize(table, distance)
@@ -76,8 +77,10 @@ def main() -> None:
     experiment = make_experiment(args)
     if experiment.classifier is None:
         raise ValueError(f"category {args.category} has no classifier: choose style or object, or pass `classifier`")
+    configs = method_configs(args, experiment)
+    methods = trainable_methods(experiment, methods, configs)
     for scene in scenes:
-        run_and_write(args, experiment, scene, methods)
+        run_and_write(args, experiment, scene, {method: configs[method] for method in methods})
 
 
 if __name__ == "__main__":

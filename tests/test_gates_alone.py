@@ -87,7 +87,7 @@ def test_its_file_has_no_weights_and_is_as_small_as_its_gate(made):
     shift = shifts["vangogh"]
     loaded = WeightShift.load(shift.path)
     loaded.check(model)
-    assert loaded.is_gate_alone and not as_written(loaded, torch.float16).tensors(torch.float16)
+    assert loaded.is_gate_alone and not as_written(loaded, torch.float16).tensors(torch.float16, {})
 
 
 def test_no_weights_hold_it_and_its_own_formats_do(made, tmp_path):

@@ -1,10 +1,16 @@
 """The bundled model of the FLUX architecture: what it draws, and shifts of its text encoder that erase in it."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from PIL import Image
 
+import ldm
 from ldm.config.concepts import erasable_concepts, get_concept, watermark_prompts
 from ldm.config.methods import GateConfig, SamplingConfig, SRSMEConfig
 from ldm.config.models import bundled_config
@@ -17,6 +23,7 @@ from ldm.erasure.erase import erase
 from ldm.erasure.merge import edited, load_shifts
 from ldm.erasure.portable import take_shifts
 from ldm.erasure.protection import Protection
+from ldm.erasure.shift import WeightShift
 from ldm.io.errors import Notice
 from ldm.io.images import image_to_tensor
 from ldm.io.paths import REPO_ROOT, ArtifactPaths
@@ -123,6 +130,26 @@ def test_gates_erase_three_artists_and_every_other_image_keeps_every_bit(model, 
         assert left(model) <= 0.05
         after = images(model, others)
     assert [image.tobytes() for image in after] == [image.tobytes() for image in before]
+
+
+def test_the_card_of_a_shift_erases_without_this_program(model, tmp_path):
+    few = {"retain_captions": 50, "retain_words": 20, "misspellings": 0, "gate": True}
+    made = ldm.erase(model, "Van Gogh", artifacts_dir=tmp_path / "made", **few)
+    ldm.export(model, made, tmp_path / "out", "shift")
+    [file] = (tmp_path / "out-shift").glob("*.safetensors")
+    _, use, loader = file.with_suffix(".md").read_text().split("```python\n")
+    (file.parent / "card_loader.py").write_text(loader.split("```")[0])
+    code = use.split("```")[0].replace('"MODEL"', repr(str(FOLDER)))
+    assert "max_sequence_length=24)" in code
+    seeded = "max_sequence_length=24, num_inference_steps=20, generator=torch.Generator().manual_seed(40))"
+    (file.parent / "use.py").write_text(f"import torch\n{code.replace('max_sequence_length=24)', seeded)}")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "use.py"], cwd=file.parent, env=environment, check=True)
+    with edited(model, take_shifts(model, {"": WeightShift.load(file)}), "gated"):
+        [expected] = images(model, ["Van Gogh"])
+    shown, original = image_to_tensor(Image.open(file.parent / "without.png")), images(model, ["Van Gogh"])[0]
+    assert (shown - image_to_tensor(expected)).abs().max() < 2.5 / 255
+    assert (shown - image_to_tensor(original)).abs().max() > 0.2
 
 
 def test_the_linear_form_leaves_what_is_protected_and_restored_it_is_the_very_model(model, own):

@@ -29,6 +29,7 @@ from ldm.config.methods import (
 )
 from ldm.config.models import LEARNING_SETTINGS, ModelConfig, describe_sources, load_model_config
 from ldm.diffusion import load
+from ldm.diffusion.family import LAST, STATES_KEY
 from ldm.diffusion.load_text import load_text_model
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_model import TextModel
@@ -255,7 +256,8 @@ def _are_enough(model: TextModel, paths: Sequence[Path], concepts: Sequence[Conc
         return True  # what they protect was said by index, and is the user's choice
     for path, concept in zip(paths, concepts, strict=True):
         said = upgrade_digests(read_metadata(path, BASIS_FILE_TYPE), model.digests)
-        is_own = said.get("text_digest") == model.text_digest or said.get("base_digest") in model.digests[:1]
+        is_own = said.get("text_digest") == model.text_digest and said.get(STATES_KEY, LAST) == model.kind
+        is_own = is_own or said.get("base_digest") in model.digests[:1]
         others = {other.prompt for other in protection.concepts if other != concept}
         if not is_own or not others <= set(said.get("protected", [])):
             return False

@@ -104,6 +104,38 @@ def make_experiment(args: Namespace) -> Experiment:
     )
 
 
+def make_ablation(args: Namespace) -> Experiment:
+    """Return the experiment of an ablation, whose shifts act on the weights: of what is compared no gate depends.
+
+    Raises ValueError where gates are asked for.
+    """
+    if arguments.typed.get("form") == "gated":
+        raise ValueError("`form` gated: what is compared here decides the change of weights, and no gate: leave it out")
+    args.form = "linear"
+    return make_experiment(args)
+
+
+def trainable_methods(experiment: Experiment, methods: list[str], configs: dict[str, MethodConfig]) -> list[str]:
+    """Return those of the methods that can change the experiment's model.
+
+    Where --methods was not typed a notice says of the others why; where it was they raise ValueError.
+    """
+    from ldm.erasure.methods import LOSSES
+    from ldm.io.errors import notify
+
+    found: list[str] = []
+    for name in methods:
+        try:
+            LOSSES[name].check(experiment.model, configs[name])
+        except ValueError as error:
+            if "methods" in arguments.typed:
+                raise
+            notify(f"without {name}: {error}")
+        else:
+            found.append(name)
+    return found
+
+
 def _load_classifier(args: Namespace, device: torch.device) -> Classifier | None:
     """Return the classifier that --imagenet_weights or --classifier names, else the category's own if it has one."""
     from ldm.metrics.classify import ImageNetObjects, find_classifier
@@ -153,7 +185,7 @@ def run_sweep(args: Namespace, name: str, setting: str, allow_zero: bool = False
         raise ValueError(f"`sweep_values` {args.sweep_values}: {advice}")
     from ldm.experiments.ablations import Variant, run_ablation
 
-    experiment = make_experiment(args)
+    experiment = make_ablation(args)
     config = srsme_config(args, experiment).with_changes(mode="learn")
     if not any(change.startswith(f"{SRSMEConfig.name}.init=") for change in args.set):
         config = config.with_changes(init="zero")  # what is compared is what training from nothing finds

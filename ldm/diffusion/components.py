@@ -17,7 +17,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from ldm.io.checks import is_number
 from ldm.io.errors import notify
 
-WHOLE_MODEL = "give `model` a whole diffusers folder of Stable Diffusion 1.x, 2.x or XL"
+WHOLE_MODEL = "give `model` a whole diffusers folder, of Stable Diffusion or another family"
 OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # none of them acts on an image's content
 _CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _BERT_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast")

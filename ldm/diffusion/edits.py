@@ -100,25 +100,25 @@ def remember_embeddings(model: TextModel) -> Iterator[None]:
 
 
 @contextmanager
-def attention_score_differences(unet: nn.Module, anchor_embeds: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+def attention_score_differences(denoiser: nn.Module, anchor: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """Collect how attention scores differ from those under an anchor prompt while the block runs.
 
     Every cross-attention layer adds one tensor (N * heads, pixels, tokens) to the list: the difference of the scores
-    before the softmax, `scale q (k(c) - k(anchor))^T`. `anchor_embeds` are (1, tokens, d).
+    before the softmax, `scale q (k(c) - k(anchor))^T`. `anchor` (1, tokens, d) is what keys are made of under it.
     """
     differences: list[torch.Tensor] = []
     with ExitStack() as stack:
-        for name, layer in unet.named_modules():
+        for name, layer in denoiser.named_modules():
             if name.endswith("attn2"):
                 to_q, to_k = layer.get_submodule("to_q"), layer.get_submodule("to_k")
-                store_query, compare_key = _score_hooks(layer, anchor_embeds, differences)
+                store_query, compare_key = _score_hooks(layer, anchor, differences)
                 stack.callback(to_q.register_forward_hook(store_query).remove)
                 stack.callback(to_k.register_forward_hook(compare_key).remove)
         yield differences
 
 
 def _score_hooks(
-    layer: Any, anchor_embeds: torch.Tensor, differences: list[torch.Tensor]
+    layer: Any, anchor: torch.Tensor, differences: list[torch.Tensor]
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     """Return forward hooks for an attention layer's `to_q` and `to_k`, which runs after it and fills `differences`."""
     query: list[torch.Tensor] = []
@@ -127,7 +127,7 @@ def _score_hooks(
         query[:] = [output]
 
     def compare_key(to_k: Any, inputs: Any, output: torch.Tensor) -> None:
-        key = output - F.linear(anchor_embeds, to_k.weight, to_k.bias)  # (N, tokens, inner)
+        key = output - F.linear(anchor, to_k.weight, to_k.bias)  # (N, tokens, inner)
         q, k = (
             layer.head_to_batch_dim(projection) for projection in (query.pop(), key)
         )  # (N * heads, ..., inner / heads)

@@ -18,6 +18,9 @@ import torch
 from ldm.diffusion.row_tokenizer import RowTokenizer
 
 LAST, PENULTIMATE = "last hidden states", "last hidden states but one"
+# What files say of these; `kind` was the type of a file in older ones.
+STATES_KEY = "hidden_states"
+AFTER_NORM = " after norm "  # in what is said of hidden states, before the digest of the norm behind them
 _NARROW_SIDE = 8  # of the latents that a narrow twin is tried on
 
 
@@ -141,6 +144,19 @@ class Family:
             if given is not None:
                 inputs |= {f"{prefix}prompt_embeds": given.tokens, f"{prefix}prompt_attention_mask": given.mask}
         return inputs
+
+    def key_inputs(self, denoiser: Any, tokens: torch.Tensor) -> torch.Tensor:
+        """Return what the keys of cross-attention are made of, (N, T, width), for tokens' embeddings (N, T, d)."""
+        return tokens
+
+    def step_callback(self, keep: Callable[[torch.Tensor], None]) -> dict[str, Any]:
+        """Return the options by which the pipeline's own call gives `keep` the latents after each step."""
+
+        def end_step(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            keep(given["latents"])
+            return {}
+
+        return {"callback_on_step_end": end_step}
 
     def image_size(self, pipe: Any) -> int:
         """Return the side of an image in pixels that the model is made for."""

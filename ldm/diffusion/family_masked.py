@@ -40,6 +40,12 @@ class PixArt(Family):
         ).sample
         return output[:, : config.in_channels]  # and not its variance
 
+    def key_inputs(self, denoiser: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return denoiser.caption_projection(tokens)
+
+    def step_callback(self, keep: Callable[[torch.Tensor], None]) -> dict[str, Any]:
+        return {"callback": lambda step, timestep, latents: keep(latents), "callback_steps": 1}
+
     def text_dims(self, config: Mapping[str, Any]) -> tuple[int, int]:
         return int(config["caption_channels"]), 0
 
@@ -82,6 +88,9 @@ class Sana(Family):
             encoder_attention_mask=prompts.mask,
             timestep=timesteps(timestep, latents) * denoiser.config.timestep_scale,
         ).sample
+
+    def key_inputs(self, denoiser: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return denoiser.caption_norm(denoiser.caption_projection(tokens))
 
     def encode_image(self, pipe: Any, images: torch.Tensor) -> torch.Tensor:
         return pipe.vae.encode(images).latent * pipe.vae.config.scaling_factor

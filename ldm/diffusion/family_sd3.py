@@ -44,6 +44,9 @@ class StableDiffusion3(Family):
             sources.append(TextSource("text_encoder_3", slice(first.stop, None), slice(None)))
         return sources
 
+    def prompt_options(self, pipe: Any) -> dict[str, Any]:
+        return {"max_sequence_length": self._third_tokens(pipe)}
+
     def encode(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
         tokens, _, pooled, _ = pipe.encode_prompt(
             prompts,
@@ -51,7 +54,7 @@ class StableDiffusion3(Family):
             None,
             device=device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self._third_tokens(pipe),
+            **self.prompt_options(pipe),
         )
         return Encoded(tokens, pooled)
 

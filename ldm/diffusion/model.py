@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ldm.diffusion.families import FAMILIES, family_of
-from ldm.diffusion.family import Family
+from ldm.diffusion.family import AFTER_NORM, Family
 from ldm.diffusion.text_layers import POOLED, TOKENS, TextLayers, text_layers
 from ldm.diffusion.text_model import TextModel, canonical_name, join_streams, own_config
 from ldm.diffusion.tokenizer import tokenizer_digest
@@ -86,6 +86,16 @@ class DiffusionModel(TextModel):
     def _norm(self) -> str:
         """The name of the norm before the text layers; empty where there is none."""
         return next((layer.norm for layer in self.text_layers.found.values()), "")
+
+    @property
+    def kind(self) -> str:
+        return f"{super().kind}{AFTER_NORM}{self._norm_digest}" if self._norm else super().kind
+
+    @cached_property
+    def _norm_digest(self) -> str:
+        """The digest of the norm before the text layers, the same of a model that is held in bfloat16."""
+        weights = dict(self.denoiser.get_submodule(self._norm).named_parameters())
+        return tensor_digest({name: weight.bfloat16() for name, weight in weights.items()})[:16]
 
     def layer_inputs(self, rows: torch.Tensor) -> torch.Tensor:
         """Return what text layers see of prompts' rows (N, T, d): the same, but where a norm is before them."""

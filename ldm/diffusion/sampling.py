@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ldm.config.methods import SamplingConfig
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.pipeline_call import call_pipeline, seeded_generators
+from ldm.diffusion.pipeline_call import call_pipeline, seeded_generators, trajectory_by_call
 from ldm.io.images import tensor_to_images
 from ldm.io.prompts import PromptCase
 
@@ -116,15 +116,15 @@ def sample_trajectory(
 ) -> Iterator[torch.Tensor]:
     """Yield the latents (N, C, h, w) after each timestep of the model's own scheduler, from noise to clean.
 
-    Of a model that samples by its pipeline's own call it is the last ones alone.
+    Of a model that samples by its pipeline's own call they are those after each of the pipeline's steps.
 
     `prompt_embeds` are (N, rows, d), `uncond_embeds` are (1, rows, d). The guided noise is
     `eps("") + guidance_scale (eps(c) - eps(""))` (Ho and Salimans, arXiv 2207.12598).
     Raises ValueError for a scheduler that takes noise from elsewhere than `noise`.
     """
     if model.adapter.samples_by_call:
-        embeds = prompt_embeds, uncond_embeds
-        yield call_pipeline(model, noise.generators, *embeds, num_inference_steps, guidance_scale, "latent")
+        arguments = prompt_embeds, uncond_embeds, num_inference_steps, guidance_scale
+        yield from trajectory_by_call(model, noise.generators, *arguments)
         return
     scheduler = make_scheduler(model, num_inference_steps)
     latents = noise.initial.to(model.device) * scheduler.init_noise_sigma

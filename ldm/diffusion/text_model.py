@@ -19,7 +19,7 @@ from torch import nn
 
 from ldm.diffusion.batches import States, encode_in_batches
 from ldm.diffusion.families import FAMILIES, TEXT_ALONE
-from ldm.diffusion.family import LAST, Encoded, Family, TextSource, plain_tokenizer
+from ldm.diffusion.family import LAST, STATES_KEY, Encoded, Family, TextSource, plain_tokenizer
 from ldm.diffusion.text_layers import POOLED, TOKENS, TextLayer, TextLayers, output_gram
 from ldm.diffusion.text_states import LAST_STATE, capture_states
 from ldm.diffusion.tokenizer import align_tokens, describe_cuts, tokenizer_digest, vocabulary_words
@@ -199,10 +199,14 @@ class TextModel:
         said: dict[str, Any] = {"text_digest": self.text_digest}
         if len(self.widths) > 1:
             said["streams"] = self.widths
-        kinds = {source.kind for source in self.sources if source.rows is not None}
-        said |= {"hidden_states": " and ".join(sorted(kinds))} if kinds != {LAST} else {}
+        said |= {STATES_KEY: self.kind} if self.kind != LAST else {}
         is_joined = self.adapter.joins_gates and len(set(self.encoder_digests.values())) > 1
         return said | ({"encoders": self._encoders_said} if is_joined else {})
+
+    @property
+    def kind(self) -> str:
+        """Return what the text layers see of the text encoders: which of their hidden states, and after which norm."""
+        return " and ".join(sorted({source.kind for source in self.sources if source.rows is not None}))
 
     @property
     def _encoders_said(self) -> dict[str, dict[str, Any]]:
@@ -211,7 +215,7 @@ class TextModel:
         for source in self.sources:
             columns = {name: self.places.get(f"{name}.{source.name}", [None])[-1] for name in (TOKENS, POOLED)}
             streams = {name: own.stop - own.start for name, own in columns.items() if own is not None}
-            kind = {"hidden_states": source.kind} if source.rows is not None and source.kind != LAST else {}
+            kind = {STATES_KEY: source.kind} if source.rows is not None and source.kind != LAST else {}
             found[source.name] = {"text_digest": self.encoder_digests[source.name], "streams": streams, **kind}
         return found
 

@@ -44,7 +44,8 @@ def trainable_parameter_names(unet: nn.Module, method: str) -> list[str]:
     }
     selected = [name for name in names if rules[method](name)]
     if not selected:
-        raise ValueError(f"this denoiser has nothing for `train_method` {method}: choose another, such as xattn")
+        other = "full" if method == "xattn" else "xattn"
+        raise ValueError(f"this denoiser has nothing for `train_method` {method}: choose another, such as {other}")
     return selected
 
 

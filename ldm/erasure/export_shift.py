@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.text_model import TextModel
 from ldm.erasure.effect import judge
 from ldm.erasure.export_metadata import file_stem
 from ldm.erasure.merge import spellings_of
@@ -59,7 +60,7 @@ def save_shifts(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder
             metadata["gate"] = rounded.gated.metadata
         path = folder / f"{file_stem(label, shift)}.safetensors"
         save_tensors(path, tensors, SHIFT_FILE_TYPE, _header(metadata), beside=metadata)
-        write_text(path.with_suffix(".md"), _card(path, rounded, metadata, dtype, type(model.pipeline).__name__))
+        write_text(path.with_suffix(".md"), _card(path, rounded, metadata, dtype, model))
 
 
 def _header(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,14 +126,22 @@ def as_written(shift: WeightShift, dtype: torch.dtype) -> EmbeddingShift:
     return shift.rounded(dtype)
 
 
-def _card(path: Path, shift: EmbeddingShift, metadata: Mapping[str, Any], dtype: torch.dtype, pipeline: str) -> str:
-    """Return the text of a shift's card, for whoever has a `pipeline` of that class."""
+def _card(path: Path, shift: EmbeddingShift, metadata: Mapping[str, Any], dtype: torch.dtype, model: TextModel) -> str:
+    """Return the text of a shift's card, for whoever has a pipeline of the model's class."""
     loader = re.sub(r"  # noqa.*", "", _LOADER.read_text(encoding="utf-8"))
     prompt, gate = str(metadata.get("prompt", "")), shift.gated
     names = list(dict.fromkeys([metadata["concept"], prompt, *metadata.get("aliases", ())]))
     forms = forms_of(shift)
-    is_loadable = gate is not None and len(gate.gates) == 1  # by the card's loader, which reads one text encoder
-    return _CARD.read_text(encoding="utf-8").format(
+    card = _CARD.read_text(encoding="utf-8")
+    loads_gate = gate is not None and (
+        model.family == "FluxPipeline" or (model.family == "StableDiffusionPipeline" and len(gate.gates) == 1)
+    )
+    acts = "by its gate" if loads_gate else "by its change of weights"
+    if gate is not None and not loads_gate:
+        acts += ": its gate needs this program"
+    if not loads_gate and not shift.rank:  # of which the loader in the card can do nothing
+        card = card.partition("\n## Without it")[0]
+    return card.format(
         concept=metadata["concept"],
         base=metadata["base_model"],
         digest=str(metadata["text_digest"])[:19],
@@ -152,10 +161,22 @@ def _card(path: Path, shift: EmbeddingShift, metadata: Mapping[str, Any], dtype:
         typed_prompt=shlex.quote(prompt),
         quoted_file=json.dumps(path.name, ensure_ascii=False),
         quoted_prompt=json.dumps(prompt, ensure_ascii=False),
-        pipeline=pipeline,
-        no_gate="" if is_loadable else ", gated=False",
+        pipeline=model.family,
+        acts=acts,
+        no_gate=", gated=False" if gate is not None and not loads_gate else "",
+        call=_call_options(model),
         loader=loader,
     )
+
+
+def _call_options(model: TextModel) -> str:
+    """Return what a call of the model's pipeline is told beside the prompt, to read and draw as this program does."""
+    if not model.adapter.samples_by_call:
+        return ""
+    tokens = {"max_sequence_length": model.adapter.prompt_options(model.pipeline)["max_sequence_length"]}
+    side = model.adapter.image_size(model.pipeline)
+    options = {"height": side, "width": side, **tokens, **model.adapter.call_options}
+    return "".join(f", {name}={value}" for name, value in options.items())
 
 
 def _state(metadata: Mapping[str, Any], forms: Sequence[str]) -> str:

@@ -63,6 +63,11 @@ class SingleConceptLoss(ABC):
         self.frozen = model  # that the passes without gradient run on: the same, or a copy on a second device
         self.checkpointing = False  # whether blocks are run again for their gradient, instead of kept
 
+    @classmethod
+    @abstractmethod
+    def check(cls, model: DiffusionModel, config: Any) -> None:
+        """Raise ValueError, saying what to choose instead, for a model that the method cannot change."""
+
     @abstractmethod
     def parameters(self) -> list[torch.Tensor]:
         """Return what is trained."""
@@ -115,6 +120,11 @@ class SRSMELoss(SingleConceptLoss):
         self.directions = (shift.scale * shift.directions).to(model.device, torch.float32)  # (k, d)
         self.prompt_offset = 0
         self.grad_scale = 1.0
+
+    @classmethod
+    def check(cls, model: DiffusionModel, config: Any) -> None:
+        """Raise ValueError for a denoiser of which no layer sees the prompt alone."""
+        text_layers(model.denoiser)
 
     @classmethod
     def from_config(cls, model: DiffusionModel, concept: Concept, config: SRSMEConfig, shift: SeparableShift) -> Self:
@@ -211,6 +221,11 @@ class _FinetuneLoss(SingleConceptLoss):
         for name in trainable_parameter_names(model.denoiser, train_method):
             self.student[name] = nn.Parameter(model.denoiser.get_parameter(name).detach().clone())
 
+    @classmethod
+    def check(cls, model: DiffusionModel, config: Any) -> None:
+        """Raise ValueError for a denoiser in which the train method finds nothing."""
+        trainable_parameter_names(model.denoiser, config.train_method)
+
     def parameters(self) -> list[torch.Tensor]:
         return list(self.student.values())
 
@@ -278,16 +293,19 @@ class _AnchoredLoss(_FinetuneLoss):
         self.anchor_embeds = anchor_embeds
 
     @classmethod
-    def from_config(cls, model: DiffusionModel, concept: Concept, config: FinetuneConfig) -> Self:
-        """Return the loss for a concept in its first caption, and its category's anchor.
-
-        Raises ValueError for a denoiser without cross-attention, which the method changes.
-        """
+    def check(cls, model: DiffusionModel, config: Any) -> None:
+        """Raise ValueError for a denoiser without cross-attention, which the method changes."""
         if not any(".attn2." in name for name, _ in model.denoiser.named_modules()):
             raise ValueError(
                 f"{config.name} changes cross-attention, which {type(model.denoiser).__name__} does not have: choose "
                 "SRS-ME or ESD"
             )
+        super().check(model, config)
+
+    @classmethod
+    def from_config(cls, model: DiffusionModel, concept: Concept, config: FinetuneConfig) -> Self:
+        """Return the loss for a concept in its first caption, and its category's anchor. Raises as `check`."""
+        cls.check(model, config)
         return cls(model, *_caption_and_anchor_embeds(model, concept), config.train_method)
 
 
@@ -299,21 +317,15 @@ class ForgetMeNotLoss(_AnchoredLoss):
     Values and outputs change only where they feed a later layer's queries.
     """
 
-    @classmethod
-    def from_config(cls, model: DiffusionModel, concept: Concept, config: FinetuneConfig) -> Self:
-        if model.adapter.samples_by_call:
-            kind = type(model.denoiser).__name__
-            raise ValueError(f"FMN compares the keys of a U-Net, and {model.name} has a {kind}: choose SRS-ME or ESD")
-        return super().from_config(model, concept, config)
-
     @contextmanager
     def edited_model(self) -> Generator[list[torch.Tensor]]:
         """While the block runs, let each cross-attention layer of the edited model add its difference to the list."""
-        with (
-            super().edited_model(),
-            attention_score_differences(self.model.denoiser, self.anchor_embeds) as differences,
-        ):
-            yield differences
+        model = self.model
+        anchor = model.split(self.anchor_embeds.to(model.dtype)).tokens  # (1, tokens, d)
+        with super().edited_model():
+            inputs = model.adapter.key_inputs(model.denoiser, anchor)
+            with attention_score_differences(model.denoiser, inputs) as differences:
+                yield differences
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor) -> LossOutput:
         with self.edited_model_with_grad() as differences:

@@ -128,7 +128,7 @@ def solve_null_spaces(
         made_for = {
             "created_by": CREATED_BY,
             "base_model": model.name,
-            "text_digest": model.text_digest,
+            **model.encoded_as,
             "category": artifacts.category,
             **concept_metadata(concept),
             "always_protected_weight": config.always_protected_weight,

@@ -311,7 +311,7 @@ class EmbeddingShift(SeparableShift):
         return made
 
     def tensors(self, dtype: torch.dtype, streams: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        """Return what a file in `dtype` holds, by name, of rows with `streams` of these widths; for a gate alone none."""
+        """Return what a file in `dtype` holds by name, of rows with `streams` of these widths: of a gate alone none."""
         found = factor_tensors(self.outputs, self.directions, streams) if self.rank else {}
         return {name: tensor.to(dtype) for name, tensor in found.items()}
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ldm.diffusion.family import LAST
+from ldm.diffusion.family import AFTER_NORM, LAST, STATES_KEY
 from ldm.diffusion.text_layers import POOLED, TOKENS
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.gated_edit import GatedEdit
@@ -42,8 +42,11 @@ def _digests(model: TextModel) -> set[str]:
 
 def _is_for(model: TextModel, shift: WeightShift) -> bool:
     """Return whether a part was made on just what a model takes of all its text encoders."""
-    is_of_states = shift.metadata.get("hidden_states", "") == model.encoded_as.get("hidden_states", "")
-    return _made_on(shift) == model.text_digest and _streams(shift) == model.widths and is_of_states
+    return _made_on(shift) == model.text_digest and _streams(shift) == model.widths and _kind(shift) == model.kind
+
+
+def _kind(shift: WeightShift) -> str:
+    return shift.metadata.get(STATES_KEY, LAST)
 
 
 def fitted_to(model: TextModel, shift: WeightShift) -> tuple[WeightShift, list[str]]:
@@ -69,7 +72,7 @@ def fitted_to(model: TextModel, shift: WeightShift) -> tuple[WeightShift, list[s
         fitted.gated = None
     changed = by_weights | _mapped(fitted)
     if not changed:
-        kind = fitting[0].metadata.get("hidden_states", LAST)
+        kind = _kind(fitting[0])
         raise ValueError(
             f"{shift.path} changes the {kind} of its text encoder, and {model.name} takes other states of it: make it "
             f"on {model.name} itself"
@@ -96,11 +99,9 @@ def _by_encoder(shift: WeightShift) -> Iterator[WeightShift]:
             streams |= {stream: widths[0]} if widths else {}
         sole = [stream for stream in streams if len({digests[name] for name in givers[stream]}) == 1]
         part = _alone(shift)
-        part.metadata = {
-            name: value for name, value in shift.metadata.items() if name not in ("encoders", "hidden_states")
-        }
-        kinds = [said[name]["hidden_states"] for name in names if "hidden_states" in said[name]]
-        part.metadata |= {"text_digest": digest, "streams": streams} | ({"hidden_states": kinds[0]} if kinds else {})
+        part.metadata = {name: value for name, value in shift.metadata.items() if name not in ("encoders", STATES_KEY)}
+        kinds = [said[name][STATES_KEY] for name in names if STATES_KEY in said[name]]
+        part.metadata |= {"text_digest": digest, "streams": streams} | ({STATES_KEY: kinds[0]} if kinds else {})
         if isinstance(part, EmbeddingShift) and part.rank:
             before, after = _columns(_streams(shift)), _columns(streams)
             _move(part, [(before[stream], after[stream]) for stream in sole], sum(streams.values()))
@@ -149,13 +150,20 @@ def _fitted(model: TextModel, shift: WeightShift) -> tuple[WeightShift, set[str]
     """Return a part as it acts on a model, and the places that its change of the weights changes."""
     places, name = _places(model, shift)
     fitted = _alone(shift)
-    fitted.metadata = {**shift.metadata, **model.encoded_as}
+    fitted.metadata = {**shift.metadata, STATES_KEY: model.kind, **model.encoded_as}
     if shift.gated is not None:
         fitted.gated = _gated(shift.gated, places, name)
     by_weights: set[str] = set()
     if isinstance(fitted, EmbeddingShift):
-        by_weights = _fit_factors(model, fitted, _streams(shift), places)
+        is_after_norm = _parts(_kind(shift))[1] == _parts(model.kind)[1]  # as weights act behind it, and maps before
+        by_weights = _fit_factors(model, fitted, _streams(shift), places if is_after_norm else {})
     return fitted, by_weights
+
+
+def _parts(kind: str) -> tuple[str, str]:
+    """Return which hidden states a kind names, and the digest of the norm behind them; empty for none."""
+    states, _, norm = kind.partition(AFTER_NORM)
+    return states, norm
 
 
 def _streams(shift: WeightShift) -> dict[str, int]:
@@ -175,14 +183,14 @@ def _streams(shift: WeightShift) -> dict[str, int]:
 
 def _places(model: TextModel, shift: WeightShift) -> tuple[dict[str, str], str]:
     """Return the model's places by the streams of a shift, and what the model calls its text encoder."""
-    digest, kind = shift.metadata["text_digest"], shift.metadata.get("hidden_states")
+    digest, kind = shift.metadata["text_digest"], _parts(_kind(shift))[0]
     is_own = digest == model.text_digest
     sources = [source for source in model.sources if is_own or model.encoder_digests[source.name] == digest]
     if is_own and len(set(model.encoder_digests.values())) > 1:  # an older file, of all encoders together
         return {stream: stream for stream in model.widths}, ""
     places: dict[str, str] = {}
     for source in sources:
-        if source.rows is not None and source.kind == (kind or LAST):
+        if source.rows is not None and source.kind == kind:
             places.setdefault(TOKENS, _place(model, TOKENS, source.name))
         if source.pooled is not None:
             places.setdefault(POOLED, _place(model, POOLED, source.name))

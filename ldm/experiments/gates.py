@@ -47,7 +47,7 @@ class FittedGates:
 
     @property
     def together(self) -> GatedPrompts:
-        """The edits as they are applied to a prompt."""
+        """The edits as they decide of a prompt."""
         names = [concept.name for concept in self.concepts]
         return GatedPrompts(dict(zip(names, self.edits, strict=True)))
 
@@ -135,7 +135,7 @@ def decide(
 
 def find_kept(model: PromptEncoder, gates: FittedGates, prompts: Sequence[str]) -> torch.Tensor:
     """Return which prompts keep every bit of their embedding while the gates act, (N,) bool."""
-    together, found = gates.together, [torch.ones(0, dtype=torch.bool)]
+    together, found = GatedPrompts(gates.together.edits, model.places), [torch.ones(0, dtype=torch.bool)]
     for _, before, states in encode_in_batches(model, prompts, together.layers):
         after = together(before, states)
         same = before.view(torch.uint8) == after.view(torch.uint8)  # bytes: 0 and -0 are equal as numbers

@@ -301,6 +301,11 @@ def check_base_model(metadata: Mapping[str, Any], model: EmbeddingModel, path: P
                 f"{path} was made for another text encoder (that of {name}, digest {str(made_for)[:14]}, not "
                 f"{expected[:14]}): pass `model` one that has it, or make it again"
             )
+        kind, own = metadata.get("hidden_states"), getattr(model, "kind", None)
+        if kind is not None and own not in (None, kind):
+            raise ValueError(
+                f"{path} was made for the {kind} of a text encoder, and {model.name} takes the {own}: make it again"
+            )
     elif made_for in model.digests[1:]:
         notify(f"{path} knows its base model by a digest of an older version, which leaves the tokenizer out")
     elif made_for not in model.digests[:1]:

@@ -167,7 +167,7 @@ class DemoSession:
             latents = noise.initial
             for done, current in enumerate(trajectory, start=1):
                 latents = current
-                yield (number + done / num_inference_steps) / len(models)
+                yield (number + min(done / num_inference_steps, 1)) / len(models)
             images.append(tensor_to_images(model.decode(latents))[0])
         original, edited = original or images[0], images[-1]
         with self._lock:
