@@ -89,7 +89,8 @@ def load_family(folder: Path, class_name: str, variant: str | None, dtype: torch
     for source in family.sources(pipe):
         if source.rows is not None:
             tokenizer = plain_tokenizer(pipe, source.name)
-            tokenizer.model_max_length = int(min(tokenizer.model_max_length, family.length(pipe, source)))
+            length = family.length(pipe, source.name, family.prompt_options(pipe))
+            tokenizer.model_max_length = int(min(tokenizer.model_max_length, length))
     return pipe
 
 
