@@ -107,9 +107,9 @@ class Lumina2(Family):
     def sources(self, pipe: Any) -> list[TextSource]:
         return [TextSource("text_encoder", slice(None), slice(None), states=BUT_ONE)]
 
-    def template(self, pipe: Any, options: Mapping[str, Any], is_negative: bool) -> Callable[[str], str] | None:
+    def template(self, pipe: Any, options: Mapping[str, Any], is_negative: bool) -> Callable[[str], str]:
         told = options.get("system_prompt")
-        return None if is_negative else f"{pipe.system_prompt if told is None else told} <Prompt Start> ".__add__
+        return str if is_negative else f"{pipe.system_prompt if told is None else told} <Prompt Start> ".__add__
 
     def encode_negative(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
         return negatives_of(pipe, prompts, device=device, max_sequence_length=self.num_tokens(pipe))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from ldm.diffusion.batches import States
 from ldm.diffusion.family import Family, unwrapped
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.pipeline_encoder import PipelineEncoder
+from ldm.diffusion.pipeline_encoder import NEGATIVES, PipelineEncoder
 
 
 @dataclass
@@ -43,6 +43,9 @@ class PipelineModel(DiffusionModel):
         self, prompts: list[str], layers: Mapping[str, Collection[int]]
     ) -> tuple[torch.Tensor, States]:
         return self._encoder.encode_with_states(prompts, layers)
+
+    def encode_uncond(self) -> torch.Tensor:
+        return replace(self._encoder, side=NEGATIVES).encode_with_states([""], {})[0]
 
     def notify_of_cuts(self, prompts: Any) -> None:
         """Say nothing: the prompts are templates, whose names are looked for in what the model reads."""

@@ -113,8 +113,10 @@ class LinearPipelineEraser(PipelineEraser):
         prompts = list(dict.fromkeys([*always_protected_prompts(), *kept.protected]))
         protected = model.embed_prompts(prompts)  # (tokens, d) each
         check_apart(model, concepts, protected)
+        if not model.adapter.reads_negatives_alike:
+            protected["the empty negative prompt"] = model.layer_inputs(model.encode_uncond())[0]
         settings = self.null_space.rank_rtol, self.null_space.null_space_method
-        basis = NullSpaceBasis.fit(list(protected.values()), prompts, *settings, streams=model.streams)
+        basis = NullSpaceBasis.fit(list(protected.values()), list(protected), *settings, streams=model.streams)
         retained_by = fingerprint, kept.retained
         if self._retain is None or self._retain[0] != retained_by:
             self._retain = retained_by, RetainSet(model, concepts, kept.retained)
