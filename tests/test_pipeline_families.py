@@ -66,7 +66,11 @@ def load(folder):
     return pipe
 
 
-@pytest.fixture(scope="module", params=[name for name in MAKERS if name != "pixart-sigma"])
+FAMILY_NAMES = [name for name in MAKERS if name not in ("pixart-sigma", "sana")]
+SLOW = pytest.param("sana", marks=pytest.mark.slow)  # which reads a long text before each prompt
+
+
+@pytest.fixture(scope="module", params=[*FAMILY_NAMES, SLOW])
 def folder(request, tmp_path_factory):
     return make_family(request.param, tmp_path_factory.mktemp("families") / request.param)
 
@@ -326,10 +330,13 @@ def test_mini_flux_draws_no_van_gogh_and_all_else_as_before(form):
     assert classifier is not None
 
     def shown(prompts):
-        return torch.cat([image(pipe, prompt, **settings) for prompt in prompts]).permute(0, 3, 1, 2)
+        images = torch.cat([image(pipe, prompt, **settings) for prompt in prompts])
+        return images.permute(0, 3, 1, 2) * 2 - 1
 
     before, kept = shown(saying), shown(others)
     eraser = ConceptEraser(pipe, form=form)
+    if form == "gated":
+        eraser.config = GateConfig(retain_captions=400, retain_words=200)
     eraser.erase("Vincent van Gogh", kind="style", protect=others)
     after = shown(saying)
     with torch.no_grad():
@@ -337,6 +344,6 @@ def test_mini_flux_draws_no_van_gogh_and_all_else_as_before(form):
     if form == "gated":
         assert torch.equal(shown(others), kept)
     else:
-        assert (shown(others) - kept).abs().max() < 1.5 / 255
+        assert (shown(others) - kept).abs().max() < 2.5 / 255  # of 2: one of 255
     eraser.restore("all")
     assert torch.equal(shown(saying), before)
