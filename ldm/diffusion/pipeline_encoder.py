@@ -114,7 +114,7 @@ class PipelineEncoder:
     def of(cls, pipe: Any) -> Self:
         """Return the encoder of a pipeline, whose `encode_prompt` is as it is now.
 
-        Raises ValueError for a pipeline that does not encode prompts as a known family does, or has nothing to by.
+        Raises ValueError for a pipeline that does not encode prompts as a known family does, or lacks what reads them.
         """
         adapter = FAMILIES[base_pipeline(pipe)]
         if any(getattr(pipe, name, None) is None or plain_tokenizer(pipe, name) is None for name in adapter.needs):
@@ -122,6 +122,13 @@ class PipelineEncoder:
                 f"this {type(pipe).__name__} has no text encoder and tokenizer, so that it reads no prompts, and "
                 f"embeddings alone do not tell what they say: give it both ({', '.join(adapter.needs)})"
             )
+        for name in adapter.needs:
+            tokenizer = plain_tokenizer(pipe, name)
+            if not hasattr(tokenizer, "model_max_length"):
+                raise ValueError(
+                    f"this {type(pipe).__name__} reads prompts by a {type(tokenizer).__name__}, which is no tokenizer, "
+                    "so that nothing here knows its tokens: give a pipeline with one, such as FLUX.2 klein's"
+                )
         return cls(pipe, pipe.encode_prompt)
 
     @cached_property
@@ -295,14 +302,23 @@ class PipelineEncoder:
 
 def _sums_of_bits(module: torch.nn.Module) -> list[int]:
     sums: list[torch.Tensor] = []
-    for parameter in module.parameters():
-        if not parameter.is_meta:
-            bits = parameter.detach().flatten().view(_INTEGERS[parameter.element_size()])
+    for tensor in (part for parameter in module.parameters() for part in _parts(parameter)):
+        if not tensor.is_meta:
+            bits = tensor.detach().flatten().view(_INTEGERS[tensor.element_size()])
             sums += [part.sum(dtype=torch.int64) for part in bits.split(_WEIGHTS_AT_ONCE)]
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for found in sums:
         by_device.setdefault(found.device, []).append(found)
     return [number for group in by_device.values() for number in torch.stack(group).tolist()]
+
+
+def _parts(tensor: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors whose numbers a tensor has: itself, or those inside one that is quantized, as by torchao."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def _adapters(module: torch.nn.Module) -> str:
