@@ -9,8 +9,11 @@ import torch
 
 from ldm.diffusion.batches import States
 from ldm.diffusion.family import TextSource
+from ldm.diffusion.pipeline_encoder import PipelineEncoder
 from ldm.diffusion.text_layers import POOLED, TOKENS
 from ldm.diffusion.text_model import TextModel, join_streams
+
+EncodingModel = TextModel | PipelineEncoder
 
 
 class EncoderView:
@@ -19,7 +22,7 @@ class EncoderView:
     `sources` are several where the model has the very same encoder more than once. Its name is that of the first.
     """
 
-    def __init__(self, model: TextModel, sources: Sequence[TextSource]):
+    def __init__(self, model: EncodingModel, sources: Sequence[TextSource]):
         self.model, name = model, sources[0].name
         self.text_encoders: dict[str, Any] = {name: model.text_encoders[name]}
         self.tokenizers: list[Any] = [model.tokenizers[list(model.text_encoders).index(name)]]
@@ -32,7 +35,7 @@ class EncoderView:
                 self.place_names[stream] = stream if whole[own] == whole[stream] else own
 
     @classmethod
-    def of(cls, model: TextModel) -> list[Self]:
+    def of(cls, model: EncodingModel) -> list[Self]:
         """Return a view for each text encoder that a model has, in the order of its sources."""
         groups: dict[str, list[TextSource]] = {}
         for source in model.sources:

@@ -21,6 +21,11 @@ LAST, PENULTIMATE = "last hidden states", "last hidden states but one"
 # What files say of these; `kind` was the type of a file in older ones.
 STATES_KEY = "hidden_states"
 AFTER_NORM = " after norm "  # in what is said of hidden states, before the digest of the norm behind them
+BUT_ONE = (-2,)  # the number of the latter
+PROMPT = "prompt_embeds"  # what `encode_prompt` calls the tokens' embeddings, and the end of what it calls pooled ones
+MASK = "prompt_attention_mask"
+# What most families without masks return.
+PROMPTS_AND_POOLED = (PROMPT, f"negative_{PROMPT}", f"pooled_{PROMPT}", f"negative_pooled_{PROMPT}")
 _NARROW_SIDE = 8  # of the latents that a narrow twin is tried on
 
 
@@ -39,13 +44,27 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TextSource:
-    """A text encoder of a pipeline, by name: the rows and columns of the tokens, and of the pooled, that it gives."""
+    """A text encoder of a pipeline, by name: the rows and columns of the tokens, and of the pooled, that it gives.
+
+    `states` are the hidden states that stand side by side in these columns; without any it is the last, after its norm.
+    """
 
     name: str
     rows: slice | None = None
     columns: slice | None = None
     pooled: slice | None = None
-    kind: str = LAST  # which of its hidden states the tokens' embeddings are
+    states: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """Return which of its hidden states the tokens' embeddings are, in words."""
+        if self.states == BUT_ONE:
+            return PENULTIMATE
+        return f"hidden states {', '.join(map(str, self.states))}" if self.states else LAST
+
+    def last_state(self, output: Any) -> torch.Tensor:
+        """Return what the denoiser is given of what the text encoder returns, (N, T, width), before any `clip_skip`."""
+        return torch.cat([output.hidden_states[k] for k in self.states], dim=-1) if self.states else output[0]
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,11 @@ class Family:
     """The adapter of a family; this one is what most families of transformers share. It keeps nothing of a model."""
 
     denoiser = "transformer"  # the part of the pipeline
+    needs: Sequence[str] = ("text_encoder",)  # the parts without which it reads no prompt
+    reader = "text_encoder"  # which reads as many tokens as `max_sequence_length` says
+    # What `encode_prompt` returns, by the names that it and the pipeline's own call take it by.
+    outputs: Sequence[str] = (PROMPT, MASK, f"negative_{PROMPT}", f"negative_{MASK}")
+    reads_negatives_alike = True  # whether it reads negative prompts as it reads prompts
     is_flow = True  # whether it predicts the velocity from clean latents to noise
     joins_gates = False  # whether its text encoders' tokens are not the same, so that each has a gate by itself
     samples_by_call = True  # whether images are made by the pipeline's own call
@@ -82,25 +106,33 @@ class Family:
 
     def num_tokens(self, pipe: Any) -> int:
         """Return T, how many tokens the pipeline's own call reads: its default, or what its tokenizer takes."""
-        most = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
-        return int(min(most, plain_tokenizer(pipe, self.sources(pipe)[0].name).model_max_length))
+        return self.prompt_options(pipe)["max_sequence_length"]
 
-    def length(self, pipe: Any, source: TextSource) -> int:
-        """Return how many tokens of a text encoder that gives such are read."""
-        return self.num_tokens(pipe)
+    def length(self, pipe: Any, name: str, options: Mapping[str, Any]) -> int:
+        """Return how many tokens a text encoder reads, by the options of `encode_prompt`."""
+        own = plain_tokenizer(pipe, name).model_max_length
+        return options.get("max_sequence_length", own) if name == self.reader else own
 
-    def tokenizer(self, pipe: Any, name: str) -> Any:
-        """Return the tokenizer of a text encoder, as the rows of its embeddings follow from it."""
-        template = self.template(pipe)
-        if template is None:
-            return plain_tokenizer(pipe, name)
-        return RowTokenizer(plain_tokenizer(pipe, name), template, self.num_tokens(pipe), self.dropped(pipe))
+    def tokenizer(
+        self, pipe: Any, name: str, options: Mapping[str, Any] | None = None, is_negative: bool = False
+    ) -> Any:
+        """Return the tokenizer of a text encoder, as the rows of its embeddings follow from it.
 
-    def template(self, pipe: Any) -> Callable[[str], str] | None:
-        """Return what a pipeline puts around each prompt; None for nothing."""
+        They do by the `options` of `encode_prompt`, by default those of the pipeline's own call.
+        """
+        options = self.prompt_options(pipe) if options is None else options
+        plain, template = plain_tokenizer(pipe, name), self.template(pipe, options, is_negative)
+        length = self.length(pipe, name, options)
+        if template is None and length == plain.model_max_length:
+            return plain
+        dropped = slice(0) if is_negative else self.dropped(pipe, options)
+        return RowTokenizer(plain, template or str, length, dropped)
+
+    def template(self, pipe: Any, options: Mapping[str, Any], is_negative: bool) -> Callable[[str], str] | None:
+        """Return what a pipeline makes of each prompt before its tokenizer reads it; None where that is the prompt."""
         return None
 
-    def dropped(self, pipe: Any) -> slice:
+    def dropped(self, pipe: Any, options: Mapping[str, Any]) -> slice:
         """Return which tokens of the template have no row."""
         return slice(0)
 
@@ -108,13 +140,15 @@ class Family:
         """Return the text encoders, the one whose tokens are most of the rows first."""
         return [TextSource("text_encoder", slice(None), slice(None))]
 
-    def rows_of(self, pipe: Any, state: torch.Tensor) -> torch.Tensor:
-        """Return the rows of a hidden state (N, all tokens, width) that the embeddings have too."""
+    def rows_of(self, state: torch.Tensor, number: int) -> torch.Tensor:
+        """Return the `number` rows of a hidden state (N, all tokens, ...) that the embeddings have too."""
         return state
 
     def prompt_options(self, pipe: Any) -> dict[str, Any]:
         """Return the options by which the pipeline's own call has its `encode_prompt` read prompts."""
-        return {"max_sequence_length": self.num_tokens(pipe)}
+        most = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+        tokenizer = plain_tokenizer(pipe, self.reader)
+        return {"max_sequence_length": int(min(most, tokenizer.model_max_length)) if tokenizer is not None else most}
 
     def encode(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
         """Return what the pipeline's own `encode_prompt` makes of prompts."""
@@ -214,8 +248,13 @@ def negatives_of(pipe: Any, prompts: list[str], **options: Any) -> Encoded:
 
 
 def plain_tokenizer(pipe: Any, name: str) -> Any:
-    """Return the tokenizer of a pipeline that belongs to a text encoder, by the encoder's name."""
-    return getattr(pipe, name.replace("text_encoder", "tokenizer"))
+    """Return the tokenizer of a pipeline that belongs to a text encoder, by the encoder's name; None for none."""
+    return getattr(pipe, name.replace("text_encoder", "tokenizer"), None)
+
+
+def unwrapped(module: Any) -> Any:
+    """Return a module without what `torch.compile` has put around it."""
+    return getattr(module, "_orig_mod", module)
 
 
 def timesteps(timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
-from ldm.diffusion.family import Encoded, Family, ModelSpec, TextSource, square_side, timesteps
+from ldm.diffusion.family import PROMPT, Encoded, Family, ModelSpec, TextSource, square_side, timesteps
 
 
 class Flux(Family):
     """FLUX.1. Its guidance is an input of dev's transformer, and schnell has none. Latents are packed, (N, s, C)."""
 
+    needs = ("text_encoder", "text_encoder_2")
+    reader = "text_encoder_2"
+    outputs = (PROMPT, f"pooled_{PROMPT}", "text_ids")
     joins_gates = True
     kohya_names: Mapping[str, str] = {
         "context_embedder": "txt_in",

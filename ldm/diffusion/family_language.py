@@ -12,7 +12,8 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
 from ldm.diffusion.family import (
-    PENULTIMATE,
+    BUT_ONE,
+    PROMPT,
     Encoded,
     Family,
     ModelSpec,
@@ -26,6 +27,7 @@ from ldm.diffusion.family import (
 class Flux2(Family):
     """FLUX.2 and klein: a flow under three hidden states of a language model side by side. Latents are packed."""
 
+    outputs = (PROMPT, "text_ids")
     kohya_names: Mapping[str, str] = {"context_embedder": "txt_in"}
     narrow: Mapping[str, Any] = {
         **Family.narrow,
@@ -39,10 +41,9 @@ class Flux2(Family):
 
     def sources(self, pipe: Any) -> list[TextSource]:
         layers = inspect.signature(type(pipe).__call__).parameters["text_encoder_out_layers"].default
-        kind = f"hidden states {', '.join(map(str, layers))}"
-        return [TextSource("text_encoder", slice(None), slice(None), kind=kind)]
+        return [TextSource("text_encoder", slice(None), slice(None), states=tuple(layers))]
 
-    def template(self, pipe: Any) -> Callable[[str], str]:
+    def template(self, pipe: Any, options: Mapping[str, Any], is_negative: bool) -> Callable[[str], str]:
         return partial(_chat, pipe)
 
     def encode(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
@@ -103,6 +104,7 @@ def _chat(pipe: Any, prompt: str) -> str:
 class Lumina2(Family):
     """Lumina 2: a flow under the tokens of Gemma, after a norm. It predicts the way from noise to clean latents."""
 
+    reads_negatives_alike = False
     kohya_names: Mapping[str, str] = {"time_caption_embed.caption_embedder.1": "cap_embedder.1"}
     narrow: Mapping[str, Any] = {
         "num_layers": 1,
@@ -115,10 +117,11 @@ class Lumina2(Family):
     }
 
     def sources(self, pipe: Any) -> list[TextSource]:
-        return [TextSource("text_encoder", slice(None), slice(None), kind=PENULTIMATE)]
+        return [TextSource("text_encoder", slice(None), slice(None), states=BUT_ONE)]
 
-    def template(self, pipe: Any) -> Callable[[str], str]:
-        return f"{pipe.system_prompt} <Prompt Start> ".__add__
+    def template(self, pipe: Any, options: Mapping[str, Any], is_negative: bool) -> Callable[[str], str]:
+        told = options.get("system_prompt")
+        return str if is_negative else f"{pipe.system_prompt if told is None else told} <Prompt Start> ".__add__
 
     def encode_negative(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
         return negatives_of(pipe, prompts, device=device, max_sequence_length=self.num_tokens(pipe))

@@ -13,12 +13,20 @@ from ldm.diffusion.family import Encoded, Family, negatives_of, timesteps
 _PIXART_MICRO_CONDITIONS = 128  # the size of latents from which on PixArt is told the image's size
 
 
+def _lowered(text: str) -> str:
+    """Return a prompt as PixArt and Sana have it read."""
+    return text.lower().strip()
+
+
 class PixArt(Family):
     """PixArt alpha and Sigma: a diffusion that predicts noise, and its variance, under the tokens of T5."""
 
     is_flow = False
     call_options: Mapping[str, Any] = {"use_resolution_binning": False}
     narrow: Mapping[str, Any] = {**Family.narrow, "attention_head_dim": 24, "cross_attention_dim": 24}
+
+    def template(self, pipe: Any, options: Mapping[str, Any], is_negative: bool) -> Callable[[str], str]:
+        return _lowered
 
     def predict(
         self, denoiser: Any, latents: torch.Tensor, timestep: torch.Tensor, prompts: Encoded, image_size: int
@@ -53,6 +61,7 @@ class PixArt(Family):
 class Sana(Family):
     """Sana: a flow under the tokens of Gemma, which is told before each prompt what to do with it."""
 
+    reads_negatives_alike = False
     call_options: Mapping[str, Any] = {"use_resolution_binning": False}
     narrow: Mapping[str, Any] = {
         **Family.narrow,
@@ -64,14 +73,16 @@ class Sana(Family):
     def _instruction(self, pipe: Any) -> list[str]:
         return inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
 
-    def template(self, pipe: Any) -> Callable[[str], str]:
-        return "\n".join(self._instruction(pipe)).__add__
+    def template(self, pipe: Any, options: Mapping[str, Any], is_negative: bool) -> Callable[[str], str]:
+        told = "" if is_negative else _told(options)
+        return lambda text: told + _lowered(text)
 
-    def rows_of(self, pipe: Any, state: torch.Tensor) -> torch.Tensor:
-        return torch.cat([state[:, :1], state[:, 1 - self.num_tokens(pipe) :]], dim=1)
+    def rows_of(self, state: torch.Tensor, number: int) -> torch.Tensor:
+        return torch.cat([state[:, :1], state[:, 1 - number :]], dim=1)
 
-    def dropped(self, pipe: Any) -> slice:
-        return slice(1, len(pipe.tokenizer.encode("\n".join(self._instruction(pipe)))) - 1)
+    def dropped(self, pipe: Any, options: Mapping[str, Any]) -> slice:
+        told = _told(options)
+        return slice(1, len(pipe.tokenizer.encode(told)) - 1) if told else slice(0)
 
     def prompt_options(self, pipe: Any) -> dict[str, Any]:
         return {**super().prompt_options(pipe), "complex_human_instruction": self._instruction(pipe)}
@@ -97,6 +108,11 @@ class Sana(Family):
 
     def text_dims(self, config: Mapping[str, Any]) -> tuple[int, int]:
         return int(config["caption_channels"]), 0
+
+
+def _told(options: Mapping[str, Any]) -> str:
+    """Return what Gemma is told before a prompt."""
+    return "\n".join(options["complex_human_instruction"] or ())
 
 
 class AuraFlow(Family):

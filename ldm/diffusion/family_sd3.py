@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ldm.diffusion.family import PENULTIMATE, Encoded, Family, ModelSpec, TextSource, timesteps, widths
+from ldm.diffusion.family import (
+    BUT_ONE,
+    PROMPTS_AND_POOLED,
+    Encoded,
+    Family,
+    ModelSpec,
+    TextSource,
+    timesteps,
+    widths,
+)
 
 
 class StableDiffusion3(Family):
     """Stable Diffusion 3 and 3.5. Without its third text encoder T5's rows are zeros, which are no rows."""
 
+    needs = ("text_encoder", "text_encoder_2")
+    reader = "text_encoder_3"
+    outputs = PROMPTS_AND_POOLED
     joins_gates = True
     kohya_names: Mapping[str, str] = {
         "context_embedder": "context_embedder",
@@ -22,14 +33,7 @@ class StableDiffusion3(Family):
     narrow: Mapping[str, Any] = {**Family.narrow, "caption_projection_dim": 8}
 
     def num_tokens(self, pipe: Any) -> int:
-        return pipe.tokenizer_max_length + self._third_tokens(pipe)
-
-    def length(self, pipe: Any, source: TextSource) -> int:
-        return self._third_tokens(pipe) if source.name == "text_encoder_3" else pipe.tokenizer_max_length
-
-    def _third_tokens(self, pipe: Any) -> int:
-        most = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
-        return min(most, pipe.tokenizer_3.model_max_length) if pipe.tokenizer_3 is not None else most
+        return pipe.tokenizer_max_length + super().num_tokens(pipe)
 
     def sources(self, pipe: Any) -> list[TextSource]:
         clips = [name for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name) is not None]
@@ -38,23 +42,15 @@ class StableDiffusion3(Family):
         start = 0
         for name, columns in zip(clips, widths([getattr(pipe, name) for name in clips]), strict=True):
             end = start + getattr(pipe, name).config.projection_dim
-            sources.append(TextSource(name, first, columns, slice(start, end), PENULTIMATE))
+            sources.append(TextSource(name, first, columns, slice(start, end), BUT_ONE))
             start = end
         if pipe.text_encoder_3 is not None:
             sources.append(TextSource("text_encoder_3", slice(first.stop, None), slice(None)))
         return sources
 
-    def prompt_options(self, pipe: Any) -> dict[str, Any]:
-        return {"max_sequence_length": self._third_tokens(pipe)}
-
     def encode(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
         tokens, _, pooled, _ = pipe.encode_prompt(
-            prompts,
-            None,
-            None,
-            device=device,
-            do_classifier_free_guidance=False,
-            **self.prompt_options(pipe),
+            prompts, None, None, device=device, do_classifier_free_guidance=False, **self.prompt_options(pipe)
         )
         return Encoded(tokens, pooled)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import CLIPTextModel
 
-from ldm.diffusion.family import PENULTIMATE, Encoded, Family, ModelSpec, TextSource, widths
+from ldm.diffusion.family import BUT_ONE, PROMPTS_AND_POOLED, Encoded, Family, ModelSpec, TextSource, widths
 
 STABILITY = "https://github.com/Stability-AI/generative-models"  # the implementation of CompVis' layout and of XL's
 _NARROW_WIDTH = 8  # of the blocks of a narrow twin
@@ -18,8 +18,12 @@ class StableDiffusion(Family):
     """Stable Diffusion 1.x and 2.x, whose tokens the keys and values of cross-attention see."""
 
     denoiser = "unet"
+    outputs = PROMPTS_AND_POOLED[:2]
     is_flow = False
     samples_by_call = False  # but by `sampling`, whose images were the same in every version
+
+    def prompt_options(self, pipe: Any) -> dict[str, Any]:
+        return {}
 
     def num_tokens(self, pipe: Any) -> int:
         return pipe.tokenizer.model_max_length
@@ -94,6 +98,8 @@ class TextAlone(StableDiffusion):
 class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL, which has the pooled embedding of its second text encoder too, beside six sizes."""
 
+    needs = ("text_encoder_2",)
+    outputs = PROMPTS_AND_POOLED
     kohya_names: Mapping[str, str] = {"add_embedding.linear_1": "label_emb.0.0"}
 
     def sources(self, pipe: Any) -> list[TextSource]:
@@ -103,7 +109,7 @@ class StableDiffusionXL(StableDiffusion):
         pooled = slice(0, own["text_encoder_2"].config.projection_dim)
         given = {"text_encoder_2": pooled}
         columns = zip(names, places, strict=True)
-        return [TextSource(name, slice(None), place, given.get(name), PENULTIMATE) for name, place in columns]
+        return [TextSource(name, slice(None), place, given.get(name), BUT_ONE) for name, place in columns]
 
     def encode(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
         outputs = pipe.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.diffusion.pipeline_model import unwrapped
+from ldm.diffusion.family import unwrapped
 from ldm.diffusion.text_layers import TextLayers, text_layers
 
 Weights = dict[str, torch.Tensor]  # of text layers, by the layer's name
@@ -18,34 +18,43 @@ _ROUNDINGS: list[tuple[torch.dtype, ...]] = [(), *((half,) for half in _HALVES),
 
 
 class InPlaceWeights:
-    """The text layers of a pipeline's U-Net, whose tensors stay the very same while their values are changed.
+    """The text layers of a pipeline's denoiser, whose tensors stay the very same while their values are changed.
 
     So a LoRA around a layer goes on acting on it, and what `torch.compile` has made goes on being used. The values of
     before are kept on the CPU.
     """
 
-    def __init__(self, pipe: Any):
-        self._pipe = pipe
+    def __init__(self, pipe: Any, part: str):
+        """`part` is what the pipeline calls its denoiser."""
+        self._pipe, self._part = pipe, part
         self._base: Weights = {}  # of before, empty where nothing is changed
         self._left: Weights = {}  # what was written last
 
+    @property
+    def denoiser(self) -> Any:
+        """Return the denoiser that the pipeline has now."""
+        return unwrapped(getattr(self._pipe, self._part))
+
     def layers(self) -> TextLayers:
         """Return the text layers by name. Raises ValueError, with what to do, where their weights are out of reach."""
-        unet = unwrapped(self._pipe.unet)
-        layers = text_layers(unet)
+        layers = text_layers(self.denoiser)
         name = type(self._pipe).__name__
         weights = [layer.weight for layer in layers.values()]
-        if any(weight.is_meta for weight in weights) or _is_group_offloaded(unet):
+        if any(weight.is_meta for weight in weights) or _is_group_offloaded(self.denoiser):
             raise ValueError(
                 f"the weights of this {name} are not where they could be changed, as by "
                 "`enable_sequential_cpu_offload` or `enable_group_offload`: call `pipe.remove_all_hooks()` before, or "
                 "use `enable_model_cpu_offload`, or the form gated"
             )
-        if not all(type(weight) is nn.Parameter and weight.is_floating_point() for weight in weights):
-            raise ValueError(f"the weights of this {name} are quantized, and cannot be changed: use the form gated")
-        if any(getattr(module, "fused_projections", False) for module in unet.modules()):
+        if not all(type(weight) is nn.Parameter and _is_whole(weight) for weight in weights):
             raise ValueError(
-                f"the projections of this {name} are fused, and its U-Net uses copies of the weights: call "
+                f"the weights of this {name} are quantized, and cannot be changed: use the form gated, load the "
+                "weights unquantized, or erase from those, export a LoRA and load it beside the quantized ones"
+            )
+        blocks = {self.denoiser.get_submodule(layer.rpartition(".")[0]) for layer in layers}
+        if any(getattr(block, "fused_projections", False) for block in blocks):
+            raise ValueError(
+                f"the projections of this {name} are fused, and its denoiser uses copies of the weights: call "
                 "`pipe.unfuse_qkv_projections()` before"
             )
         return layers
@@ -90,8 +99,8 @@ class InPlaceWeights:
             if name not in self._left or not _is_same(layer.weight.detach().cpu(), self._left[name]):
                 raise ValueError(
                     f"the weights of {name} are not as they were left when concepts were erased, as after "
-                    "`fuse_lora`, `unfuse_lora` or another U-Net: undo that first, and fuse a LoRA before anything is "
-                    "erased, or use it without fusing"
+                    "`fuse_lora`, `unfuse_lora` or another denoiser: undo that first, and fuse a LoRA before anything "
+                    "is erased, or use it without fusing"
                 )
         return layers
 
@@ -114,9 +123,14 @@ def _rounded(weights: Weights, dtypes: Sequence[torch.dtype]) -> Weights:
     return rounded
 
 
-def _is_group_offloaded(unet: nn.Module) -> bool:
+def _is_whole(weight: torch.Tensor) -> bool:
+    """Return whether a weight has numbers that a change can be added to: bytes are codes, or round too much."""
+    return weight.is_floating_point() and weight.element_size() > 1
+
+
+def _is_group_offloaded(denoiser: nn.Module) -> bool:
     """Return whether diffusers brings weights from copies of their own, in which a change would be lost."""
-    registries = [getattr(module, "_diffusers_hook", None) for module in unet.modules()]
+    registries = [getattr(module, "_diffusers_hook", None) for module in denoiser.modules()]
     return any(registry is not None and registry.get_hook("group_offloading") is not None for registry in registries)
 
 

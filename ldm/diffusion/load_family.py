@@ -95,7 +95,8 @@ def cut_tokenizers(pipe: Any) -> None:
     for source in family.sources(pipe):
         if source.rows is not None:
             tokenizer = plain_tokenizer(pipe, source.name)
-            tokenizer.model_max_length = int(min(tokenizer.model_max_length, family.length(pipe, source)))
+            length = family.length(pipe, source.name, family.prompt_options(pipe))
+            tokenizer.model_max_length = int(min(tokenizer.model_max_length, length))
 
 
 def part_class(path: Path, index: dict[str, Any], name: str) -> str:

@@ -103,7 +103,7 @@ class DiffusionModel(TextModel):
             return rows
         module = self.denoiser.get_submodule(self._norm)
         with torch.no_grad():
-            normed = module(rows.to(self.device, self.dtype)).float()
+            normed = module(rows.to(next(module.parameters()))).float()
         return normed * rows.any(dim=-1, keepdim=True).to(normed)  # so that no row becomes one
 
     @property

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 
 from ldm.diffusion.batches import States
+from ldm.diffusion.family import Family, unwrapped
 from ldm.diffusion.model import DiffusionModel
-from ldm.diffusion.pipeline_encoder import PipelineEncoder
-
-
-def unwrapped(module: Any) -> Any:
-    """Return a module without what `torch.compile` has put around it."""
-    return getattr(module, "_orig_mod", module)
+from ldm.diffusion.pipeline_encoder import NEGATIVES, PipelineEncoder
 
 
 @dataclass
@@ -30,19 +26,26 @@ class PipelineModel(DiffusionModel):
     def of(cls, pipe: Any) -> Self:
         """Return the model that a pipeline is. Raises ValueError as `PipelineEncoder.of` does."""
         name = type(pipe).__name__
-        return cls(name, name, pipe, pipe.device, unwrapped(pipe.unet).dtype)
+        return cls(name, name, pipe, pipe.device)
 
     def __post_init__(self) -> None:
         self._encoder = PipelineEncoder.of(self.pipeline)
-        self.denoiser: Any = unwrapped(self.pipeline.unet)
+        self.denoiser: Any = unwrapped(getattr(self.pipeline, self.adapter.denoiser))
         self._text_encoders: dict[str, Any] = self._encoder.text_encoders
         self._tokenizers: list[Any] = self._encoder.tokenizers
         self._checked_prompts: set[str] = set()
+
+    @property
+    def adapter(self) -> Family:
+        return self._encoder.adapter
 
     def encode_with_states(
         self, prompts: list[str], layers: Mapping[str, Collection[int]]
     ) -> tuple[torch.Tensor, States]:
         return self._encoder.encode_with_states(prompts, layers)
+
+    def encode_uncond(self) -> torch.Tensor:
+        return replace(self._encoder, side=NEGATIVES).encode_with_states([""], {})[0]
 
     def notify_of_cuts(self, prompts: Any) -> None:
         """Say nothing: the prompts are templates, whose names are looked for in what the model reads."""

@@ -35,8 +35,20 @@ class RowTokenizer:
         del kept[self._dropped]
         return [*kept, self._end]
 
-    def __call__(self, text: str | list[str], truncation: bool = False, max_length: int | None = None, **_: Any) -> Any:
-        """Return the tokens of a text, or of several, as `input_ids`, by such options of transformers."""
+    def __call__(
+        self,
+        text: str | list[str],
+        truncation: bool = False,
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
+        **_: Any,
+    ) -> Any:
+        """Return the tokens of a text, or of several, as `input_ids`, by such options of transformers.
+
+        The template counts as special tokens.
+        """
+        if not add_special_tokens:
+            return self._tokenizer(text, add_special_tokens=False, verbose=False)
         texts = [text] if isinstance(text, str) else text
         found = [self._tokens(each) for each in texts]
         if truncation:

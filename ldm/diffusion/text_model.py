@@ -133,19 +133,7 @@ class TextModel:
 
         They are rows and columns, by `tokens`, `pooled`, and such as `tokens.text_encoder_3`.
         """
-        number, widths = self.adapter.num_tokens(self.pipeline), self.widths
-        width, whole = widths[TOKENS], sum(widths.values())
-        found = {TOKENS: (slice(0, number), slice(0, width))}
-        if POOLED in widths:
-            found[POOLED] = slice(number, number + 1), slice(width, whole)
-        for source in self.sources:
-            if source.rows is not None and source.columns is not None:
-                rows, columns = source.rows.indices(number)[:2], source.columns.indices(width)[:2]
-                found[f"{TOKENS}.{source.name}"] = slice(*rows), slice(*columns)
-            if source.pooled is not None:
-                start, stop, _ = source.pooled.indices(whole - width)
-                found[f"{POOLED}.{source.name}"] = found[POOLED][0], slice(width + start, width + stop)
-        return found
+        return places_of(self.sources, self.adapter.num_tokens(self.pipeline), self.widths)
 
     def owns_columns(self, place: str) -> bool:
         """Return whether no other text encoder gives rows to a place's columns, as SD3's do to the tokens'."""
@@ -268,11 +256,12 @@ class TextModel:
         states: dict[tuple[str, int], torch.Tensor] = {}
         for source in self.sources:
             found = captured[source.name]
-            own = {number: self.adapter.rows_of(self.pipeline, state.float()) for number, state in found.items()}
+            rows = tokens.shape[1]
+            own = {number: self.adapter.rows_of(state.float(), rows) for number, state in found.items()}
             if source.rows is not None and source.columns is not None:
                 if LAST_STATE in layers.get(source.name, ()):
                     own[LAST_STATE] = tokens[:, source.rows, source.columns]
-                own = _without_masked(own, encoded.mask[:, source.rows])
+                own = without_masked(own, encoded.mask[:, source.rows])
             states |= {(source.name, number): state for number, state in own.items()}
         return join_streams(tokens, encoded.pooled), states
 
@@ -373,7 +362,23 @@ def _digest_of(encoders: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> st
     return f"text-1:{hashlib.sha256(whole.encode()).hexdigest()}"
 
 
-def _without_masked(states: Mapping[int, torch.Tensor], mask: torch.Tensor) -> dict[int, torch.Tensor]:
+def places_of(sources: Sequence[TextSource], number: int, widths: Mapping[str, int]) -> dict[str, tuple[slice, slice]]:
+    """Return the rows and columns of `TextModel.places` for prompts of a `number` of tokens, and streams by width."""
+    width, whole = widths[TOKENS], sum(widths.values())
+    found = {TOKENS: (slice(0, number), slice(0, width))}
+    if POOLED in widths:
+        found[POOLED] = slice(number, number + 1), slice(width, whole)
+    for source in sources:
+        if source.rows is not None and source.columns is not None:
+            rows, columns = source.rows.indices(number)[:2], source.columns.indices(width)[:2]
+            found[f"{TOKENS}.{source.name}"] = slice(*rows), slice(*columns)
+        if source.pooled is not None:
+            start, stop, _ = source.pooled.indices(whole - width)
+            found[f"{POOLED}.{source.name}"] = found[POOLED][0], slice(width + start, width + stop)
+    return found
+
+
+def without_masked(states: Mapping[int, torch.Tensor], mask: torch.Tensor) -> dict[int, torch.Tensor]:
     """Return hidden states (N, T, width) in which rows of masked tokens (N, T) repeat that of their prompt's end."""
     if mask.all():
         return dict(states)

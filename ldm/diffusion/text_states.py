@@ -14,7 +14,7 @@ LAST_STATE = -1  # what the denoiser is given, whatever a pipeline takes for it
 
 def text_encoder_layers(encoder: Any) -> list[nn.Module]:
     """Return the layers of a text encoder of transformers, in order. Raises ValueError where they are not found."""
-    number = encoder.config.num_hidden_layers
+    number = encoder.config.get_text_config().num_hidden_layers
     for module in encoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == number:
             return list(module)

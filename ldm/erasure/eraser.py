@@ -229,7 +229,7 @@ def _flat(names: Sequence[str | Sequence[str]]) -> list[str]:
 def _pipeline_eraser(pipe: DiffusionPipeline, form: str | None) -> PipelineEraser:
     """Return the eraser of a pipeline: the one that has erased something from it now, or a new one.
 
-    Raises ValueError for one of another form, and for a pipeline that does not encode prompts as Stable Diffusion do.
+    Raises ValueError for one of another form, and for a pipeline that does not encode prompts as a known family does.
     """
     form = form if form is None else EditConfig(form).form
     existing = PipelineEraser.of(pipe)

@@ -10,11 +10,11 @@ import torch
 
 from ldm.config.concepts import Concept
 from ldm.config.methods import GateConfig
-from ldm.diffusion.encoder_view import EncoderView
+from ldm.diffusion.encoder_view import EncoderView, EncodingModel
 from ldm.diffusion.text_encoder import PromptEncoder
-from ldm.diffusion.text_model import TextModel
 from ldm.erasure.gate_fitter import GateFitter, alarms_report, misses_report
 from ldm.erasure.gated_edit import GatedEdit
+from ldm.erasure.known_states import KnownStates
 from ldm.erasure.targets import held_out_prompts
 
 _Told = Sequence[tuple[EncoderView, GateFitter, GatedEdit]]
@@ -27,9 +27,18 @@ class JoinedGateFitter:
     The arguments are those of `GateFitter`.
     """
 
-    def __init__(self, model: TextModel, others: Sequence[Concept], retained: Sequence[str], config: GateConfig):
-        self.model, self.views = model, EncoderView.of(model)
-        self.fitters = [GateFitter(view, others, retained, config) for view in self.views]
+    def __init__(
+        self,
+        model: EncodingModel,
+        others: Sequence[Concept],
+        retained: Sequence[str],
+        config: GateConfig,
+        known: KnownStates,
+    ):
+        self.model, self.views, self.fitters = model, EncoderView.of(model), list[GateFitter]()
+        for view in self.views:
+            [name] = view.text_encoders
+            self.fitters.append(GateFitter(view, others, retained, config, known.part(name)))
 
     def fit(self, concept: Concept) -> GatedEdit:
         """Return the edit that erases a concept. Raises ValueError where no encoder tells it from others."""
@@ -78,9 +87,14 @@ AnyGateFitter = GateFitter | JoinedGateFitter
 
 
 def make_gate_fitter(
-    model: PromptEncoder, others: Sequence[Concept], retained: Sequence[str], config: GateConfig
+    model: PromptEncoder,
+    others: Sequence[Concept],
+    retained: Sequence[str],
+    config: GateConfig,
+    known: KnownStates | None = None,
 ) -> AnyGateFitter:
     """Return what fits the gates of a model: of several text encoders with tokens of their own each by itself."""
-    if isinstance(model, TextModel) and model.adapter.joins_gates:
-        return JoinedGateFitter(model, others, retained, config)
-    return GateFitter(model, others, retained, config)
+    known = known or KnownStates()
+    if isinstance(model, EncodingModel) and model.adapter.joins_gates:
+        return JoinedGateFitter(model, others, retained, config, known)
+    return GateFitter(model, others, retained, config, known)

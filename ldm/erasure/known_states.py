@@ -18,6 +18,16 @@ class KnownStates:
     def __init__(self) -> None:
         self.layers: Mapping[str, int] = {}
         self._groups: dict[str, tuple[dict[str, int], Rows]] = {}  # by name: number of each prompt, and their rows
+        self._parts: dict[str, KnownStates] = {}  # where each text encoder has gates by itself
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether nothing was found out yet."""
+        return not self.layers and not self._parts
+
+    def part(self, name: str) -> KnownStates:
+        """Return what was found out about one of several text encoders, by name, as if it were the only one."""
+        return self._parts.setdefault(name, KnownStates())
 
     def rows(self, group: str, prompts: Sequence[str], encode: Callable[[Sequence[str]], Rows]) -> Rows:
         """Return the rows (t, d) of each of the prompts, of which those are encoded that the group does not have yet.

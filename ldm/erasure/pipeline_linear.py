@@ -14,9 +14,10 @@ from ldm.config.concepts import Concept, always_protected_prompts
 from ldm.config.methods import SRSMEConfig
 from ldm.config.models import SettingsSource, load_model_config
 from ldm.config.templates import fill_anchor, load_template_set
+from ldm.diffusion.families import base_pipeline
 from ldm.diffusion.in_place import InPlaceWeights, Weights
 from ldm.diffusion.pipeline_encoder import PipelineEncoder
-from ldm.diffusion.pipeline_model import PipelineModel, unwrapped
+from ldm.diffusion.pipeline_model import PipelineModel
 from ldm.erasure.initial_shift import initial_shift
 from ldm.erasure.merge import SummedShifts
 from ldm.erasure.null_space import NullSpaceBasis
@@ -27,7 +28,7 @@ from ldm.erasure.shift import WeightShift
 from ldm.erasure.targets import anchor_embeds, held_out_prompts, replaces_name, target_prompts
 from ldm.io.files import SETTINGS_FILE
 
-_MARK = "_erased_concepts"  # of a U-Net, whose weights are edited: by what texts
+_MARK = "_erased_concepts"  # of a denoiser, whose weights are edited: by what texts
 _QUIET_SECONDS = 1.5  # before a progress bar shows
 
 
@@ -35,7 +36,7 @@ class LinearPipelineEraser(PipelineEraser):
     """A pipeline and the concepts that are erased from it by shifts of its text layers' weights, in closed form.
 
     The weights are changed where they lie, under a LoRA too, and copies of them are kept on the CPU: `restore` puts
-    back the very bits. Whoever else uses the U-Net has the concepts erased too, and a pipeline is saved as it is.
+    back the very bits. Whoever else uses the denoiser has the concepts erased too, and a pipeline is saved as it is.
     Shifts leave the protected prompts alone; `config` says how they are made, and `null_space` how exactly.
     """
 
@@ -45,12 +46,12 @@ class LinearPipelineEraser(PipelineEraser):
     def __init__(self, pipe: DiffusionPipeline):
         super().__init__(pipe)
         own = Path(str(getattr(pipe, "name_or_path", "") or "")) / SETTINGS_FILE  # of the folder that it was read from
-        source = SettingsSource(type(pipe).__name__, own if own.is_file() else None)
+        source = SettingsSource(base_pipeline(pipe), own if own.is_file() else None)
         defaults = load_model_config(source)
         settings = defaults.methods[SRSMEConfig.name]
         assert isinstance(settings, SRSMEConfig)
         self.config, self.null_space = settings, defaults.null_space
-        self._weights = InPlaceWeights(pipe)
+        self._weights = InPlaceWeights(pipe, self._encoder.adapter.denoiser)
         self._made_for: Hashable = None  # what the shifts depend on beside the concepts
         self._shifts: dict[Concept, WeightShift] = {}
         self._reports: dict[Concept, dict[str, float]] = {}
@@ -81,18 +82,17 @@ class LinearPipelineEraser(PipelineEraser):
             if not self._concepts:
                 self._weights.forget()
                 self._merged = [], {}, {}
-        unet = unwrapped(self._pipe.unet)
         if self._concepts:
-            setattr(unet, _MARK, tuple(self._concepts))
+            setattr(self._weights.denoiser, _MARK, tuple(self._concepts))
         else:
-            vars(unet).pop(_MARK, None)
+            vars(self._weights.denoiser).pop(_MARK, None)
 
     def _check_own(self) -> None:
-        """Raise ValueError where another pipeline's eraser has changed the U-Net that this one has too."""
-        found = vars(unwrapped(self._pipe.unet)).get(_MARK)
+        """Raise ValueError where another pipeline's eraser has changed the denoiser that this one has too."""
+        found = vars(self._weights.denoiser).get(_MARK)
         if found and not self._concepts:
             raise ValueError(
-                f"the U-Net of this pipeline is another one's too, from which {', '.join(found)} are erased: erase "
+                f"the denoiser of this pipeline is another one's too, from which {', '.join(found)} are erased: erase "
                 "from that pipeline, or restore them there"
             )
 
@@ -113,8 +113,10 @@ class LinearPipelineEraser(PipelineEraser):
         prompts = list(dict.fromkeys([*always_protected_prompts(), *kept.protected]))
         protected = model.embed_prompts(prompts)  # (tokens, d) each
         check_apart(model, concepts, protected)
+        if not model.adapter.reads_negatives_alike:
+            protected["the empty negative prompt"] = model.layer_inputs(model.encode_uncond())[0]
         settings = self.null_space.rank_rtol, self.null_space.null_space_method
-        basis = NullSpaceBasis.fit(list(protected.values()), prompts, *settings, streams=model.streams)
+        basis = NullSpaceBasis.fit(list(protected.values()), list(protected), *settings, streams=model.streams)
         retained_by = fingerprint, kept.retained
         if self._retain is None or self._retain[0] != retained_by:
             self._retain = retained_by, RetainSet(model, concepts, kept.retained)
