@@ -158,6 +158,20 @@ def test_the_rank_is_the_lowest_that_leaves_hardly_more_than_the_whole():
     assert [len(found.directions) for found in few] == [2, 1, 2]
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_rows_go_as_far_on_average_by_few_directions_as_by_all(most):
+    """How far is their mean movement along the way to the anchors, as a fraction of the way."""
+    rows, anchors = random_rows(80, WIDTH, seed=0), random_rows(80, WIDTH, seed=1)
+
+    def moved(found):
+        way = anchors - rows
+        return float(((found(rows) - rows) * way).sum() / way.square().sum())
+
+    whole, cut = fit_map(rows, anchors, 1e-9, WIDTH), fit_map(rows, anchors, 1e-9, WIDTH, most=most)
+    assert moved(cut) == pytest.approx(moved(whole)) and len(cut.directions) == most
+    assert moved(whole.cut_to(0, 1, most)) < 0.9 * moved(whole)
+
+
 def test_rows_count_as_often_as_is_said():
     targets, anchors = random_rows(20, WIDTH, seed=0), random_rows(20, WIDTH, seed=1)
     counts = torch.tensor([1.0] * 15 + [3.0] * 5)

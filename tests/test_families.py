@@ -20,6 +20,7 @@ from ldm.config.models import FAMILIES as SETTINGS
 from ldm.config.models import load_model_config
 from ldm.diffusion.edits import edit_embeddings
 from ldm.diffusion.families import FAMILIES
+from ldm.diffusion.family_masked import AuraFlow
 from ldm.diffusion.load import load_model
 from ldm.diffusion.load_family import FAMILY_PARTS
 from ldm.diffusion.sampling import generate
@@ -28,11 +29,12 @@ from ldm.erasure.erase import erase
 from ldm.erasure.export import export
 from ldm.erasure.gate_fitters import make_gate_fitter
 from ldm.erasure.gated_edit import GatedPrompts
+from ldm.erasure.leakage import each_stream, leakage
 from ldm.erasure.merge import applied
 from ldm.erasure.protection import Protection
-from ldm.erasure.shift import SeparableShift, WeightShift
+from ldm.erasure.shift import EmbeddingShift, SeparableShift, WeightShift
 from ldm.io.images import image_to_tensor
-from ldm.io.paths import ArtifactPaths
+from ldm.io.paths import REPO_ROOT, ArtifactPaths
 from ldm.io.prompts import PromptCase
 
 TINY = SRSMEConfig(
@@ -87,6 +89,11 @@ def test_every_family_is_known_everywhere():
     for name in FAMILIES:
         assert "prompt" in inspect.signature(getattr(diffusers, name).__call__).parameters
     assert set(LAYERS) == set(MAKERS)
+
+
+def test_the_document_shows_the_smallest_adapter():
+    source = inspect.getsource(AuraFlow)
+    assert source in (REPO_ROOT / "ldm" / "README.md").read_text() and len(source.splitlines()) <= 60
 
 
 def test_text_layers_are_found_by_trying(folder):
@@ -324,6 +331,13 @@ def test_xl_has_its_pooled_stream_and_its_sizes_stay(xl_path, tmp_path):
     assert embeds.pooled is not None
     changes = (embeds.pooled.double() @ delta[:, :32].T).norm(dim=1) / embeds.pooled.norm(dim=1)
     assert changes[0] > 1e4 * changes[1:].max()
+    by_stream = each_stream(model.text_layers, model.embed_prompts(["VanGogh"]), ["VanGogh"])
+    before = EmbeddingShift(shift.outputs[:96], shift.directions[:, :96])  # of its tokens alone, as older versions made
+    rows = leakage(model.text_layers, {"after": shift, "before": before}, by_stream)
+    after, earlier = [row["leakage"] for row in rows][:2], [row["leakage"] for row in rows][2:]
+    assert min(after) > 0.1 and earlier == [pytest.approx(after[0]), 0]
+    table = export(model, {"1": shift}, tmp_path / "out", ExportConfig(), ["", "VanGogh"]).leakage
+    assert table["1"]["VanGogh (pooled alone)"] == pytest.approx(after[1])
 
 
 @pytest.fixture(scope="module")

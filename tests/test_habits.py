@@ -32,7 +32,7 @@ WITHOUT_TABLES = {
 }
 # What computes nothing by a model or a network.
 WITHOUT_DEVICE = {
-    *(f"train-scripts/{name}.py" for name in ("convert-lpips", "move_image")),
+    *(f"train-scripts/{name}.py" for name in ("convert-lpips", "join-shifts", "move_image")),
     "eval-scripts/make-prompts.py",
     *(f"{LEDGER} {name}" for name in ("restore", "status", "history", "repair", "migrate")),
 }

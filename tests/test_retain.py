@@ -183,7 +183,7 @@ def test_a_users_prompts_are_among_those_that_trip_no_gate(tiny, tmp_path, monke
     given: list[list[str]] = []
 
     class Recorded:
-        def __init__(self, model, others, retained, config):
+        def __init__(self, model, others, retained, config, known):
             given.append(list(retained))
 
         def fit(self, concept):

@@ -66,6 +66,11 @@ class TextLayers(Mapping[str, nn.Linear]):
         """Return the columns of a prompt's rows that are each stream's."""
         return [self.columns(stream) for stream in self.widths]
 
+    @property
+    def stream_names(self) -> list[str]:
+        """Return what each of `streams` is called."""
+        return list(self.widths)
+
     def columns(self, stream: str) -> slice:
         """Return the columns of a prompt's rows that are a stream's."""
         start = 0 if stream == TOKENS else self.widths[TOKENS]

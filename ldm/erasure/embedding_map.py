@@ -41,18 +41,16 @@ class EmbeddingMap:
         `length` is the mean square distance of the rows that it was fitted on from their anchors. Of its rank no map
         leaves less: it is `A gram^(1/2)` in its main directions, reduced-rank regression. It has its own normal
         equations; the directions that are left out are those of the outputs, not of the rows that it was fitted on.
-        Where `most` makes it leave more than `loss`, its outputs are made longer, so that the rows go as far towards
-        their anchors as by the whole map, on average.
         """
         gains, right = self._reduced()
         lost = gains.sum() - gains.cumsum(0)  # (k,), by what each rank takes less
         rank = 1 + int((lost > loss * length).sum()) if loss else len(lost)
-        if min(rank, most) == len(lost):
-            return self
-        cut = self._cut(min(rank, most), right)
-        if rank <= most:
-            return cut
-        return replace(cut, outputs=cut.outputs * float(gains.sum() / gains[:most].sum()))
+        return self._cut(min(rank, most), right) if min(rank, most) < len(lost) else self
+
+    def lengthened(self, whole: EmbeddingMap) -> EmbeddingMap:
+        """Return this map, cut from a `whole` one, with longer outputs: on average rows go as far by it as by that."""
+        gains = whole._reduced()[0]
+        return replace(self, outputs=self.outputs * float(gains.sum() / gains[: len(self.directions)].sum()))
 
     def _cut(self, rank: int, right: torch.Tensor) -> EmbeddingMap:
         kept = right[:rank] @ self.directions  # (r, d)
@@ -93,8 +91,9 @@ def fit_map(
     """Return the map of rows `targets` (n, d) to `anchors` (n, d), in the `rank` main directions of the targets.
 
     `ridge` is relative to the largest mean square of a projection. The map is cut to the lowest rank that leaves at
-    most `loss` more of the way to the anchors, as a fraction of it, and to `most` directions, whatever that leaves.
-    `counts` (n,) says how often each row counts.
+    most `loss` more of the way to the anchors, as a fraction of it, and to `most` directions, whatever that leaves; its
+    outputs are then so much longer that on average the rows still go as far. `counts` (n,) says how often each row
+    counts.
     """
     counts = torch.ones(len(targets)) if counts is None else counts
     roots = (counts / counts.sum()).sqrt().to(targets)[:, None]
@@ -105,7 +104,10 @@ def fit_map(
     penalty, precise = ridge * largest, projections.double()
     gram = precise.T @ precise + penalty * torch.eye(len(directions), dtype=torch.float64)
     found = EmbeddingMap(torch.linalg.solve(gram, cross.T).T, directions, gram, penalty)
-    return found.cut_to(loss, float(changes.norm()) ** 2, most or rank)
+    cut = found.cut_to(loss, float(changes.norm()) ** 2, rank)
+    if most is None or most >= len(cut.directions):
+        return cut
+    return cut.cut_to(0, 1, most).lengthened(cut)
 
 
 def main_directions(rows: torch.Tensor, rank: int) -> tuple[torch.Tensor, float]:

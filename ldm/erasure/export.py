@@ -42,7 +42,14 @@ from ldm.erasure.effect import notify_of_weak
 from ldm.erasure.export_comfyui import check_comfyui, gates_table, save_comfyui
 from ldm.erasure.export_metadata import file_stem, lora_metadata, merged_metadata, save_with_metadata
 from ldm.erasure.export_shift import as_written, save_shifts
-from ldm.erasure.leakage import EmbeddingCache, leakage, leakage_after_rounding, leakage_table, truncation_error
+from ldm.erasure.leakage import (
+    EmbeddingCache,
+    each_stream,
+    leakage,
+    leakage_after_rounding,
+    leakage_table,
+    truncation_error,
+)
 from ldm.erasure.merge import SummedShifts, check_unedited, merge
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
 from ldm.io.files import SETTINGS_FILE, atomic_write_dir, is_written, write_dir_metadata
@@ -129,6 +136,8 @@ def export(
     merged: Weights = {}
     if is_linear:
         embeds = model.embed_prompts(prompts)
+        own = (str(shift.metadata.get("prompt")) for shift in merged_shifts.values())
+        embeds |= each_stream(layers, embeds, [prompt for prompt in own if prompt in embeds])
         table = leakage_table(layers, merged_shifts, embeds)
         merged = merge(model.denoiser, list(merged_shifts.values()), dtype)
         check_finite(merged, f"{output_dir}")

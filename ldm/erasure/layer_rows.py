@@ -26,6 +26,11 @@ class Streams(Protocol):
         """The columns of a prompt's rows that are each stream's."""
         ...
 
+    @property
+    def stream_names(self) -> list[str]:
+        """What each of `streams` is called."""
+        ...
+
     def row_weight(self, name: str) -> torch.Tensor:
         """Return what a layer's weight makes of a prompt's rows, (out, width)."""
         ...

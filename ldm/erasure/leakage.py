@@ -17,7 +17,7 @@ from torch import nn
 from ldm.diffusion.batches import States, encode_in_batches, join_states
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
-from ldm.erasure.layer_rows import as_rows, row_weight
+from ldm.erasure.layer_rows import Streams, as_rows, row_weight
 from ldm.erasure.output_norms import output_norms
 from ldm.erasure.shift import WeightShift
 from ldm.io.errors import notify
@@ -64,6 +64,23 @@ def leakage(
         changed = shift.delta_output_norms([f"{name}.weight" for name in layers], embeds)
         rows += [{"shift": label, "prompt": prompt, "leakage": changed[prompt] / base[prompt]} for prompt in embeds]
     return rows
+
+
+def each_stream(
+    layers: Mapping[str, nn.Linear], embeds: Mapping[str, torch.Tensor], prompts: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Return embeddings (tokens, d) as each of several streams has them, by prompt and stream: zeros in the others.
+
+    Their leakage is that of the outputs of the layers that see the stream.
+    """
+    found: dict[str, torch.Tensor] = {}
+    if isinstance(layers, Streams) and len(layers.streams) > 1:
+        for prompt in prompts:
+            for name, columns in zip(layers.stream_names, layers.streams, strict=True):
+                alone = torch.zeros_like(embeds[prompt])
+                alone[:, columns] = embeds[prompt][:, columns]
+                found[f"{prompt} ({name} alone)"] = alone
+    return found
 
 
 def joint_leakage(

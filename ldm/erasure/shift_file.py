@@ -14,11 +14,12 @@ from ldm.io.checks import check_header, is_count, is_mapping, is_number, is_text
 from ldm.io.tensors import LazyTensors
 
 SHIFT_FILE_TYPE = "weight shift"
+_STREAMS = ("tokens", "pooled")
 LARGEST = 1e30  # that a shift may add to a weight: float32 holds a little more
 
 
 def _are_widths(value: Any) -> bool:
-    return is_mapping(value) and set(value) <= {"tokens", "pooled"} and all(map(is_count, value.values()))
+    return is_mapping(value) and set(value) <= set(_STREAMS) and all(map(is_count, value.values()))
 
 
 def _is_encoder(value: Any) -> bool:
@@ -98,6 +99,11 @@ def split_parts(path: Path, tensors: LazyTensors, metadata: dict[str, Any]) -> l
     return found
 
 
+def _in_order(streams: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Return the widths of streams in the order of the columns of rows, in which JSON does not keep them."""
+    return [(stream, streams[stream]) for stream in _STREAMS if stream in streams]
+
+
 def factor_tensors(
     outputs: torch.Tensor, directions: torch.Tensor, streams: Mapping[str, int]
 ) -> dict[str, torch.Tensor]:
@@ -107,7 +113,7 @@ def factor_tensors(
     """
     found: dict[str, torch.Tensor] = {}
     number = end = 0
-    for stream, width in streams.items():
+    for stream, width in _in_order(streams):
         own, end = slice(end, end + width), end + width
         acting = directions[:, own].any(dim=1)
         if acting.any():
@@ -128,7 +134,7 @@ def read_factors(
         return (outputs, directions) if fits else None
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     end, whole = 0, sum(streams.values())
-    for stream, width in streams.items():
+    for stream, width in _in_order(streams):
         end += width
         if f"outputs.{stream}" not in tensors or f"directions.{stream}" not in tensors:
             continue
