@@ -131,3 +131,9 @@ class AuraFlow(Family):
         return denoiser(
             latents, encoder_hidden_states=prompts.tokens, timestep=timesteps(timestep, latents).to(latents) / 1000
         ).sample
+
+    def encode(self, pipe: Any, prompts: list[str], device: torch.device) -> Encoded:
+        tokens, *_ = pipe.encode_prompt(
+            prompts, do_classifier_free_guidance=False, device=device, **self.prompt_options(pipe)
+        )
+        return Encoded(tokens)  # whose masked rows are zeros already
