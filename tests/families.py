@@ -14,6 +14,12 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralImageProcessor,
+    PixtralProcessor,
+    PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -30,6 +36,10 @@ _SPECIAL = ["<pad>", "<bos>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
 _CHAT = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+_PARTS_CHAT = (
+    "{% for message in messages %}<|im_start|> {{ message['role'] }} "
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %} <|im_end|> {% endfor %}"
 )
 
 
@@ -250,6 +260,66 @@ def _auraflow(folder: Path) -> Any:
     )
 
 
+def _flux2(folder: Path) -> Any:
+    """Return FLUX.2 dev, whose language model reads images too, so that its tokenizer is part of a processor."""
+    tokenizer = make_tokenizer(folder, 100, chat=_PARTS_CHAT)
+    image_token = "[IMG]"
+    tokenizer.add_tokens([image_token], special_tokens=True)
+    text = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=80,
+        intermediate_size=32,
+        num_hidden_layers=31,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    vision = PixtralVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=len(tokenizer) - 1)
+    processor = PixtralProcessor(
+        image_processor=PixtralImageProcessor(),
+        tokenizer=tokenizer,
+        chat_template=_PARTS_CHAT,
+        image_token=image_token,
+        image_break_token=image_token,
+        image_end_token=image_token,
+    )
+    return diffusers.Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_flux2_vae(),
+        text_encoder=Mistral3ForConditionalGeneration(config),
+        tokenizer=processor,
+        transformer=_flux2_transformer(guidance_embeds=True),
+    )
+
+
+def _flux2_vae() -> AutoencoderKLFlux2:
+    return AutoencoderKLFlux2(
+        sample_size=16,
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+
+
+def _flux2_transformer(guidance_embeds: bool) -> Any:
+    return diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=240,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+
+
 def _flux2_klein(folder: Path) -> Any:
     tokenizer = make_tokenizer(folder, 32, chat=_CHAT)
     config = Qwen3Config(
@@ -267,27 +337,10 @@ def _flux2_klein(folder: Path) -> Any:
     )
     return diffusers.Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKLFlux2(
-            sample_size=16,
-            latent_channels=4,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-        ),
+        vae=_flux2_vae(),
         text_encoder=Qwen3ForCausalLM(config),
         tokenizer=tokenizer,
-        transformer=diffusers.Flux2Transformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=240,
-            timestep_guidance_channels=16,
-            axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=False,
-        ),
+        transformer=_flux2_transformer(guidance_embeds=False),
         is_distilled=False,
     )
 
@@ -324,6 +377,7 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "pixart-sigma": _pixart_sigma,
     "sana": _sana,
     "auraflow": _auraflow,
+    "flux2": _flux2,
     "flux2-klein": _flux2_klein,
     "lumina2": _lumina2,
 }

@@ -55,6 +55,7 @@ LAYERS = {
     "pixart-sigma": {"caption_projection.linear_1": 160},
     "sana": {"caption_projection.linear_1": 160},
     "auraflow": {"context_embedder": 160},
+    "flux2": {"context_embedder": 240},
     "flux2-klein": {"context_embedder": 240},
     "lumina2": {"time_caption_embed.caption_embedder.1": 160},
 }
@@ -65,6 +66,7 @@ ORIGINAL = {
     "flux": original.convert_flux_transformer_checkpoint_to_diffusers,
     "sd3": original.convert_sd3_transformer_checkpoint_to_diffusers,
     "sd3-without-t5": original.convert_sd3_transformer_checkpoint_to_diffusers,
+    "flux2": original.convert_flux2_transformer_checkpoint_to_diffusers,
     "flux2-klein": original.convert_flux2_transformer_checkpoint_to_diffusers,
     "lumina2": original.convert_lumina2_to_diffusers,
 }
@@ -119,7 +121,8 @@ def test_the_denoiser_is_called_as_the_pipeline_calls_it(folder):
     )
     pipe = model.pipeline
     pipe.set_progress_bar_config(disable=True)
-    options = {"generator": torch.Generator().manual_seed(0), "output_type": "latent", "guidance_scale": 3.5}
+    options = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+    options["guidance_scale"] = 4.0 if folder.name == "flux2" else 3.5  # which its denoiser is told by default
     pipe(prompt="VanGogh", **call_options(model, folder), **options)
     hook.remove()
     args, kwargs, result = calls[-2 if folder.name in ("flux2-klein", "lumina2") else -1]  # the negative prompt is last
@@ -200,7 +203,7 @@ def test_what_is_exported_gives_a_stock_pipeline_the_same_image(folder, tmp_path
     if takes_loras:
         pipes["lora"] = stock_pipeline(folder, folder)
         pipes["lora"].load_lora_weights(tmp_path / "merged-lora", weight_name=file)
-    if folder.name == "flux2-klein":
+    if folder.name in ("flux2", "flux2-klein"):
         pipes["kohya"] = stock_pipeline(folder, folder)
         pipes["kohya"].load_lora_weights(tmp_path / "merged-kohya", weight_name=file)
     if folder.name == "flux":  # whose names diffusers converts without the prefix that its pipeline looks for
@@ -299,6 +302,14 @@ def test_what_is_not_known_is_refused_by_name(change, words, tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | change))
     with pytest.raises(ValueError, match=words):
+        load_model(folder, CPU)
+
+
+def test_a_tokenizer_that_pads_on_the_left_is_refused(tmp_path):
+    folder = make_family("flux2-klein", tmp_path / "model")
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
+    with pytest.raises(ValueError, match="of its text_encoder pads prompts on the left"):
         load_model(folder, CPU)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import ProcessorMixin
 
 from ldm.diffusion.row_tokenizer import RowTokenizer
 
@@ -248,8 +249,12 @@ def negatives_of(pipe: Any, prompts: list[str], **options: Any) -> Encoded:
 
 
 def plain_tokenizer(pipe: Any, name: str) -> Any:
-    """Return the tokenizer of a pipeline that belongs to a text encoder, by the encoder's name; None for none."""
-    return getattr(pipe, name.replace("text_encoder", "tokenizer"), None)
+    """Return the tokenizer of a pipeline that belongs to a text encoder, by the encoder's name; None for none.
+
+    Of an encoder that reads images too it is the one within its processor.
+    """
+    found = getattr(pipe, name.replace("text_encoder", "tokenizer"), None)
+    return getattr(found, "tokenizer", None) if isinstance(found, ProcessorMixin) else found
 
 
 def unwrapped(module: Any) -> Any:

@@ -94,7 +94,8 @@ def _chat(pipe: Any, prompt: str) -> str:
     """Return the text that FLUX.2 has its language model read for a prompt."""
     if isinstance(pipe, Flux2Pipeline):
         messages = format_input([prompt], pipe.system_message)[0]
-        return pipe.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        text = pipe.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        return text.removeprefix(pipe.tokenizer.tokenizer.bos_token or "")  # which the tokenizer puts there itself
     messages = [{"role": "user", "content": prompt}]
     return pipe.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, enable_thinking=False

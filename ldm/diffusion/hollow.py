@@ -9,14 +9,18 @@ import diffusers
 import torch
 import transformers
 from diffusers import ModelMixin
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ldm.diffusion.components import UnusableModelError, check_configs, read_config
 from ldm.diffusion.families import FAMILIES
 from ldm.diffusion.family import plain_tokenizer
 from ldm.diffusion.load_family import FAMILY_PARTS, cut_tokenizers, part_class
 
-_KINDS = {"text_encoder": PreTrainedModel, "tokenizer": PreTrainedTokenizerBase, "scheduler": diffusers.SchedulerMixin}
+_KINDS: dict[str, tuple[type, ...]] = {
+    "text_encoder": (PreTrainedModel,),
+    "tokenizer": (PreTrainedTokenizerBase, ProcessorMixin),
+    "scheduler": (diffusers.SchedulerMixin,),
+}
 _READ = (*_KINDS, "unet", "transformer", "vae")  # the beginnings of the names of parts
 
 
@@ -51,13 +55,13 @@ def hollow_pipeline(folder: Path) -> Any:
 
 def _read_part(folder: Path, index: dict[str, Any], name: str) -> Any:
     class_name = part_class(folder / "model_index.json", index, name)
-    expected = next((kind for start, kind in _KINDS.items() if name.startswith(start)), ModelMixin)
+    expected = next((kind for start, kind in _KINDS.items() if name.startswith(start)), (ModelMixin,))
     kind: Any = getattr(diffusers if index[name][0] == "diffusers" else transformers, class_name)
     if not issubclass(kind, expected):
         raise UnusableModelError(f"{folder / 'model_index.json'}: its {name} cannot be a {class_name}")
-    if expected not in (PreTrainedModel, ModelMixin):
+    if expected[0] not in (PreTrainedModel, ModelMixin):
         return kind.from_pretrained(str(folder / name), local_files_only=True)
     with torch.device("meta"):
-        if expected is ModelMixin:
+        if expected == (ModelMixin,):
             return kind.from_config(read_config(folder / name / "config.json"))
         return kind(AutoConfig.from_pretrained(str(folder / name), local_files_only=True))

@@ -95,6 +95,11 @@ def cut_tokenizers(pipe: Any) -> None:
     for source in family.sources(pipe):
         if source.rows is not None:
             tokenizer = plain_tokenizer(pipe, source.name)
+            if tokenizer.padding_side != "right":
+                raise UnusableModelError(
+                    f"the tokenizer of its {source.name} pads prompts on the left, where their rows are not found: give "
+                    "`model` one that pads on the right"
+                )
             length = family.length(pipe, source.name, family.prompt_options(pipe))
             tokenizer.model_max_length = int(min(tokenizer.model_max_length, length))
 
