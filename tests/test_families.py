@@ -309,7 +309,7 @@ def test_a_tokenizer_that_pads_on_the_left_is_refused(tmp_path):
     folder = make_family("flux2-klein", tmp_path / "model")
     path = folder / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
-    with pytest.raises(ValueError, match="of its text_encoder pads prompts on the left"):
+    with pytest.raises(ValueError, match="tokenizer of the text_encoder pads prompts on the left"):
         load_model(folder, CPU)
 
 

@@ -264,14 +264,10 @@ def test_pipelines_that_read_as_a_known_one_are_taken_and_others_refused(flux, t
             assert "\n" not in str(caught.value)
 
 
-class Processor:
-    """What reads prompts and images at once, as FLUX.2's own."""
-
-
-def test_a_processor_in_place_of_a_tokenizer_is_refused(tmp_path):
+def test_a_tokenizer_that_pads_on_the_left_is_refused(tmp_path):
     pipe = load(make_family("pixart-alpha", tmp_path / "pixart-alpha"))
-    pipe.tokenizer = Processor()
-    with pytest.raises(ValueError, match="reads prompts by a Processor, which is no tokenizer"):
+    pipe.tokenizer.padding_side = "left"
+    with pytest.raises(ValueError, match="tokenizer of the text_encoder pads prompts on the left"):
         ConceptEraser(pipe)
 
 

@@ -94,6 +94,7 @@ class Family:
     outputs: Sequence[str] = (PROMPT, MASK, f"negative_{PROMPT}", f"negative_{MASK}")
     reads_negatives_alike = True  # whether it reads negative prompts as it reads prompts
     is_flow = True  # whether it predicts the velocity from clean latents to noise
+    pads_right = False  # whether its `encode_prompt` lets a tokenizer pad on the right that would do so on the left
     joins_gates = False  # whether its text encoders' tokens are not the same, so that each has a gate by itself
     samples_by_call = True  # whether images are made by the pipeline's own call
     call_options: Mapping[str, Any] = {}  # of the pipeline's own call
@@ -260,6 +261,16 @@ def plain_tokenizer(pipe: Any, name: str) -> Any:
 def unwrapped(module: Any) -> Any:
     """Return a module without what `torch.compile` has put around it."""
     return getattr(module, "_orig_mod", module)
+
+
+def check_padding(pipe: Any, family: Family) -> None:
+    """Raise ValueError where a tokenizer pads prompts on the left: then rows are not where they are looked for."""
+    for source in [] if family.pads_right else family.sources(pipe):
+        if source.rows is not None and getattr(plain_tokenizer(pipe, source.name), "padding_side", "right") == "left":
+            raise ValueError(
+                f"the tokenizer of the {source.name} pads prompts on the left, where their rows are not found: give it "
+                "one that pads on the right"
+            )
 
 
 def timesteps(timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

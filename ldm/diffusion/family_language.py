@@ -106,6 +106,7 @@ class Lumina2(Family):
     """Lumina 2: a flow under the tokens of Gemma, after a norm. It predicts the way from noise to clean latents."""
 
     reads_negatives_alike = False
+    pads_right = True
     kohya_names: Mapping[str, str] = {"time_caption_embed.caption_embedder.1": "cap_embedder.1"}
     narrow: Mapping[str, Any] = {
         "num_layers": 1,

@@ -62,6 +62,7 @@ class Sana(Family):
     """Sana: a flow under the tokens of Gemma, which is told before each prompt what to do with it."""
 
     reads_negatives_alike = False
+    pads_right = True
     call_options: Mapping[str, Any] = {"use_resolution_binning": False}
     narrow: Mapping[str, Any] = {
         **Family.narrow,

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from ldm.diffusion.components import UnusableModelError, check_foreign, read_config
 from ldm.diffusion.families import FAMILIES
-from ldm.diffusion.family import plain_tokenizer
+from ldm.diffusion.family import check_padding, plain_tokenizer
 from ldm.diffusion.weights import map_tensors, weight_files
 
 _TOKENIZER = re.compile(r"\w*(Tokenizer|TokenizerFast|Processor)|TokenizersBackend")
@@ -92,14 +92,10 @@ def load_family(folder: Path, class_name: str, variant: str | None) -> Any:
 def cut_tokenizers(pipe: Any) -> None:
     """Let the tokenizers of a pipeline end where its own call does."""
     family = FAMILIES[type(pipe).__name__]
+    check_padding(pipe, family)
     for source in family.sources(pipe):
         if source.rows is not None:
             tokenizer = plain_tokenizer(pipe, source.name)
-            if tokenizer.padding_side != "right":
-                raise UnusableModelError(
-                    f"the tokenizer of its {source.name} pads prompts on the left, where their rows are not found: give "
-                    "`model` one that pads on the right"
-                )
             length = family.length(pipe, source.name, family.prompt_options(pipe))
             tokenizer.model_max_length = int(min(tokenizer.model_max_length, length))
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from ldm.diffusion.batches import States
 from ldm.diffusion.families import FAMILIES, base_pipeline
-from ldm.diffusion.family import MASK, PROMPT, Family, TextSource, plain_tokenizer
+from ldm.diffusion.family import MASK, PROMPT, Family, TextSource, check_padding, plain_tokenizer
 from ldm.diffusion.text_layers import POOLED, TOKENS
 from ldm.diffusion.text_model import join_streams, places_of, without_masked
 from ldm.diffusion.text_states import LAST_STATE, capture_states
@@ -122,13 +122,7 @@ class PipelineEncoder:
                 f"this {type(pipe).__name__} has no text encoder and tokenizer, so that it reads no prompts, and "
                 f"embeddings alone do not tell what they say: give it both ({', '.join(adapter.needs)})"
             )
-        for name in adapter.needs:
-            tokenizer = plain_tokenizer(pipe, name)
-            if not hasattr(tokenizer, "model_max_length"):
-                raise ValueError(
-                    f"this {type(pipe).__name__} reads prompts by a {type(tokenizer).__name__}, which is no tokenizer, "
-                    "so that nothing here knows its tokens: give a pipeline with one, such as FLUX.2 klein's"
-                )
+        check_padding(pipe, adapter)
         return cls(pipe, pipe.encode_prompt)
 
     @cached_property
