@@ -53,23 +53,12 @@ def load_family(folder: Path, class_name: str, variant: str | None) -> Any:
     """
     path = folder / "model_index.json"
     index = read_config(path)
-    denoiser_class, needed, optional = FAMILY_PARTS[class_name]
+    denoiser_class, _, _ = FAMILY_PARTS[class_name]
     parts: dict[str, Any] = dict.fromkeys(name for name in _OPTIONAL if name in index)
     parts["transformer"] = _read_denoiser(
         folder / "transformer", part_class(path, index, "transformer"), denoiser_class, variant
     )
-    for name in (*needed, *optional):
-        tokenizer = name.replace("text_encoder", "tokenizer")
-        if index.get(name) in (None, [None, None]):
-            if name in needed:
-                raise UnusableModelError(
-                    f"{path} has no {name}: concepts are found by what a text encoder makes of prompts, so that a "
-                    "pipeline with precomputed embeddings alone has nothing to erase them by: give the whole model"
-                )
-            parts |= {name: None, tokenizer: None}
-            continue
-        parts[name] = _read_text_encoder(folder / name, part_class(path, index, name), variant)
-        parts[tokenizer] = _read_tokenizer(folder / tokenizer, part_class(path, index, tokenizer))
+    parts |= read_text_parts(folder, class_name, variant)
     vae_class = part_class(path, index, "vae")
     if vae_class not in _VAES:
         raise UnusableModelError(f"{path}: its vae is {vae_class}, not one of {', '.join(_VAES)}")
@@ -87,6 +76,30 @@ def load_family(folder: Path, class_name: str, variant: str | None) -> Any:
     pipe = getattr(diffusers, class_name)(**parts, **plain)
     cut_tokenizers(pipe)
     return pipe
+
+
+def read_text_parts(folder: Path, class_name: str, variant: str | None) -> dict[str, Any]:
+    """Return the text encoders and tokenizers of a diffusers folder by name; None for those that it does without.
+
+    Raises UnusableModelError as `load_family`.
+    """
+    path = folder / "model_index.json"
+    index = read_config(path)
+    _, needed, optional = FAMILY_PARTS[class_name]
+    parts: dict[str, Any] = {}
+    for name in (*needed, *optional):
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        if index.get(name) in (None, [None, None]):
+            if name in needed:
+                raise UnusableModelError(
+                    f"{path} has no {name}: concepts are found by what a text encoder makes of prompts, so that a "
+                    "pipeline with precomputed embeddings alone has nothing to erase them by: give the whole model"
+                )
+            parts |= {name: None, tokenizer: None}
+            continue
+        parts[name] = _read_text_encoder(folder / name, part_class(path, index, name), variant)
+        parts[tokenizer] = _read_tokenizer(folder / tokenizer, part_class(path, index, tokenizer))
+    return parts
 
 
 def cut_tokenizers(pipe: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from ldm.diffusion.families import FAMILIES, family_of
 from ldm.diffusion.family import AFTER_NORM, Family
-from ldm.diffusion.text_layers import POOLED, TOKENS, TextLayers, text_layers
+from ldm.diffusion.text_layers import TextLayers, text_layers
 from ldm.diffusion.text_model import TextModel, canonical_name, join_streams, own_config
 from ldm.diffusion.tokenizer import tokenizer_digest
 from ldm.io.tensors import check_finite, tensor_digest
@@ -70,12 +70,6 @@ class DiffusionModel(TextModel):
     def latent_shape(self) -> tuple[int, ...]:
         """Return the shape of one image's latents as the denoiser takes them: (C, h, w), or (s, C) of s packed."""
         return self.adapter.latent_shape(self.pipeline, self.image_size)
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Return d, how wide the tokens' embeddings are, and p, how wide the pooled one, where there is one."""
-        width, pooled_width = self.adapter.text_dims(self.denoiser.config)
-        return {TOKENS: width} | ({POOLED: pooled_width} if pooled_width else {})
 
     @property
     def text_layers(self) -> TextLayers:

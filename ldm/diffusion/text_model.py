@@ -118,14 +118,13 @@ class TextModel:
     @property
     def widths(self) -> dict[str, int]:
         """Return d, how wide the tokens' embeddings are, and p, how wide the pooled one, where there is one."""
-        return {
-            TOKENS: sum(encoder.config.hidden_size for encoder in self._text_encoders.values())
-        } | self._pooled_width
-
-    @property
-    def _pooled_width(self) -> dict[str, int]:
-        found = [source.pooled.stop for source in self.sources if source.pooled is not None]
-        return {POOLED: max(found)} if found else {}
+        denoiser = getattr(self.pipeline, self.adapter.denoiser, None)
+        if denoiser is not None:
+            width, pooled_width = self.adapter.text_dims(denoiser.config)
+        else:
+            width = sum(encoder.config.hidden_size for encoder in self._text_encoders.values())
+            pooled_width = max((source.pooled.stop for source in self.sources if source.pooled is not None), default=0)
+        return {TOKENS: width} | ({POOLED: pooled_width} if pooled_width else {})
 
     @property
     def places(self) -> dict[str, tuple[slice, slice]]:
