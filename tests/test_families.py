@@ -313,6 +313,32 @@ def test_a_tokenizer_that_pads_on_the_left_is_refused(tmp_path):
         load_model(folder, CPU)
 
 
+def test_a_mapped_denoiser_is_written_as_it_lies_and_not_from_changed_files(tmp_path):
+    folder = make_family("flux", tmp_path / "model")
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.transformer.to(torch.bfloat16).save_pretrained(folder / "transformer", max_shard_size="20KB")
+    model = load_model(folder, CPU, dtype=None)
+    files = sorted((folder / "transformer").glob("*.safetensors"))
+    assert model.dtype == torch.bfloat16 and len(files) > 2
+    shifts = erased(model, tmp_path)
+    config = ExportConfig(save_dtype="bfloat16")
+    [target] = export(model, shifts, tmp_path / "out", config, ["", "VanGogh"]).targets
+    before, merged = (
+        {
+            name: tensor
+            for path in (root / "transformer").glob("*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
+        for root in (folder, target)
+    )
+    different = {name for name, tensor in merged.items() if not torch.equal(tensor, before[name])}
+    assert different == {f"{name}.weight" for name in model.text_layers} and before.keys() == merged.keys()
+    files[0].touch()
+    with pytest.raises(ValueError, match="were changed since it was loaded: load it again"):
+        export(model, shifts, tmp_path / "other", config, ["", "VanGogh"])
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_quantised_denoiser_is_refused(tmp_path):
     folder = make_family("pixart-alpha", tmp_path / "model")
     path = folder / "transformer" / "config.json"

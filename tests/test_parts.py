@@ -10,12 +10,13 @@ from families import make_family
 from test_families import TINY
 
 from ldm.config.concepts import get_concept
-from ldm.config.methods import GateConfig
+from ldm.config.methods import ExportConfig, GateConfig
 from ldm.config.models import load_model_config
 from ldm.diffusion.load import load_model
 from ldm.erasure.erase import erase
+from ldm.erasure.export import export
 from ldm.erasure.export_shift import join_shifts
-from ldm.erasure.merge import edited
+from ldm.erasure.merge import edited, merge
 from ldm.erasure.portable import take_shifts
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import WeightShift
@@ -94,6 +95,7 @@ def test_joined_files_act_on_all_text_encoders(folders, made, script, tmp_path):
     target = tmp_path / "joined.safetensors"
     files = [made["sd3-without-t5"], made["pixart-alpha"]]
     code, out, _ = script(SCRIPT, *files, "--save_path", target)
+    is_error(script(SCRIPT, *files, "--save_path", target), "is there already", "--save_path")
     assert code == 0 and "| sd3-without-t5 | tokens, pooled |" in out and "| pixart-alpha | tokens |" in out
     shift = WeightShift.load(target)
     assert [part.metadata["base_model"] for part in (shift, *shift.parts)] == ["sd3-without-t5", "pixart-alpha"]
@@ -107,14 +109,15 @@ def test_joined_files_act_on_all_text_encoders(folders, made, script, tmp_path):
 
 
 def test_what_cannot_be_one_file_is_refused(made, script, tmp_path):
-    before = made["sd3"].read_bytes()
-    is_error(script(SCRIPT, made["sd3"], made["sd3"]), "were made on the same text encoder: give one of them")
+    before, target = made["sd3"].read_bytes(), ["--save_path", tmp_path / "joined.safetensors"]
+    is_error(script(SCRIPT, made["sd3"], made["sd3"], *target), "were made on the same text encoder: give one of them")
     tensors, metadata = load_tensors(made["pixart-alpha"], "weight shift")
     other = tmp_path / "other.safetensors"
     renamed = metadata | {"concept": "Picasso", "prompt": "Picasso", "aliases": []}
     save_tensors(other, dict(tensors), "weight shift", renamed)
-    is_error(script(SCRIPT, made["sd3"], other), "erases Picasso", "VanGogh", "give one's files")
-    is_error(script(SCRIPT, made["sd3"], tmp_path / "none.safetensors"), "none.safetensors")
+    is_error(script(SCRIPT, made["sd3"], other, *target), "erases Picasso", "VanGogh", "give one's files")
+    is_error(script(SCRIPT, made["sd3"], tmp_path / "none.safetensors", *target), "none.safetensors")
+    assert not target[1].exists()
     assert made["sd3"].read_bytes() == before
 
 
@@ -133,3 +136,44 @@ def test_a_file_whose_parts_are_not_those_of_its_header_is_refused(made, change,
     save_tensors(target, tensors, "weight shift", metadata)
     with pytest.raises(ValueError, match="make it again"):
         WeightShift.load(target)
+
+
+def test_each_part_of_a_file_is_merged_as_its_own(folders, made, tmp_path):
+    """The sum of what shifts change is remembered by their files, of which a part is not all."""
+    target = tmp_path / "joined.safetensors"
+    join_shifts([made["pixart-alpha"], made["sd3-without-t5"]], target)
+    changes = []
+    for name in ("pixart-alpha", "sd3-without-t5"):
+        model = load_model(folders[name], CPU)
+        taken = take_shifts(model, {"1": WeightShift.load(target)})
+        own = take_shifts(model, {"1": WeightShift.load(made[name])})
+        merged, expected = (merge(model.denoiser, list(each.values())) for each in (taken, own))
+        assert all(torch.equal(merged[weight], expected[weight]) for weight in expected)
+        changes.append(merged)
+    assert changes[0].keys() != changes[1].keys()
+
+
+def test_what_a_shift_leaves_is_said_in_its_small_file_and_no_longer_where_it_fits(folders, made, tmp_path):
+    sd3, clips = (load_model(folders[name], CPU) for name in ("sd3", "sd3-without-t5"))
+    taken = take_shifts(sd3, {"1": WeightShift.load(made["sd3-without-t5"])})
+    [folder] = export(sd3, taken, tmp_path / "out", ExportConfig(("shift",)), ["VanGogh"]).targets
+    path = next(folder.glob("*.safetensors"))
+    path.with_suffix(".json").unlink()
+    assert take_shifts(sd3, {"1": WeightShift.load(path)})["1"].metadata["unchanged"] == ["tokens.text_encoder_3"]
+    assert "unchanged" not in take_shifts(clips, {"1": WeightShift.load(path)})["1"].metadata
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"streams": {"tokens": 96, "pooled": 10**13}},
+        {"streams": {"tokens": 200}},
+        {"streams": {"tokens": 100, "pooled": 164}},
+    ],
+)
+def test_a_header_that_does_not_fit_its_tensors_ends_in_one_line(folders, made, change, tmp_path):
+    model, path = load_model(folders["sd3-without-t5"], CPU), tmp_path / "crafted.safetensors"
+    tensors, metadata = load_tensors(made["sd3"], "weight shift")
+    save_tensors(path, dict(tensors), "weight shift", metadata | change)
+    with pytest.raises(ValueError, match="make it again"):
+        take_shifts(model, {"1": WeightShift.load(path)})

@@ -11,14 +11,13 @@ from ldm.cli.run import run
 
 def main() -> None:
     parser = arguments.make_parser(__doc__)
-    parser.add_argument("files", nargs="+", type=Path, help="shifts of one concept; the first is written anew")
-    parser.option("save_path", type=Path, default=None, help="where the file goes instead")
+    parser.add_argument("files", nargs="+", type=Path, help="shifts of one concept")
+    parser.option("save_path", type=Path, required=True, help="the new file")
     habits.add_json(parser)
     args = parser.parse_args()
     from ldm.erasure.export_shift import join_shifts
 
-    target = args.save_path or args.files[0]
-    output.show_table(join_shifts(args.files, target), title=f"{target}:")
+    output.show_table(join_shifts(args.files, args.save_path), title=f"{args.save_path}:")
 
 
 if __name__ == "__main__":

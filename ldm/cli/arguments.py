@@ -263,7 +263,9 @@ def add_device(parser: Parser) -> None:
 
 def add_unet_dtype(parser: Parser) -> None:
     """Add --unet_dtype."""
-    parser.option("unet_dtype", choices=DTYPES, default="float32", help="what the U-Net is held in; shifts are float32")
+    parser.option(
+        "unet_dtype", choices=DTYPES, default="float32", help="what the denoiser is held in; shifts are float32"
+    )
 
 
 def add_model(parser: Parser, default: str | None = str(DEFAULT_MODEL)) -> None:

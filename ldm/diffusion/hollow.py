@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, P
 from ldm.diffusion.components import UnusableModelError, check_configs, read_config
 from ldm.diffusion.families import FAMILIES
 from ldm.diffusion.family import plain_tokenizer
-from ldm.diffusion.load_family import FAMILY_PARTS, cut_tokenizers, part_class
+from ldm.diffusion.load_family import FAMILY_PARTS, VAES, cut_tokenizers, part_class
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "text_encoder": (PreTrainedModel,),
@@ -22,6 +22,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "scheduler": (diffusers.SchedulerMixin,),
 }
 _READ = (*_KINDS, "unet", "transformer", "vae")  # the beginnings of the names of parts
+_DENOISERS = ("UNet2DConditionModel", *(denoiser for denoiser, _, _ in FAMILY_PARTS.values()))
+_KNOWN = {"vae": VAES, "unet": _DENOISERS, "transformer": _DENOISERS}
 
 
 def hollow_pipeline(folder: Path) -> Any:
@@ -57,7 +59,7 @@ def _read_part(folder: Path, index: dict[str, Any], name: str) -> Any:
     class_name = part_class(folder / "model_index.json", index, name)
     expected = next((kind for start, kind in _KINDS.items() if name.startswith(start)), (ModelMixin,))
     kind: Any = getattr(diffusers if index[name][0] == "diffusers" else transformers, class_name)
-    if not issubclass(kind, expected):
+    if not issubclass(kind, expected) or class_name not in _KNOWN.get(name, (class_name,)):
         raise UnusableModelError(f"{folder / 'model_index.json'}: its {name} cannot be a {class_name}")
     if expected[0] not in (PreTrainedModel, ModelMixin):
         return kind.from_pretrained(str(folder / name), local_files_only=True)

@@ -80,7 +80,7 @@ def load_model(
     None is the dtype in which it is read: of a U-Net float32, of a transformer that of its files. In that dtype a
     transformer on the CPU is mapped from its files, and may be larger than the memory.
 
-    `source` is a diffusers folder of Stable Diffusion 1.x, 2.x or XL, a hub id of one where a hub can be reached, or
+    `source` is a diffusers folder of a known family, a hub id of one where a hub can be reached, or
     a checkpoint of Stable Diffusion 1.x in CompVis' layout: a file, pickled or safetensors, whatever it is called. For
     a checkpoint `config` says what it is made of: a file of `configs/` (its `component_configs` is a folder of
     diffusers configs), or CompVis' own v1-inference.yaml; by default Stable Diffusion v1. Of a folder's weights those
@@ -146,7 +146,7 @@ def _try_parts(model: DiffusionModel, source: str | Path) -> None:
     try:
         embeds = model.encode_prompt([""])
         output = model.denoiser_output(latents, torch.zeros((), device=model.device), embeds)
-        finite = {"text encoder": embeds, "U-Net": output, "autoencoder": model.decode(output)}
+        finite = {"text encoder": embeds, "denoiser": output, "autoencoder": model.decode(output)}
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any kind: what its config says is wrong for one of the libraries' layers

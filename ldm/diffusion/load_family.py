@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from ldm.diffusion.components import UnusableModelError, check_foreign, read_config
 from ldm.diffusion.families import FAMILIES
 from ldm.diffusion.family import check_padding, plain_tokenizer
-from ldm.diffusion.weights import map_tensors, weight_files
+from ldm.diffusion.weights import file_states, map_tensors, weight_files
 
 _TOKENIZER = re.compile(r"\w*(Tokenizer|TokenizerFast|Processor)|TokenizersBackend")
 _TEXT_ENCODERS = (
@@ -28,7 +28,7 @@ _TEXT_ENCODERS = (
     "Qwen3ForCausalLM",
     "Mistral3ForConditionalGeneration",
 )
-_VAES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2")
+VAES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2")
 _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 _SCHEDULERS = (*_FLOW_SCHEDULERS, "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler")
 # The class of the denoiser, the text encoders that a pipeline must have, and those that it may lack.
@@ -60,8 +60,8 @@ def load_family(folder: Path, class_name: str, variant: str | None) -> Any:
     )
     parts |= read_text_parts(folder, class_name, variant)
     vae_class = part_class(path, index, "vae")
-    if vae_class not in _VAES:
-        raise UnusableModelError(f"{path}: its vae is {vae_class}, not one of {', '.join(_VAES)}")
+    if vae_class not in VAES:
+        raise UnusableModelError(f"{path}: its vae is {vae_class}, not one of {', '.join(VAES)}")
     check_foreign(folder / "vae" / "config.json", read_config(folder / "vae" / "config.json"))
     parts["vae"] = getattr(diffusers, vae_class).from_pretrained(
         folder / "vae", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
@@ -142,7 +142,9 @@ def _read_denoiser(folder: Path, found: str, wanted: str, variant: str | None) -
     with init_empty_weights():  # of which what is no weight is computed
         denoiser = kind.from_config(config)
     try:
-        tensors = map_tensors(weight_files(folder, variant)[0])
+        files = weight_files(folder, variant)[0]
+        denoiser.mapped_from = file_states(files)
+        tensors = map_tensors(files)
         lora = next((name for name in tensors if "lora_" in name or ".base_layer." in name), None)
         if lora is not None:
             raise UnusableModelError(f"{folder} holds a LoRA ({lora}): save it without, or fused by `fuse_lora`")

@@ -17,6 +17,7 @@ from ldm.diffusion.family import AFTER_NORM, Family
 from ldm.diffusion.text_layers import TextLayers, text_layers
 from ldm.diffusion.text_model import TextModel, canonical_name, join_streams, own_config
 from ldm.diffusion.tokenizer import tokenizer_digest
+from ldm.diffusion.weights import file_states
 from ldm.io.tensors import check_finite, tensor_digest
 
 _MAX_PIXELS = 512 * 512  # that the autoencoder takes in one pass: its memory grows with them
@@ -148,6 +149,13 @@ class DiffusionModel(TextModel):
         if self.dtype != torch.float32:
             metadata["dtype"] = str(self.dtype)
         return metadata
+
+    def check_files(self) -> None:
+        """Raise ValueError where a file that the denoiser is mapped from is not what it was: its weights may not be."""
+        states: dict[Path, Any] = getattr(self.denoiser, "mapped_from", {})
+        is_mapped = self.dtype == self.read_dtype and self.device.type == "cpu"
+        if is_mapped and states != file_states(states):
+            raise ValueError(f"the files of {self.name} were changed since it was loaded: load it again")
 
     def offload(self) -> None:
         """Move text encoders and autoencoder to the CPU, until they are needed again."""

@@ -1,4 +1,4 @@
-"""Which parameters of a U-Net a method trains: ESD's seven choices."""
+"""Which parameters of a denoiser a method trains: ESD's seven choices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def trainable_parameter_names(unet: nn.Module, method: str) -> list[str]:
     - selflayer: self-attention of the first layer of the last two down blocks that have any.
 
     In Stable Diffusion v1 the last two are the original's output blocks 6 and 8, and its input blocks 4 and 7.
-    Raises ValueError for another method, or where the U-Net has no such layer.
+    Raises ValueError for another method, or where the denoiser has no such layer.
     """
     if method not in TRAIN_METHODS:
         raise ValueError(f"unknown train method '{method}': choose one of {', '.join(TRAIN_METHODS)}")

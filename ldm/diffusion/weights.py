@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -95,12 +96,19 @@ def map_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
     """Return the tensors of safetensors files in their own dtype, mapped from the files.
 
     The system reads a page when it is needed and may let it go again, so that a model may be larger than the memory.
+    What has one byte a number comes in float32.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
-    return tensors
+    return {name: each.float() if each.itemsize == 1 else each for name, each in tensors.items()}
+
+
+def file_states(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+    """Return what tells each file from another one at its path, or from itself once it is changed."""
+    found = {path: path.stat() for path in files if path.is_file()}
+    return {path: (state.st_ino, state.st_size, state.st_mtime_ns) for path, state in found.items()}
 
 
 def download(source: str, variant: str | None) -> Path:

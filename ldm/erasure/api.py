@@ -11,6 +11,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ldm.config.concept_lists import read_concepts, read_prompts
 from ldm.config.concepts import OWN, Concept, is_one_of
 from ldm.config.methods import (
@@ -176,14 +178,16 @@ def export(
     The model stays as it is. Raises ValueError for no shift, and for what a format cannot hold.
     """
     _check_model(model)
-    names = [str(shift.metadata.get("prompt", "")) for shift in _checked_shifts(shifts).values()]
+    shifts = take_shifts(model, _checked_shifts(shifts))
+    names = [str(shift.metadata.get("prompt", "")) for shift in shifts.values()]
     if isinstance(formats, ExportConfig):
         config = formats.with_changes(**settings)
     else:
         config = ExportConfig((formats,) if isinstance(formats, str) else tuple(formats)).with_changes(**settings)
-    rounds = config.save_dtype != "float32"  # which an export does to the model that it is given
+    # An export leaves the model that it is given in the dtype that it writes.
+    is_kept = model.dtype == torch.float32 and config.save_dtype == "float32"
     measured = list(dict.fromkeys(["", *names, *prompts]))
-    return write_formats(deepcopy(model) if rounds else model, shifts, Path(output_dir), config, measured)
+    return write_formats(model if is_kept else deepcopy(model), shifts, Path(output_dir), config, measured)
 
 
 def _check_model(model: Any) -> None:

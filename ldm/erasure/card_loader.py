@@ -16,6 +16,8 @@ def erase(pipe: Any, path: str, gated: bool = True) -> Any:
     with safe_open(path, "pt") as opened:
         said = json.loads(opened.metadata()["srs-me"])["metadata"]
         part = {name: opened.get_tensor(name).double() for name in opened.keys()}  # noqa: SIM118  # it is no mapping
+    if said.get("parts"):
+        raise ValueError("this reads files of one text encoder alone: give the one that was made on the pipeline's own")
     has_unet = hasattr(pipe, "unet")
     if gated and "gate" in said:
         if not type(pipe).__name__.startswith("FluxP") and (len(said["gate"]["layers"]) > 1 or not has_unet):
@@ -29,10 +31,19 @@ def erase(pipe: Any, path: str, gated: bool = True) -> Any:
                     layer.register_forward_pre_hook(
                         lambda _, given, stream=stream: changed(given[0], pipe.erased, stream)
                     )
-    change = (part["outputs"] @ part["directions"]).T
-    width = said.get("streams", {}).get("tokens", len(change))
-    pipe.erased[path] = change[:width, :width], change[width:, width:]
+    if "outputs" in part:  # of one stream, or of several in one matrix
+        change = change_of(part, "")
+        width = said.get("streams", {}).get("tokens", len(change))
+        pipe.erased[path] = change[:width, :width], change[width:, width:]
+    else:
+        pipe.erased[path] = change_of(part, ".tokens"), change_of(part, ".pooled")
     return lambda: pipe.erased.pop(path, None)
+
+
+def change_of(part: dict[str, torch.Tensor], stream: str) -> torch.Tensor:
+    """Return A S of a stream as it acts on rows; nothing for one that the file does not change."""
+    has_it = f"outputs{stream}" in part
+    return (part[f"outputs{stream}"] @ part[f"directions{stream}"]).T if has_it else torch.zeros(0, 0)
 
 
 def changed(embeds: torch.Tensor, erased: dict[str, tuple[torch.Tensor, ...]], stream: int) -> torch.Tensor:

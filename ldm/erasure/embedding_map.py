@@ -50,7 +50,8 @@ class EmbeddingMap:
     def lengthened(self, whole: EmbeddingMap) -> EmbeddingMap:
         """Return this map, cut from a `whole` one, with longer outputs: on average rows go as far by it as by that."""
         gains = whole._reduced()[0]
-        return replace(self, outputs=self.outputs * float(gains.sum() / gains[: len(self.directions)].sum()))
+        kept = gains[: len(self.directions)].sum()
+        return replace(self, outputs=self.outputs * float(gains.sum() / kept)) if kept > 0 else self
 
     def _cut(self, rank: int, right: torch.Tensor) -> EmbeddingMap:
         kept = right[:rank] @ self.directions  # (r, d)

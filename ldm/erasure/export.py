@@ -89,6 +89,7 @@ def export(
     rounded weights, for merged weights of one that is not held in float32, and for one that shifts act on now.
     """
     check_unedited(model)
+    model.check_files()
     if model.is_rounded:
         raise ValueError(f"an earlier export rounded the weights of {model.name}: load the model again")
     merged_formats = set(config.formats) & set(LINEAR_FORMATS) - set(CUT_FORMATS)
@@ -172,6 +173,7 @@ def export(
                     shutil.copyfile(target / SETTINGS_FILE, folder / SETTINGS_FILE)
                 elif name == "diffusers":
                     save_settings(model, folder)
+                model.check_files()
                 write_dir_metadata(folder, metadata)
     return Export(table, report, targets)
 

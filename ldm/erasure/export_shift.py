@@ -35,6 +35,7 @@ _IN_HEADER = (
         "streams",
         "hidden_states",
         "encoders",
+        "unchanged",
         "category",
         "concept_index",
         "concept",
@@ -74,11 +75,14 @@ def _header(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def join_shifts(paths: Sequence[Path], target: Path) -> pd.DataFrame:
-    """Write the files of one concept's shifts, made on several text encoders, as one, which may be the first of them.
+    """Write the files of one concept's shifts, made on several text encoders, as one new file.
 
     Return a row for each of its parts. Raises ValueError for files of several concepts, for two made on the same
-    embeddings of the same text encoder, and for a shift that is bound to a denoiser's weights.
+    embeddings of the same text encoder, for a shift that is bound to a denoiser's weights, and where `target` is there
+    already, whose card or ledger would then be another file's.
     """
+    if target.exists():
+        raise ValueError(f"{target} is there already: give another `save_path`")
     parts: list[tuple[Path, LazyTensors, dict[str, Any]]] = []
     for path in paths:
         shift = WeightShift.load(path, "give the files of a concept's shifts")
@@ -152,7 +156,9 @@ def _card(path: Path, shift: EmbeddingShift, metadata: Mapping[str, Any], dtype:
         size=path.stat().st_size,
         dtype=str(dtype).removeprefix("torch."),
         rank=shift.rank,
-        gate_size="" if gate is None else f", and a gate with a map of rank {len(gate.maps['tokens'].directions)}",
+        gate_size=""
+        if gate is None
+        else f", and a gate with a map of rank {max(len(found.directions) for found in gate.maps.values())}",
         method=metadata.get("method", ""),
         num_protected=len(metadata.get("protected", ())),
         beside=path.with_suffix(".json").name,

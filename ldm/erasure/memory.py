@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ldm.diffusion.components import UnusableModelError
 from ldm.diffusion.families import FAMILIES
 from ldm.diffusion.family import Encoded
 from ldm.diffusion.hollow import hollow_pipeline
@@ -117,9 +118,21 @@ def estimate_memory(folder: Path, device: torch.device, batch_size: int, max_dir
     prompts are wide). Weights are the denoiser's, and where the device is not a GPU the other parts' too, which cannot
     leave it; there a U-Net is loaded in float32, which counts as well. A merge is one on the CPU into the dtype of the
     files: of a transformer it maps the weights from these, and holds what it changes alone. An iteration that computes
-    with the lengths of prompts cannot be told beforehand: NaN.
+    with the lengths of prompts cannot be told beforehand: NaN. Raises ValueError for configs that make no such model.
     """
     silence_hf_logging()
+    try:
+        return _estimate(folder, device, batch_size, max_directions)
+    except (UnusableModelError, MemoryError):
+        raise
+    except Exception as error:  # of any kind: what a config says is wrong for one of the libraries' layers
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the configs of {folder} make no model: give `model` a whole diffusers folder: {reason}"
+        ) from error
+
+
+def _estimate(folder: Path, device: torch.device, batch_size: int, max_directions: int | None) -> pd.DataFrame:
     pipe = hollow_pipeline(folder)
     family = FAMILIES[type(pipe).__name__]
     original = getattr(pipe, family.denoiser)

@@ -52,7 +52,7 @@ class _Block:
         """Return the block of some shifts. One that is not as its file has it is known by its tensors."""
         digests = []
         for shift in shifts:
-            is_as_read = shift.content_digest and "truncated_to_rank" not in shift.metadata
+            is_as_read = shift.content_digest and shift.is_whole and "truncated_to_rank" not in shift.metadata
             digests.append(shift.content_digest if is_as_read else f"made {id(shift.outputs)}")
         factors = tuple((shift.outputs, shift.directions) for shift in shifts)
         return cls(tuple(digests), len(shifts[0].outputs), factors)

@@ -54,7 +54,7 @@ def take_shifts(model: TextModel, shifts: Mapping[str, WeightShift]) -> dict[str
     for streams, names in unchanged.items():
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         notify(
-            f"{', '.join(names[:_SHOWN])}{more}: made for one of the text encoders of {model.name}; what the others "
+            f"{', '.join(names[:_SHOWN])}{more}: made for some of the text encoders of {model.name}; what the others "
             f"give stays as it is: {streams}"
         )
     return taken

@@ -43,6 +43,7 @@ class WeightShift(ABC):
         self.content_digest = ""  # of the file that it was read from
         self.gated: GatedEdit | None = None  # what erases the concept in prompts instead of weights
         self.parts: list[WeightShift] = []  # what its file has for further text encoders
+        self.is_whole = True  # whether it is all that its file has, for rows as it was made on
         self.layers: Mapping[str, nn.Linear] = {}  # the text layers that it acts on, by `on`
 
     @property
@@ -113,6 +114,8 @@ class WeightShift(ABC):
         check_header(Path(path), metadata, HEADER)
         found = [WeightShift._read(path, *part) for part in split_parts(Path(path), tensors, metadata)]
         found[0].parts = found[1:]
+        for part in found:
+            part.is_whole = len(found) == 1
         return found[0]
 
     @staticmethod

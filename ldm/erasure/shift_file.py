@@ -19,7 +19,8 @@ LARGEST = 1e30  # that a shift may add to a weight: float32 holds a little more
 
 
 def _are_widths(value: Any) -> bool:
-    return is_mapping(value) and set(value) <= set(_STREAMS) and all(map(is_count, value.values()))
+    fits = is_mapping(value) and set(value) <= set(_STREAMS) and all(map(is_count, value.values()))
+    return fits and all(0 < width <= _WIDEST for width in value.values())
 
 
 def _is_encoder(value: Any) -> bool:
@@ -43,7 +44,7 @@ HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, wh
         ),
         is_text,
     ),
-    **dict.fromkeys(("captions", "protected", "aliases"), is_texts),
+    **dict.fromkeys(("captions", "protected", "aliases", "unchanged"), is_texts),
     **dict.fromkeys(("concept_index", "iterations", "rank"), is_count),
     **dict.fromkeys(("scale", "rank_rtol", "target_change", "max_leakage_protected"), is_number),
     **dict.fromkeys(("config", "gate", "effects"), is_mapping),
@@ -56,6 +57,7 @@ HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, wh
 # What a header says of each text encoder that a file has a part for, beside what it says of all of it.
 OF_A_PART = (
     *(
+        "unchanged",
         "base_model",
         "base_digest",
         "text_digest",
@@ -69,6 +71,7 @@ OF_A_PART = (
     ),
     *("max_leakage_protected", "rank", "rank_rtol", "scale"),
 )
+_WIDEST = 2**16  # of a stream, so that the zeros around others' factors stay few
 _PART = re.compile(r"part(\d+)\.")  # before the names of a part's tensors, from the second one on
 
 
@@ -139,7 +142,8 @@ def read_factors(
         if f"outputs.{stream}" not in tensors or f"directions.{stream}" not in tensors:
             continue
         outputs, directions = tensors[f"outputs.{stream}"], tensors[f"directions.{stream}"]
-        if directions.dim() != 2 or outputs.shape != directions.T.shape or directions.shape[1] != width:
+        fits = directions.dim() == 2 and len(directions) > 0 and directions.shape[1] == width
+        if not fits or outputs.shape != directions.T.shape:
             return None
         around = end - width, whole - end
         found.append((F.pad(outputs, (0, 0, *around)), F.pad(directions, around)))

@@ -22,7 +22,7 @@ from ldm.diffusion.text_model import TextModel
 from ldm.erasure.gated_edit import GatedEdit
 from ldm.erasure.shift import EmbeddingShift, WeightShift
 
-_FIRST = "text_encoder"  # as a model with one text encoder calls it
+_OF_THE_WHOLE = ("encoders", "unchanged", STATES_KEY)  # what metadata say of all text encoders together
 
 
 def needs_fitting(model: TextModel, shift: WeightShift) -> bool:
@@ -73,11 +73,16 @@ def fitted_to(model: TextModel, shift: WeightShift) -> tuple[WeightShift, list[s
     changed = by_weights | _mapped(fitted)
     if not changed:
         kind = _kind(fitting[0])
+        if kind == model.kind or any(_kind(part) == model.kind for part in fitting):
+            raise ValueError(
+                f"{shift.path} has no gate, and in {model.name} other text encoders give to the columns that it "
+                f"changes: make it on {model.name} itself, or with a gate"
+            )
         raise ValueError(
             f"{shift.path} changes the {kind} of its text encoder, and {model.name} takes other states of it: make it "
             f"on {model.name} itself"
         )
-    left = [place for place in _all_places(model) if place not in changed]
+    left = [place for place in _all_places(model) if not {place, place.partition(".")[0]} & changed]
     if left:
         fitted.metadata["unchanged"] = left
     return fitted, left
@@ -90,6 +95,9 @@ def _by_encoder(shift: WeightShift) -> Iterator[WeightShift]:
     """
     said: Mapping[str, Any] = shift.metadata.get("encoders", {})
     digests = {name: own["text_digest"] for name, own in said.items()}
+    whole = _columns(_streams(shift)) if said else {}
+    if any(stream not in whole for own in said.values() for stream in own["streams"]):
+        raise ValueError(f"{shift.path} says other streams of its text encoders than it has: make it again")
     for digest in dict.fromkeys(digests.values()):
         names = [name for name in said if digests[name] == digest]
         givers = {stream: [n for n in said if stream in said[n]["streams"]] for stream in (TOKENS, POOLED)}
@@ -99,12 +107,12 @@ def _by_encoder(shift: WeightShift) -> Iterator[WeightShift]:
             streams |= {stream: widths[0]} if widths else {}
         sole = [stream for stream in streams if len({digests[name] for name in givers[stream]}) == 1]
         part = _alone(shift)
-        part.metadata = {name: value for name, value in shift.metadata.items() if name not in ("encoders", STATES_KEY)}
+        part.metadata = {name: value for name, value in shift.metadata.items() if name not in _OF_THE_WHOLE}
         kinds = [said[name][STATES_KEY] for name in names if STATES_KEY in said[name]]
         part.metadata |= {"text_digest": digest, "streams": streams} | ({STATES_KEY: kinds[0]} if kinds else {})
         if isinstance(part, EmbeddingShift) and part.rank:
-            before, after = _columns(_streams(shift)), _columns(streams)
-            _move(part, [(before[stream], after[stream]) for stream in sole], sum(streams.values()))
+            after = _columns(streams)
+            _move(part, [(whole[stream], after[stream]) for stream in sole], sum(streams.values()))
         edit = shift.gated
         part.gated = None
         if edit is not None:
@@ -150,7 +158,8 @@ def _fitted(model: TextModel, shift: WeightShift) -> tuple[WeightShift, set[str]
     """Return a part as it acts on a model, and the places that its change of the weights changes."""
     places, name = _places(model, shift)
     fitted = _alone(shift)
-    fitted.metadata = {**shift.metadata, STATES_KEY: model.kind, **model.encoded_as}
+    kept = {name: value for name, value in shift.metadata.items() if name not in ("unchanged", "encoders")}
+    fitted.metadata = {**kept, STATES_KEY: model.kind, **model.encoded_as}
     if shift.gated is not None:
         fitted.gated = _gated(shift.gated, places, name)
     by_weights: set[str] = set()
@@ -217,11 +226,14 @@ def _move(shift: EmbeddingShift, moves: Sequence[tuple[slice, slice]], width: in
     outputs = [shift.outputs.new_zeros(width, 0)]
     directions = [outputs[0].T]
     for own, other in moves:
+        if own.stop - own.start != other.stop - other.start:
+            raise ValueError(f"{shift.path} says other widths of its streams than it has: make it again")
         found, around = shift.directions[:, own], (other.start, width - other.stop)
         acting = found.any(dim=1)
         directions.append(F.pad(found[acting], around))
         outputs.append(F.pad(shift.outputs[own][:, acting], (0, 0, *around)))
     shift.outputs, shift.directions = torch.cat(outputs, dim=1), torch.cat(directions)
+    shift.is_whole = False
 
 
 def _columns(streams: Mapping[str, int]) -> dict[str, slice]:
