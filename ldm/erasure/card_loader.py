@@ -31,22 +31,13 @@ def erase(pipe: Any, path: str, gated: bool = True) -> Any:
                     layer.register_forward_pre_hook(
                         lambda _, given, stream=stream: changed(given[0], pipe.erased, stream)
                     )
-    if "outputs" in part:  # of one stream, or of several in one matrix
-        change = change_of(part, "")
-        width = said.get("streams", {}).get("tokens", len(change))
-        pipe.erased[path] = change[:width, :width], change[width:, width:]
-    else:
-        pipe.erased[path] = change_of(part, ".tokens"), change_of(part, ".pooled")
+    ends = "" if "outputs" in part else ".tokens", ".pooled"  # of the names of each stream's factors
+    pairs = [(part[f"outputs{end}"], part[f"directions{end}"]) if f"outputs{end}" in part else None for end in ends]
+    pipe.erased[path] = [(pair[0] @ pair[1]).T if pair else torch.zeros(0, 0) for pair in pairs]
     return lambda: pipe.erased.pop(path, None)
 
 
-def change_of(part: dict[str, torch.Tensor], stream: str) -> torch.Tensor:
-    """Return A S of a stream as it acts on rows; nothing for one that the file does not change."""
-    has_it = f"outputs{stream}" in part
-    return (part[f"outputs{stream}"] @ part[f"directions{stream}"]).T if has_it else torch.zeros(0, 0)
-
-
-def changed(embeds: torch.Tensor, erased: dict[str, tuple[torch.Tensor, ...]], stream: int) -> torch.Tensor:
+def changed(embeds: torch.Tensor, erased: dict[str, list[torch.Tensor]], stream: int) -> torch.Tensor:
     """Return what a layer sees, with the changes in its first columns: behind XL's pooled embedding are sizes."""
     width = embeds.shape[-1]
     padded = [torch.nn.functional.pad(each[stream], 2 * (0, width - len(each[stream]))) for each in erased.values()]
