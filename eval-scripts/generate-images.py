@@ -37,6 +37,7 @@ def main() -> None:
     device, shard = devices.init_distributed(session.first_device(args))
     source = merged if merged.is_dir() else args.model_name
     model = load_model(source, device, dtype=getattr(torch, args.unet_dtype), variant=args.variant)
+    session.report_guidance(model)
     sampling = session.fill_settings(args, load_model_config(model).sampling)
     folder = args.save_path / model.name
     num_generated = generate_to_folder(

@@ -145,6 +145,16 @@ def shared(tiny_path, tmp_path_factory):
     return model, shifts["vangogh"], folder / "out-shift"
 
 
+def test_what_a_shared_file_says_does_not_depend_on_what_is_exported_with_it(shared, tmp_path):
+    """The shift is measured on the base model, and not on the weights that are merged for the other formats."""
+    model, shift, folder = shared
+    before = WeightShift.load(folder / "VanGogh.safetensors").metadata
+    export(model, {"vangogh": shift}, tmp_path / "out", ["diffusers", "shift"], save_dtype="float16", rank=1)
+    after = WeightShift.load(tmp_path / "out-shift" / "VanGogh.safetensors").metadata
+    for name in ("effects", "target_change", "max_leakage_protected"):
+        assert after[name] == before[name]
+
+
 def test_a_shared_file_is_small_and_says_what_is_long_beside_it(shared):
     model, shift, folder = shared
     assert sorted(path.name for path in folder.glob("VanGogh*")) == [

@@ -19,7 +19,8 @@ from ldm.diffusion.compvis import UNET_PREFIX, convert_to_compvis, unet_key_map
 from ldm.diffusion.family import ModelSpec
 from ldm.diffusion.load import load_model
 from ldm.diffusion.text_layers import text_layers
-from ldm.erasure.export import export, save_compvis, save_kohya, save_lora
+from ldm.erasure.export import export, save_compvis
+from ldm.erasure.export_lora import save_kohya, save_lora
 from ldm.erasure.export_metadata import lora_metadata, save_with_metadata
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
 from ldm.io.tensors import METADATA_KEY

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -30,6 +31,7 @@ from ldm.erasure.export import export
 from ldm.erasure.gate_fitters import make_gate_fitter
 from ldm.erasure.gated_edit import GatedPrompts
 from ldm.erasure.leakage import each_stream, leakage
+from ldm.erasure.memory import estimate_memory
 from ldm.erasure.merge import applied
 from ldm.erasure.protection import Protection
 from ldm.erasure.shift import EmbeddingShift, SeparableShift, WeightShift
@@ -339,6 +341,13 @@ def test_a_mapped_denoiser_is_written_as_it_lies_and_not_from_changed_files(tmp_
     assert not (tmp_path / "other").exists()
 
 
+def test_a_guidance_scale_that_does_nothing_is_known():
+    assert all(FAMILIES[name].guides(None) for name in ("StableDiffusionPipeline", "SanaPipeline"))
+    for embedded in (True, False):
+        pipe = SimpleNamespace(transformer=SimpleNamespace(config={"guidance_embeds": embedded}))
+        assert FAMILIES["FluxPipeline"].takes_guidance(pipe) == embedded
+
+
 def test_a_quantised_denoiser_is_refused(tmp_path):
     folder = make_family("pixart-alpha", tmp_path / "model")
     path = folder / "transformer" / "config.json"
@@ -350,8 +359,16 @@ def test_a_quantised_denoiser_is_refused(tmp_path):
         load_model(folder, CPU)
     path.write_text(json.dumps(config))
     shutil.copy(path, folder / "transformer" / "model.gguf")
-    with pytest.raises(ValueError, match="is quantised"):
+    for read in (lambda: load_model(folder, CPU), lambda: estimate_memory(folder, CPU, 1, None)):
+        with pytest.raises(ValueError, match="is quantised"):
+            read()
+    (folder / "transformer" / "model.gguf").unlink()
+    path.write_text(json.dumps(config | {"_class_name": "OtherTransformer2DModel"}))
+    with pytest.raises(ValueError, match="it is of a OtherTransformer2DModel, not of a PixArt"):
         load_model(folder, CPU)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"model\.gguf is quantised"):
+        load_model(tmp_path / "model.gguf", CPU)
 
 
 def test_xl_has_its_pooled_stream_and_its_sizes_stay(xl_path, tmp_path):

@@ -52,7 +52,14 @@ def load_model(args: Namespace, device: torch.device, dtype: str | None = "float
     if args.config_path and not args.ckpt_path:
         raise ValueError("`config_path` says what `ckpt_path` is made of: give that too, or leave both out")
     source, torch_dtype = args.ckpt_path or args.model, getattr(torch, dtype) if dtype else None
-    return load.load_model(source, device, args.config_path, torch_dtype, args.variant)
+    return report_guidance(load.load_model(source, device, args.config_path, torch_dtype, args.variant))
+
+
+def report_guidance(model: DiffusionModel) -> DiffusionModel:
+    """Return the model; say of one that takes no guidance scale that the one which was typed does nothing."""
+    if "guidance_scale" in typed and not model.adapter.takes_guidance(model.pipeline):
+        notify(f"`guidance_scale` does nothing in {model.name}, whose denoiser takes none")
+    return model
 
 
 def first_device(args: Namespace) -> torch.device:

@@ -315,9 +315,9 @@ class ExportConfig(Settings):
 
     formats: tuple[str, ...] = setting(
         ("diffusers",),
-        f"one or more of {','.join(FORMATS)}; unet is the denoiser alone, of any family; shift is a small file to "
-        "share, with a card; it, lora and kohya are always cut to few directions, see rank; comfyui is a custom node "
-        "with the shifts' gates, whatever rank and save_dtype are",
+        f"one or more of {','.join(FORMATS)}, with commas between them; unet is the denoiser alone, of any family; "
+        "shift is a small file to share, with a card; it, lora and kohya are always cut to few directions, see rank; "
+        "comfyui is a custom node with the shifts' gates, whatever rank and save_dtype are",
     )
     save_dtype: str = setting(
         "float32",

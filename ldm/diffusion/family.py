@@ -106,6 +106,10 @@ class Family:
         """Return whether a pipeline guides by a negative prompt."""
         return True
 
+    def takes_guidance(self, pipe: Any) -> bool:
+        """Return whether a guidance scale acts: by a negative prompt, or as an input of the denoiser."""
+        return self.guides(pipe) or bool(getattr(pipe, self.denoiser).config.get("guidance_embeds"))
+
     def num_tokens(self, pipe: Any) -> int:
         """Return T, how many tokens the pipeline's own call reads: its default, or what its tokenizer takes."""
         return self.prompt_options(pipe)["max_sequence_length"]

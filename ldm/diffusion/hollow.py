@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, P
 from ldm.diffusion.components import UnusableModelError, check_configs, read_config
 from ldm.diffusion.families import FAMILIES
 from ldm.diffusion.family import plain_tokenizer
-from ldm.diffusion.load_family import FAMILY_PARTS, VAES, cut_tokenizers, part_class
+from ldm.diffusion.load_family import FAMILY_PARTS, VAES, check_unquantised, cut_tokenizers, part_class
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "text_encoder": (PreTrainedModel,),
@@ -63,7 +63,9 @@ def _read_part(folder: Path, index: dict[str, Any], name: str) -> Any:
         raise UnusableModelError(f"{folder / 'model_index.json'}: its {name} cannot be a {class_name}")
     if expected[0] not in (PreTrainedModel, ModelMixin):
         return kind.from_pretrained(str(folder / name), local_files_only=True)
+    config = read_config(folder / name / "config.json")
+    check_unquantised(folder / name, config)
     with torch.device("meta"):
         if expected == (ModelMixin,):
-            return kind.from_config(read_config(folder / name / "config.json"))
+            return kind.from_config(config)
         return kind(AutoConfig.from_pretrained(str(folder / name), local_files_only=True))

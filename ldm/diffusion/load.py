@@ -91,6 +91,11 @@ def load_model(
     silence_hf_logging()
     device = device or torch.accelerator.current_accelerator(check_available=True) or torch.get_default_device()
     from_checkpoint = is_checkpoint(source)
+    if str(source).lower().endswith(".gguf"):
+        raise UnusableModelError(
+            f"{source} is quantised, and quantised weights are not changed: give `model` a diffusers folder of the "
+            "unquantised model, and load a LoRA made from that (`format` lora) beside the quantised one"
+        )
     if from_checkpoint and variant is not None:
         raise ValueError(f"`variant` {variant} is one of a diffusers folder, and {source} is a checkpoint")
     name, config_name = resolve_names(source, config)

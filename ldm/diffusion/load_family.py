@@ -128,15 +128,22 @@ def part_class(path: Path, index: dict[str, Any], name: str) -> str:
     return class_name
 
 
-def _read_denoiser(folder: Path, found: str, wanted: str, variant: str | None) -> Any:
-    if found != wanted:
-        raise UnusableModelError(f"{folder.parent}: its transformer is a {found}, and its pipeline's is a {wanted}")
-    config = read_config(folder / "config.json")
+def check_unquantised(folder: Path, config: dict[str, Any]) -> None:
+    """Raise UnusableModelError for a part whose weights are quantised."""
     if config.get("quantization_config") is not None or any(folder.glob("*.gguf")):
         raise UnusableModelError(
             f"{folder} is quantised, and quantised weights are not changed: give `model` the unquantised one, or make "
             "a LoRA from that one (`format` lora) and load it beside the quantised weights"
         )
+
+
+def _read_denoiser(folder: Path, found: str, wanted: str, variant: str | None) -> Any:
+    if found != wanted:
+        raise UnusableModelError(f"{folder.parent}: its transformer is a {found}, and its pipeline's is a {wanted}")
+    config = read_config(folder / "config.json")
+    check_unquantised(folder, config)
+    if config.get("_class_name", wanted) != wanted:
+        raise UnusableModelError(f"{folder / 'config.json'}: it is of a {config['_class_name']}, not of a {wanted}")
     check_foreign(folder / "config.json", config)
     kind = getattr(diffusers, wanted)
     with init_empty_weights():  # of which what is no weight is computed

@@ -153,7 +153,7 @@ class DiffusionModel(TextModel):
     def check_files(self) -> None:
         """Raise ValueError where a file that the denoiser is mapped from is not what it was: its weights may not be."""
         states: dict[Path, Any] = getattr(self.denoiser, "mapped_from", {})
-        is_mapped = self.dtype == self.read_dtype and self.device.type == "cpu"
+        is_mapped = self.dtype == self.read_dtype and self.device.type == torch.get_default_device().type
         if is_mapped and states != file_states(states):
             raise ValueError(f"the files of {self.name} were changed since it was loaded: load it again")
 

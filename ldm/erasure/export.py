@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_kohya
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from tqdm import tqdm
 
@@ -40,7 +39,8 @@ from ldm.diffusion.load import save_pipeline
 from ldm.diffusion.model import DiffusionModel
 from ldm.erasure.effect import notify_of_weak
 from ldm.erasure.export_comfyui import check_comfyui, gates_table, save_comfyui
-from ldm.erasure.export_metadata import file_stem, lora_metadata, merged_metadata, save_with_metadata
+from ldm.erasure.export_lora import kohya_names, lora_tensors, save_kohya, save_lora
+from ldm.erasure.export_metadata import file_stem, merged_metadata, save_with_metadata
 from ldm.erasure.export_shift import as_written, save_shifts
 from ldm.erasure.leakage import (
     EmbeddingCache,
@@ -118,7 +118,11 @@ def export(
     edit = load_model_config(model).edit  # which refuses settings that could not be read from an export
     for form, names in (("linear", _OF_WEIGHTS), ("gated", GATED_FORMATS)):
         if set(names) & set(config.formats):
-            notify_of_weak(shifts, edit.with_changes(form=form), "what is exported says it still: erase it anew")
+            notify_of_weak(
+                shifts,
+                edit.with_changes(form=form),
+                "what is exported says it still: erase it anew with other settings",
+            )
     layers, dtype = model.text_layers, getattr(torch, config.save_dtype)
     report: list[dict[str, Any]] = []
     shifts = {label: shift.on(layers) for label, shift in shifts.items()}
@@ -132,7 +136,7 @@ def export(
     if (config.rank and is_linear) or set(config.formats) & set(CUT_FORMATS):
         truncated, report = truncate_shifts(model, shifts, config)
     if "kohya" in config.formats:
-        _kohya_names(model, truncated)
+        kohya_names(model, truncated)
     merged_shifts = truncated if config.rank else dict(shifts)
     merged: Weights = {}
     if is_linear:
@@ -164,9 +168,13 @@ def export(
         if not is_written(target, metadata, model.digests):
             pending.append((name, target, used, metadata))
         targets.append(target)
-    holds_weights = any(name not in (*CUT_FORMATS, *GATED_FORMATS) for name, *_ in pending)
-    with merged_and_cast(model, merged, dtype) if holds_weights else nullcontext():
+    of_base = (*CUT_FORMATS, *GATED_FORMATS)  # which measure what shifts do, and come first
+    with ExitStack() as merging:
+        pending.sort(key=lambda each: each[0] not in of_base)
+        first = next((name for name, *_ in pending if name not in of_base), None)
         for name, target, used, metadata in tqdm(pending, desc="write", unit="format"):
+            if name == first:
+                merging.enter_context(merged_and_cast(model, merged, dtype))
             with atomic_write_dir(target) as folder:
                 _WRITERS[name](model, used, folder, dtype)
                 if (target / SETTINGS_FILE).is_file():  # which the user may have changed
@@ -181,7 +189,7 @@ def export(
 def merged_and_cast(model: DiffusionModel, weights: Weights, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Round the model to `dtype`, which stays so, and let it hold merged `weights` while the block runs.
 
-    What is merged must be merged before, so that nothing is rounded twice. All formats are written within such a block.
+    What is merged must be merged before, so that nothing is rounded twice.
     """
     model.to(dtype)
     return replace_parameters(
@@ -254,57 +262,6 @@ def _merged_checkpoint(model: DiffusionModel, checkpoint: Path, shifts: Sequence
     return tensors
 
 
-def save_lora(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
-    """Write one LoRA a concept, for `load_lora_weights` of a diffusers pipeline: strength 1 erases the concept."""
-    pipeline: Any = type(model.pipeline)
-    if not _takes_loras(pipeline):
-        raise ValueError(f"{pipeline.__name__} of diffusers takes no LoRA: choose `format` diffusers, unet or shift")
-    for label, shift in shifts.items():
-        tensors = _lora_tensors(shift, dtype)
-        save = partial(_save_lora_file, metadata=lora_metadata(model, label, shift, tensors, is_kohya=False))
-        layers = {f"{model.adapter.denoiser}_lora_layers": tensors}
-        file_name = f"{file_stem(label, shift)}.safetensors"
-        pipeline.save_lora_weights(folder, **layers, weight_name=file_name, save_function=save)
-
-
-def _save_lora_file(tensors: Weights, path: str, metadata: Mapping[str, str]) -> None:
-    """Write a LoRA's file as diffusers has it written: `tensors` have its keys already."""
-    save_with_metadata(Path(path), tensors, metadata)
-
-
-def save_kohya(model: DiffusionModel, shifts: Mapping[str, WeightShift], folder: Path, dtype: torch.dtype) -> None:
-    """Write one LoRA a concept in the layout of kohya's sd-scripts; alpha is the rank, so strength 1 is the erasure.
-
-    ComfyUI reads all of them, and A1111 those of U-Nets. diffusers' `load_lora_weights` reads those of U-Nets and of
-    FLUX.2; of FLUX.1 it leaves these layers out with no more than a warning (0.42), and of others it converts none.
-    """
-    names = _kohya_names(model, shifts)
-    for label, shift in shifts.items():
-        layers: Weights = {}
-        for key, value in _lora_tensors(shift, dtype).items():
-            layer, _, part = key.rpartition(".lora_")
-            layers[f"unet.{names[layer]}.lora_{part}"] = value
-        tensors = {name: value.to(dtype) for name, value in convert_state_dict_to_kohya(layers).items()}
-        metadata = lora_metadata(model, label, shift, layers, is_kohya=True)
-        save_with_metadata(folder / f"{file_stem(label, shift)}.safetensors", tensors, metadata)
-
-
-def _kohya_names(model: DiffusionModel, shifts: Mapping[str, WeightShift]) -> dict[str, str]:
-    """Return what kohya's LoRAs call the layers that shifts change; ValueError where one has no such name."""
-    layers = {name.removesuffix(".weight") for shift in shifts.values() for name in shift.parameter_names}
-    names = {layer: model.adapter.kohya_name(layer) for layer in sorted(layers)}
-    unnamed = ", ".join(layer for layer, name in names.items() if not name)
-    if unnamed:
-        pipeline = type(model.pipeline)
-        others = "lora" if _takes_loras(pipeline) else "diffusers, unet or shift"
-        raise ValueError(f"kohya's LoRAs have no name for {unnamed} of a {pipeline.__name__}: choose `format` {others}")
-    return names
-
-
-def _takes_loras(pipeline: type) -> bool:
-    return hasattr(pipeline, "save_lora_weights")
-
-
 _Writer = Callable[[DiffusionModel, Mapping[str, WeightShift], Path, torch.dtype], None]
 _WRITERS: dict[str, _Writer] = {
     "compvis": save_compvis,
@@ -315,23 +272,6 @@ _WRITERS: dict[str, _Writer] = {
     "diffusers": save_diffusers,
     "comfyui": save_comfyui,
 }
-
-
-def _lora_tensors(shift: WeightShift, dtype: torch.dtype) -> Weights:
-    if not isinstance(shift, SeparableShift):
-        raise ValueError(
-            f"{shift.path} changes whole weights, which no LoRA holds: choose `format` compvis, diffusers or unet"
-        )
-    tensors = {}
-    for name in shift.parameter_names:
-        layer = name.removesuffix(".weight")
-        up, down = shift.lora_factors(layer)
-        if not len(down):
-            continue  # none of its directions lies in what the layer sees
-        for part, factor in (("lora_A", down), ("lora_B", up)):
-            tensors[f"{layer}.{part}.weight"] = factor.to(dtype).clone(memory_format=torch.contiguous_format)
-    check_finite(tensors, f"the LoRA of {shift.path}")
-    return tensors
 
 
 def _check_file_names(shifts: Mapping[str, WeightShift]) -> None:
@@ -399,7 +339,7 @@ def _as_cut(shift: SeparableShift, dtype: torch.dtype, formats: Sequence[str]) -
             gate = written.gated.tensors(dtype) if written.gated else {}
             weights = written.tensors(dtype, shift.metadata.get("streams", {}))
             return written, sum(value.nbytes for value in (weights | gate).values())
-    tensors, deltas = _lora_tensors(shift, dtype), {}
+    tensors, deltas = lora_tensors(shift, dtype), {}
     for name in shift.parameter_names:
         layer = name.removesuffix(".weight")
         up, down = (tensors[f"{layer}.{part}.weight"].double() for part in ("lora_B", "lora_A"))

@@ -361,11 +361,9 @@ class EmbeddingShift(SeparableShift):
     def read(cls, tensors: LazyTensors, metadata: dict[str, Any]) -> Self | None:
         """Return the shift that a file's tensors are; None when they do not belong together."""
         factors = read_factors(tensors, metadata.get("streams", {}))
-        if factors is None:
+        if factors is None or not all(factor.is_floating_point() for factor in factors):
             return None
         outputs, directions = factors
-        if not outputs.is_floating_point() or not directions.is_floating_point():
-            return None
         if float(outputs.abs().max()) * float(directions.abs().max()) > LARGEST:
             return None
         return cls(outputs, directions, metadata)
