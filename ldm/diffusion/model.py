@@ -170,11 +170,14 @@ class DiffusionModel(TextModel):
             replica._alphas_cumprod = self._alphas_cumprod.to(device)
         return replica
 
-    def to(self, dtype: torch.dtype) -> None:
-        """Round all weights to `dtype`, for a model that is only to be saved. Raises ValueError where one overflows."""
+    def check_fits(self, dtype: torch.dtype) -> None:
+        """Raise ValueError where a weight overflows in `dtype`."""
         for module in (*self._text_encoders.values(), self.denoiser, self.vae):
             for name, weight in module.named_parameters():
                 check_finite({name: weight.to(dtype)}, f"{self.name} in {dtype}")
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Round all weights to `dtype`, which they fit, for a model that is only to be saved."""
         self.pipeline.to(dtype=dtype)
         self.is_rounded = dtype != torch.float32
 

@@ -172,6 +172,8 @@ def export(
     with ExitStack() as merging:
         pending.sort(key=lambda each: each[0] not in of_base)
         first = next((name for name, *_ in pending if name not in of_base), None)
+        if first:
+            model.check_fits(dtype)
         for name, target, used, metadata in tqdm(pending, desc="write", unit="format"):
             if name == first:
                 merging.enter_context(merged_and_cast(model, merged, dtype))
