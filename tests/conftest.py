@@ -22,7 +22,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ldm.cli.arguments import spelled
 from ldm.config.concepts import Concept, get_concept
-from ldm.diffusion.load import load_model
+from ldm.diffusion.load import load_model, silence_hf_logging
+from ldm.erasure import gate_fitter, gate_prompts
 from ldm.io.files import SETTINGS_FILE
 from ldm.io.tensors import METADATA_KEY
 from ldm.toy.captions import build_tokenizer
@@ -217,3 +218,16 @@ def start_script(command: list, log: Path, max_file_size: int | None = None):
     process = FORK.Process(target=_script, args=(list(map(str, command)), log, max_file_size))
     process.start()
     return process
+
+
+@pytest.fixture(scope="module")
+def quick_fits():
+    """Let gates be fitted against fewer prompts."""
+    silence_hf_logging()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate_prompts, "_NUM_UNSEEN", 20)
+        patch.setattr(gate_fitter, "_MAX_TRIED", 2)
+        patch.setattr(gate_fitter, "_NUM_JUDGED", 50)
+        patch.setattr(gate_fitter, "_NUM_TRIED", 150)
+        patch.setattr(gate_prompts, "_NUM_LOOKALIKES", 20)
+        yield

@@ -22,9 +22,8 @@ from peft.utils import get_peft_model_state_dict
 from ldm import ConceptEraser
 from ldm.config.concept_lists import make_concept
 from ldm.config.methods import GateConfig
-from ldm.diffusion.load import silence_hf_logging
 from ldm.diffusion.pipeline_encoder import PipelineEncoder
-from ldm.erasure import gate, gate_fitter, gate_prompts
+from ldm.erasure import gate
 from ldm.erasure.gate_fitter import GateFitter, InseparableError
 from ldm.erasure.pipeline_concepts import Details, new_concepts
 from ldm.erasure.pipeline_eraser import PipelineEraser
@@ -34,6 +33,7 @@ from ldm.io.paths import REPO_ROOT
 from ldm.io.tensors import tensor_digest
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_fits"),
     pytest.mark.filterwarnings("ignore:no gate tells"),  # the long names, of which mini-sd's tokenizer knows nothing
     pytest.mark.filterwarnings("ignore:.*is not all erased"),  # nor of an artist
     pytest.mark.filterwarnings("ignore:__array__ implementation"),  # diffusers' schedulers, of numpy
@@ -41,19 +41,6 @@ pytestmark = [
 SMALL = GateConfig(retain_captions=100, retain_words=60, compositions=20, misspellings=20)
 SAYING = ["a painting by Picasso", "Picasso", "art by Picasso"]
 OTHERS = ["", "a photo of a church", "a painting by Cezanne", "a very long caption " * 5, "CCS 2024"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_fits():
-    """Let gates be fitted against fewer prompts."""
-    silence_hf_logging()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate_prompts, "_NUM_UNSEEN", 20)
-        patch.setattr(gate_fitter, "_MAX_TRIED", 2)
-        patch.setattr(gate_fitter, "_NUM_JUDGED", 50)
-        patch.setattr(gate_fitter, "_NUM_TRIED", 150)
-        patch.setattr(gate_prompts, "_NUM_LOOKALIKES", 20)
-        yield
 
 
 def load(folder=REPO_ROOT / "models" / "mini-sd", kind=StableDiffusionPipeline):

@@ -21,15 +21,14 @@ from torch import nn
 from ldm import ConceptEraser
 from ldm.config.methods import GateConfig
 from ldm.diffusion.families import FAMILIES
-from ldm.diffusion.load import silence_hf_logging
 from ldm.diffusion.text_layers import text_layers
-from ldm.erasure import gate_fitter, gate_prompts
 from ldm.erasure.pipeline_gated import GatedPipelineEraser
 from ldm.io.errors import Notice
 from ldm.io.paths import REPO_ROOT
 from ldm.metrics.classify import find_classifier
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_fits"),
     pytest.mark.filterwarnings("ignore:no gate tells"),  # of random text encoders
     pytest.mark.filterwarnings("ignore:.*is not all erased"),
     pytest.mark.filterwarnings("ignore:VanGogh. other prompts come within"),
@@ -39,19 +38,6 @@ SMALL = GateConfig(retain_captions=40, retain_words=40, compositions=10, misspel
 SAYING, OTHER, KEPT = "VanGogh", "a photo of a church", "Cezanne"
 _MASKED = ("pixart-alpha", "pixart-sigma", "sana", "auraflow", "lumina2")
 _FEW_TOKENS = 40  # that Sana reads in these tests, of 300
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_fits():
-    """Let gates be fitted against fewer prompts."""
-    silence_hf_logging()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate_prompts, "_NUM_UNSEEN", 20)
-        patch.setattr(gate_fitter, "_MAX_TRIED", 2)
-        patch.setattr(gate_fitter, "_NUM_JUDGED", 50)
-        patch.setattr(gate_fitter, "_NUM_TRIED", 150)
-        patch.setattr(gate_prompts, "_NUM_LOOKALIKES", 20)
-        yield
 
 
 def load(folder):

@@ -19,27 +19,15 @@ from ldm.erasure.export_metadata import file_stem
 from ldm.erasure.merge import spellings_of
 from ldm.erasure.portable import forms_of, measured_on, replacements
 from ldm.erasure.shift import SHIFT_FILE_TYPE, EmbeddingShift, WeightShift
-from ldm.erasure.shift_file import changed_from, part_prefix, split_parts
+from ldm.erasure.shift_file import OF_ENCODERS, changed_from, part_prefix, split_parts
 from ldm.io.files import write_text
 from ldm.io.tensors import LazyTensors, load_tensors, save_tensors
 
 _LOADER, _CARD = Path(__file__).with_stem("card_loader"), Path(__file__).with_name("shift_card.md")
 # What a shift's header says in such a file. Lists of prompts and all settings stand beside it.
 _IN_HEADER = (
-    *(
-        "created_by",
-        "method",
-        "base_model",
-        "base_digest",
-        "text_digest",
-        "streams",
-        "hidden_states",
-        "encoders",
-        "unchanged",
-        "category",
-        "concept_index",
-        "concept",
-    ),
+    *OF_ENCODERS,
+    *("created_by", "method", "category", "concept_index", "concept"),
     *("concept_kind", "aliases", "prompt", "anchor", "iterations", "target_change", "max_leakage_protected", "effects"),
 )
 _BY = {"linear": "by the weights", "gated": "by the gate"}

@@ -54,22 +54,15 @@ HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, wh
 }
 
 
+# What a header says of the model, and of the text encoders, that a shift was made on.
+OF_ENCODERS = (
+    *("base_model", "base_digest", "text_digest"),
+    *("streams", "hidden_states", "encoders", "unchanged"),
+)
 # What a header says of each text encoder that a file has a part for, beside what it says of all of it.
 OF_A_PART = (
-    *(
-        "unchanged",
-        "base_model",
-        "base_digest",
-        "text_digest",
-        "streams",
-        "hidden_states",
-        "encoders",
-        "gate",
-        "effects",
-        "protected",
-        "target_change",
-    ),
-    *("max_leakage_protected", "rank", "rank_rtol", "scale"),
+    *OF_ENCODERS,
+    *("gate", "effects", "protected", "target_change", "max_leakage_protected", "rank", "rank_rtol", "scale"),
 )
 _WIDEST = 2**16  # of a stream, so that the zeros around others' factors stay few
 _PART = re.compile(r"part(\d+)\.")  # before the names of a part's tensors, from the second one on
