@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import gradio
 import httpx
 import psutil
 import pytest
@@ -165,6 +166,14 @@ def test_an_equal_pair_says_so_instead_of_a_difference():
     assert not values["difference"]["visible"] and values["difference"]["value"] is None and values["equal"]["visible"]
     assert "unchanged, equal in every pixel" in values["message"]["value"]
     assert values["original"]["alt_text"] == "Image of the original model for: the empty prompt"
+
+
+def test_two_visitors_of_the_same_image_fetch_a_file_each(tmp_path):
+    """Gradio writes an image where its digest says, over an equal one that may be on its way to somebody else."""
+    widget = gradio.Image(format="png")
+    widget.GRADIO_CACHE = str(tmp_path)
+    paths = [widget.postprocess(comparison_values(pair(3), "x", [])["edited"]["value"]).path for _ in range(2)]
+    assert paths[0] != paths[1] and len({Image.open(path).tobytes() for path in paths}) == 1
 
 
 def test_words_say_what_was_measured():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from uuid import uuid4
+
+from PIL import Image
 
 from ldm.ledger import demo_words as words
 from ldm.ledger.demo import Comparison, DemoSession
@@ -41,17 +44,17 @@ def comparison_values(comparison: Comparison, prompt: str, names: Sequence[str])
     differs = comparison.max_difference > 0
     return {
         "original": {
-            "value": comparison.original,
+            "value": _of_its_own(comparison.original),
             "label": "Original model",
             "alt_text": f"Image of the original model for: {said}",
         },
         "edited": {
-            "value": comparison.edited,
+            "value": _of_its_own(comparison.edited),
             "label": f"Without {without}" if names else "Nothing erased",
             "alt_text": f"Image of the model without {without} for: {said}",
         },
         "difference": {
-            "value": comparison.scaled_difference if differs else None,
+            "value": _of_its_own(comparison.scaled_difference) if differs else None,
             "label": words.describe_scale(comparison),
             "alt_text": f"Difference of the two images, multiplied by {comparison.scale}",
             "visible": differs,
@@ -60,6 +63,13 @@ def comparison_values(comparison: Comparison, prompt: str, names: Sequence[str])
         "message": {"value": words.describe_comparison(comparison, names)},
         "others": {"value": words.MEASURING},
     }
+
+
+def _of_its_own(image: Image.Image) -> Image.Image:
+    """Return an image whose PNG is like no other: Gradio overwrites an equal one while another visitor fetches it."""
+    image = image.copy()
+    image.info["answer"] = uuid4().hex
+    return image
 
 
 def others_values(demo: DemoSession, names: Sequence[str]) -> Values:
