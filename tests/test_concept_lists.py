@@ -227,6 +227,8 @@ def test_names_that_may_be_one_are_asked_about():
     ]
     with pytest.warns(Notice, match="'Frida Kahlo' and 'Frida Kalho' are spelt nearly alike"):
         read_concepts(["Frida Kahlo", "Frida Kalho"])
+    with pytest.warns(Notice, match="'Picaso' is spelt nearly as Picasso is"):
+        read_concepts(["Picaso"])
 
 
 def test_protected_prompts_come_from_texts_and_files(tmp_path):

@@ -13,7 +13,7 @@ from ldm.config.concept_lists import (
     KIND_NAMES,
     check_apart_from,
     make_concept,
-    near_pairs,
+    notify_of_near,
     read_concepts,
     read_prompts,
     with_anchor,
@@ -30,7 +30,6 @@ from ldm.config.concepts import (
 )
 from ldm.config.methods import ANCHORS, EditConfig, MethodConfig
 from ldm.config.settings import did_you_mean
-from ldm.io.errors import notify
 
 _OLD_PROTECT = (["exact"], ["spectrum"])  # values of --protect when it was another flag
 
@@ -227,9 +226,7 @@ def data_concepts(args: Namespace) -> list[Concept | None]:
             f"{', '.join(names)}"
         )
     own = make_concept(args.prompt)
-    near = [first for first, second in near_pairs([*names, own.name]) if second == own.name]
-    if near:
-        notify(f"'{own.name}' is spelt nearly as {near[0]} is, and taken for a concept of your own: stop if it is not")
+    notify_of_near([own])
     return [own]
 
 

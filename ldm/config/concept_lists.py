@@ -16,6 +16,7 @@ from ldm.config.concepts import (
     check_spelled_once,
     check_templates,
     check_text,
+    erasable_concepts,
     find_by_name,
     identity_of,
     is_one_of,
@@ -63,7 +64,7 @@ def read_concepts(values: Sequence[str], kind: str | None = None, anchor: str | 
         raise ValueError(f"these are {len(concepts)} concepts: give at most {MAX_CONCEPTS} at once")
     check_spelled_once(concepts, places)
     _check_one_each(concepts)
-    _notify_of_near(concepts)
+    notify_of_near(concepts)
     return concepts
 
 
@@ -310,8 +311,8 @@ def _check_one_each(concepts: Sequence[Concept]) -> None:
             notify(f"'{concept.name}' is one concept of this name: for several give {quoted}, apart by spaces")
 
 
-def _notify_of_near(concepts: Sequence[Concept]) -> None:
-    """Ask about concepts that may be one, spelt in two ways."""
+def notify_of_near(concepts: Sequence[Concept]) -> None:
+    """Ask about concepts that may be one, or one of `configs`, spelt in two ways."""
     pairs = near_pairs([concept.name for concept in concepts])
     if pairs:
         shown = ", ".join(f"'{first}' and '{second}'" for first, second in pairs[:3])
@@ -320,6 +321,11 @@ def _notify_of_near(concepts: Sequence[Concept]) -> None:
             f"{shown}{more} are spelt nearly alike: if that is one concept, name it once, and give the other spelling "
             "as an alias, in a file with the columns concept and aliases"
         )
+    names = [concept.name for concept in concepts if _known(concept.name) is None]
+    listed = [concept.name for category in CATEGORIES for concept in erasable_concepts(category)]
+    for known, name in near_pairs([*listed, *names]):
+        if known in listed and name in names:
+            notify(f"'{name}' is spelt nearly as {known} is, and taken for a concept of your own: stop if it is not")
 
 
 def near_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
