@@ -105,7 +105,7 @@ def make_experiment(args: Namespace) -> Experiment:
 
 
 def make_ablation(args: Namespace) -> Experiment:
-    """Return the experiment of an ablation, whose shifts act on the weights: of what is compared no gate depends.
+    """Return the experiment of an ablation, whose shifts act on the weights: on what is compared no gate depends.
 
     Raises ValueError where gates are asked for.
     """

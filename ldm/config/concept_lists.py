@@ -321,10 +321,10 @@ def notify_of_near(concepts: Sequence[Concept]) -> None:
             f"{shown}{more} are spelt nearly alike: if that is one concept, name it once, and give the other spelling "
             "as an alias, in a file with the columns concept and aliases"
         )
-    names = [concept.name for concept in concepts if _known(concept.name) is None]
+    names = [concept.name for concept in concepts]
     listed = [concept.name for category in CATEGORIES for concept in erasable_concepts(category)]
     for known, name in near_pairs([*listed, *names]):
-        if known in listed and name in names:
+        if known in listed and name in names and _known(name) is None:
             notify(f"'{name}' is spelt nearly as {known} is, and taken for a concept of your own: stop if it is not")
 
 

@@ -266,10 +266,7 @@ class TextModel:
 
     def split(self, rows: torch.Tensor) -> Encoded:
         """Return the streams of prompts' rows (N, T + 1, d + p)."""
-        if POOLED not in self.widths:
-            return Encoded(rows)
-        width = self.widths[TOKENS]
-        return Encoded(rows[:, :-1, :width], rows[:, -1, width:])
+        return split_streams(rows, self.widths.get(POOLED, 0))
 
     def align_rows(self, prompts: Sequence[str], anchors: Sequence[str]) -> list[list[int]]:
         """Return, for each row of each prompt, the row of its anchor that stands for it, as `align_tokens` does."""
@@ -385,6 +382,14 @@ def without_masked(states: Mapping[int, torch.Tensor], mask: torch.Tensor) -> di
     ends = (mask * numbers).amax(dim=1, keepdim=True)  # (N, 1)
     kept = torch.where(mask.bool(), numbers, ends)[..., None]  # (N, T, 1)
     return {number: state.gather(1, kept.expand_as(state)) for number, state in states.items()}
+
+
+def split_streams(rows: torch.Tensor, pooled_width: int) -> Encoded:
+    """Return the streams of prompts' rows (N, T + 1, d + p), of which p are the pooled embedding's, or (N, T, d)."""
+    if not pooled_width:
+        return Encoded(rows)
+    width = rows.shape[-1] - pooled_width
+    return Encoded(rows[:, :-1, :width], rows[:, -1, width:])
 
 
 def join_streams(tokens: torch.Tensor, pooled: torch.Tensor | None) -> torch.Tensor:

@@ -70,6 +70,10 @@ def _takes_loras(pipeline: type) -> bool:
 
 
 def lora_tensors(shift: WeightShift, dtype: torch.dtype) -> Weights:
+    """Return a shift as a LoRA in peft's keys, `LAYER.lora_A.weight` (r, in) and `LAYER.lora_B.weight` (out, r).
+
+    Raises ValueError for one that changes whole weights, and for what overflows in `dtype`.
+    """
     if not isinstance(shift, SeparableShift):
         raise ValueError(
             f"{shift.path} changes whole weights, which no LoRA holds: choose `format` compvis, diffusers or unet"

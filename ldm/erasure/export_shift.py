@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from ldm.diffusion.family import STATES_KEY
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.effect import judge
@@ -84,7 +85,7 @@ def join_shifts(paths: Sequence[Path], target: Path) -> pd.DataFrame:
             raise ValueError(
                 f"{path} erases {metadata['concept']}, and {paths[0]} {first['concept']}: give one's files"
             )
-        made_on = json.dumps([metadata.get(name) for name in ("text_digest", "streams", "hidden_states")])
+        made_on = json.dumps([metadata.get(name) for name in ("text_digest", "streams", STATES_KEY)])
         if made_on in known:
             raise ValueError(f"{known[made_on]} and {path} were made on the same text encoder: give one of them")
         known[made_on] = path
@@ -94,7 +95,7 @@ def join_shifts(paths: Sequence[Path], target: Path) -> pd.DataFrame:
         read = {f"{part_prefix(number)}{name}": own[name] for name in own}
         tensors |= read
         streams = ", ".join(sorted(metadata.get("streams", ["tokens"]), reverse=True))
-        size = sum(tensor.numel() * tensor.element_size() for tensor in read.values())
+        size = sum(tensor.nbytes for tensor in read.values())
         rows.append({"made on": metadata.get("base_model"), "changes": streams, "bytes": size})
     said = [{name: value for name, value in metadata.items() if name != "beside"} for _, _, metadata in parts]
     whole = said[0] | {"parts": [changed_from(said[0], part) for part in said[1:]]}

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import weakref
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from ldm.diffusion.components import UnusableModelError
 from ldm.diffusion.families import FAMILIES
-from ldm.diffusion.family import Encoded
 from ldm.diffusion.hollow import hollow_pipeline
 from ldm.diffusion.load import silence_hf_logging
 from ldm.diffusion.text_layers import TextLayers, text_layers
+from ldm.diffusion.text_model import split_streams
 from ldm.erasure.losses import SRSMELoss
 from ldm.erasure.shift import SeparableShift
 
@@ -74,12 +75,7 @@ def training_step_memory(pipe: Any, batch_size: int, directions: int, checkpoint
     width, pooled_width = family.text_dims(denoiser.config)
 
     def predict_noise(latents: torch.Tensor, timestep: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        given = Encoded(rows)
-        if pooled_width:
-            given = Encoded(rows[:, :-1, :width], rows[:, -1, width:])
-        given = Encoded(
-            given.tokens.to(denoiser.dtype), None if given.pooled is None else given.pooled.to(denoiser.dtype)
-        )
+        given = split_streams(rows.to(denoiser.dtype), pooled_width)
         return family.predict(denoiser, latents, timestep, given, side).float()
 
     model: Any = SimpleNamespace(device=host, denoiser=denoiser, predict_noise=predict_noise)
@@ -141,8 +137,8 @@ def _estimate(folder: Path, device: torch.device, batch_size: int, max_direction
     other_parts = texts + _num_bytes(pipe.vae)
     in_float32 = 0 if family.denoiser == "transformer" else _num_bytes(original)  # as a U-Net is read
     for dtype, checkpointing in itertools.product(DTYPES, (False, True)):
-        pipe = hollow_pipeline(folder)
-        denoiser = getattr(pipe, family.denoiser).requires_grad_(False).eval()
+        denoiser = deepcopy(original).requires_grad_(False).eval()
+        setattr(pipe, family.denoiser, denoiser)
         loading = 0 if on_gpu else in_float32 + other_parts
         denoiser.to(dtype=DTYPES[dtype], memory_format=torch.channels_last)
         weights = _num_bytes(denoiser) + (0 if on_gpu else other_parts)

@@ -15,7 +15,6 @@ import pandas as pd
 from ldm.config.concepts import Concept
 from ldm.config.templates import load_template_set
 from ldm.diffusion.text_encoder import PromptEncoder
-from ldm.erasure.gated_edit import GatedPrompts
 from ldm.experiments.gates import FittedGates, Judged, format_rate, milliseconds
 from ldm.experiments.prompt_sets import (
     CAPTIONS,
@@ -70,7 +69,7 @@ def _cost(model: PromptEncoder, gates: FittedGates, judged: Judged) -> dict[str,
     if not hits:
         return dict.fromkeys((GATES, REWRITING, KEYWORDS), float("nan"))
     number, owner = hits[0]
-    prompt, together = judged.prompts.prompts[number], GatedPrompts(gates.together.edits, model.places)
+    prompt, together = judged.prompts.prompts[number], gates.acting_on(model)
     embeds, states = model.encode_with_states([prompt], together.layers)
     index = NameIndex(gates.concepts)
 

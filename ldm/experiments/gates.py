@@ -51,6 +51,10 @@ class FittedGates:
         names = [concept.name for concept in self.concepts]
         return GatedPrompts(dict(zip(names, self.edits, strict=True)))
 
+    def acting_on(self, model: PromptEncoder) -> GatedPrompts:
+        """Return the edits as they change what a model makes of prompts."""
+        return GatedPrompts(self.together.edits, model.places)
+
 
 @dataclass(frozen=True)
 class Decisions:
@@ -135,7 +139,7 @@ def decide(
 
 def find_kept(model: PromptEncoder, gates: FittedGates, prompts: Sequence[str]) -> torch.Tensor:
     """Return which prompts keep every bit of their embedding while the gates act, (N,) bool."""
-    together, found = GatedPrompts(gates.together.edits, model.places), [torch.ones(0, dtype=torch.bool)]
+    together, found = gates.acting_on(model), [torch.ones(0, dtype=torch.bool)]
     for _, before, states in encode_in_batches(model, prompts, together.layers):
         after = together(before, states)
         same = before.view(torch.uint8) == after.view(torch.uint8)  # bytes: 0 and -0 are equal as numbers
