@@ -228,9 +228,13 @@ class TextModel:
     def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
         """Return the rows of prompts (N, T + 1, d + p), or (N, T, d), in float32, as `embedding_edit` leaves them."""
         self.notify_of_cuts(prompts)
+        return self.embed(prompts)
+
+    def embed(self, prompts: list[str]) -> torch.Tensor:
+        """Return what `encode_prompt` does, with a gradient for whatever in the text encoders asks for one."""
         if self.embedding_edit is None:
-            return self.encode_with_states(prompts, {})[0]
-        return self.embedding_edit(*self.encode_with_states(prompts, self.embedding_edit.layers))
+            return self._encode(prompts, {})[0]
+        return self.embedding_edit(*self._encode(prompts, self.embedding_edit.layers))
 
     @torch.no_grad()
     def encode_with_states(
@@ -241,6 +245,9 @@ class TextModel:
         A layer is a number from 0, or `LAST_STATE`: the encoder's columns of what the denoiser is given, or, where it
         gives no tokens, its last hidden state.
         """
+        return self._encode(prompts, layers)
+
+    def _encode(self, prompts: list[str], layers: Mapping[str, Collection[int]]) -> tuple[torch.Tensor, States]:
         for encoder in self._text_encoders.values():
             if encoder.device != self.device:  # moving one that is there already takes a while too
                 encoder.to(self.device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,19 +37,32 @@ def detect(image_dir: Path) -> tuple[pd.DataFrame, int]:
 
     Raises MissingFileError if there are no images, and ValueError if one cannot be read or NudeNet is not installed.
     """
+    detector = _load_detector()
+    paths = list_images(image_dir)
+    rows = []
+    for path in tqdm(paths, desc="detect", unit="image"):
+        name = path.relative_to(image_dir).as_posix()
+        rows += [(name, detection["class"], detection["score"]) for detection in _detect(detector, path)]
+    return pd.DataFrame(rows, columns=["image", "class", "score"]), len(paths)
+
+
+def nude_images(paths: Sequence[Path]) -> list[bool]:
+    """Return of each image file whether an exposed part is detected in it. Raises ValueError as `detect`."""
+    detector = _load_detector()
+    return [any(detection["class"] in EXPOSED_CLASSES for detection in _detect(detector, path)) for path in paths]
+
+
+def _load_detector() -> Any:
     try:
         from nudenet import NudeDetector
     except ImportError as error:
         raise ValueError("NudeNet is not installed: install this package with its extra 'eval'") from error
+    return NudeDetector()
 
-    paths, detector = list_images(image_dir), NudeDetector()
-    rows = []
-    for path in tqdm(paths, desc="detect", unit="image"):
-        pixels = np.asarray(open_image(path))[..., ::-1]  # (H, W, 3), in the detector's order BGR
-        name = path.relative_to(image_dir).as_posix()
-        detections = detector.detect(np.ascontiguousarray(pixels))
-        rows += [(name, detection["class"], detection["score"]) for detection in detections]
-    return pd.DataFrame(rows, columns=["image", "class", "score"]), len(paths)
+
+def _detect(detector: Any, path: Path) -> list[dict[str, Any]]:
+    pixels = np.asarray(open_image(path))[..., ::-1]  # (H, W, 3), in the detector's order BGR
+    return detector.detect(np.ascontiguousarray(pixels))
 
 
 def count(detections: pd.DataFrame, min_score: float) -> dict[str, int]:

@@ -1,0 +1,137 @@
+"""What probes of the robustness suite share: whom they ask, what they find, and images that are each made once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from ldm.config.concepts import Concept
+from ldm.config.methods import SamplingConfig
+from ldm.diffusion.image_folder import generate_to_folder
+from ldm.diffusion.model import DiffusionModel
+from ldm.erasure.merge import by_form, edited, shifts_metadata
+from ldm.erasure.shift import WeightShift
+from ldm.experiments.experiment import TRAIN_SEED_OFFSET
+from ldm.io.files import file_digest
+from ldm.io.images import image_filename
+from ldm.io.prompts import PromptCase, make_cases
+from ldm.metrics.judge import Judge
+
+SHOWN = "shown"  # the measure that is a share of images in which the judge sees the concept
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model as probes meet it: `name` says by which contender `shifts` were made, which act in `form`.
+
+    The one without shifts is the unedited model. `restored` are shifts of the same contender that are left out.
+    """
+
+    name: str
+    shifts: Mapping[str, WeightShift] = field(default_factory=dict)
+    form: str = "linear"
+    restored: Mapping[str, WeightShift] = field(default_factory=dict)
+
+    @cached_property
+    def folder(self) -> str:
+        """The name of its folder: its own, and the digest of its shifts' files and of the form in which they act."""
+        if not self.shifts:
+            return self.name
+        digests = "".join(file_digest(Path(shift.path)) for shift in self.shifts.values())
+        gated = "".join(by_form(self.shifts, self.form)[0])
+        digest = hashlib.sha256(f"{digests} {gated}".encode()).hexdigest()[:8]
+        return f"{self.name.replace(',', '').replace(' ', '-')}-{digest}"
+
+
+UNEDITED = Subject("unedited")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a probe found by one `kind` of trial: a share, `hits` of `n`, or the mean `value` of another measure."""
+
+    kind: str
+    measure: str
+    n: int
+    value: float
+    hits: int | None = None
+
+    @classmethod
+    def share(cls, kind: str, hits: int, n: int, measure: str = SHOWN) -> Finding:
+        """Return the finding of a share."""
+        return cls(kind, measure, n, hits / n if n else float("nan"), hits)
+
+
+@dataclass
+class Bench:
+    """What probes work with: a model and its sampling, the judge, and a folder in which all that is made is kept.
+
+    `category` is that of the concepts. `images` is the number of images of each finding, and all seeds follow from
+    `seed`.
+    """
+
+    model: DiffusionModel
+    category: str
+    folder: Path
+    judge: Judge
+    sampling: SamplingConfig
+    images: int = 16
+    seed: int = 2024
+
+    def place(self, subject: Subject, concept: Concept, *names: str) -> Path:
+        """Return the folder, or the file, in which something of a subject and a concept is kept."""
+        return self.folder.joinpath(subject.folder, concept.label, *(name.replace(" ", "-") for name in names))
+
+    def edited(self, subject: Subject) -> AbstractContextManager[None]:
+        """While the block runs, let the model be the subject's."""
+        return edited(self.model, subject.shifts, subject.form)
+
+    def draw(
+        self, subject: Subject, folder: Path, prompts: Sequence[str], number: int = 0, **sampling: float
+    ) -> list[Path]:
+        """Return image files of prompts by a subject, `number` of each or about `images` in all, made where they lack.
+
+        `sampling` are settings that are other than the bench's.
+        """
+        cases = self.cases(prompts, number)
+        with self.edited(subject):
+            return self.draw_here(subject, folder, cases, **sampling)
+
+    def draw_here(self, subject: Subject, folder: Path, cases: Sequence[PromptCase], **sampling: float) -> list[Path]:
+        """Return image files of cases by the model as it is now, within `edited` and whatever else acts on it."""
+        metadata = {**shifts_metadata(subject.shifts, subject.form), **self.model.generation_metadata}
+        generate_to_folder(self.model, cases, folder, metadata, replace(self.sampling, **sampling))
+        return [folder / image_filename(case.case_number, 0) for case in cases]
+
+    def cases(self, prompts: Sequence[str], number: int = 0) -> list[PromptCase]:
+        """Return `number` cases of each prompt; as many as make about `images` in all where no number is given."""
+        return make_cases(prompts, number or max(1, -(-self.images // len(prompts))), self.seed)
+
+    def pictures(self, concept: Concept, number: int = 20) -> list[Path]:
+        """Return pictures of a concept by the unedited model, which attackers have, of seeds that nothing else has."""
+        cases = [replace(c, seed=c.seed + TRAIN_SEED_OFFSET) for c in make_cases([concept.prompt], number, self.seed)]
+        return self.draw_here(UNEDITED, self.place(UNEDITED, concept, "pictures"), cases)
+
+    def shown(self, kind: str, paths: Sequence[Path], concept: Concept) -> Finding:
+        """Return the share of images in which the judge sees a concept."""
+        return Finding.share(kind, sum(self.judge.shows(paths, concept)), len(paths))
+
+
+class Probe(Protocol):
+    """One question about an erasure, asked of every subject in the same way."""
+
+    name: ClassVar[str]
+    is_slow: ClassVar[bool]  # whether it trains something
+
+    def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
+        """Return what it finds of a subject about a concept that this erases. What is there is not made again."""
+        ...
+
+    def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
+        """Return what it finds, by the same kinds and measures, where the concept was never learnt; or nothing."""
+        ...
