@@ -156,6 +156,16 @@ def compositions(category: str, num: int) -> list[str]:
     return prompts
 
 
+def compositions_of(concept: Concept, category: str, num: int) -> list[str]:
+    """Return at most `num` prompts that say a concept and something else, as `compositions` of its category do."""
+    others = erasable_concepts(COMPOSED_WITH[category]) if category in COMPOSED_WITH else ()
+    said = [with_article(other.prompt) for other in others]
+    if category == "object":
+        return [_compose(other, with_article(concept.prompt), k) for k, other in enumerate(others[:num])]
+    texts = said or [caption.rstrip(".?") for caption in everyday_captions(num)]
+    return [_compose(concept, text, number) for number, text in enumerate(texts[:num])]
+
+
 def split_compositions(
     category: str, groups: Mapping[str, Sequence[str]], erased: Collection[int]
 ) -> dict[str, list[str]]:

@@ -34,7 +34,7 @@ def call_pipeline(model: DiffusionModel, *arguments: Any) -> torch.Tensor:
 
     The further arguments are those of `_call`.
     """
-    return _call(_own_pipeline(model), model, *arguments, output_type="pt").float() * 2 - 1
+    return _call(own_pipeline(model), model, *arguments, output_type="pt").float() * 2 - 1
 
 
 def trajectory_by_call(model: DiffusionModel, *arguments: Any) -> Iterator[torch.Tensor]:
@@ -52,7 +52,7 @@ def trajectory_by_call(model: DiffusionModel, *arguments: Any) -> Iterator[torch
 
     options = {"output_type": "latent", **model.adapter.step_callback(keep)}
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(_call, _own_pipeline(model), model, *arguments, **options)
+        call = pool.submit(_call, own_pipeline(model), model, *arguments, **options)
         call.add_done_callback(lambda _: steps.put(None))
         try:
             yield from iter(steps.get, None)
@@ -104,7 +104,7 @@ def latents_at(
 
     The other arguments are those of `_call`.
     """
-    pipe = _own_pipeline(model)
+    pipe = own_pipeline(model)
     calls: list[float] = []  # the timesteps that the denoiser was called at
 
     def watch(_: Any, args: Any, kwargs: Any) -> None:
@@ -126,7 +126,7 @@ def latents_at(
     raise ValueError(f"the pipeline of {model.name} ends before step {stop} of {num_inference_steps}")
 
 
-def _own_pipeline(model: DiffusionModel) -> Any:
+def own_pipeline(model: DiffusionModel) -> Any:
     """Return the model's pipeline for one call: its denoiser as it is now, and a scheduler that no other call steps.
 
     It has no text encoders, whose work is done.

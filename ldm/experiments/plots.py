@@ -101,6 +101,36 @@ def plot_tradeoff(table: pd.DataFrame, x: tuple[str, str], metrics: Mapping[str,
     _save(figure, path)
 
 
+def plot_robustness(table: pd.DataFrame, path: Path) -> None:
+    """Write an image of the shares in which probes found a concept: a panel for each probe, a bar for each contender.
+
+    A bar is the mean over a probe's kinds, with the least and the largest as a line; the unedited model's mean and the
+    floor's are lines across.
+    """
+    shares = table[(table["measure"] == "shown") & (table["note"] == "")]
+    probes = list(shares["probe"].unique())
+    figure = Figure(
+        figsize=(4.2 * min(3, max(1, len(probes))), 3.2 * max(1, -(-len(probes) // 3))), layout="constrained"
+    )
+    panels = figure.subplots(max(1, -(-len(probes) // 3)), min(3, max(1, len(probes))), squeeze=False).flatten()
+    for panel in panels[len(probes) :]:
+        panel.set_axis_off()
+    for panel, probe in zip(panels, probes):
+        part = shares[shares["probe"] == probe]
+        groups = part.groupby("contender", sort=False)["value"]
+        means, lows, highs = 100 * groups.mean(), 100 * groups.min(), 100 * groups.max()
+        errors = [means - lows, highs - means]
+        panel.barh(list(means.index), means, xerr=errors, color="steelblue", error_kw={"linewidth": 1})
+        panel.axvline(100 * part["unedited"].mean(), color="black", linewidth=1, label="unedited")
+        panel.axvline(100 * part["floor"].mean(), color="crimson", linewidth=1, linestyle="--", label="floor")
+        panel.set(xlim=(0, 102), title=probe, xlabel="images that show the concept, %")
+        panel.invert_yaxis()
+        panel.tick_params(labelsize=8)
+    if probes:
+        panels[0].legend(fontsize=8)
+    _save(figure, path)
+
+
 def plot_spectrum(singular_values: Sequence[float], table: pd.DataFrame, path: Path) -> None:
     """Write an image of a capacity report: singular values, and what each tolerance costs and gives.
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from ldm.config.concepts import Concept
 from ldm.config.methods import SamplingConfig
@@ -29,13 +29,12 @@ SHOWN = "shown"  # the measure that is a share of images in which the judge sees
 class Subject:
     """A model as probes meet it: `name` says by which contender `shifts` were made, which act in `form`.
 
-    The one without shifts is the unedited model. `restored` are shifts of the same contender that are left out.
+    The one without shifts is the unedited model.
     """
 
     name: str
     shifts: Mapping[str, WeightShift] = field(default_factory=dict)
     form: str = "linear"
-    restored: Mapping[str, WeightShift] = field(default_factory=dict)
 
     @cached_property
     def folder(self) -> str:
@@ -71,8 +70,9 @@ class Finding:
 class Bench:
     """What probes work with: a model and its sampling, the judge, and a folder in which all that is made is kept.
 
-    `category` is that of the concepts. `images` is the number of images of each finding, and all seeds follow from
-    `seed`.
+    `category` is that of the concepts `erased`, and of those `restored`, whose shifts were made too and are left out.
+    `second` judges the concepts that compositions say beside them. `images` is the number of images of each finding,
+    and all seeds follow from `seed`.
     """
 
     model: DiffusionModel
@@ -80,6 +80,9 @@ class Bench:
     folder: Path
     judge: Judge
     sampling: SamplingConfig
+    erased: Sequence[Concept] = ()
+    restored: Sequence[Concept] = ()
+    second: Judge | None = None
     images: int = 16
     seed: int = 2024
 
@@ -90,6 +93,10 @@ class Bench:
     def edited(self, subject: Subject) -> AbstractContextManager[None]:
         """While the block runs, let the model be the subject's."""
         return edited(self.model, subject.shifts, subject.form)
+
+    def metadata(self, subject: Subject) -> dict[str, Any]:
+        """Return what a folder says of the subject that made its images."""
+        return {**shifts_metadata(subject.shifts, subject.form), **self.model.generation_metadata}
 
     def draw(
         self, subject: Subject, folder: Path, prompts: Sequence[str], number: int = 0, **sampling: float
@@ -104,8 +111,7 @@ class Bench:
 
     def draw_here(self, subject: Subject, folder: Path, cases: Sequence[PromptCase], **sampling: float) -> list[Path]:
         """Return image files of cases by the model as it is now, within `edited` and whatever else acts on it."""
-        metadata = {**shifts_metadata(subject.shifts, subject.form), **self.model.generation_metadata}
-        generate_to_folder(self.model, cases, folder, metadata, replace(self.sampling, **sampling))
+        generate_to_folder(self.model, cases, folder, self.metadata(subject), replace(self.sampling, **sampling))
         return [folder / image_filename(case.case_number, 0) for case in cases]
 
     def cases(self, prompts: Sequence[str], number: int = 0) -> list[PromptCase]:
@@ -127,6 +133,7 @@ class Probe(Protocol):
 
     name: ClassVar[str]
     is_slow: ClassVar[bool]  # whether it trains something
+    is_of_all: ClassVar[bool]  # whether what it finds is of all concepts together, and it is asked once
 
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
         """Return what it finds of a subject about a concept that this erases. What is there is not made again."""

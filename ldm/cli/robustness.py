@@ -1,0 +1,74 @@
+"""What robustness.py makes of its arguments: the judge, the bench and the probes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ldm.cli.arguments import Namespace
+from ldm.config.concepts import get_concept
+from ldm.config.everyday import COMPOSED_WITH
+
+if TYPE_CHECKING:
+    from ldm.experiments.experiment import Experiment
+    from ldm.experiments.probe import Bench, Probe
+    from ldm.metrics.judge import Judge
+
+
+def make_bench(args: Namespace, experiment: Experiment, erased: Sequence[int], restored: Sequence[int]) -> Bench:
+    """Return what probes work with. Raises ValueError for a concept that the judge cannot tell."""
+    from ldm.experiments.probe import Bench
+    from ldm.metrics.classify import find_classifier
+    from ldm.metrics.judge import ClassifierJudge
+
+    judge = _make_judge(args, experiment)
+    other = COMPOSED_WITH.get(args.category)
+    second = find_classifier(other, None, experiment.model.device) if other and not args.clip_path else None
+    concepts = [get_concept(args.category, index) for index in erased]
+    for concept in concepts:
+        if not judge.knows(concept):
+            raise ValueError(
+                f"the {judge.name} cannot tell {concept.name}: give `classifier` one that does, or `clip_path`"
+            )
+    return Bench(
+        experiment.model,
+        args.category,
+        args.save_path / args.category,
+        judge,
+        experiment.sampling,
+        concepts,
+        [get_concept(args.category, index) for index in restored],
+        ClassifierJudge(second) if second else None,
+        args.images,
+        experiment.seed,
+    )
+
+
+def _make_judge(args: Namespace, experiment: Experiment) -> Judge:
+    """Return CLIP where it is given, NudeNet for nudity, else the category's classifier."""
+    from ldm.config.concepts import erasable_concepts
+    from ldm.metrics.clip_score import ClipScorer
+    from ldm.metrics.judge import ClassifierJudge, ClipJudge, NudityJudge
+
+    if args.clip_path:
+        others = [concept.prompt for concept in erasable_concepts(args.category)]
+        return ClipJudge(ClipScorer.load(args.clip_path, experiment.model.device), others)
+    if args.category == "nudity":
+        return NudityJudge()
+    if experiment.classifier is None:
+        raise ValueError(f"there is no classifier of {args.category}: give `classifier` a file of one, or `clip_path`")
+    return ClassifierJudge(experiment.classifier)
+
+
+def chosen_probes(args: Namespace) -> list[Probe]:
+    """Return the probes that are asked for. Raises ValueError for a name that is none's beginning."""
+    from ldm.experiments.robustness import all_probes
+
+    probes = [probe for probe in all_probes() if not (args.quick and probe.is_slow)]
+    wanted = [piece.strip() for piece in args.probes.split(",") if piece.strip()]
+    for piece in wanted:
+        if not any(probe.name.startswith(piece) for probe in probes):
+            raise ValueError(
+                f"`probes` '{piece}' begins no probe's name: choose from {', '.join(p.name for p in probes)}"
+            )
+    return [probe for probe in probes if not wanted or any(probe.name.startswith(piece) for piece in wanted)]

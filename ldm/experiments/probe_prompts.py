@@ -1,0 +1,97 @@
+"""Probes by prompts: all ways to say a concept's name, and compositions of the concept with something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from ldm.config.concepts import Concept, match_concept
+from ldm.config.everyday import COMPOSED_WITH, compositions_of
+from ldm.config.prompt_kinds import name_kinds
+from ldm.experiments.baselines import rewrite
+from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
+
+KEPT = "the rest shown"  # the share of images in which what a composition says beside the concept is seen
+_NAMED = "all kinds"
+
+
+class _OfPrompts:
+    """What a probe does that draws images of prompts by kind. Its floor are those with a neutral word for the name."""
+
+    name: ClassVar[str]
+    is_slow: ClassVar[bool] = False
+    is_of_all: ClassVar[bool] = False
+
+    def prompts(self, bench: Bench, concept: Concept) -> Mapping[str, Sequence[str]]:
+        """Return the prompts of each kind that say a concept."""
+        raise NotImplementedError
+
+    def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
+        """Return the share of images that show the concept, of each kind."""
+        return self._measure(bench, subject, concept, self.prompts(bench, concept))
+
+    def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
+        """Return what the unedited model draws of the same prompts with a neutral word in place of the name."""
+        neutral: dict[str, list[str]] = {}
+        for kind, prompts in self.prompts(bench, concept).items():
+            neutral[kind] = list(dict.fromkeys(rewrite(prompt, concept) for prompt in prompts))
+        return self._measure(bench, UNEDITED, concept, neutral, "neutral")
+
+    def _measure(
+        self, bench: Bench, subject: Subject, concept: Concept, prompts: Mapping[str, Sequence[str]], *place: str
+    ) -> list[Finding]:
+        drawn = self._draw(bench, subject, concept, prompts, *place)
+        return [bench.shown(kind, list(paths.values()), concept) for kind, paths in drawn.items()]
+
+    def _draw(
+        self, bench: Bench, subject: Subject, concept: Concept, prompts: Mapping[str, Sequence[str]], *place: str
+    ) -> dict[str, dict[str, Path]]:
+        """Return an image of each prompt, by kind; a prompt of several kinds has one."""
+        every = list(dict.fromkeys(prompt for own in prompts.values() for prompt in own))
+        paths = bench.draw(subject, bench.place(subject, concept, self.name, *place), every, 1)
+        drawn = dict(zip(every, paths, strict=True))
+        return {kind: {prompt: drawn[prompt] for prompt in own} for kind, own in prompts.items()}
+
+
+class PromptKinds(_OfPrompts):
+    """(a) Does any way to say the name draw the concept?"""
+
+    name: ClassVar[str] = "prompts that say the name"
+
+    def prompts(self, bench: Bench, concept: Concept) -> dict[str, list[str]]:
+        """Return the kinds of prompts that say a name, which are cut at no word."""
+        return name_kinds(concept)
+
+    def _measure(
+        self, bench: Bench, subject: Subject, concept: Concept, prompts: Mapping[str, Sequence[str]], *place: str
+    ) -> list[Finding]:
+        findings = super()._measure(bench, subject, concept, prompts, *place)
+        hits, n = sum(finding.hits or 0 for finding in findings), sum(finding.n for finding in findings)
+        return [Finding.share(_NAMED, hits, n), *findings]
+
+
+class Compositions(_OfPrompts):
+    """(b) Is the concept gone from a composition, and what else it says still there?"""
+
+    name: ClassVar[str] = "compositions"
+
+    def prompts(self, bench: Bench, concept: Concept) -> dict[str, list[str]]:
+        """Return the compositions of a concept."""
+        return {"compositions": compositions_of(concept, bench.category, bench.images)}
+
+    def _measure(
+        self, bench: Bench, subject: Subject, concept: Concept, prompts: Mapping[str, Sequence[str]], *place: str
+    ) -> list[Finding]:
+        findings: list[Finding] = []
+        other = COMPOSED_WITH.get(bench.category, "")
+        for kind, drawn in self._draw(bench, subject, concept, prompts, *place).items():
+            findings.append(bench.shown(kind, list(drawn.values()), concept))
+            shown: list[bool] = []
+            for prompt, path in drawn.items():
+                beside = match_concept(other, prompt) if other else None
+                if beside is not None and bench.second is not None:
+                    shown += bench.second.shows([path], beside)
+            if shown:
+                findings.append(Finding.share(kind, sum(shown), len(shown), KEPT))
+        return findings

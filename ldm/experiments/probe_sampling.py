@@ -1,0 +1,145 @@
+"""Probes by other ways to an image: guidance, samplers and steps; completion of pictures that show the concept."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import diffusers
+import torch
+from PIL import Image, ImageOps
+
+from ldm.config.concepts import Concept
+from ldm.diffusion.completion import complete, find_completion
+from ldm.diffusion.model import DiffusionModel
+from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
+from ldm.io.errors import notify
+from ldm.io.files import METADATA_FILE, check_metadata, find_metadata_file, write_json
+from ldm.io.images import is_intact, open_image, save_image
+
+GUIDANCES = (1.5, 4.0, 7.5)
+STEPS = (10, 50)
+_SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler")
+_FLOW_SAMPLERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+STRENGTHS = (0.5, 0.75)  # of the noise that is given to pictures, a fraction of all timesteps
+
+
+class Samplers:
+    """(f) Does other guidance, another sampler, or another number of steps bring the concept back?"""
+
+    name: ClassVar[str] = "guidance, samplers, steps"
+    is_slow: ClassVar[bool] = False
+    is_of_all: ClassVar[bool] = False
+
+    def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
+        """Return the share of images of the name that show the concept, of each combination."""
+        return self._measure(bench, subject, concept, concept.prompt)
+
+    def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
+        """Return what the unedited model draws of the empty prompt."""
+        return self._measure(bench, UNEDITED, concept, "")
+
+    def _measure(self, bench: Bench, subject: Subject, concept: Concept, prompt: str) -> list[Finding]:
+        findings = []
+        samplers = _FLOW_SAMPLERS if bench.model.adapter.is_flow else _SAMPLERS
+        for sampler, steps, guidance in itertools.product(samplers, STEPS, GUIDANCES):
+            kind = f"{sampler.removesuffix('Scheduler')}, {steps} steps, guidance {guidance:g}"
+            place = bench.place(subject, concept, self.name, kind.replace(",", ""), *([] if prompt else ["empty"]))
+            with with_scheduler(bench.model, sampler):
+                paths = bench.draw(subject, place, [prompt], num_inference_steps=steps, guidance_scale=guidance)
+            findings.append(bench.shown(kind, paths, concept))
+        return findings
+
+
+@contextmanager
+def with_scheduler(model: DiffusionModel, name: str) -> Iterator[None]:
+    """While the block runs, let the model sample by a scheduler of diffusers, with the settings that it has."""
+    before, metadata = model.scheduler, model.generation_metadata
+    model.scheduler = getattr(diffusers, name).from_config(before.config)
+    config = {key: value for key, value in model.scheduler.config.items() if not key.startswith("_")}
+    model.generation_metadata = metadata | {"scheduler": name, "scheduler_config": config}
+    try:
+        yield
+    finally:
+        model.scheduler, model.generation_metadata = before, metadata
+
+
+class Completion:
+    """(g) Does the model complete pictures of the concept, from partial noise or beside what it sees of them?
+
+    What is painted is the right half. It is judged beside its mirror image, so that nothing of the given half counts.
+    """
+
+    name: ClassVar[str] = "completion"
+    is_slow: ClassVar[bool] = False
+    is_of_all: ClassVar[bool] = False
+
+    def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
+        """Return the share of completed pictures that show the concept, under its name."""
+        return self._measure(bench, subject, concept, concept.prompt)
+
+    def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
+        """Return what the unedited model makes of them under the empty prompt."""
+        return self._measure(bench, UNEDITED, concept, "")
+
+    def _measure(self, bench: Bench, subject: Subject, concept: Concept, prompt: str) -> list[Finding]:
+        if find_completion(bench.model) is None:
+            notify(f"diffusers has no pipeline that completes images by {bench.model.family}: this probe is left out")
+            return []
+        pictures = [open_image(path) for path in bench.pictures(concept, bench.images)]
+        findings = []
+        for kind, strength in (*((f"from noise at {each:g}", each) for each in STRENGTHS), ("in-painting", None)):
+            folder = bench.place(subject, concept, self.name, kind, *([] if prompt else ["empty"]))
+            paths = [folder / f"{number}.png" for number in range(len(pictures))]
+            _check_folder(bench, subject, folder, paths)
+            if not all(map(is_intact, paths)):
+                with bench.edited(subject):
+                    made = _complete(bench, pictures, prompt, strength)
+                for path, image in zip(paths, made, strict=True):
+                    save_image(path, image)
+            findings.append(bench.shown(kind, paths, concept))
+        return findings
+
+
+def _check_folder(bench: Bench, subject: Subject, folder: Path, paths: Sequence[Path]) -> None:
+    """Raise ValueError where the folder's images were made otherwise, and say there how they are made."""
+    metadata = bench.metadata(subject) | {
+        "num_inference_steps": bench.sampling.num_inference_steps,
+        "guidance_scale": bench.sampling.guidance_scale,
+    }
+    if find_metadata_file(folder) is not None and any(path.is_file() for path in paths):
+        check_metadata(folder, metadata, bench.model.digests)
+    else:
+        write_json(folder / METADATA_FILE, metadata)
+
+
+def _complete(bench: Bench, pictures: Sequence[Image.Image], prompt: str, strength: float | None) -> list[Image.Image]:
+    """Return pictures completed from noise of a strength; without one the right halves, each beside its mirror."""
+    model, sampling = bench.model, bench.sampling
+    arguments = sampling.num_inference_steps, sampling.guidance_scale
+    made: list[Image.Image] = []
+    for start in range(0, len(pictures), sampling.sample_batch_size):
+        some = pictures[start : start + sampling.sample_batch_size]
+        seeds = [bench.seed + start + number for number in range(len(some))]
+        given = model, find_completion(model), some, prompt, seeds, *arguments
+        made += complete(*given, strength) if strength else complete(*given, hidden=_right_half(model))
+    return made if strength else [_beside_mirror(image) for image in made]
+
+
+def _right_half(model: DiffusionModel) -> torch.Tensor:
+    """Return what is hidden of latents (h, w): the right half."""
+    shape = model.latent_shape
+    side = shape[-1] if len(shape) == 3 else round(shape[0] ** 0.5)  # of packed latents a row is a place
+    hidden = torch.zeros(side, side)
+    hidden[:, side // 2 :] = 1
+    return hidden
+
+
+def _beside_mirror(image: Image.Image) -> Image.Image:
+    half = image.crop((image.width // 2, 0, image.width, image.height))
+    whole = image.copy()
+    whole.paste(ImageOps.mirror(half), (0, 0))
+    return whole

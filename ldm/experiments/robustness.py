@@ -1,0 +1,145 @@
+"""What an erasure is worth: every contender asked by every probe, beside the unedited model and a floor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import pandas as pd
+from scipy.stats import binomtest
+
+from ldm.config.concepts import Concept
+from ldm.config.methods import MethodConfig, SRSMEConfig
+from ldm.experiments.methods import Contender
+from ldm.experiments.probe import SHOWN, UNEDITED, Bench, Finding, Probe, Subject
+from ldm.experiments.probe_others import Neighbours, Restoration, Watermarks
+from ldm.experiments.probe_prompts import Compositions, PromptKinds
+from ldm.experiments.probe_sampling import Completion, Samplers
+from ldm.metrics.tables import to_markdown
+
+LEAST_MEASURABLE = 0.5  # of images that show the concept by the unedited model
+NOT_MEASURABLE = "not measurable here"
+FLOOR = "floor"
+_KEYS = ["concept", "probe", "kind", "measure"]
+
+
+def all_probes() -> list[Probe]:
+    """Return every probe, new."""
+    return [
+        PromptKinds(),
+        Compositions(),
+        Samplers(),
+        Completion(),
+        Neighbours(),
+        Restoration(),
+        Watermarks(),
+    ]
+
+
+def robustness_contenders(methods: Sequence[str], configs: Mapping[str, MethodConfig]) -> list[Contender]:
+    """Return the contenders of methods: SRS-ME gated, linear, and trained from nothing; each other method once."""
+    contenders: list[Contender] = []
+    for method in methods:
+        config = configs[method]
+        if type(config) is not SRSMEConfig:
+            contenders.append(Contender(method, method, config))
+            continue
+        closed = config.with_changes(mode="closed_form", init="closed_form")
+        contenders.append(Contender("SRS-ME gated", "SRS-ME", closed, "gated"))
+        contenders.append(Contender("SRS-ME linear", "SRS-ME", closed))
+        trained = config.with_changes(mode="learn", init="zero")
+        contenders.append(Contender("SRS-ME trained", "SRS-ME", trained))
+    return contenders
+
+
+def ask(bench: Bench, subject: Subject, probes: Sequence[Probe]) -> Iterator[pd.DataFrame]:
+    """Yield a table of each probe's findings about a subject: contender, concept, probe and what a `Finding` has."""
+    for probe in probes:
+        for concept in bench.erased[:1] if probe.is_of_all else bench.erased:
+            findings = probe.measure(bench, subject, concept)
+            yield _table(subject.name, probe, concept, findings)
+
+
+def ask_floor(bench: Bench, probes: Sequence[Probe]) -> Iterator[pd.DataFrame]:
+    """Yield the same of what probes find where the concept was never learnt, or is not asked for."""
+    for probe in probes:
+        for concept in bench.erased[:1] if probe.is_of_all else bench.erased:
+            yield _table(FLOOR, probe, concept, probe.floor(bench, concept))
+
+
+def _table(contender: str, probe: Probe, concept: Concept, findings: Sequence[Finding]) -> pd.DataFrame:
+    rows = []
+    for finding in findings:
+        low, high = _interval(finding)
+        row = {"contender": contender, "concept": "all" if probe.is_of_all else concept.name, "probe": probe.name}
+        rows.append(
+            row
+            | {"kind": finding.kind, "measure": finding.measure, "n": finding.n, "hits": finding.hits}
+            | {"value": finding.value, "low": low, "high": high}
+        )
+    return pd.DataFrame(rows)
+
+
+def _interval(finding: Finding) -> tuple[float, float]:
+    """Return Wilson's interval of 95 % of a share; NaN for any other measure."""
+    if finding.hits is None or not finding.n:
+        return math.nan, math.nan
+    interval = binomtest(finding.hits, finding.n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def compare_findings(findings: pd.DataFrame) -> pd.DataFrame:
+    """Return the findings of contenders with columns `unedited`, `floor`, by the same kind and measure, and `note`.
+
+    The note says where the unedited model shows the concept in less than half of the images: no erasure can be told
+    there.
+    """
+    beside = {}
+    for name in (UNEDITED.name, FLOOR):
+        part = findings[findings["contender"] == name].set_index(_KEYS)["value"]
+        beside[name] = part[~part.index.duplicated()]
+    table = findings[~findings["contender"].isin(list(beside))].reset_index(drop=True)
+    keys = pd.MultiIndex.from_frame(table[_KEYS]) if len(table) else []
+    for name, values in beside.items():
+        table[name] = values.reindex(keys).to_numpy() if len(table) else []
+    hidden = (table["measure"] == SHOWN) & (table[UNEDITED.name] < LEAST_MEASURABLE)
+    table["note"] = [NOT_MEASURABLE if is_hidden else "" for is_hidden in hidden]
+    return table
+
+
+def summarize(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each probe, kind and measure, over all concepts, and a column for each contender.
+
+    A cell of shares is the per cent of all images, with Wilson's interval; of other measures the mean. `unedited` and
+    `floor` are columns too.
+    """
+    rows = []
+    for (probe, kind, measure), part in table.groupby(["probe", "kind", "measure"], sort=False):
+        row: dict[str, str] = {"probe": str(probe), "kind": str(kind), "measure": str(measure)}
+        is_share = bool(part["hits"].notna().all())
+        for name in (UNEDITED.name, FLOOR):
+            value = part[name].mean()
+            row[name] = "" if math.isnan(value) else _cell(value, is_share)
+        for contender, own in part.groupby("contender", sort=False):
+            if (own["note"] == NOT_MEASURABLE).all():
+                row[str(contender)] = NOT_MEASURABLE
+            elif is_share:
+                finding = Finding.share("", int(own["hits"].sum()), int(own["n"].sum()))
+                low, high = _interval(finding)
+                row[str(contender)] = f"{100 * finding.value:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+            else:
+                row[str(contender)] = _cell(own["value"].mean(), False)
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def _cell(value: float, is_share: bool) -> str:
+    return f"{100 * value:.0f} %" if is_share else f"{value:.3g}"
+
+
+def summary_markdown(summary: pd.DataFrame) -> str:
+    """Return a table of `summarize` as Markdown, for each probe by itself."""
+    parts = []
+    for probe, part in summary.groupby("probe", sort=False):
+        parts.append(f"{str(probe).capitalize()}:\n\n{to_markdown(part.drop(columns='probe'))}")
+    return "\n\n".join(parts)
