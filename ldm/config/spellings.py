@@ -20,6 +20,14 @@ def misspellings(name: str) -> list[str]:
     return list(found)
 
 
+def respellings(name: str) -> list[str]:
+    """Return other ways to write a name that readers still take for it: case, hyphens, letters apart, possessives."""
+    words, letters = name.split(), name.replace(" ", "")
+    found = [name.lower(), name.upper(), "-".join(words), "_".join(words), "".join(words).lower()]
+    found += [" ".join(letters.lower()), f"{name}\u2019s", f"{'-'.join(words)}'s"]
+    return [text for text in dict.fromkeys(found) if text != name]
+
+
 def lookalikes(name: str, words: Sequence[str], num: int, tail: str = "") -> list[str]:
     """Return made-up words that begin or end as a name's last word does, or end in `tail`, and go on as one of `words`.
 

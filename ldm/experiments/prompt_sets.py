@@ -16,7 +16,7 @@ import torch
 
 from ldm.config.concepts import Concept
 from ldm.config.everyday import everyday_captions, kin_names, near_misses
-from ldm.config.spellings import misspellings, says, shared_last_words
+from ldm.config.spellings import misspellings, respellings, says, shared_last_words
 from ldm.config.templates import fill, load_template_set
 from ldm.diffusion.tokenizer import read_part
 from ldm.io.prompts import read_prompt_csv
@@ -136,14 +136,6 @@ def _own_prompts(concept: Concept, num_misspelt: int) -> dict[str, list[str]]:
         own[HELD_OUT] += [fill(template, spelling) for template in held_out]
         own[TEMPLATES] += [fill(template, spelling) for template in (*kind.templates, *concept.templates)]
     return own
-
-
-def respellings(name: str) -> list[str]:
-    """Return other ways to write a name that readers still take for it: case, hyphens, letters apart, possessives."""
-    words, letters = name.split(), name.replace(" ", "")
-    found = [name.lower(), name.upper(), "-".join(words), "_".join(words), "".join(words).lower()]
-    found += [" ".join(letters.lower()), f"{name}\u2019s", f"{'-'.join(words)}'s"]
-    return [text for text in dict.fromkeys(found) if text != name]
 
 
 class NameIndex:
