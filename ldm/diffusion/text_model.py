@@ -304,13 +304,16 @@ class TextModel:
         """Return the tokenizers, in the order of the text encoders."""
         return self._tokenizers
 
-    def notify_of_cuts(self, prompts: Iterable[str]) -> None:
-        """Say once of prompts that are longer than the model's tokens how many, which, and where each is cut."""
+    def notify_of_cuts(self, prompts: Iterable[str], is_brief: bool = False) -> None:
+        """Say once of prompts that are longer than the model's tokens how many, which, and where each is cut.
+
+        In brief it is said how many.
+        """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._checked_prompts]
         if len(self._checked_prompts) > _MAX_CHECKED:
             self._checked_prompts.clear()
         self._checked_prompts.update(new)
-        for line in describe_cuts(self._tokenizers, new):
+        for line in describe_cuts(self._tokenizers, new)[: 1 if is_brief else None]:
             notify(line)
 
     def embed_prompts(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:

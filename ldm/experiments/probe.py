@@ -12,8 +12,11 @@ from typing import Any, ClassVar, Protocol
 
 from ldm.config.concepts import Concept
 from ldm.config.methods import SamplingConfig
+from ldm.config.prompt_kinds import name_kinds
+from ldm.config.spellings import says
 from ldm.diffusion.image_folder import generate_to_folder
 from ldm.diffusion.model import DiffusionModel
+from ldm.diffusion.tokenizer import read_part
 from ldm.erasure.merge import by_form, edited, shifts_metadata
 from ldm.erasure.shift import WeightShift
 from ldm.experiments.experiment import TRAIN_SEED_OFFSET
@@ -93,6 +96,21 @@ class Bench:
     def edited(self, subject: Subject) -> AbstractContextManager[None]:
         """While the block runs, let the model be the subject's."""
         return edited(self.model, subject.shifts, subject.form)
+
+    def name_kinds(self, concept: Concept) -> dict[str, list[str]]:
+        """Return prompts that say a concept's name, by kind: those of which the model reads the name, or all."""
+        kinds = {kind: self._read(prompts, concept) for kind, prompts in name_kinds(concept).items()}
+        prompts = [prompt for own in kinds.values() for prompt in own]
+        self.model.notify_of_cuts(prompts, is_brief=True)
+        return {kind: prompts for kind, prompts in kinds.items() if prompts}
+
+    def _read(self, prompts: Sequence[str], concept: Concept) -> list[str]:
+        found: list[str] = []
+        for prompt in prompts:
+            parts = [read_part(tokenizer, prompt) for tokenizer in self.model.tokenizers]  # None where nothing is cut
+            if all(part is None or says(part, concept.spellings) for part in parts):
+                found.append(prompt)
+        return found
 
     def metadata(self, subject: Subject) -> dict[str, Any]:
         """Return what a folder says of the subject that made its images."""

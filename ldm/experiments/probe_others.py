@@ -11,7 +11,6 @@ import torch
 
 from ldm.config.concepts import Concept, erasable_concepts, watermark_prompts
 from ldm.config.everyday import PROMPT_LISTS, compositions_of, everyday_prompts
-from ldm.config.prompt_kinds import name_kinds
 from ldm.config.spellings import says
 from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
 from ldm.io.files import atomic_write
@@ -40,7 +39,8 @@ class Neighbours:
 
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
         """Return the mean and the largest LPIPS of the twenty, and the share of prompts whose predictions stay."""
-        prompts = unprotected_prompts(bench, subject)
+        prompts = unprotected_prompts(bench)
+        bench.model.notify_of_cuts(prompts, is_brief=True)
         if self._unedited is None:
             self._unedited = _predictions(bench, UNEDITED, list(prompts))
         changes = (_predictions(bench, subject, list(prompts)) - self._unedited).flatten(1)
@@ -68,7 +68,7 @@ class Neighbours:
         return []
 
 
-def unprotected_prompts(bench: Bench, subject: Subject) -> dict[str, str]:
+def unprotected_prompts(bench: Bench) -> dict[str, str]:
     """Return the prompts that nothing protects and that say no erased concept, each with its group."""
     groups = {name: everyday_prompts(name) for name in PROMPT_LISTS}
     groups["other concepts"] = []
@@ -132,7 +132,7 @@ class Restoration:
 
 def _restored_prompts(bench: Bench, concept: Concept) -> dict[str, list[str]]:
     """Return the prompts of a restored concept by kind."""
-    kinds = name_kinds(concept)
+    kinds = bench.name_kinds(concept)
     return {
         "names": list(dict.fromkeys(concept.spellings)),
         "templates": concept.held_out_prompts,

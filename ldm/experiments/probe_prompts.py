@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from ldm.config.concepts import Concept, match_concept
 from ldm.config.everyday import COMPOSED_WITH, compositions_of
-from ldm.config.prompt_kinds import name_kinds
 from ldm.experiments.baselines import rewrite
 from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
 
@@ -60,8 +59,8 @@ class PromptKinds(_OfPrompts):
     name: ClassVar[str] = "prompts that say the name"
 
     def prompts(self, bench: Bench, concept: Concept) -> dict[str, list[str]]:
-        """Return the kinds of prompts that say a name, which are cut at no word."""
-        return name_kinds(concept)
+        """Return the prompts that say a name by kind."""
+        return bench.name_kinds(concept)
 
     def _measure(
         self, bench: Bench, subject: Subject, concept: Concept, prompts: Mapping[str, Sequence[str]], *place: str
