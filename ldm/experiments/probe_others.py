@@ -174,7 +174,7 @@ class Watermarks:
 
 
 def _empty_images(bench: Bench, concept: Concept) -> list[Path]:
-    return bench.draw(UNEDITED, bench.folder / UNEDITED.folder / "empty", [""], 2 * bench.images)
+    return bench.draw(UNEDITED, bench.folder / UNEDITED.folder / "empty", [""], 8 * bench.images)
 
 
 def _nearest(bench: Bench, paths: Sequence[Path], marks: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
