@@ -68,29 +68,25 @@ def detection_table(
     for a concept without a gated shift.
     """
     check_unedited(model)
-    lacking = [each.concept for each in kinds if each.concept.label not in shifts]
-    lacking += [each.concept for each in kinds if shifts[each.concept.label].gated is None] if not lacking else []
-    if lacking:
-        raise ValueError(f"{lacking[0].name} has no shift with a gate here: erase it in the `form` gated first")
+    for each in kinds:
+        shift = shifts.get(each.concept.label)
+        if shift is None or shift.gated is None:
+            raise ValueError(f"{each.concept.name} has no shift with a gate here: erase it in the `form` gated first")
     prompts = list(dict.fromkeys(text for each in kinds for text in each.prompts))
     fired, leakages = _found_by_gates(model, shifts, prompts)
     whole = {each.concept.label: anchor_change(model, each.concept) for each in kinds}
-    by_kind: dict[tuple[str, bool], list[KindOfPrompts]] = {}
+    by_kind: dict[tuple[str, bool], list[tuple[Concept, str]]] = {}
     for each in kinds:
-        by_kind.setdefault((each.kind, each.is_meant), []).append(each)
+        for text in each.prompts:
+            by_kind.setdefault((each.kind, each.is_meant), []).append((each.concept, text))
     rows: list[dict[str, Any]] = []
-    for (kind, is_meant), group in by_kind.items():
-        errors, changes = dict.fromkeys((GATES, KEYWORDS, REWRITING), 0), list[float]()
-        for each in group:
-            label = each.concept.label
-            for text in each.prompts:
-                by_gate, by_name = label in fired[text], says(text, each.concept.spellings)
-                decided = {GATES: by_gate, KEYWORDS: by_name, REWRITING: by_gate and by_name}
-                for name, is_found in decided.items():
-                    errors[name] += is_found != is_meant
-                changes.append(leakages[text] / whole[label])
-        if changes:
-            rows.append(_row(kind, is_meant, errors, changes))
+    for (kind, is_meant), asked in by_kind.items():
+        by_gate = [concept.label in fired[text] for concept, text in asked]
+        by_name = [says(text, concept.spellings) for concept, text in asked]
+        rewritten = [all(found) for found in zip(by_gate, by_name, strict=True)]
+        decided = {GATES: by_gate, KEYWORDS: by_name, REWRITING: rewritten}
+        errors = {name: found.count(not is_meant) for name, found in decided.items()}
+        rows.append(_row(kind, is_meant, errors, [leakages[text] / whole[concept.label] for concept, text in asked]))
     return pd.DataFrame(rows)
 
 
