@@ -11,8 +11,8 @@ from ldm.diffusion.tokenizer import read_whole
 from ldm.erasure.effect import anchor_change
 from ldm.erasure.embedding_map import fit_map
 from ldm.erasure.gate import Gate
-from ldm.erasure.gated_edit import LAST_STATE, GatedEdit
-from ldm.erasure.leakage import gated_leakage
+from ldm.erasure.gated_edit import LAST_STATE, GatedEdit, GatedPrompts
+from ldm.erasure.leakage import joint_leakage
 from ldm.erasure.merge import edited
 from ldm.erasure.shift import EmbeddingShift, SeparableShift
 from ldm.experiments.baselines import GATES, KEYWORDS, REWRITING
@@ -65,7 +65,11 @@ def test_the_filter_finds_what_has_the_name_and_the_rewriting_needs_both(table):
 def test_the_change_is_leakage_over_what_the_name_alone_would_change(tiny, table):
     edit, prompts = shift_of(True).gated, ["van go", "van goff"]
     assert edit is not None
-    leakages = gated_leakage(tiny, edit, prompts, *tiny.encode_with_states(prompts, {"text_encoder": [LAST_STATE]}))
+    read = tiny.encode_with_states(prompts, {"text_encoder": [LAST_STATE]})
+    before = tiny.layer_inputs(read[0])
+    after = tiny.layer_inputs(GatedPrompts({"": edit}, tiny.places)(*read))
+    both = (dict(zip(prompts, each, strict=True)) for each in (before, after))
+    leakages = joint_leakage(tiny.text_layers, [], *both)
     expected = sum(leakages.values()) / 2 / anchor_change(tiny, VANGOGH)
     assert expected > 0.01 and table.at["homophones", "change"] == pytest.approx(expected, abs=2e-3)
 

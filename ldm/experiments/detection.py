@@ -23,7 +23,7 @@ from ldm.diffusion.text_model import TextModel
 from ldm.diffusion.tokenizer import read_whole
 from ldm.erasure.effect import anchor_change
 from ldm.erasure.gate_fitter import rate
-from ldm.erasure.leakage import joint_leakage
+from ldm.erasure.leakage import gated_leakage
 from ldm.erasure.merge import check_unedited, gated_prompts
 from ldm.erasure.shift import WeightShift
 from ldm.experiments.baselines import GATES, KEYWORDS, REWRITING
@@ -100,9 +100,7 @@ def _found_by_gates(
     leakages: dict[str, float] = {}
     for some, embeds, states in encode_in_batches(model, prompts, together.layers, "detect"):
         fired |= dict(zip(some, together.fired(states), strict=True))
-        before, after = (model.layer_inputs(each).cpu().double() for each in (embeds, together(embeds, states)))
-        both = (dict(zip(some, each, strict=True)) for each in (before, after))
-        leakages |= joint_leakage(model.text_layers, [], *both)
+        leakages |= gated_leakage(model, together, some, embeds, states)
     return fired, leakages
 
 
