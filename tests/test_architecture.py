@@ -308,7 +308,8 @@ OLD_WORDS = {
 }
 # No prose: keys and names, and the captions that the bundled models were trained on.
 NO_PROSE = re.compile(r"\S*|a picture( of \{\w*\}( by \{\w*\})?)?")
-CAPTION_FILES = ("ldm/toy/natural.py", "configs/templates.yaml")  # whose texts are prompts as a person would write them
+# Whose texts are prompts as a person would write them.
+CAPTION_FILES = ("ldm/toy/natural.py", "configs/templates.yaml", "configs/prompt_kinds.yaml", "configs/meanings.yaml")
 COMMENT = re.compile(r"(?:^|\s)#(.*)", re.MULTILINE)
 CODE_SPAN = re.compile(r"`[^`\n]*`|\]\([^)]*\)|!\[[^\]]*\]")
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)

@@ -106,10 +106,10 @@ def joint_leakage(
 
 
 def gated_leakage(
-    model: TextModel, edit: GatedEdit, prompts: Sequence[str], embeds: torch.Tensor, states: States
+    model: TextModel, gates: GatedPrompts, prompts: Sequence[str], embeds: torch.Tensor, states: States
 ) -> dict[str, float]:
-    """Return the leakage of a gate and its map on prompts with embeddings (N, rows, d) and hidden `states`."""
-    edited = GatedPrompts({"": edit}, model.places)(embeds, states)
+    """Return the leakage of gates and their maps on prompts with embeddings (N, rows, d) and hidden `states`."""
+    edited = gates(embeds, states)
     changed = (edited != embeds).flatten(1).any(1)  # few: what the rest becomes needs no product
     before, after = (model.layer_inputs(each[changed]).cpu().double() for each in (embeds, edited))
     gram, found = model.output_gram, torch.zeros(len(prompts), dtype=torch.float64)
@@ -144,7 +144,7 @@ class EmbeddingCache:
             batches = list(encode_in_batches(self.model, texts, layers))
             embeds = torch.cat([found.cpu() for _, found, _ in batches])
             self._read[key] = embeds, join_states([states for _, _, states in batches])
-        return gated_leakage(self.model, edit, texts, *self._read[key])
+        return gated_leakage(self.model, GatedPrompts({"": edit}, self.model.places), texts, *self._read[key])
 
 
 def _differences(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
