@@ -4,7 +4,7 @@ Every method erases the concepts of --erased_index and those of --restored, whos
 asked by every probe, beside the unedited model and a floor: what is found where the concept was never learnt, or is not
 asked for.
 Shares have Wilson's interval of 95 %. SRS-ME is there gated, linear, and trained from nothing. Writes robustness.csv
-(every finding), .md and .png into SAVE_PATH/CATEGORY. The same command resumes a stopped run: shifts, images, and what
+(every finding), .md and .png, and detection.md (gates beside a filter of keywords) into SAVE_PATH/CATEGORY. The same command resumes a stopped run: shifts, images, and what
 attacks learn are made once.
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
         raise ValueError("`form`: both forms are asked here, so leave it out")
     import pandas as pd
 
-    from ldm.cli.robustness import chosen_probes, make_bench
+    from ldm.cli.robustness import chosen_probes, make_bench, write_detection
     from ldm.experiments.methods import MethodComparison
     from ldm.experiments.probe import UNEDITED, Subject
     from ldm.experiments.robustness import ask, ask_floor, robustness_contenders
@@ -82,6 +82,8 @@ def main() -> None:
         left = {label: shift for label, shift in shifts.items() if int(label) in erased}
         tables += ask(bench, Subject(contender.name, left, contender.form), probes)
         write(pd.concat(tables, ignore_index=True), path)
+        if contender.form == "gated":
+            write_detection(bench, left, path.with_name("detection.md"))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from ldm.config.models import bundled_config, load_model_config
 from ldm.config.spellings import says
 from ldm.diffusion.completion import complete, find_completion
 from ldm.diffusion.load import load_model
-from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
-from ldm.experiments.probe_others import LPIPS, UNCHANGED, Neighbours, Restoration, Watermarks
+from ldm.experiments.probe import UNCHANGED, UNEDITED, Bench, Finding, Subject
+from ldm.experiments.probe_others import LPIPS, Neighbours, Restoration, Watermarks
 from ldm.experiments.probe_prompts import KEPT, Compositions, PromptKinds
 from ldm.experiments.probe_sampling import Completion, Samplers, with_scheduler
 from ldm.experiments.robustness import (

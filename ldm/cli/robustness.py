@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.arguments import Namespace
@@ -10,6 +11,7 @@ from ldm.config.concepts import get_concept
 from ldm.config.everyday import COMPOSED_WITH
 
 if TYPE_CHECKING:
+    from ldm.erasure.shift import WeightShift
     from ldm.experiments.experiment import Experiment
     from ldm.experiments.probe import Bench, Probe
     from ldm.metrics.judge import Judge
@@ -42,6 +44,22 @@ def make_bench(args: Namespace, experiment: Experiment, erased: Sequence[int], r
         args.images,
         experiment.seed,
     )
+
+
+def write_detection(bench: Bench, shifts: Mapping[str, WeightShift], path: Path) -> None:
+    """Write what gates, a filter of keywords and a rewriting find of prompts about the erased concepts, kind by kind.
+
+    Where one of the concepts has no gate nothing is written.
+    """
+    from ldm.experiments.detection import detection_table, prompts_about
+    from ldm.io.files import write_text
+    from ldm.metrics.tables import to_markdown
+
+    if not all(shifts[concept.label].gated for concept in bench.erased):
+        return
+    kinds = [kind for concept in bench.erased for kind in prompts_about(concept, bench.model.tokenizers[0])]
+    write_text(path, to_markdown(detection_table(bench.model, shifts, kinds)) + "\n")
+    print(f"-> {path}")
 
 
 def _make_judge(args: Namespace, experiment: Experiment) -> Judge:

@@ -47,7 +47,18 @@ def prompts_about(concept: Concept, tokenizer: Any, path: Path = PATH) -> list[K
     `path` is the file of meanings.
     """
     max_words = max(tokenizer.model_max_length // 2, len(concept.prompt.split()))
-    found = name_kinds(concept, max_words=max_words) | load_meanings(concept, path)
+    return [
+        *_read_kinds(name_kinds(concept, max_words=max_words), concept, tokenizer),
+        *meanings_about(concept, tokenizer, path),
+    ]
+
+
+def meanings_about(concept: Concept, tokenizer: Any, path: Path = PATH) -> list[KindOfPrompts]:
+    """Return those of `prompts_about` that mean a concept without its name, or miss it nearly."""
+    return _read_kinds(load_meanings(concept, path), concept, tokenizer)
+
+
+def _read_kinds(found: Mapping[str, Sequence[str]], concept: Concept, tokenizer: Any) -> list[KindOfPrompts]:
     kinds: list[KindOfPrompts] = []
     for kind, prompts in found.items():
         read = read_whole(tokenizer, prompts)

@@ -26,6 +26,7 @@ from ldm.io.prompts import PromptCase, make_cases
 from ldm.metrics.judge import Judge
 
 SHOWN = "shown"  # the measure that is a share of images in which the judge sees the concept
+UNCHANGED = "images unchanged"  # that of images in which no pixel differs by more than 1 of 255 from the unedited
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,10 @@ class Bench:
         cases = self.cases(prompts, number)
         with self.edited(subject):
             return self.draw_here(subject, folder, cases, **sampling)
+
+    def draw_unedited(self, folder: Path, prompts: Sequence[str], number: int = 0) -> list[Path]:
+        """Return the unedited model's images of what `draw` made in a folder."""
+        return self.draw(UNEDITED, folder / UNEDITED.name, prompts, number)
 
     def draw_here(self, subject: Subject, folder: Path, cases: Sequence[PromptCase], **sampling: float) -> list[Path]:
         """Return image files of cases by the model as it is now, within `edited` and whatever else acts on it."""

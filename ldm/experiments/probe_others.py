@@ -12,11 +12,11 @@ import torch
 from ldm.config.concepts import Concept, erasable_concepts, watermark_prompts
 from ldm.config.everyday import PROMPT_LISTS, compositions_of, everyday_prompts
 from ldm.config.spellings import says
-from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
+from ldm.experiments.probe import UNCHANGED, UNEDITED, Bench, Finding, Subject
 from ldm.io.files import atomic_write
 from ldm.metrics.lpips import pairwise_metrics
 
-LPIPS, UNCHANGED = "LPIPS to the unedited model", "images unchanged"
+LPIPS = "LPIPS to the unedited model"
 _TIMESTEPS = (0.5, 0.9)  # of all, at which predictions are compared
 _DRAWN = 40  # of the prompts whose predictions change most
 _SHOWN = 20  # of these, whose images change most
@@ -49,7 +49,7 @@ class Neighbours:
         drawn = sorted(list(prompts)[number] for number in order)
         place = bench.folder / subject.folder / self.name
         own = bench.draw(subject, place, drawn, 1)
-        metrics = pairwise_metrics(bench.draw(UNEDITED, place / "unedited", drawn, 1), own, bench.model.device)
+        metrics = pairwise_metrics(bench.draw_unedited(place, drawn, 1), own, bench.model.device)
         table = pd.DataFrame(
             {"prompt": drawn, "group": [prompts[prompt] for prompt in drawn], "lpips": metrics["lpips"]}
         )

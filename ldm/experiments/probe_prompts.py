@@ -1,4 +1,4 @@
-"""Probes by prompts: all ways to say a concept's name, and compositions of the concept with something else."""
+"""Probes by prompts: all ways to say a concept's name, compositions with something else, and what means it unnamed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import ClassVar
 
 from ldm.config.concepts import Concept, match_concept
 from ldm.config.everyday import COMPOSED_WITH, compositions_of
+from ldm.config.meanings import NEAR_MISSES
+from ldm.config.templates import load_template_set
 from ldm.experiments.baselines import rewrite
-from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
+from ldm.experiments.detection import KindOfPrompts, meanings_about
+from ldm.experiments.probe import UNCHANGED, UNEDITED, Bench, Finding, Subject
+from ldm.metrics.lpips import pairwise_metrics
 
 KEPT = "the rest shown"  # the share of images in which what a composition says beside the concept is seen
 _NAMED = "all kinds"
@@ -94,3 +98,38 @@ class Compositions(_OfPrompts):
             if shown:
                 findings.append(Finding.share(kind, sum(shown), len(shown), KEPT))
         return findings
+
+
+class Meanings(_OfPrompts):
+    """(k) Do prompts draw the concept that mean it without its name? Do near misses, which do not, stay as they are?
+
+    Where the unedited model does not know what they mean nothing can be told by images. Then `detection` tells which of
+    them are found.
+    """
+
+    name: ClassVar[str] = "meanings"
+
+    def prompts(self, bench: Bench, concept: Concept) -> dict[str, list[str]]:
+        """Return the prompts that mean a concept by kind, without near misses."""
+        found = {kind.kind: list(kind.prompts) for kind in self._meanings(bench, concept) if kind.is_meant}
+        return {kind: prompts for kind, prompts in found.items() if prompts}
+
+    def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
+        """Return the share of images that show the concept, and that of near misses whose images stay."""
+        findings = super().measure(bench, subject, concept)
+        missed = [prompt for kind in self._meanings(bench, concept) if not kind.is_meant for prompt in kind.prompts]
+        if missed:
+            place = bench.place(subject, concept, NEAR_MISSES)
+            own, before = bench.draw(subject, place, missed, 1), bench.draw_unedited(place, missed, 1)
+            same = pairwise_metrics(before, own, bench.model.device)["max_abs_diff"] <= 1
+            findings.append(Finding.share(NEAR_MISSES, int(same.sum()), len(missed), UNCHANGED))
+        return findings
+
+    def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
+        """Return how often the unedited model draws the concept where prompts say the neutral word of its kind."""
+        neutral = load_template_set(concept.kind).neutral
+        paths = bench.draw(UNEDITED, bench.place(UNEDITED, concept, self.name, "neutral"), [neutral])
+        return [bench.shown(kind, paths, concept) for kind in self.prompts(bench, concept)]
+
+    def _meanings(self, bench: Bench, concept: Concept) -> list[KindOfPrompts]:
+        return meanings_about(concept, bench.model.tokenizers[0])

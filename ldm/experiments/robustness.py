@@ -13,7 +13,7 @@ from ldm.config.methods import MethodConfig, SRSMEConfig
 from ldm.experiments.methods import Contender
 from ldm.experiments.probe import SHOWN, UNEDITED, Bench, Finding, Probe, Subject
 from ldm.experiments.probe_others import Neighbours, Restoration, Watermarks
-from ldm.experiments.probe_prompts import Compositions, PromptKinds
+from ldm.experiments.probe_prompts import Compositions, Meanings, PromptKinds
 from ldm.experiments.probe_sampling import Completion, Samplers
 from ldm.metrics.tables import to_markdown
 
@@ -33,6 +33,7 @@ def all_probes() -> list[Probe]:
         Neighbours(),
         Restoration(),
         Watermarks(),
+        Meanings(),
     ]
 
 
