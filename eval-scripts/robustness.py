@@ -3,9 +3,9 @@
 Every method erases the concepts of --erased_index and those of --restored, whose shifts are then left out. Each is
 asked by every probe, beside the unedited model and a floor: what is found where the concept was never learnt, or is not
 asked for.
-Shares have Wilson's interval of 95 %. SRS-ME is there gated, linear, and trained from nothing. Writes robustness.csv
-(every finding), .md and .png, and detection.md (gates beside a filter of keywords) into SAVE_PATH/CATEGORY. The same command resumes a stopped run: shifts, images, and what
-attacks learn are made once.
+Shares have Wilson's interval of 95 %. SRS-ME is there gated, linear, and trained. Writes robustness.csv (every
+finding), .md and .png, and detection.md (gates beside a filter of keywords) into SAVE_PATH/CATEGORY. The same command
+resumes a stopped run: shifts, images, and what attacks learn are made once.
 """
 
 from pathlib import Path
