@@ -170,7 +170,8 @@ def test_a_flag_of_learning_asks_for_learning(typed):
     concepts.add_erasure(parser, SRSMEConfig)
     for name in ("mini-sd", "mini-sd-minilm", "some other"):
         config = method_config(parser.parse_args(typed), bundled_config(name), "SRS-ME")
-        assert (config.mode, config.init) == ("learn", "zero")
+        starts = bundled_config(name).methods["SRS-ME"].init if typed[0] != "--init" else "zero"  # type: ignore[attr-defined]
+        assert (config.mode, config.init) == ("learn", starts)
     config = method_config(parser.parse_args(["--ridge_weight", "1"]), bundled_config("mini-sd"), "SRS-ME")
     assert (config.mode, config.init) == ("closed_form", "closed_form")
     config = method_config(parser.parse_args([*typed, "--mode", "closed_form"]), bundled_config("mini-sd"), "SRS-ME")

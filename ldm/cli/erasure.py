@@ -139,12 +139,8 @@ def _check_erased(
 def _implied(config: MethodConfig, base: MethodConfig) -> dict[str, str]:
     """Return, by name, the settings that another flag asked for, with that flag: --lr asks for the mode learn."""
     asking = [flag for name, flag in spelled.items() if name in (*LEARNING_SETTINGS, "init")]
-    names = ("mode", "init") if asking else ()
-    return {
-        name: asking[0]
-        for name in names
-        if name not in spelled and getattr(config, name, None) != getattr(base, name, None)
-    }
+    learns = asking and "mode" not in spelled and getattr(config, "mode", None) != getattr(base, "mode", None)
+    return {"mode": asking[0]} if learns else {}
 
 
 def _export(args: Namespace, model: DiffusionModel, shifts: Mapping[str, WeightShift], prompts: Sequence[str]) -> None:

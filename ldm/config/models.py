@@ -198,7 +198,7 @@ def with_asked(config: MethodConfig, changes: Mapping[str, Any]) -> MethodConfig
     """Return a method's settings with what a user asked for in their place.
 
     That decides whether SRS-ME trains: the `mode`, or else a setting that acts only in training, or `init` zero, asks
-    for training from zero, as in the paper; `max_steps` 0 stops at the closed form.
+    for training, from what `init` says; `max_steps` 0 stops at the closed form.
     """
     if not isinstance(config, SRSMEConfig):
         return config.with_changes(**changes)
@@ -210,7 +210,7 @@ def with_asked(config: MethodConfig, changes: Mapping[str, Any]) -> MethodConfig
     asks = LEARNING_SETTINGS & set(changes) or changes.get("init") == "zero"
     if "mode" in changes or not asks:
         return config.with_changes(**changes)
-    return config.with_changes(**{"mode": "learn", "init": "zero", **changes})
+    return config.with_changes(**{"mode": "learn", **changes})
 
 
 def describe_sources(config: ModelConfig, sections: Sequence[str], typed: Mapping[str, str]) -> str:

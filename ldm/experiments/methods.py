@@ -87,8 +87,7 @@ def list_contenders(
             contenders.append(Contender(f"SRS-ME linear {factor:g}", "SRS-ME linear", closed.with_changes(**scales)))
         words_alone = closed.with_changes(**_WORDS_ALONE)
         contenders.append(Contender("SRS-ME linear, words alone", "SRS-ME linear, words alone", words_alone))
-        trained = config.with_changes(mode="learn", init="zero")
-        contenders.append(Contender("SRS-ME trained", "SRS-ME trained", trained))
+        contenders.append(Contender("SRS-ME trained", "SRS-ME trained", config.with_changes(mode="learn")))
     return contenders
 
 

@@ -38,7 +38,7 @@ def all_probes() -> list[Probe]:
 
 
 def robustness_contenders(methods: Sequence[str], configs: Mapping[str, MethodConfig]) -> list[Contender]:
-    """Return the contenders of methods: SRS-ME gated, linear, and trained from nothing; each other method once."""
+    """Return the contenders of methods: SRS-ME gated, linear, and trained; each other method once."""
     contenders: list[Contender] = []
     for method in methods:
         config = configs[method]
@@ -48,8 +48,7 @@ def robustness_contenders(methods: Sequence[str], configs: Mapping[str, MethodCo
         closed = config.with_changes(mode="closed_form", init="closed_form")
         contenders.append(Contender("SRS-ME gated", "SRS-ME", closed, "gated"))
         contenders.append(Contender("SRS-ME linear", "SRS-ME", closed))
-        trained = config.with_changes(mode="learn", init="zero")
-        contenders.append(Contender("SRS-ME trained", "SRS-ME", trained))
+        contenders.append(Contender("SRS-ME trained", "SRS-ME", config.with_changes(mode="learn")))
     return contenders
 
 
