@@ -37,16 +37,26 @@ def latents_from_folder(
 def noised_batches(
     model: DiffusionModel, latents: torch.Tensor, batch_size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield what `denoising_batches` does without the target: z_t (batch_size, C, h, w) and t (batch_size,)."""
+    for noised, timesteps, _ in denoising_batches(model, latents, batch_size, seed):
+        yield noised, timesteps
+
+
+def denoising_batches(
+    model: DiffusionModel, latents: torch.Tensor, batch_size: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield endless batches of clean `latents` (N, C, h, w), noised to random timesteps.
 
-    A batch is z_t (batch_size, C, h, w) and t (batch_size,), the same on every device for the same seed.
+    A batch is z_t (batch_size, C, h, w), t (batch_size,), and what the denoiser was trained to predict of them, as z_t;
+    the same on every device for the same seed.
     """
     generator = torch.Generator().manual_seed(seed)
     while True:
         indices = torch.randint(len(latents), (batch_size,), generator=generator)
         timesteps = torch.randint(model.num_train_timesteps, (batch_size,), generator=generator).to(model.device)
         noise = torch.randn((batch_size, *latents.shape[1:]), generator=generator).to(latents)
-        yield model.add_noise(latents[indices.to(latents.device)], noise, timesteps), timesteps
+        clean = latents[indices.to(latents.device)]
+        yield model.add_noise(clean, noise, timesteps), timesteps, model.denoising_target(clean, noise, timesteps)
 
 
 def sampled_batches(

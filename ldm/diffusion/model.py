@@ -226,6 +226,23 @@ class DiffusionModel(TextModel):
         alpha_bar = self._alpha_bar(timestep).to(latents.dtype)
         return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
+    def denoising_target(self, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Return what the denoiser was trained to predict, (N, ...), where `add_noise` takes the same arguments.
+
+        Of a diffusion it is the noise, or the velocity `sqrt(a_t) noise - sqrt(1 - a_t) z`, of a flow `noise - z`.
+        """
+        if self.adapter.is_flow:
+            return noise - latents
+        if self.predicts_noise:
+            return noise
+        alpha_bar = self._alpha_bar(timestep).to(latents.dtype)
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
+
+    @property
+    def predicts_noise(self) -> bool:
+        """Return whether the denoiser predicts the noise, and not a velocity."""
+        return not self.adapter.is_flow and self.scheduler.config.get("prediction_type", "epsilon") == "epsilon"
+
     def denoiser_output(
         self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
     ) -> torch.Tensor:
@@ -244,7 +261,7 @@ class DiffusionModel(TextModel):
         Ho, arXiv 2202.00512). Of a flow it is the velocity.
         """
         output = self.denoiser_output(latents, timestep, prompt_embeds)
-        if self.adapter.is_flow or self.scheduler.config.get("prediction_type", "epsilon") == "epsilon":
+        if self.adapter.is_flow or self.predicts_noise:
             return output
         alpha_bar = self._alpha_bar(timestep.to(self.device))
         return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * latents.to(self.device)

@@ -49,7 +49,7 @@ class TrainableLoss(Protocol):
         """Return what is trained."""
         ...
 
-    def __call__(self, latents: Any, timestep: Any) -> LossOutput:
+    def __call__(self, latents: Any, timestep: Any, /) -> LossOutput:
         """Return the loss of one batch."""
         ...
 
