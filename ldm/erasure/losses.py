@@ -6,6 +6,7 @@ for a concept with a model config's settings. The joint one is made of such part
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.config.concepts import Concept
+from ldm.config.concepts import Concept, watermark_prompts
 from ldm.config.methods import ESDConfig, FinetuneConfig, FullCorrelationConfig, SRSMEConfig
 from ldm.diffusion.edits import (
     add_layer_outputs,
@@ -242,6 +243,9 @@ class FullCorrelationLoss(_FinetuneLoss):
 
     `mean(r(theta') r(theta)) + l1_weight (sum over weights of |theta' - theta|_1) / weights` with SRS-ME's r; no null
     space holds the empty prompt, so its prediction changes too. `target_embeds` and `uncond_embeds` are (1, tokens, d).
+
+    What is led away from a concept may be led to a watermark. `repelled` (weight, embeddings (P, tokens, d)) adds
+    `weight max(0, <r(theta'), r_p> / <r_p, r_p>) mean(r^2)`, r_p of one of these prompts in turn.
     """
 
     def __init__(
@@ -251,15 +255,19 @@ class FullCorrelationLoss(_FinetuneLoss):
         uncond_embeds: torch.Tensor,
         l1_weight: float,
         train_method: str = "xattn",
+        repelled: tuple[float, torch.Tensor] | None = None,
     ):
         super().__init__(model, target_embeds, train_method)
         self.uncond_embeds, self.l1_weight = uncond_embeds, l1_weight
+        self.repel_weight, repelled_embeds = repelled or (0.0, target_embeds)
+        self._in_turn = itertools.cycle(repelled_embeds.split(1))
 
     @classmethod
     def from_config(cls, model: DiffusionModel, concept: Concept, config: FullCorrelationConfig) -> Self:
         """Return the loss for a concept."""
-        target_embeds = model.encode_prompt([concept.prompt])
-        return cls(model, target_embeds, model.encode_uncond(), config.l1_weight, config.train_method)
+        target_embeds, marks = model.encode_prompt([concept.prompt]), model.encode_prompt(list(watermark_prompts()))
+        repelled = config.repel_weight, marks
+        return cls(model, target_embeds, model.encode_uncond(), config.l1_weight, config.train_method, repelled)
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor) -> LossOutput:
         with torch.no_grad():
@@ -270,13 +278,21 @@ class FullCorrelationLoss(_FinetuneLoss):
             edited_uncond, edited_target = _predict_pair(
                 self.model, latents, timestep, self.uncond_embeds, self.target_embeds
             )
-        representation = (target_noise - uncond_noise).to(latents.device)
-        correlation = ((edited_target - edited_uncond) * representation).mean()
+        representation, edited = (target_noise - uncond_noise).to(latents.device), edited_target - edited_uncond
+        correlation = (edited * representation).mean()
+        repulsion = torch.zeros_like(correlation)
+        if self.repel_weight:
+            mark = next(self._in_turn).expand(len(latents), -1, -1)
+            with torch.no_grad():
+                other = (self.frozen.predict_noise(latents, timestep, mark) - uncond_noise).to(latents.device)
+            towards = (edited * other).mean() / other.square().mean()
+            repulsion = self.repel_weight * towards.relu() * representation.square().mean()
         sizes = [
             (weight - self.model.denoiser.get_parameter(name)).abs().sum() for name, weight in self.student.items()
         ]
         size = reduce(torch.add, sizes)
-        return LossOutput(correlation + self.l1_weight * size / len(self.student), correlation)
+        led_away = correlation + repulsion
+        return LossOutput(led_away + self.l1_weight * size / len(self.student), led_away)
 
 
 class _AnchoredLoss(_FinetuneLoss):
