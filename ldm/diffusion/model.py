@@ -226,6 +226,18 @@ class DiffusionModel(TextModel):
         alpha_bar = self._alpha_bar(timestep).to(latents.dtype)
         return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
+    def training_target(self, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Return what `denoiser_output` is trained to be, (N, ...), where `noise` was added to clean `latents`, (N, ...).
+
+        It is the noise, or its velocity: `sqrt(a_t) noise - sqrt(1 - a_t) z` of a diffusion, `noise - z` of a flow.
+        """
+        if self.adapter.is_flow:
+            return noise - latents
+        if self.scheduler.config.get("prediction_type", "epsilon") == "epsilon":
+            return noise
+        alpha_bar = self._alpha_bar(timestep).to(latents.dtype)
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
+
     def denoiser_output(
         self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
     ) -> torch.Tensor:
