@@ -227,7 +227,7 @@ class DiffusionModel(TextModel):
         return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
     def training_target(self, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Return what `denoiser_output` is trained to be, (N, ...), where `noise` was added to clean `latents`, (N, ...).
+        """Return what `denoiser_output` is trained to be where `noise` was added to clean `latents`, (N, ...) each.
 
         It is the noise, or its velocity: `sqrt(a_t) noise - sqrt(1 - a_t) z` of a diffusion, `noise - z` of a flow.
         """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Self
 import numpy as np
 import torch
 
+from ldm.config.settings import Settings
 from ldm.diffusion.model import DiffusionModel
+from ldm.io.files import stream_digest
 from ldm.io.images import load_batch
 
 _AT_ONCE = 64  # latents that the denoiser takes in one pass
@@ -37,6 +41,12 @@ class NoisedPictures:
         noise = torch.randn((number, *pictures.shape[1:]), generator=generator).to(pictures)
         clean = pictures[chosen.to(pictures.device)]
         return cls(model.add_noise(clean, noise, timestep), timestep, model.training_target(clean, noise, timestep))
+
+
+def attack_digest(config: Settings, seed: int, paths: Sequence[Path]) -> str:
+    """Return what tells attacks apart by their settings, their seed and their pictures, for the names of folders."""
+    made_from = [config.to_dict(), seed, [stream_digest(path) for path in paths]]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:8]
 
 
 def encode_pictures(model: DiffusionModel, paths: Sequence[Path]) -> torch.Tensor:

@@ -85,7 +85,7 @@ class HardPromptSearch:
     def _changes(self, words: list[str], template: Callable[[Sequence[str]], str]) -> list[tuple[int, str]]:
         """Return the likeliest changes, each a place and the word that comes there."""
         others = [next(word for word in self.words if word != own) for own in words]
-        variants = [[*words[:k], other, *words[k + 1 :]] for k, other in enumerate(others)]
+        variants: list[list[str]] = [[*words[:k], other, *words[k + 1 :]] for k, other in enumerate(others)]
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def follow(_: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ class HardPromptSearch:
         loss = denoising_losses(self.model, self.noised, embeds[:1])
         gradient = torch.autograd.grad(loss.sum(), embedded)[0][0]  # (tokens, width)
         weights = self._embedding.weight[self._ids.to(gradient.device)]  # (words, width)
-        changes: list[tuple[int, str]] = []
+        changes = []
         for k, ids_of_variant in enumerate(ids[1:]):
             differs = (ids_of_variant != ids[0]).nonzero()
             if not len(differs):  # a word that is cut off
