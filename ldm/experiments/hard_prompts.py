@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ldm.config.concepts import Concept, identity_of
 from ldm.config.robustness import HardPromptConfig
@@ -59,7 +61,10 @@ class HardPromptSearch:
         self.model, self.noised, self.words, self.config = model, noised, words, config
         tokenizer = model.tokenizers[0]
         self._ids = torch.tensor([tokenizer(word, add_special_tokens=False).input_ids[0] for word in words])
-        self._embedding = model.text_encoders[model.sources[0].name].get_input_embeddings()
+        encoder = model.text_encoders[model.sources[0].name]
+        self._embedding: nn.Embedding = encoder.get_input_embeddings()
+        own = (module for module in encoder.modules() if getattr(module, "weight", None) is self._embedding.weight)
+        self._hooked = [module for module in own if isinstance(module, nn.Embedding)]  # T5 has one within it too
 
     def find(self, template: Callable[[Sequence[str]], str], seed: str) -> FoundPrompt:
         """Return the best prompt of one search; `template` makes a prompt of its words, and `seed` says all chance."""
@@ -92,11 +97,11 @@ class HardPromptSearch:
             seen.append((inputs[0], output.detach().requires_grad_()))
             return seen[-1][1]
 
-        hook = self._embedding.register_forward_hook(follow)
-        try:  # the variants tell at which token each word is, whatever a pipeline puts around a prompt
+        with ExitStack() as stack:
+            for module in self._hooked:
+                stack.callback(module.register_forward_hook(follow).remove)
+            # The variants tell at which token each word is, whatever a pipeline puts around a prompt.
             embeds = self.model.embed([template(each) for each in (words, *variants)])
-        finally:
-            hook.remove()
         ids, embedded = seen[0]
         loss = denoising_losses(self.model, self.noised, embeds[:1])
         gradient = torch.autograd.grad(loss.sum(), embedded)[0][0]  # (tokens, width)

@@ -106,16 +106,16 @@ class _Learner:
         tensors: dict[str, torch.Tensor] = {}
         for name, weight in self.weights.items():
             tensors |= {name: weight} | {f"{name} {part}": self.optimizer.state[weight][part] for part in _MOMENTS}
-        save_tensors(path, tensors, _FILE_TYPE, {"steps": self.steps})
+        save_tensors(path, tensors, _FILE_TYPE, {"done": self.steps})
 
     def resume(self, path: Path, most: int) -> None:
         """Go on from what a stopped run kept, where that is of at most `most` steps."""
         if not path.is_file():
             return
         tensors, metadata = load_tensors(path, _FILE_TYPE)
-        if metadata["steps"] > most:
+        if metadata["done"] > most:
             return
-        self.steps = metadata["steps"]
+        self.steps = metadata["done"]
         for name, weight in self.weights.items():
             weight.data.copy_(tensors[name])
             moments = {part: tensors[f"{name} {part}"].to(weight) for part in _MOMENTS}
