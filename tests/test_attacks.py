@@ -14,14 +14,14 @@ from ldm.config.robustness import HardPromptConfig, RelearningConfig
 from ldm.diffusion.load import load_model
 from ldm.diffusion.tokenizer import vocabulary_words
 from ldm.erasure.shift import DenseShift
-from ldm.experiments.attacks import NoisedPictures, denoising_losses
+from ldm.experiments.attacks import NoisedImages, denoising_losses
 from ldm.experiments.hard_prompts import HardPromptSearch, search_words
 from ldm.experiments.probe import UNEDITED, Bench, Subject
 from ldm.experiments.probe_hard_prompts import KINDS, WITH_NAME, WITHOUT_NAME, HardPrompts
 from ldm.experiments.probe_relearning import Relearning
 from ldm.experiments.unlearnt import UNLEARNT
 
-QUICK = HardPromptConfig(free_words=3, searches=2, iterations=3, candidates=6, top_words=8, noised_pictures=3)
+QUICK = HardPromptConfig(free_words=3, searches=2, iterations=3, candidates=6, top_words=8, noised_images=3)
 
 
 class Bright:
@@ -52,9 +52,9 @@ def subject_of(model, tmp_path) -> Subject:
     return Subject("edited", {"1": DenseShift.load(path)})
 
 
-def noised_for(model, number=3) -> NoisedPictures:
+def noised_for(model, number=3) -> NoisedImages:
     clean = torch.randn((5, *model.latent_shape), generator=torch.Generator().manual_seed(3))
-    return NoisedPictures.sample(model, clean, number, (7,))
+    return NoisedImages.sample(model, clean, number, (7,))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -184,11 +184,11 @@ def test_the_floor_of_both_is_of_the_unedited_model_and_of_what_it_never_learnt(
 def test_relearning_gives_the_weights_back_and_a_stopped_run_goes_on(bench, tmp_path, monkeypatch):
     model, concept = bench.model, get_concept("style", 1)
     subject = subject_of(model, tmp_path)
-    probe = Relearning(RelearningConfig(steps=(1, 2, 4), pictures=3, batch_size=2))
+    probe = Relearning(RelearningConfig(steps=(1, 2, 4), images=3, batch_size=2))
     before = {name: weight.clone() for name, weight in model.denoiser.state_dict().items()}
     parameters = dict(model.denoiser.named_parameters())
     steps = []
-    sample = NoisedPictures.sample.__func__
+    sample = NoisedImages.sample.__func__
 
     def count(cls, *arguments):
         steps.append(arguments[-1][1])
@@ -196,7 +196,7 @@ def test_relearning_gives_the_weights_back_and_a_stopped_run_goes_on(bench, tmp_
             raise KeyboardInterrupt
         return sample(cls, *arguments)
 
-    monkeypatch.setattr(NoisedPictures, "sample", classmethod(count))
+    monkeypatch.setattr(NoisedImages, "sample", classmethod(count))
     with pytest.raises(KeyboardInterrupt):
         probe.measure(bench, subject, concept)
     assert list(bench.folder.rglob("weights.safetensors"))

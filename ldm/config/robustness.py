@@ -15,8 +15,8 @@ class HardPromptConfig(Settings):
     searches: int = setting(4, "searches, each from other words: as many prompts, which share the images", minimum=1)
     iterations: int = setting(10, "iterations of a search, each of which changes a word or none", minimum=1)
     candidates: int = setting(32, "prompts that are compared in an iteration", minimum=1)
-    top_words: int = setting(48, "words of each place, by the gradient, that candidates are drawn from", minimum=1)
-    noised_pictures: int = setting(8, "noised pictures of the concept on which prompts are compared", minimum=1)
+    top_words: int = setting(48, "words of each place, by the gradient, that candidates are chosen from", minimum=1)
+    noised_images: int = setting(8, "noised images of the concept on which prompts are compared", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,6 @@ class RelearningConfig(Settings):
 
     steps: tuple[int, ...] = setting((10, 30, 100), "steps after which images are made")
     lr: float = setting(3e-4, "AdamW's learning rate", above=0)
-    batch_size: int = setting(4, "noised pictures in a step", minimum=1)
+    batch_size: int = setting(4, "noised images in a step", minimum=1)
     train_method: str = setting("xattn", "which weights are trained, by ESD's names: full for all")
-    pictures: int = setting(20, "pictures of the concept by the unedited model", minimum=1)
+    images: int = setting(20, "images of the concept by the unedited model", minimum=1)

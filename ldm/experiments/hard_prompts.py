@@ -1,4 +1,4 @@
-"""The search for prompts of a vocabulary's words under which a model draws what pictures show."""
+"""The search for prompts of a vocabulary's words under which a model draws what images show."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm.config.concepts import Concept, identity_of
 from ldm.config.robustness import HardPromptConfig
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.tokenizer import vocabulary_words
-from ldm.experiments.attacks import NoisedPictures, denoising_losses
+from ldm.experiments.attacks import NoisedImages, denoising_losses
 
 _SHORTEST = 3  # letters of a name's word without which a longer word does not say it
 
@@ -57,7 +57,7 @@ class HardPromptSearch:
     arXiv 2307.15043). A model of several text encoders gives the gradient of the first one's.
     """
 
-    def __init__(self, model: DiffusionModel, noised: NoisedPictures, words: Sequence[str], config: HardPromptConfig):
+    def __init__(self, model: DiffusionModel, noised: NoisedImages, words: Sequence[str], config: HardPromptConfig):
         self.model, self.noised, self.words, self.config = model, noised, words, config
         tokenizer = model.tokenizers[0]
         self._ids = torch.tensor([tokenizer(word, add_special_tokens=False).input_ids[0] for word in words])

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ldm.config.concepts import Concept
 from ldm.config.robustness import HardPromptConfig
-from ldm.experiments.attacks import NoisedPictures, attack_digest, encode_pictures
+from ldm.experiments.attacks import NoisedImages, attack_digest, encode_examples
 from ldm.experiments.hard_prompts import FoundPrompt, HardPromptSearch, search_words
 from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
 from ldm.experiments.unlearnt import UNLEARNT, Unlearnt
@@ -24,16 +24,16 @@ _PROMPTS = "prompts.json"
 
 @dataclass(frozen=True)
 class HardPrompts:
-    """Search for such prompts by the loss on pictures of the concept, with its name among the words and without it.
+    """Search for such prompts by the loss on images of the concept, with its name among the words and without it.
 
     The images of the prompts of all searches are judged together. The floor is the same search of the unedited model
-    for what the pictures of a concept show that it never learnt.
+    for what the images of a concept show that it never learnt.
     """
 
     name: ClassVar[str] = "hard prompts"
     is_slow: ClassVar[bool] = True
     config: HardPromptConfig = field(default_factory=HardPromptConfig)
-    unlearnt_dir: Path | None = None  # pictures for the floor; woodcuts without it
+    unlearnt_dir: Path | None = None  # images for the floor; woodcuts without it
 
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
         """Return the shares of images that show the concept, by prompts with its name and without it."""
@@ -46,30 +46,30 @@ class HardPrompts:
 
     def found(self, bench: Bench, subject: Subject, concept: Concept) -> dict[str, list[FoundPrompt]]:
         """Return the prompts that `measure` found by kind, in the order of the searches."""
-        pictures = bench.pictures(concept)
-        return {kind: _read(self._place(bench, subject, concept, pictures, kind) / _PROMPTS) for kind in KINDS}
+        images = bench.pictures(concept)
+        return {kind: _read(self._place(bench, subject, concept, images, kind) / _PROMPTS) for kind in KINDS}
 
-    def _place(self, bench: Bench, subject: Subject, concept: Concept, pictures: Sequence[Path], kind: str) -> Path:
-        return bench.place(subject, concept, f"{kind} {attack_digest(self.config, bench.seed, pictures)}")
+    def _place(self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path], kind: str) -> Path:
+        return bench.place(subject, concept, f"{kind} {attack_digest(self.config, bench.seed, images)}")
 
-    def _findings(self, bench: Bench, subject: Subject, concept: Concept, pictures: Sequence[Path]) -> list[Finding]:
+    def _findings(self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path]) -> list[Finding]:
         findings = []
         for kind in KINDS:
-            place = self._place(bench, subject, concept, pictures, kind)
-            found = self._search(bench, subject, concept, pictures, kind, place / _PROMPTS)
+            place = self._place(bench, subject, concept, images, kind)
+            found = self._search(bench, subject, concept, images, kind, place / _PROMPTS)
             paths = bench.draw(subject, place / "images", [each.prompt for each in found])
             findings.append(bench.shown(kind, paths, concept))
         return findings
 
     def _search(
-        self, bench: Bench, subject: Subject, concept: Concept, pictures: Sequence[Path], kind: str, path: Path
+        self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path], kind: str, path: Path
     ) -> list[FoundPrompt]:
         """Return the prompt of each search, kept in a JSON file: those that a stopped run found are there already."""
         model, config, found = bench.model, self.config, _read(path)
         if len(found) == config.searches:
             return found
         words = search_words(model.tokenizers[0], concept if kind == WITHOUT_NAME else None)
-        noised = NoisedPictures.sample(model, encode_pictures(model, pictures), config.noised_pictures, (bench.seed,))
+        noised = NoisedImages.sample(model, encode_examples(model, images), config.noised_images, (bench.seed,))
         search = HardPromptSearch(model, noised, words, config)
         numbers = range(len(found), config.searches)
         with bench.edited(subject):

@@ -1,4 +1,4 @@
-"""The probe of relearning: how fast does an edited model draw the concept again when it is fine-tuned on pictures?"""
+"""The probe of relearning: how fast does an edited model draw the concept again when it is fine-tuned on images?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldm.config.robustness import RelearningConfig
 from ldm.diffusion.edits import replace_parameters
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.trainable import trainable_parameter_names
-from ldm.experiments.attacks import NoisedPictures, attack_digest, denoising_losses, encode_pictures
+from ldm.experiments.attacks import NoisedImages, attack_digest, denoising_losses, encode_examples
 from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
 from ldm.experiments.unlearnt import UNLEARNT, Unlearnt
 from ldm.io.images import image_filename, is_intact
@@ -29,28 +29,28 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight
 
 @dataclass(frozen=True)
 class Relearning:
-    """Fine-tune on pictures of the concept under its name, and look at images of the name after some steps.
+    """Fine-tune on images of the concept under its name, and look at images of the name after some steps.
 
-    The floor is the same of the unedited model with pictures of a concept that it never learnt, under an unknown name.
+    The floor is the same of the unedited model with images of a concept that it never learnt, under an unknown name.
     """
 
     name: ClassVar[str] = "relearning"
     is_slow: ClassVar[bool] = True
     config: RelearningConfig = field(default_factory=RelearningConfig)
-    unlearnt_dir: Path | None = None  # pictures for the floor; woodcuts without it
+    unlearnt_dir: Path | None = None  # images for the floor; woodcuts without it
 
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
         """Return the share of images that show the concept after each number of steps."""
-        return self._findings(bench, subject, concept, bench.pictures(concept, self.config.pictures))
+        return self._findings(bench, subject, concept, bench.pictures(concept, self.config.images))
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
         """Return the shares of what the unedited model never learnt; the same for every concept."""
         unlearnt = Unlearnt.of(bench, self.unlearnt_dir)
-        pictures = unlearnt.examples[: self.config.pictures]
-        return self._findings(replace(bench, judge=unlearnt.judge), UNEDITED, UNLEARNT, pictures)
+        images = unlearnt.examples[: self.config.images]
+        return self._findings(replace(bench, judge=unlearnt.judge), UNEDITED, UNLEARNT, images)
 
-    def _findings(self, bench: Bench, subject: Subject, concept: Concept, pictures: Sequence[Path]) -> list[Finding]:
-        place = bench.place(subject, concept, f"relearning {attack_digest(self.config, bench.seed, pictures)}")
+    def _findings(self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path]) -> list[Finding]:
+        place = bench.place(subject, concept, f"relearning {attack_digest(self.config, bench.seed, images)}")
         cases = bench.cases([concept.prompt])
         paths: dict[int, list[Path]] = {}
         for steps in sorted(set(self.config.steps)):
@@ -60,7 +60,7 @@ class Relearning:
         if missing:
             state = place / "weights.safetensors"
             with bench.edited(subject):
-                learner = _Learner(bench, concept, pictures, self.config)
+                learner = _Learner(bench, concept, images, self.config)
                 learner.resume(state, missing[0])
                 for steps in missing:
                     learner.learn(steps, f"relearning by {subject.name}")
@@ -76,10 +76,10 @@ class Relearning:
 class _Learner:
     """The weights that are fine-tuned, beside those of the model as it is now, which stay."""
 
-    def __init__(self, bench: Bench, concept: Concept, pictures: Sequence[Path], config: RelearningConfig):
+    def __init__(self, bench: Bench, concept: Concept, images: Sequence[Path], config: RelearningConfig):
         self.model: DiffusionModel = bench.model
         self.config, self.seed, self.steps = config, bench.seed, 0
-        self.pictures = encode_pictures(self.model, pictures)
+        self.images = encode_examples(self.model, images)
         self.embeds = self.model.encode_prompt([concept.prompt])
         self.weights: dict[str, nn.Parameter] = {}
         for name in trainable_parameter_names(self.model.denoiser, config.train_method):
@@ -93,7 +93,7 @@ class _Learner:
     def learn(self, steps: int, title: str) -> None:
         """Go on until `steps` steps are done. What a step sees depends on its number alone."""
         for step in tqdm(range(self.steps, steps), desc=title, unit="step", initial=self.steps, total=steps):
-            noised = NoisedPictures.sample(self.model, self.pictures, self.config.batch_size, (self.seed, step))
+            noised = NoisedImages.sample(self.model, self.images, self.config.batch_size, (self.seed, step))
             with self.taught():
                 loss = denoising_losses(self.model, noised, self.embeds).sum()
             self.optimizer.zero_grad()
