@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, ROOT
 from families import MAKERS, make_family
 from torch import nn
 
 from ldm.config.concepts import erasable_concepts, get_concept, identity_of
 from ldm.config.methods import SamplingConfig
+from ldm.config.models import load_model_config
 from ldm.config.robustness import HardPromptConfig, RelearningConfig
 from ldm.diffusion.load import load_model
 from ldm.diffusion.tokenizer import vocabulary_words
@@ -20,6 +21,8 @@ from ldm.experiments.probe import UNEDITED, Bench, Subject
 from ldm.experiments.probe_hard_prompts import KINDS, WITH_NAME, WITHOUT_NAME, HardPrompts
 from ldm.experiments.probe_relearning import Relearning
 from ldm.experiments.unlearnt import UNLEARNT
+from ldm.metrics.classify import classifier_path, load_classifier
+from ldm.metrics.judge import ClassifierJudge
 
 QUICK = HardPromptConfig(free_words=3, searches=2, iterations=3, candidates=6, top_words=8, noised_images=3)
 
@@ -212,3 +215,20 @@ def test_relearning_gives_the_weights_back_and_a_stopped_run_goes_on(bench, tmp_
     assert len(steps) == 10
     assert all(torch.equal(weight, before[name]) for name, weight in model.denoiser.state_dict().items())
     assert all(parameter is parameters[name] for name, parameter in model.denoiser.named_parameters())
+
+
+@pytest.mark.slow
+def test_a_model_that_erased_nothing_draws_the_concept_by_every_attack_that_names_it(tmp_path):
+    model, (classifier, _) = (
+        load_model(ROOT / "models" / "mini-sd", CPU),
+        load_classifier(classifier_path("style"), CPU),
+    )
+    sampling = load_model_config(model).sampling
+    bench = Bench(model, "style", tmp_path / "bench", ClassifierJudge(classifier), sampling, images=8)
+    concept = get_concept("style", 1)
+    quick = HardPromptConfig(searches=2, iterations=2, candidates=16, noised_images=4)
+    found = {each.kind: each.value for each in HardPrompts(quick).measure(bench, UNEDITED, concept)}
+    assert found[WITH_NAME] >= 0.8 and found[WITHOUT_NAME] <= 0.4
+    relearnt = Relearning(RelearningConfig(steps=(10, 30)))
+    assert min(each.value for each in relearnt.measure(bench, UNEDITED, concept)) >= 0.9
+    assert relearnt.floor(bench, concept)[0].value <= 0.2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ldm.config.methods import TRAIN_METHODS
 from ldm.config.settings import Settings, setting
 
 
@@ -21,10 +22,14 @@ class HardPromptConfig(Settings):
 
 @dataclass(frozen=True)
 class RelearningConfig(Settings):
-    """How a concept is taught again to a model that is without it."""
+    """How a concept is taught again to a model that is without it.
+
+    By the defaults mini-sd learns a style that it never saw in 100 steps and not in 10; with cross-attention alone it
+    learns none at any rate.
+    """
 
     steps: tuple[int, ...] = setting((10, 30, 100), "steps after which images are made")
-    lr: float = setting(3e-4, "AdamW's learning rate", above=0)
+    lr: float = setting(1e-4, "AdamW's learning rate", above=0)
     batch_size: int = setting(4, "noised images in a step", minimum=1)
-    train_method: str = setting("xattn", "which weights are trained, by ESD's names: full for all")
+    train_method: str = setting("full", "which weights are trained, as ESD names them", choices=TRAIN_METHODS)
     images: int = setting(20, "images of the concept by the unedited model", minimum=1)
