@@ -1,0 +1,102 @@
+"""The probe of hard prompts: is there a text of ordinary words under which an edited model draws the concept?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+from tqdm import tqdm
+
+from ldm.config.concepts import Concept, erasable_concepts
+from ldm.config.robustness import HardPromptConfig
+from ldm.experiments.attacks import NoisedImages, attack_digest, encode_examples
+from ldm.experiments.hard_prompts import FoundPrompt, HardPromptSearch, search_words
+from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
+from ldm.experiments.unlearnt import UNLEARNT, Unlearnt
+from ldm.io.files import write_json
+
+WITH_NAME, WITHOUT_NAME = KINDS = ("hard prompts with the name", "hard prompts without the name")
+_PROMPTS = "prompts.json"
+_EACH = 4  # images of each other concept
+
+
+@dataclass(frozen=True)
+class HardPrompts:
+    """Search for such prompts by the loss on images of the concept, with its name among the words and without it.
+
+    The images of the prompts of all searches are judged together. The floor is the same search of the unedited model
+    for what the images of a concept show that it never learnt.
+    """
+
+    name: ClassVar[str] = "hard prompts"
+    is_slow: ClassVar[bool] = True
+    config: HardPromptConfig = field(default_factory=HardPromptConfig)
+    unlearnt_dir: Path | None = None  # images for the floor; woodcuts without it
+
+    def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
+        """Return the shares of images that show the concept, by prompts with its name and without it."""
+        return self._findings(bench, subject, concept, bench.pictures(concept))
+
+    def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
+        """Return the shares by which the unedited model draws what it never learnt; the same for every concept."""
+        unlearnt = Unlearnt.of(bench, self.unlearnt_dir)
+        return self._findings(replace(bench, judge=unlearnt.judge), UNEDITED, UNLEARNT, unlearnt.examples)
+
+    def found(self, bench: Bench, subject: Subject, concept: Concept) -> dict[str, list[FoundPrompt]]:
+        """Return the prompts that `measure` found by kind, in the order of the searches."""
+        images = bench.pictures(concept)
+        return {kind: _read(self._place(bench, subject, concept, images, kind) / _PROMPTS) for kind in KINDS}
+
+    def _place(self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path], kind: str) -> Path:
+        return bench.place(subject, concept, f"{kind} {attack_digest(self.config, bench.seed, images)}")
+
+    def _findings(self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path]) -> list[Finding]:
+        findings = []
+        for kind in KINDS:
+            place = self._place(bench, subject, concept, images, kind)
+            found = self._search(bench, subject, concept, images, kind, place / _PROMPTS)
+            paths = bench.draw(subject, place / "images", [each.prompt for each in found])
+            findings.append(bench.shown(kind, paths, concept))
+        return findings
+
+    def _search(
+        self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path], kind: str, path: Path
+    ) -> list[FoundPrompt]:
+        """Return the prompt of each search, kept in a JSON file: those that a stopped run found are there already."""
+        model, config, found = bench.model, self.config, _read(path)
+        if len(found) == config.searches:
+            return found
+        words = search_words(model.tokenizers[0], concept if kind == WITHOUT_NAME else None)
+        others = [other.prompt for other in erasable_concepts(bench.category) if not other.is_named(concept.name)]
+        other_images = bench.draw(UNEDITED, bench.place(UNEDITED, concept, "others"), [*others, ""], _EACH)
+        noised, noised_others = (
+            NoisedImages.sample(model, encode_examples(model, paths), config.noised_images, (bench.seed,))
+            for paths in (images, other_images)
+        )
+        search = HardPromptSearch(model, noised, noised_others, words, config)
+        numbers = range(len(found), config.searches)
+        with bench.edited(subject):
+            for number in tqdm(numbers, desc=f"{kind} for {concept.name}, {subject.name}", unit="search"):
+                template = _around(concept.prompt, _before(number, config)) if kind == WITH_NAME else " ".join
+                found.append(search.find(template, f"{bench.seed} {number}"))
+                write_json(path, {"settings": config.to_dict(), "prompts": [asdict(each) for each in found]})
+        return found
+
+
+def _read(path: Path) -> list[FoundPrompt]:
+    """Return the prompts that a JSON file has; none where it is not there."""
+    entries = json.loads(path.read_text(encoding="utf-8"))["prompts"] if path.is_file() else []
+    return [FoundPrompt(**entry) for entry in entries]
+
+
+def _before(number: int, config: HardPromptConfig) -> int:
+    """Return how many words stand before the name: none in the first search, and all in the last one."""
+    return round(config.free_words * number / max(1, config.searches - 1))
+
+
+def _around(name: str, before: int) -> Callable[[Sequence[str]], str]:
+    """Return what puts words around a name, `before` of them before it."""
+    return lambda words: " ".join([*words[:before], name, *words[before:]])
