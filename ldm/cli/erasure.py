@@ -58,7 +58,8 @@ def run_erasure(args: Namespace, method: str) -> None:
 
     Raises NotErasedError, when all is written, where a shift's own effect was not found.
     """
-    from ldm.erasure.erase import check_settings, erase_concepts
+    from ldm.erasure.erase import erase_concepts
+    from ldm.erasure.methods import check_settings
     from ldm.erasure.summary import summary_table
 
     for name, owner in (("clip_path", "check"), ("export_dir", "export"), ("retain_preserve_scale", "retain")):
@@ -87,7 +88,7 @@ def run_erasure(args: Namespace, method: str) -> None:
     gate = _gate_config(args, model_config) if isinstance(config, SRSMEConfig) else NO_GATE
     others = protected if concepts[0].is_own else None
     image_dir = args.training_image_dir
-    kept = others, retain, prompts
+    kept = others, retain, prompts, protected
     summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, *kept)
     has_others = getattr(args, "export", None) or getattr(args, "check", None)  # tables, which JSON tells apart
     if summaries:
