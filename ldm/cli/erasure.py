@@ -133,7 +133,7 @@ def _check_erased(
     if not weak and config.trains and isinstance(config, SRSMEConfig):
         notify("whether what was trained erases is not judged without images: `check` 4 shows some")
     if weak:
-        advice = advice_on_weak(config.trains, "`protect`, `em_indexes`")
+        advice = advice_on_weak(config, "`protect`, `em_indexes`")
         raise NotErasedError(f"{weak}. The shifts are kept{so}: {advice}")
 
 

@@ -48,7 +48,7 @@ class SPEEDConfig(PeerConfig):
     name: ClassVar[str] = "SPEED"
 
     layers: str = setting("values", "which layers are edited", choices=("values", "keys", "both"))
-    threshold: float = setting(
+    null_threshold: float = setting(
         0.1, "singular value of the retain set's mean c c^T below which a direction is free", above=0
     )
     augmentations: int = setting(10, "variants of each row of the retain set", minimum=0)

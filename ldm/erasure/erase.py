@@ -202,7 +202,7 @@ class _Erasure:
             metadata["base_digest"] = self.model.digests[0]
         else:
             metadata["measured_on"] = "embeddings"
-        if not self.config.trains:
+        if isinstance(self.config, SRSMEConfig) and not self.config.trains:
             metadata |= self.model.encoded_as  # to which alone a closed form is bound
         if isinstance(self.config, SRSMEConfig):
             targets = target_prompts(concept, self.config, self.model.tokenizers[0])

@@ -75,6 +75,6 @@ def solve_speed(model: DiffusionModel, concept: Concept, config: SPEEDConfig, pr
     deltas: dict[str, torch.Tensor] = {}
     for name, weight in key_value_weights(model, config.layers).items():
         rows = refine(weight, retained, weight @ unconstrained, config, noise) if len(retained) else retained
-        projection = null_projection(rows, config.threshold)
+        projection = null_projection(rows, config.null_threshold)
         deltas[name] = weight @ constrained_change(erased, anchors, invariant, projection)
     return DenseShift(deltas)
