@@ -9,6 +9,7 @@ from ldm.config.concepts import get_concept, watermark_prompts
 from ldm.config.methods import METHODS
 from ldm.config.peers import SPEEDConfig, UCEConfig
 from ldm.diffusion.load import load_model
+from ldm.diffusion.tokenizer import read_whole
 from ldm.erasure.erase import erase
 from ldm.erasure.key_values import concept_rows, guide_prompt, invariant_rows, preserved_prompts, prompt_rows
 from ldm.erasure.methods import check_method
@@ -84,6 +85,7 @@ def test_the_retain_set_is_what_erasing_shifts_most_and_variants_along_what_the_
     assert (found[1:, :3] == 0).all() and (found[1:, 3] != 1).all()
     plain = refine(weight, rows, erasing, SPEEDConfig(augmentations=0), torch.Generator())
     assert torch.equal(plain, rows[3:])
+    assert torch.equal(refine(weight, rows, erasing, SPEEDConfig(filter_retained=False), torch.Generator()), rows)
 
 
 def test_a_concept_is_the_row_of_its_last_token_or_what_the_settings_say(tiny):
@@ -111,13 +113,15 @@ def test_what_takes_a_concepts_place():
     assert guide_prompt(JACKSON, "empty") == ""
 
 
-def test_the_preserve_list_is_what_is_protected_without_what_says_the_concept():
-    found = preserved_prompts(JACKSON, UCEConfig(), CONCEPTS, ["a dog", "a dog by jackson pollock", "VanGogh"])
+def test_the_preserve_list_is_what_is_protected_without_what_says_the_concept(tiny):
+    tokenizer = tiny.tokenizers[0]
+    named = ["a dog", "a dog by jackson pollock", "VanGogh"]
+    found = preserved_prompts(JACKSON, UCEConfig(), CONCEPTS, named, tokenizer)
     assert found == ["Cezanne", "VanGogh", "a dog"]
-    config = SPEEDConfig(preserve_templates=1, preserve_captions=3, preserve_always=True)
-    found = preserved_prompts(JACKSON, config, CONCEPTS, [])
+    config = SPEEDConfig(preserve_templates=1, preserve_captions=1000, preserve_always=True)
+    found = preserved_prompts(JACKSON, config, CONCEPTS, [], tokenizer)
     assert found[:7] == ["Cezanne", "Cezanne painting", "VanGogh", "VanGogh painting", "", *watermark_prompts()]
-    assert len(found) == 10
+    assert 7 < len(found) < 1007 and read_whole(tokenizer, found) == set(found)  # no caption that is cut
 
 
 def test_the_invariant_rows_are_the_first_of_the_empty_prompt_and_centroids_of_the_others(tiny):

@@ -51,6 +51,9 @@ class SPEEDConfig(PeerConfig):
     null_threshold: float = setting(
         0.1, "singular value of the retain set's mean c c^T below which a direction is free", above=0
     )
+    filter_retained: bool = setting(
+        True, "keep of the retain set what erasing shifts most, and variants of that; otherwise all of it as it is"
+    )
     augmentations: int = setting(10, "variants of each row of the retain set", minimum=0)
     augment_rank: int = setting(1, "directions in which variants differ, those that a layer shrinks most", minimum=1)
     null_text_rows: int = setting(3, "centroids of the empty prompt's rows that no change moves", minimum=1)

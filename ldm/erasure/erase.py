@@ -343,7 +343,7 @@ class _Erasure:
         return latents_from_folder(self._whole_model, folder, config.train_batch_size, config.seed, **details)
 
     def _preserved(self, concept: Concept) -> list[str]:
-        return preserved_prompts(concept, self.config, self.preserve, self.protected)
+        return preserved_prompts(concept, self.config, self.preserve, self.protected, self.model.tokenizers[0])
 
     def _protected(self, concept: Concept) -> list[str]:
         if self.config.solves_null_space:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from ldm.config.spellings import says
 from ldm.config.templates import fill, load_template_set
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_layers import text_layers
+from ldm.diffusion.tokenizer import read_whole
 
 # What UCE's authors erase beside a name where prompts are expanded.
 _PHRASES = {
@@ -43,11 +45,11 @@ def key_value_weights(model: DiffusionModel, layers: str = "both") -> dict[str, 
 
 
 def preserved_prompts(
-    concept: Concept, config: MethodConfig, concepts: Sequence[Concept], prompts: Sequence[str]
+    concept: Concept, config: MethodConfig, concepts: Sequence[Concept], prompts: Sequence[str], tokenizer: Any
 ) -> list[str]:
     """Return what UCE and SPEED preserve when they erase a concept: other `concepts`, `prompts`, what settings add.
 
-    No other method preserves any. Prompts that say the concept are left out.
+    No other method preserves any. Prompts that say the concept are left out, and captions that would be cut.
     """
     if not isinstance(config, PeerConfig):
         return []
@@ -56,7 +58,9 @@ def preserved_prompts(
         if other.label != concept.label:
             found += [other.prompt, *other.captions[: config.preserve_templates]]
     found += [*prompts, *(always_protected_prompts() if config.preserve_always else [])]
-    found += retain_captions(config.preserve_captions) if config.preserve_captions else []
+    captions = retain_captions(config.preserve_captions)
+    whole = read_whole(tokenizer, captions)
+    found += [caption for caption in captions if caption in whole]
     return [prompt for prompt in dict.fromkeys(found) if not says(prompt, concept.spellings)]
 
 

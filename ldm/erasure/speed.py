@@ -56,6 +56,8 @@ def refine(
 
     Variants differ along the `augment_rank` directions that `weight` shrinks most (DPA, equations 7 and 8).
     """
+    if not config.filter_retained or not len(retained):
+        return retained
     kept = most_shifted(retained, erasing)
     least = torch.linalg.svd(weight).Vh[-config.augment_rank :]  # (r, d)
     repeated = kept.repeat(config.augmentations, 1)
@@ -74,7 +76,7 @@ def solve_speed(model: DiffusionModel, concept: Concept, config: SPEEDConfig, pr
     noise = torch.Generator().manual_seed(config.seed)
     deltas: dict[str, torch.Tensor] = {}
     for name, weight in key_value_weights(model, config.layers).items():
-        rows = refine(weight, retained, weight @ unconstrained, config, noise) if len(retained) else retained
+        rows = refine(weight, retained, weight @ unconstrained, config, noise)
         projection = null_projection(rows, config.null_threshold)
         deltas[name] = weight @ constrained_change(erased, anchors, invariant, projection)
     return DenseShift(deltas)
