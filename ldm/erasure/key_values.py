@@ -101,7 +101,7 @@ def prompt_rows(model: DiffusionModel, prompts: Sequence[str], rows: str) -> tor
 def _rows(model: DiffusionModel, prompts: Sequence[str], rows: str) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     for prompt in prompts:
-        tokens = model.split(model.encode_prompt([prompt])).tokens[0].cpu().double()  # (tokens, d)
+        tokens = model.split(model.embed_prompts([prompt])[prompt][None]).tokens[0].cpu().double()  # (tokens, d)
         ids = model.tokenizers[0](prompt, truncation=True, max_length=len(tokens)).input_ids
         last = max(0, len(ids) - 2)  # before the token that ends a prompt
         found.append({"last": tokens[last : last + 1], "end": tokens[last:], "all": tokens}[rows])
