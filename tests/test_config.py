@@ -44,6 +44,7 @@ SRS_ME = {
     "seed": 0,
 }
 FINETUNE = {"lr": 1e-5, "train_batch_size": 1, "train_method": "xattn", "seed": 0}
+PEER = {"anchor": None, "rows": "last", "preserve_templates": 0, "preserve_captions": 0, "preserve_always": False}
 PAPER = {
     "SRS-ME": SRS_ME,
     "SRS-ME-dagger": SRS_ME,
@@ -51,6 +52,17 @@ PAPER = {
     "FMN": FINETUNE | {"max_steps": 50},
     "AbConcept": FINETUNE | {"max_steps": 75},
     "ESD": FINETUNE | {"max_steps": 1000, "start_guidance": 3.0, "negative_guidance": 1.0, "num_inference_steps": 50},
+    "UCE": PEER | {"lamb": 0.5, "erase_scale": 1.0, "preserve_scale": 1.0, "expand_prompts": False},
+    "SPEED": PEER
+    | {
+        "layers": "values",
+        "null_threshold": 0.1,
+        "filter_retained": True,
+        "augmentations": 10,
+        "augment_rank": 1,
+        "null_text_rows": 3,
+        "seed": 0,
+    },
 }
 
 # configs/mini-sd.yaml as it was written before its keys were renamed.
@@ -210,6 +222,8 @@ def test_what_a_method_says_of_itself():
         "FMN": (False, False, True, True),
         "AbConcept": (False, False, True, True),
         "ESD": (False, False, False, True),
+        "UCE": (False, False, False, False),
+        "SPEED": (False, False, False, False),
     }
 
 
@@ -264,8 +278,10 @@ def with_default_steps(config: ModelConfig) -> ModelConfig:
     """
     methods = {name: method for name, method in config.methods.items() if name != "SRS-ME-dagger"}
     for name, method in methods.items():
-        if not method.trains:
+        if isinstance(method, SRSMEConfig) and not method.trains:
             methods[name] = method.with_changes(max_steps=1000, retain_preserve_scale=10.0)
+        elif name in ("UCE", "SPEED"):  # of which no older file says anything
+            methods[name] = METHODS[name]()
     return dataclasses.replace(config, methods=methods)
 
 

@@ -19,7 +19,7 @@ from ldm.erasure.losses import (
     SRSMELoss,
 )
 from ldm.erasure.merge import applied
-from ldm.erasure.methods import LOSSES
+from ldm.erasure.methods import LOSSES, SOLVERS
 from ldm.erasure.shift import DenseShift, SeparableShift
 
 
@@ -271,11 +271,11 @@ def test_a_joint_loss_near_zero_is_not_weighed_beyond_the_floor(tiny):
     assert output.loss.item() == pytest.approx(value + parts[1](latents, timestep).loss.item(), rel=0.01)
 
 
-def test_every_method_has_a_loss_and_a_config():
-    assert list(LOSSES) == list(METHODS)
+def test_every_method_has_a_loss_or_a_closed_form_and_a_config():
+    assert [*LOSSES, *SOLVERS] == list(METHODS)
 
 
-@pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if not kind.needs_null_space])
+@pytest.mark.parametrize("name", [name for name in LOSSES if not METHODS[name].needs_null_space])
 def test_a_loss_from_its_config_trains_a_copy_of_the_weights_and_has_changed_nothing_yet(tiny, name):
     loss = LOSSES[name].from_config(tiny, get_concept("style", 1), METHODS[name](train_method="xattn"))
     assert all("attn2" in parameter for parameter in loss.student)

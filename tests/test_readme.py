@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from ldm.config.methods import METHODS
+from ldm.erasure.methods import LOSSES
 from ldm.io.files import SETTINGS_FILE
 
 pytestmark = pytest.mark.readme
@@ -45,7 +45,7 @@ SMOKE: dict[str, list[str]] = {
         "--unprotected_prompts",
         "1",
         "--set",
-        *(f"{method}.max_steps=2" for method in METHODS if method != "SRS-ME"),
+        *(f"{method}.max_steps=2" for method in LOSSES if method != "SRS-ME"),
     ],
 } | {f"ablate-{name}.py": EXPERIMENT for name in ("regularisation", "threshold", "beta", "protected", "similar")}
 # These are not run: their weights cannot be had here, they serve until they are stopped, need several devices, or name

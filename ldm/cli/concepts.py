@@ -28,7 +28,7 @@ from ldm.config.concepts import (
     parse_erase_targets,
     parse_indexes,
 )
-from ldm.config.methods import ANCHORS, EditConfig, MethodConfig
+from ldm.config.methods import ANCHORS, EditConfig, MethodConfig, TrainedConfig
 from ldm.config.settings import did_you_mean
 
 _OLD_PROTECT = (["exact"], ["spectrum"])  # values of --protect when it was another flag
@@ -137,9 +137,12 @@ def add_erasure(parser: Parser, kind: type[MethodConfig]) -> None:
     arguments.add_artifacts(parser)
     arguments.add_settings(parser, kind)
     arguments.add_settings(parser, EditConfig, "least_effect")
+    arguments.add_device(parser)
+    if not issubclass(kind, TrainedConfig):
+        parser.set_defaults(training_image_dir=Path(), gradient_checkpointing=False, frozen_device=None, devices=None)
+        return
     arguments.add_training_images(parser)
     parser.option("gradient_checkpointing", action="store_true", help="less memory for a third more time")
-    arguments.add_device(parser)
     parser.option("frozen_device", default=None, help="another device for the passes without gradient")
     parser.option(
         "devices", default=None, help="--device and --frozen_device in one, such as 0,1 (the original's flag)"

@@ -58,7 +58,8 @@ def run_erasure(args: Namespace, method: str) -> None:
 
     Raises NotErasedError, when all is written, where a shift's own effect was not found.
     """
-    from ldm.erasure.erase import check_settings, erase_concepts
+    from ldm.erasure.erase import erase_concepts
+    from ldm.erasure.methods import check_settings
     from ldm.erasure.summary import summary_table
 
     for name, owner in (("clip_path", "check"), ("export_dir", "export"), ("retain_preserve_scale", "retain")):
@@ -87,7 +88,7 @@ def run_erasure(args: Namespace, method: str) -> None:
     gate = _gate_config(args, model_config) if isinstance(config, SRSMEConfig) else NO_GATE
     others = protected if concepts[0].is_own else None
     image_dir = args.training_image_dir
-    kept = others, retain, prompts
+    kept = others, retain, prompts, protected
     summaries = erase_concepts(model, artifacts, concepts, config, image_dir, execution, shard, gate, *kept)
     has_others = getattr(args, "export", None) or getattr(args, "check", None)  # tables, which JSON tells apart
     if summaries:
@@ -132,7 +133,7 @@ def _check_erased(
     if not weak and config.trains and isinstance(config, SRSMEConfig):
         notify("whether what was trained erases is not judged without images: `check` 4 shows some")
     if weak:
-        advice = advice_on_weak(config.trains, "`protect`, `em_indexes`")
+        advice = advice_on_weak(config, "`protect`, `em_indexes`")
         raise NotErasedError(f"{weak}. The shifts are kept{so}: {advice}")
 
 

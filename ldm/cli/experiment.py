@@ -120,13 +120,13 @@ def trainable_methods(experiment: Experiment, methods: list[str], configs: dict[
 
     Where --methods was not typed a notice says of the others why; where it was they raise ValueError.
     """
-    from ldm.erasure.methods import LOSSES
+    from ldm.erasure.methods import check_method
     from ldm.io.errors import notify
 
     found: list[str] = []
     for name in methods:
         try:
-            LOSSES[name].check(experiment.model, configs[name])
+            check_method(experiment.model, configs[name])
         except ValueError as error:
             if "methods" in arguments.typed:
                 raise
@@ -158,7 +158,8 @@ def method_configs(args: Namespace, experiment: Experiment) -> dict[str, MethodC
     from ldm.config.models import load_model_config
 
     methods = session.changed_methods(load_model_config(experiment.model), args.set)
-    return {name: config.with_changes(seed=args.seed) for name, config in methods.items()}
+    changed = {name: config.with_changes(seed=args.seed) for name, config in methods.items() if hasattr(config, "seed")}
+    return methods | changed
 
 
 def srsme_config(args: Namespace, experiment: Experiment) -> SRSMEConfig:
@@ -169,7 +170,7 @@ def srsme_config(args: Namespace, experiment: Experiment) -> SRSMEConfig:
     """
     methods = method_configs(args, experiment)
     config, joint = methods[SRSMEConfig.name], methods[JointSRSMEConfig.name]
-    assert isinstance(config, SRSMEConfig)
+    assert isinstance(config, SRSMEConfig) and isinstance(joint, SRSMEConfig)
     return config if config.trains else config.with_changes(max_steps=joint.max_steps)
 
 

@@ -28,6 +28,8 @@ METHOD_SCRIPTS = {
     "FMN": "FMN.py",
     "AbConcept": "Abconcept.py",
     "ESD": "Esd.py",
+    "UCE": "UCE.py",
+    "SPEED": "SPEED.py",
 }
 _PLACE = "{target} --scene {scene} --scene_time {scene_time}"
 _MAKERS = {  # what makes a missing file, by its kind

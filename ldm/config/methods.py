@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from ldm.config.method import ANCHORS, MethodConfig, TrainedConfig
+from ldm.config.peers import SPEEDConfig, UCEConfig
 from ldm.config.settings import Settings, setting
 
 TRAIN_METHODS = ("xattn", "noxattn", "selfattn", "full", "notime", "xlayer", "selflayer")
@@ -18,55 +20,11 @@ SHARED_FORMATS = ("shift",)  # of changes of embeddings, with their gates
 CUT_FORMATS = ("lora", "kohya", "shift")  # one file a concept, of few directions
 GATED_FORMATS = ("comfyui",)
 FORMATS = LINEAR_FORMATS + SHARED_FORMATS + GATED_FORMATS  # in the order in which they are written
-ANCHORS = ("empty", "category", "neutral")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class MethodConfig(Settings):
-    """What every method has, and what it says about itself."""
-
-    name: ClassVar[str]
-    needs_null_space: ClassVar[bool] = False  # its shifts live in a null space basis
-    is_joint: ClassVar[bool] = False  # all concepts' shifts are trained at once
-    needs_images: ClassVar[bool] = True  # it trains on images of the concept; otherwise from what the model samples
-
-    lr: float = setting(1e-5, "Adam's learning rate", above=0, training_only=True)
-    max_steps: int = setting(1000, "max number of iterations", minimum=1, training_only=True)
-    train_batch_size: int = setting(1, "latents in an iteration", minimum=1, training_only=True)
-    seed: int = setting(0, "what images, timesteps and noise are chosen from", training_only=True)
-
-    @property
-    def trains(self) -> bool:
-        """Whether the method iterates at all."""
-        return True
-
-    @property
-    def makes_gates_alone(self) -> bool:
-        """Whether its shifts are gates that change no weights."""
-        return False
-
-    @property
-    def solves_null_space(self) -> bool:
-        """Whether it acts in null spaces that have to be solved."""
-        return self.needs_null_space and not self.makes_gates_alone
-
-    @property
-    def trains_on_images(self) -> bool:
-        """Whether images of the concept are needed."""
-        return self.needs_images and self.trains
-
-    def acting(self) -> dict[str, Any]:
-        """Return the settings that act: without a gradient, those of the closed form alone."""
-        return {
-            entry.name: getattr(self, entry.name)
-            for entry in fields(self)
-            if self.trains or not entry.metadata["training_only"]
-        }
-
-
-@dataclass(frozen=True)
-class SRSMEConfig(MethodConfig):
+class SRSMEConfig(TrainedConfig):
     """SRS-ME (arXiv 2402.05947): a shift inside the null space, in closed form, trained, or both."""
 
     name: ClassVar[str] = "SRS-ME"
@@ -140,7 +98,7 @@ class JointSRSMEConfig(SRSMEConfig):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(MethodConfig):
+class FinetuneConfig(TrainedConfig):
     """What the methods share that train the U-Net's own weights."""
 
     train_method: str = setting("xattn", "which weights to train", choices=TRAIN_METHODS)
@@ -209,6 +167,8 @@ METHODS: dict[str, type[MethodConfig]] = {
         ForgetMeNotConfig,
         AblatingConceptsConfig,
         ESDConfig,
+        UCEConfig,
+        SPEEDConfig,
     )
 }
 

@@ -47,5 +47,5 @@ class PipelineModel(DiffusionModel):
     def encode_uncond(self) -> torch.Tensor:
         return replace(self._encoder, side=NEGATIVES).encode_with_states([""], {})[0]
 
-    def notify_of_cuts(self, prompts: Any) -> None:
+    def notify_of_cuts(self, prompts: Iterable[str], is_brief: bool = False) -> None:
         """Say nothing: the prompts are templates, whose names are looked for in what the model reads."""

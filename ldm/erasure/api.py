@@ -112,7 +112,7 @@ def make_own_shifts(
         shift = WeightShift.load(artifacts.shift(concept.label)).in_memory()
         shifts[concept.label] = shift.on(model.text_layers)
     edit = model_config.edit if gate.gate else model_config.edit.with_changes(form="linear")
-    notify_of_weak(shifts, edit, advice_on_weak(config.trains))
+    notify_of_weak(shifts, edit, advice_on_weak(config))
     return shifts, took
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from ldm.config.concepts import Concept
-from ldm.config.methods import EditConfig, SRSMEConfig
+from ldm.config.methods import EditConfig, MethodConfig, SRSMEConfig
+from ldm.config.peers import PeerConfig
 from ldm.config.templates import load_template_set
 from ldm.diffusion.edits import edit_embeddings
 from ldm.diffusion.text_model import TextModel
@@ -179,9 +180,11 @@ def notify_of_weak(shifts: Mapping[str, WeightShift], edit: EditConfig, advice: 
         notify(f"not erased: {weak}: {advice}")
 
 
-def advice_on_weak(trains: bool, protecting: str = "`protect`") -> str:
+def advice_on_weak(config: MethodConfig, protecting: str = "`protect`") -> str:
     """Return what to do about too small an effect; `protecting` are the settings that say what is protected."""
-    if trains:
+    if isinstance(config, PeerConfig):
+        return f"take `rows` end, which edits more of what says a concept, or protect less ({protecting})"
+    if config.trains:
         return f"train with a larger `lr` or `basis_scale` or more `max_steps`, or protect less ({protecting})"
     settings = "a larger `rank_rtol`, or a smaller `ridge_weight` or `neutral_preserve_scale` (of gates `map_ridge`)"
     return f"protect less ({protecting}), or take {settings}"

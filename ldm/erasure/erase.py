@@ -22,7 +22,7 @@ from ldm.config.methods import (
     MethodConfig,
     SelfSampledConfig,
     SRSMEConfig,
-    complete_settings,
+    TrainedConfig,
 )
 from ldm.diffusion.latents import latents_from_folder, sampled_batches
 from ldm.diffusion.model import DiffusionModel
@@ -33,19 +33,20 @@ from ldm.erasure.gate_fitters import AnyGateFitter, make_gate_fitter
 from ldm.erasure.gate_prompts import GatePrompts
 from ldm.erasure.gated_edit import GatedEdit
 from ldm.erasure.initial_shift import initial_shift
+from ldm.erasure.key_values import preserved_prompts
 from ldm.erasure.leakage import EmbeddingCache, leakage, notify_of_leakage
 from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
-from ldm.erasure.methods import LOSSES
+from ldm.erasure.methods import LOSSES, SOLVERS, check_settings, made_from
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.protection import Protection, concept_metadata, solve_null_spaces
 from ldm.erasure.retain import RetainSet, notify_of_left_out
-from ldm.erasure.shift import SHIFT_FILE_TYPE, EmbeddingShift, SeparableShift, WeightShift
+from ldm.erasure.shift import SHIFT_FILE_TYPE, DenseShift, EmbeddingShift, SeparableShift, WeightShift
 from ldm.erasure.summary import OF_EMBEDDINGS, OF_OUTPUTS, ErasureSummary
 from ldm.erasure.targets import target_prompts
 from ldm.erasure.training import CURVE_COLUMNS, fit
 from ldm.io.errors import MissingFileError, notify
 from ldm.io.files import atomic_write, check_writable, file_digest
-from ldm.io.legacy import ADDED_KEYS, upgrade_digests
+from ldm.io.legacy import upgrade_digests
 from ldm.io.paths import ArtifactPaths
 from ldm.io.sharding import Shard
 from ldm.io.tensors import CREATED_BY, read_metadata
@@ -71,6 +72,7 @@ def erase(
     if config.solves_null_space:
         solve_null_spaces(model, artifacts, concepts, protection)
     given: dict[str, Any] = {"gate": gate, "others": others, "retain": retain, "protected": protection.extra_prompts}
+    given["preserve"] = protection.concepts
     return erase_concepts(model, artifacts, concepts, config, image_dir, **given)
 
 
@@ -86,6 +88,7 @@ def erase_concepts(
     others: Sequence[Concept] | None = None,
     retain: Sequence[str] = (),
     protected: Sequence[str] = (),
+    preserve: Sequence[Concept] = (),
 ) -> list[ErasureSummary]:
     """Make and save each concept's shift, but for those that are there from the same inputs; return what each took.
 
@@ -93,7 +96,8 @@ def erase_concepts(
     curve goes beside each shift as CSV. SRS-ME's shifts get a gate too where `gate` says so. `others` are concepts that
     an erasure should change little unless it is their own: without them those of the category, or of concepts that a
     user names, `concepts` themselves; so are the prompts `retain` of SRS-ME's. No gate takes one of `protected` for its
-    concept, prompts that null spaces keep where there are such. Of several processes each makes its `shard`. Raises
+    concept, prompts that null spaces keep where there are such; UCE and SPEED preserve
+    these, and the concepts `preserve`, each but in its own erasure. Of several processes each makes its `shard`. Raises
     ValueError for a missing basis or folder, for settings that make nothing, and for training without a denoiser.
     """
     check_settings(model, config)
@@ -105,7 +109,7 @@ def erase_concepts(
     concepts = concepts if config.is_joint else shard.select(concepts)
     if config.makes_gates_alone:
         gate = gate.with_changes(gate=True)
-    kept = RetainSet(model, others, retain), protected
+    kept = RetainSet(model, others, retain), protected, preserve
     erasure = _Erasure(model, artifacts, config, image_dir, execution, gate, *kept)
     if config.solves_null_space:
         for concept in concepts:
@@ -118,7 +122,7 @@ def erase_concepts(
     for concept in concepts:
         path = artifacts.shift(concept.label)
         existing = upgrade_digests(read_metadata(path, SHIFT_FILE_TYPE), model.digests)
-        if _made_from(metadata[concept.label], existing, config.name):
+        if made_from(metadata[concept.label], existing, config.name):
             print(f"{concept.name}: {path} is there already, from the same inputs")
         else:
             check_writable(path, "artifacts_dir")
@@ -139,29 +143,6 @@ def erase_concepts(
     return summaries
 
 
-def check_settings(model: TextModel, config: MethodConfig) -> None:
-    """Raise ValueError for settings that make nothing, and for training without a denoiser."""
-    if not isinstance(model, DiffusionModel) and (config.trains or not isinstance(config, SRSMEConfig)):
-        raise ValueError(f"{model.name} is a text encoder alone, from which nothing is trained: give a whole `model`")
-    if isinstance(config, SRSMEConfig) and config.mode == "closed_form" and config.init == "zero":
-        raise ValueError(
-            "`mode` closed_form trains nothing from `init` zero: choose `init` closed_form, or `mode` learn"
-        )
-
-
-def _made_from(inputs: Mapping[str, Any], existing: Mapping[str, Any], method: str) -> bool:
-    """Return whether a shift's metadata says that it was made from these inputs, whatever program wrote it."""
-    left_out = {"created_by", *(key for key in ADDED_KEYS if key not in existing)}
-    for key, value in inputs.items():
-        if key == "config":
-            config = existing.get("config", {})
-            if not isinstance(config, dict) or not value.items() <= complete_settings(method, config).items():
-                return False
-        elif key not in left_out and existing.get(key) != value:
-            return False
-    return True
-
-
 class _Erasure:
     """One method at work on one model: everything that the concepts of a run share."""
 
@@ -175,12 +156,13 @@ class _Erasure:
         gate: GateConfig,
         retain: RetainSet,
         protected: Sequence[str],
+        preserve: Sequence[Concept],
     ):
         self.model, self.artifacts, self.config = model, artifacts, config
         self.image_dir, self.execution = image_dir, execution
         self.gate = gate if isinstance(config, SRSMEConfig) else gate.with_changes(gate=False)
         self.gate_fitter: AnyGateFitter | None = None
-        self.retain, self.protected = retain, protected
+        self.retain, self.protected, self.preserve = retain, protected, preserve
         self.cache = EmbeddingCache(model)
         self.bases: dict[str, NullSpaceBasis] = {}
 
@@ -220,13 +202,15 @@ class _Erasure:
             metadata["base_digest"] = self.model.digests[0]
         else:
             metadata["measured_on"] = "embeddings"
-        if not self.config.trains:
+        if isinstance(self.config, SRSMEConfig) and not self.config.trains:
             metadata |= self.model.encoded_as  # to which alone a closed form is bound
         if isinstance(self.config, SRSMEConfig):
             targets = target_prompts(concept, self.config, self.model.tokenizers[0])
             metadata |= self.retain.metadata(targets, concept, self.config)
             if not self.retain.prompts:
                 del metadata["config"]["retain_preserve_scale"]  # which weighs nothing
+        if self.config.name in SOLVERS:
+            metadata["preserved"] = self._preserved(concept)
         if self.gate.gate:
             metadata["gate_config"] = self.gate.to_dict()
             metadata["gate_prompts_digest"] = self._gate_prompts_digest
@@ -311,8 +295,10 @@ class _Erasure:
             notify(str(error))
             return None
 
-    def _initial_shift(self, concept: Concept) -> SeparableShift | None:
-        """Return what a method with a null space starts from, or stops at; None for one without."""
+    def _initial_shift(self, concept: Concept) -> SeparableShift | DenseShift | None:
+        """Return what a method starts from, or stops at; None for one that starts from the model as it is."""
+        if self.config.name in SOLVERS:
+            return SOLVERS[self.config.name](self._whole_model, concept, self.config, self._preserved(concept))
         if not isinstance(self.config, SRSMEConfig):
             return None
         shift = initial_shift(self.model, concept, self.config, self.bases[concept.label], self.retain)
@@ -343,10 +329,12 @@ class _Erasure:
         model.offload()
         start = time.perf_counter()
         title = "erase " + ", ".join(concept.name for concept in concepts)
+        assert isinstance(self.config, TrainedConfig)
         return fit(trained, together, self.config, title), start
 
     def _batches(self, concept: Concept, loss: SingleConceptLoss) -> Iterator[Any]:
         config = self.config
+        assert isinstance(config, TrainedConfig)
         if isinstance(config, SelfSampledConfig):
             scope: Any = loss.edited_model
             return sampled_batches(self._whole_model, loss.target_embeds, config, scope)
@@ -354,11 +342,14 @@ class _Erasure:
         folder = image_folder(self.image_dir, concept)
         return latents_from_folder(self._whole_model, folder, config.train_batch_size, config.seed, **details)
 
+    def _preserved(self, concept: Concept) -> list[str]:
+        return preserved_prompts(concept, self.config, self.preserve, self.protected, self.model.tokenizers[0])
+
     def _protected(self, concept: Concept) -> list[str]:
         if self.config.solves_null_space:
             return self.bases[concept.label].metadata["protected"]
         kept = [*self.protected, *self.retain.prompts] if self.config.makes_gates_alone else []
-        return list(dict.fromkeys([*always_protected_prompts(), *kept]))
+        return list(dict.fromkeys([*always_protected_prompts(), *kept, *self._preserved(concept)]))
 
     def _save(
         self, concept: Concept, shift: WeightShift, metadata: dict[str, Any], curve: pd.DataFrame, seconds: float

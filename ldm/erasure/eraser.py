@@ -158,7 +158,7 @@ class ConceptEraser:
             shift.check(self.model)
             shifts[concept.label] = shift.on(self.model.text_layers)
         edit = self.config.edit.with_changes(form=self.form)
-        notify_of_weak(shifts, edit, advice_on_weak(self.config.methods[method].trains))
+        notify_of_weak(shifts, edit, advice_on_weak(self.config.methods[method]))
         return shifts, summaries
 
     def restore(self, *names: str | Sequence[str]) -> None:

@@ -44,7 +44,7 @@ HEADER: dict[str, Callable[[Any], bool]] = {  # what a shift's metadata says, wh
         ),
         is_text,
     ),
-    **dict.fromkeys(("captions", "protected", "aliases", "unchanged"), is_texts),
+    **dict.fromkeys(("captions", "protected", "preserved", "aliases", "unchanged"), is_texts),
     **dict.fromkeys(("concept_index", "iterations", "rank"), is_count),
     **dict.fromkeys(("scale", "rank_rtol", "target_change", "max_leakage_protected"), is_number),
     **dict.fromkeys(("config", "gate", "effects"), is_mapping),

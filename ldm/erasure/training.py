@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ldm.config.methods import MethodConfig
+from ldm.config.methods import TrainedConfig
 from ldm.erasure.losses import TrainableLoss
 from ldm.io.errors import notify
 
@@ -61,7 +61,7 @@ class MomentumStopping:
         return step.iteration >= self.min_iterations and self.momentum <= self.threshold
 
 
-def fit(loss: TrainableLoss, batches: Iterable[Any], config: MethodConfig, title: str) -> pd.DataFrame:
+def fit(loss: TrainableLoss, batches: Iterable[Any], config: TrainedConfig, title: str) -> pd.DataFrame:
     """Run `training_loop` with progress until the config's `stop_threshold`, if it has one, or `max_steps` ends it.
 
     Returns one row per iteration, with the columns `CURVE_COLUMNS`.

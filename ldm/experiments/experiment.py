@@ -93,7 +93,7 @@ class Experiment:
                 cases = make_cases([concept.prompt], self.num_training_images, self.seed)
                 cases = [replace(case, seed=case.seed + TRAIN_SEED_OFFSET) for case in cases]
                 self._generate(cases, image_folder(image_dir, concept), self.model.generation_metadata)
-        return erase_concepts(self.model, artifacts, concepts, config, image_dir, gate=gate)
+        return erase_concepts(self.model, artifacts, concepts, config, image_dir, gate=gate, preserve=protected)
 
     def generate(self, shifts: Mapping[str, WeightShift], name: str) -> Path:
         """Return the folder of images by the base model with `shifts` merged: `name` and their digest, or `ori`.
