@@ -43,9 +43,9 @@ def noised_batches(
 
 
 def denoising_batches(
-    model: DiffusionModel, latents: torch.Tensor, batch_size: int, seed: int
+    model: DiffusionModel, latents: torch.Tensor, batch_size: int, seed: int, first: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield endless batches of clean `latents` (N, C, h, w), noised to random timesteps.
+    """Yield endless batches of clean `latents` (N, C, h, w), noised to random timesteps, of which `first` is the least.
 
     A batch is z_t (batch_size, C, h, w), t (batch_size,), and what the denoiser was trained to predict of them, as z_t;
     the same on every device for the same seed.
@@ -53,7 +53,7 @@ def denoising_batches(
     generator = torch.Generator().manual_seed(seed)
     while True:
         indices = torch.randint(len(latents), (batch_size,), generator=generator)
-        timesteps = torch.randint(model.num_train_timesteps, (batch_size,), generator=generator).to(model.device)
+        timesteps = torch.randint(first, model.num_train_timesteps, (batch_size,), generator=generator).to(model.device)
         noise = torch.randn((batch_size, *latents.shape[1:]), generator=generator).to(latents)
         clean = latents[indices.to(latents.device)]
         yield model.add_noise(clean, noise, timesteps), timesteps, model.denoising_target(clean, noise, timesteps)

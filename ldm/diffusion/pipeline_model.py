@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -39,9 +39,7 @@ class PipelineModel(DiffusionModel):
     def adapter(self) -> Family:
         return self._encoder.adapter
 
-    def encode_with_states(
-        self, prompts: list[str], layers: Mapping[str, Collection[int]]
-    ) -> tuple[torch.Tensor, States]:
+    def _encode(self, prompts: list[str], layers: Mapping[str, Collection[int]]) -> tuple[torch.Tensor, States]:
         return self._encoder.encode_with_states(prompts, layers)
 
     def encode_uncond(self) -> torch.Tensor:

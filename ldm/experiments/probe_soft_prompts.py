@@ -103,7 +103,8 @@ def learn_soft_prompt(
     """Return vectors (k, width) by text encoder, learnt on image files by the model as it is edited now."""
     loss = SoftPromptLoss(model, words, config, evades)
     latents = model.encode_image(load_batch(examples, model.image_size))
-    batches = denoising_batches(model, latents, config.soft_batch_size, config.soft_seed)
+    first = int(config.soft_first_timestep * model.num_train_timesteps)
+    batches = denoising_batches(model, latents, config.soft_batch_size, config.soft_seed, first)
     pairs = (((noised, timestep), target) for noised, timestep, target in batches)
     steps = islice(training_loop(loss, pairs, config.soft_lr), config.soft_steps)
     for _ in tqdm(steps, total=config.soft_steps, desc="soft prompt", unit="iteration", leave=False):
