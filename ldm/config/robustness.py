@@ -15,12 +15,9 @@ class HardPromptConfig(Settings):
     free_words: int = setting(4, "words of a prompt that are chosen, the concept's name not counted", minimum=1)
     searches: int = setting(4, "searches, each from other words: as many prompts, which share the images", minimum=1)
     iterations: int = setting(10, "iterations of a search, each of which changes a word or none", minimum=1)
-    candidates: int = setting(24, "prompts that are compared in an iteration", minimum=1)
+    candidates: int = setting(32, "prompts that are compared in an iteration", minimum=1)
     top_words: int = setting(48, "words of each place, by the gradient, that candidates are chosen from", minimum=1)
-    noised_images: int = setting(6, "noised images of the concept on which prompts are compared", minimum=1)
-    contrast: float = setting(
-        1.0, "weight of the loss on as many images of other concepts, which a prompt should not say", minimum=0
-    )
+    noised_images: int = setting(8, "noised images of the concept on which prompts are compared", minimum=1)
 
 
 @dataclass(frozen=True)

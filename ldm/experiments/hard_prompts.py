@@ -57,16 +57,8 @@ class HardPromptSearch:
     arXiv 2307.15043). A model of several text encoders gives the gradient of the first one's.
     """
 
-    def __init__(
-        self,
-        model: DiffusionModel,
-        noised: NoisedImages,
-        others: NoisedImages,
-        words: Sequence[str],
-        config: HardPromptConfig,
-    ):
-        """`noised` are images of the concept, and `others` of whatever else a prompt may lead to."""
-        self.model, self.noised, self.others, self.words, self.config = model, noised, others, words, config
+    def __init__(self, model: DiffusionModel, noised: NoisedImages, words: Sequence[str], config: HardPromptConfig):
+        self.model, self.noised, self.words, self.config = model, noised, words, config
         tokenizer = model.tokenizers[0]
         self._ids = torch.tensor([tokenizer(word, add_special_tokens=False).input_ids[0] for word in words])
         encoder = model.text_encoders[model.sources[0].name]
@@ -93,14 +85,7 @@ class HardPromptSearch:
 
     @torch.no_grad()
     def _losses(self, prompts: list[str]) -> list[float]:
-        return self._score(self.model.embed(prompts)).tolist()
-
-    def _score(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Return the loss of prompts, (P,), for their rows (P, rows, d)."""
-        loss = denoising_losses(self.model, self.noised, embeds)
-        if not self.config.contrast:
-            return loss
-        return loss - self.config.contrast * denoising_losses(self.model, self.others, embeds)
+        return denoising_losses(self.model, self.noised, self.model.embed(prompts)).tolist()
 
     def _changes(self, words: list[str], template: Callable[[Sequence[str]], str]) -> list[tuple[int, str]]:
         """Return the likeliest changes, each a place and the word that comes there."""
@@ -118,7 +103,8 @@ class HardPromptSearch:
             # The variants tell at which token each word is, whatever a pipeline puts around a prompt.
             embeds = self.model.embed([template(each) for each in (words, *variants)])
         ids, embedded = seen[0]
-        gradient = torch.autograd.grad(self._score(embeds[:1]).sum(), embedded)[0][0]  # (tokens, width)
+        loss = denoising_losses(self.model, self.noised, embeds[:1])
+        gradient = torch.autograd.grad(loss.sum(), embedded)[0][0]  # (tokens, width)
         weights = self._embedding.weight[self._ids.to(gradient.device)]  # (words, width)
         changes = []
         for k, ids_of_variant in enumerate(ids[1:]):

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from tqdm import tqdm
 
-from ldm.config.concepts import Concept, erasable_concepts
+from ldm.config.concepts import Concept
 from ldm.config.robustness import HardPromptConfig
 from ldm.experiments.attacks import NoisedImages, attack_digest, encode_examples
 from ldm.experiments.hard_prompts import FoundPrompt, HardPromptSearch, search_words
@@ -20,7 +20,6 @@ from ldm.io.files import write_json
 
 WITH_NAME, WITHOUT_NAME = KINDS = ("hard prompts with the name", "hard prompts without the name")
 _PROMPTS = "prompts.json"
-_EACH = 4  # images of each other concept
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,8 @@ class HardPrompts:
         if len(found) == config.searches:
             return found
         words = search_words(model.tokenizers[0], concept if kind == WITHOUT_NAME else None)
-        others = [other.prompt for other in erasable_concepts(bench.category) if not other.is_named(concept.name)]
-        other_images = bench.draw(UNEDITED, bench.place(UNEDITED, concept, "others"), [*others, ""], _EACH)
-        noised, noised_others = (
-            NoisedImages.sample(model, encode_examples(model, paths), config.noised_images, (bench.seed,))
-            for paths in (images, other_images)
-        )
-        search = HardPromptSearch(model, noised, noised_others, words, config)
+        noised = NoisedImages.sample(model, encode_examples(model, images), config.noised_images, (bench.seed,))
+        search = HardPromptSearch(model, noised, words, config)
         numbers = range(len(found), config.searches)
         with bench.edited(subject):
             for number in tqdm(numbers, desc=f"{kind} for {concept.name}, {subject.name}", unit="search"):
