@@ -24,6 +24,7 @@ from ldm.cli.experiment import (
 )
 from ldm.cli.run import run
 from ldm.config.methods import METHODS
+from ldm.config.robustness import HardPromptConfig, RelearningConfig, SoftPromptConfig
 
 
 def write(findings, path: Path) -> None:
@@ -54,6 +55,10 @@ def main() -> None:
     parser.option("restored", nargs="*", default="2", help=text)
     parser.option("images", type=arguments.positive_int, default=16, help="of each finding, about")
     parser.option("probes", default="", help="which of them, by the beginning of their names, such as prompts,soft")
+    text = "images of what the model never learnt, for the floor of attacks (default: woodcuts)"
+    parser.option("unlearnt_dir", type=Path, default=None, help=text)
+    for kind in (SoftPromptConfig, HardPromptConfig, RelearningConfig):
+        arguments.add_settings_with_defaults(parser, kind())
     parser.option("quick", action="store_true", help="leave out the probes that train something")
     parser.option("clip_path", type=Path, default=None, help="a folder with CLIP, which judges instead of a classifier")
     args = parser.parse_args()
@@ -64,6 +69,7 @@ def main() -> None:
     import pandas as pd
 
     from ldm.cli.robustness import chosen_probes, make_bench, write_detection
+    from ldm.erasure.merge import describe_forms
     from ldm.experiments.methods import MethodComparison
     from ldm.experiments.probe import UNEDITED, Subject
     from ldm.experiments.robustness import ask, ask_floor, robustness_contenders
@@ -77,9 +83,10 @@ def main() -> None:
     path = args.save_path / args.category / "robustness"
     tables = [*ask_floor(bench, probes), *ask(bench, UNEDITED, probes)]
     for number, contender in enumerate(contenders, start=1):
-        print(f"{number} of {len(contenders)}: {contender.name}", flush=True)
         shifts, _ = comparison.erase(contender)
         left = {label: shift for label, shift in shifts.items() if int(label) in erased}
+        form = describe_forms(left, contender.form)
+        print(f"{number} of {len(contenders)}: {contender.name}, {form}", flush=True)
         tables += ask(bench, Subject(contender.name, left, contender.form), probes)
         write(pd.concat(tables, ignore_index=True), path)
         if contender.form == "gated":

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.arguments import Namespace
+from ldm.cli.arguments import Namespace, typed_settings
 from ldm.config.concepts import get_concept
 from ldm.config.everyday import COMPOSED_WITH
+from ldm.config.robustness import HardPromptConfig, RelearningConfig, SoftPromptConfig
 
 if TYPE_CHECKING:
     from ldm.erasure.shift import WeightShift
@@ -82,7 +83,13 @@ def chosen_probes(args: Namespace) -> list[Probe]:
     """Return the probes that are asked for. Raises ValueError for a name that is none's beginning."""
     from ldm.experiments.robustness import all_probes
 
-    probes = [probe for probe in all_probes() if not (args.quick and probe.is_slow)]
+    every = all_probes(
+        SoftPromptConfig(**typed_settings(args, SoftPromptConfig)),
+        HardPromptConfig(**typed_settings(args, HardPromptConfig)),
+        RelearningConfig(**typed_settings(args, RelearningConfig)),
+        args.unlearnt_dir,
+    )
+    probes = [probe for probe in every if not (args.quick and probe.is_slow)]
     wanted = [piece.strip() for piece in args.probes.split(",") if piece.strip()]
     for piece in wanted:
         if not any(probe.name.startswith(piece) for probe in probes):

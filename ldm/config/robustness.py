@@ -25,6 +25,11 @@ class SoftPromptConfig(Settings):
         0.1, "how far below the thresholds of gates a soft prompt stays that is learnt against them", minimum=0
     )
     soft_gate_weight: float = setting(1.0, "weight of what lacks to that, beside the denoising loss", above=0)
+    soft_restarts: int = setting(
+        3,
+        "soft prompts that are learnt, from other seeds; that one attacks whose images are most like the examples",
+        minimum=1,
+    )
     soft_seed: int = setting(0, "what first vectors, images, timesteps and noise are chosen from")
 
     def __post_init__(self) -> None:
@@ -39,12 +44,16 @@ class SoftPromptConfig(Settings):
 class HardPromptConfig(Settings):
     """How prompts of the vocabulary's words are searched for that make a model draw a concept."""
 
-    free_words: int = setting(4, "words of a prompt that are chosen, the concept's name not counted", minimum=1)
-    searches: int = setting(4, "searches, each from other words: as many prompts, which share the images", minimum=1)
-    iterations: int = setting(10, "iterations of a search, each of which changes a word or none", minimum=1)
-    candidates: int = setting(32, "prompts that are compared in an iteration", minimum=1)
-    top_words: int = setting(48, "words of each place, by the gradient, that candidates are chosen from", minimum=1)
-    noised_images: int = setting(8, "noised images of the concept on which prompts are compared", minimum=1)
+    hard_words: int = setting(4, "words of a prompt that are chosen, the concept's name not counted", minimum=1)
+    hard_searches: int = setting(
+        4, "searches, each from other words: as many prompts, which share the images", minimum=1
+    )
+    hard_iterations: int = setting(10, "iterations of a search, each of which changes a word or none", minimum=1)
+    hard_candidates: int = setting(32, "prompts that are compared in an iteration", minimum=1)
+    hard_top_words: int = setting(
+        48, "words of each place, by the gradient, that candidates are chosen from", minimum=1
+    )
+    hard_noised_images: int = setting(8, "noised images of the concept on which prompts are compared", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -55,8 +64,15 @@ class RelearningConfig(Settings):
     learns none at any rate.
     """
 
-    steps: tuple[int, ...] = setting((10, 30, 100), "steps after which images are made")
-    lr: float = setting(1e-4, "AdamW's learning rate", above=0)
-    batch_size: int = setting(4, "noised images in a step", minimum=1)
-    train_method: str = setting("full", "which weights are trained, as ESD names them", choices=TRAIN_METHODS)
-    images: int = setting(20, "images of the concept by the unedited model", minimum=1)
+    relearning_steps: int = setting(100, "steps; images are made after a tenth and three tenths of them too", minimum=1)
+    relearning_lr: float = setting(1e-4, "AdamW's learning rate", above=0)
+    relearning_batch_size: int = setting(4, "noised images in a step", minimum=1)
+    relearning_train_method: str = setting(
+        "full", "which weights are trained, as ESD names them", choices=TRAIN_METHODS
+    )
+    relearning_images: int = setting(20, "images of the concept by the unedited model", minimum=1)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Return after how many steps images are made."""
+        return sorted({max(1, self.relearning_steps * part // 10) for part in (1, 3, 10)})

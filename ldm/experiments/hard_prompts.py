@@ -69,13 +69,13 @@ class HardPromptSearch:
     def find(self, template: Callable[[Sequence[str]], str], seed: str) -> FoundPrompt:
         """Return the best prompt of one search; `template` makes a prompt of its words, and `seed` says all chance."""
         chance = random.Random(seed)
-        words = chance.choices(self.words, k=self.config.free_words)
+        words = chance.choices(self.words, k=self.config.hard_words)
         start = loss = self._losses([template(words)])[0]
-        for _ in range(self.config.iterations):
+        for _ in range(self.config.hard_iterations):
             changes = self._changes(words, template)
             tried = [
                 [*words[:k], word, *words[k + 1 :]]
-                for k, word in chance.sample(changes, min(len(changes), self.config.candidates))
+                for k, word in chance.sample(changes, min(len(changes), self.config.hard_candidates))
             ]
             losses = self._losses([template(each) for each in tried])
             best = min(range(len(tried)), key=losses.__getitem__)
@@ -111,6 +111,6 @@ class HardPromptSearch:
             differs = (ids_of_variant != ids[0]).nonzero()
             if not len(differs):  # a word that is cut off
                 continue
-            order = (weights @ gradient[differs[0, 0]]).argsort(stable=True)[: self.config.top_words].tolist()
+            order = (weights @ gradient[differs[0, 0]]).argsort(stable=True)[: self.config.hard_top_words].tolist()
             changes += [(k, self.words[n]) for n in order if self.words[n] != words[k]]
         return changes

@@ -141,10 +141,10 @@ class Bench:
         """Return `number` cases of each prompt; as many as make about `images` in all where no number is given."""
         return make_cases(prompts, number or max(1, -(-self.images // len(prompts))), self.seed)
 
-    def pictures(self, concept: Concept, number: int = 20) -> list[Path]:
-        """Return pictures of a concept by the unedited model, which attackers have, of seeds that nothing else has."""
+    def examples(self, concept: Concept, number: int = 20) -> list[Path]:
+        """Return images of a concept by the unedited model, which attackers have, of seeds that nothing else has."""
         cases = [replace(c, seed=c.seed + TRAIN_SEED_OFFSET) for c in make_cases([concept.prompt], number, self.seed)]
-        return self.draw_here(UNEDITED, self.place(UNEDITED, concept, "pictures"), cases)
+        return self.draw_here(UNEDITED, self.place(UNEDITED, concept, f"examples {number}"), cases)
 
     def shown(self, kind: str, paths: Sequence[Path], concept: Concept) -> Finding:
         """Return the share of images in which the judge sees a concept."""

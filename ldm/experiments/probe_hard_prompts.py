@@ -32,12 +32,13 @@ class HardPrompts:
 
     name: ClassVar[str] = "hard prompts"
     is_slow: ClassVar[bool] = True
+    is_of_all: ClassVar[bool] = False
     config: HardPromptConfig = field(default_factory=HardPromptConfig)
     unlearnt_dir: Path | None = None  # images for the floor; woodcuts without it
 
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
         """Return the shares of images that show the concept, by prompts with its name and without it."""
-        return self._findings(bench, subject, concept, bench.pictures(concept))
+        return self._findings(bench, subject, concept, bench.examples(concept))
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
         """Return the shares by which the unedited model draws what it never learnt; the same for every concept."""
@@ -46,7 +47,7 @@ class HardPrompts:
 
     def found(self, bench: Bench, subject: Subject, concept: Concept) -> dict[str, list[FoundPrompt]]:
         """Return the prompts that `measure` found by kind, in the order of the searches."""
-        images = bench.pictures(concept)
+        images = bench.examples(concept)
         return {kind: _read(self._place(bench, subject, concept, images, kind) / _PROMPTS) for kind in KINDS}
 
     def _place(self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path], kind: str) -> Path:
@@ -66,12 +67,12 @@ class HardPrompts:
     ) -> list[FoundPrompt]:
         """Return the prompt of each search, kept in a JSON file: those that a stopped run found are there already."""
         model, config, found = bench.model, self.config, _read(path)
-        if len(found) == config.searches:
+        if len(found) == config.hard_searches:
             return found
         words = search_words(model.tokenizers[0], concept if kind == WITHOUT_NAME else None)
-        noised = NoisedImages.sample(model, encode_examples(model, images), config.noised_images, (bench.seed,))
+        noised = NoisedImages.sample(model, encode_examples(model, images), config.hard_noised_images, (bench.seed,))
         search = HardPromptSearch(model, noised, words, config)
-        numbers = range(len(found), config.searches)
+        numbers = range(len(found), config.hard_searches)
         with bench.edited(subject):
             for number in tqdm(numbers, desc=f"{kind} for {concept.name}, {subject.name}", unit="search"):
                 template = _around(concept.prompt, _before(number, config)) if kind == WITH_NAME else " ".join
@@ -88,7 +89,7 @@ def _read(path: Path) -> list[FoundPrompt]:
 
 def _before(number: int, config: HardPromptConfig) -> int:
     """Return how many words stand before the name: none in the first search, and all in the last one."""
-    return round(config.free_words * number / max(1, config.searches - 1))
+    return round(config.hard_words * number / max(1, config.hard_searches - 1))
 
 
 def _around(name: str, before: int) -> Callable[[Sequence[str]], str]:

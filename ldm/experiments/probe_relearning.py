@@ -36,24 +36,25 @@ class Relearning:
 
     name: ClassVar[str] = "relearning"
     is_slow: ClassVar[bool] = True
+    is_of_all: ClassVar[bool] = False
     config: RelearningConfig = field(default_factory=RelearningConfig)
     unlearnt_dir: Path | None = None  # images for the floor; woodcuts without it
 
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
         """Return the share of images that show the concept after each number of steps."""
-        return self._findings(bench, subject, concept, bench.pictures(concept, self.config.images))
+        return self._findings(bench, subject, concept, bench.examples(concept, self.config.relearning_images))
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
         """Return the shares of what the unedited model never learnt; the same for every concept."""
         unlearnt = Unlearnt.of(bench, self.unlearnt_dir)
-        images = unlearnt.examples[: self.config.images]
+        images = unlearnt.examples[: self.config.relearning_images]
         return self._findings(replace(bench, judge=unlearnt.judge), UNEDITED, UNLEARNT, images)
 
     def _findings(self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path]) -> list[Finding]:
         place = bench.place(subject, concept, f"relearning {attack_digest(self.config, bench.seed, images)}")
         cases = bench.cases([concept.prompt])
         paths: dict[int, list[Path]] = {}
-        for steps in sorted(set(self.config.steps)):
+        for steps in self.config.numbers:
             folder = place / f"{steps}-steps"
             paths[steps] = [folder / image_filename(case.case_number, 0) for case in cases]
         missing = [steps for steps, own in paths.items() if not all(path.is_file() and is_intact(path) for path in own)]
@@ -82,9 +83,9 @@ class _Learner:
         self.images = encode_examples(self.model, images)
         self.embeds = self.model.encode_prompt([concept.prompt])
         self.weights: dict[str, nn.Parameter] = {}
-        for name in trainable_parameter_names(self.model.denoiser, config.train_method):
+        for name in trainable_parameter_names(self.model.denoiser, config.relearning_train_method):
             self.weights[name] = nn.Parameter(self.model.denoiser.get_parameter(name).detach().clone())
-        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=config.lr)
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=config.relearning_lr)
 
     def taught(self) -> AbstractContextManager[None]:
         """While the block runs, let the model be as it was taught so far."""
@@ -93,7 +94,7 @@ class _Learner:
     def learn(self, steps: int, title: str) -> None:
         """Go on until `steps` steps are done. What a step sees depends on its number alone."""
         for step in tqdm(range(self.steps, steps), desc=title, unit="step", initial=self.steps, total=steps):
-            noised = NoisedImages.sample(self.model, self.images, self.config.batch_size, (self.seed, step))
+            noised = NoisedImages.sample(self.model, self.images, self.config.relearning_batch_size, (self.seed, step))
             with self.taught():
                 loss = denoising_losses(self.model, noised, self.embeds).sum()
             self.optimizer.zero_grad()

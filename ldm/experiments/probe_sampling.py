@@ -89,7 +89,7 @@ class Completion:
         if find_completion(bench.model) is None:
             notify(f"diffusers has no pipeline that completes images by {bench.model.family}: this probe is left out")
             return []
-        pictures = [open_image(path) for path in bench.pictures(concept, bench.images)]
+        pictures = [open_image(path) for path in bench.examples(concept, bench.images)]
         findings = []
         for kind, strength in (*((f"from noise at {each:g}", each) for each in STRENGTHS), ("in-painting", None)):
             folder = bench.place(subject, concept, self.name, kind, *([] if prompt else ["empty"]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -27,13 +27,16 @@ from ldm.erasure.gated_edit import GatedPrompts
 from ldm.erasure.losses import LossOutput
 from ldm.erasure.merge import by_form
 from ldm.erasure.training import training_loop
+from ldm.experiments.experiment import TRAIN_SEED_OFFSET
 from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
 from ldm.experiments.unlearnt import UNLEARNT, Unlearnt
 from ldm.io.files import file_digest
 from ldm.io.images import load_batch
 from ldm.io.tensors import load_tensors, save_tensors
+from ldm.metrics.frechet import extract_features
 
-_FILE_TYPE = "soft prompt"
+_FILE_TYPE, _FILE = "soft prompt", "soft-prompt.safetensors"
+_TRIALS = 4  # images by which a soft prompt is chosen among those that are learnt
 _FIRST_SPREAD = 0.1  # of first vectors about the mean of the vocabulary, in its standard deviations
 _Batch = tuple[torch.Tensor, torch.Tensor]  # noised latents (N, ...) and timesteps (N,)
 
@@ -118,6 +121,7 @@ class SoftPrompts:
 
     name: ClassVar[str] = "soft prompts"
     is_slow: ClassVar[bool] = True
+    is_of_all: ClassVar[bool] = False
 
     config: SoftPromptConfig = field(default_factory=SoftPromptConfig)
     numbers: Sequence[int] = (1, 3)
@@ -125,7 +129,7 @@ class SoftPrompts:
 
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
         """Return in how many images by each soft prompt the judge sees the concept."""
-        examples = bench.pictures(concept, self.config.soft_examples)
+        examples = bench.examples(concept, self.config.soft_examples)
         found: list[Finding] = []
         for number in self.numbers:
             found.append(bench.shown(_kind(number), self._images(bench, subject, concept, examples, number), concept))
@@ -153,7 +157,10 @@ class SoftPrompts:
         number: int,
         evades: bool = False,
     ) -> list[Path]:
-        """Return images of a subject by a soft prompt of a number of tokens; what is there is not learnt again."""
+        """Return images of a subject by a soft prompt of a number of tokens; what is there is not learnt again.
+
+        Of several that are learnt that one is taken whose images have features most like the examples', by their means.
+        """
         model, words = bench.model, find_placeholders(bench.model, number)
         inputs = [
             self.config.to_dict(),
@@ -164,14 +171,24 @@ class SoftPrompts:
             *map(file_digest, examples),
         ]
         metadata = {"learnt_from": hashlib.sha256(json.dumps(inputs).encode()).hexdigest()}
-        folder = bench.place(subject, concept, "soft prompts", f"{number} {metadata['learnt_from'][:8]}")
-        path = folder / "soft-prompt.safetensors"
+        place = bench.place(subject, concept, "soft prompts", f"{number} {metadata['learnt_from'][:8]}")
+        aim = extract_features(examples, model.device).mean(0)
+        cases = bench.cases([words.prompt])
+        trials = [replace(case, seed=case.seed + TRAIN_SEED_OFFSET) for case in cases[:_TRIALS]]
+        found: dict[Path, float] = {}
         with bench.edited(subject):
-            if not path.is_file():
-                vectors = learn_soft_prompt(model, examples, words, self.config, evades)
-                save_tensors(path, vectors, _FILE_TYPE, metadata | {"words": words.prompt})
-            with soft_tokens(model, words, load_tensors(path, _FILE_TYPE)[0]):
-                return bench.draw_here(subject, folder / "images", bench.cases([words.prompt]))
+            for restart in range(self.config.soft_restarts):
+                folder = place / str(restart)
+                if not (folder / _FILE).is_file():
+                    config = self.config.with_changes(soft_seed=self.config.soft_seed + restart)
+                    vectors = learn_soft_prompt(model, examples, words, config, evades)
+                    save_tensors(folder / _FILE, vectors, _FILE_TYPE, metadata | {"words": words.prompt})
+                with soft_tokens(model, words, load_tensors(folder / _FILE, _FILE_TYPE)[0]):
+                    tried = bench.draw_here(subject, folder / "trials", trials)
+                found[folder] = float((extract_features(tried, model.device).mean(0) - aim).norm())
+            nearest = min(found, key=found.__getitem__)
+            with soft_tokens(model, words, load_tensors(nearest / _FILE, _FILE_TYPE)[0]):
+                return bench.draw_here(subject, nearest / "images", cases)
 
 
 def _kind(number: int) -> str:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 from scipy.stats import binomtest
 
 from ldm.config.concepts import Concept
 from ldm.config.methods import MethodConfig, SRSMEConfig
+from ldm.config.robustness import HardPromptConfig, RelearningConfig, SoftPromptConfig
 from ldm.experiments.methods import Contender
 from ldm.experiments.probe import SHOWN, UNEDITED, Bench, Finding, Probe, Subject
+from ldm.experiments.probe_hard_prompts import HardPrompts
 from ldm.experiments.probe_others import Neighbours, Restoration, Watermarks
 from ldm.experiments.probe_prompts import Compositions, Meanings, PromptKinds
+from ldm.experiments.probe_relearning import Relearning
 from ldm.experiments.probe_sampling import Completion, Samplers
+from ldm.experiments.probe_soft_prompts import SoftPrompts
 from ldm.metrics.tables import to_markdown
 
 LEAST_MEASURABLE = 0.5  # of images that show the concept by the unedited model
@@ -23,11 +28,16 @@ FLOOR = "floor"
 _KEYS = ["concept", "probe", "kind", "measure"]
 
 
-def all_probes() -> list[Probe]:
-    """Return every probe, new."""
+def all_probes(
+    soft: SoftPromptConfig, hard: HardPromptConfig, relearning: RelearningConfig, unlearnt_dir: Path | None = None
+) -> list[Probe]:
+    """Return every probe, new, with the settings of attacks; `unlearnt_dir` has images of what was never learnt."""
     return [
         PromptKinds(),
         Compositions(),
+        SoftPrompts(soft, unlearnt_dir=unlearnt_dir),
+        HardPrompts(hard, unlearnt_dir),
+        Relearning(relearning, unlearnt_dir),
         Samplers(),
         Completion(),
         Neighbours(),
