@@ -143,11 +143,11 @@ def test_nothing_changes_where_nothing_is_erased(bench):
 def test_a_scheduler_acts_for_a_while_and_images_say_so(bench, tmp_path):
     model, before = bench.model, bench.model.scheduler
     metadata = model.generation_metadata
-    with with_scheduler(model, "EulerDiscreteScheduler"):
+    with with_scheduler(model, "EulerDiscreteScheduler", {}):
         assert type(model.scheduler).__name__ == model.generation_metadata["scheduler"] == "EulerDiscreteScheduler"
-        euler = bench.draw(UNEDITED, tmp_path / "euler", ["VanGogh"], 1)
+        euler = bench.generate(UNEDITED, tmp_path / "euler", ["VanGogh"], 1)
     assert model.scheduler is before and model.generation_metadata is metadata
-    own = bench.draw(UNEDITED, tmp_path / "own", ["VanGogh"], 1)
+    own = bench.generate(UNEDITED, tmp_path / "own", ["VanGogh"], 1)
     assert euler[0].read_bytes() != own[0].read_bytes()
 
 
@@ -187,12 +187,12 @@ def test_a_watermark_that_an_erased_prompt_draws_is_found(bench, monkeypatch):
     concept = get_concept("style", 1)
     probe = Watermarks()
     clean = {each.kind: each for each in probe.measure(bench, Subject("clean"), concept)}
-    drawn = bench.draw
+    made = bench.generate
     # A planted leak: in place of the concept's, the images of the first watermark.
     monkeypatch.setattr(
         bench,
-        "draw",
-        lambda subject, folder, prompts, number=0: drawn(
+        "generate",
+        lambda subject, folder, prompts, number=0: made(
             subject, folder, [watermark_prompts()[0]] if subject.name == "leaky" else prompts, number
         ),
     )

@@ -54,7 +54,7 @@ def test_the_pictures_of_a_users_folder_are_seen_and_the_models_images_are_not(b
     found = Unlearnt.of(bench, tmp_path / "own")
     assert len(found.examples) == 10 and open_image(found.examples[0]).size == (32, 32)
     assert np.mean(found.judge.shows(found.examples, UNLEARNT)) >= 0.9
-    images = bench.draw(UNEDITED, tmp_path / "images", ["a photo of a cat", "KeithHaring"], 10)
+    images = bench.generate(UNEDITED, tmp_path / "images", ["a photo of a cat", "KeithHaring"], 10)
     assert not any(found.judge.shows(images, UNLEARNT))
 
 
@@ -79,7 +79,7 @@ def test_the_judge_sees_woodcuts_in_no_image_of_mini_sd_and_in_all_that_its_auto
         image.save(path)
     assert np.mean(judge.shows(fresh, UNLEARNT)) >= 0.9
     prompts = [*(concept.prompt for concept in load_concepts("style")), "", "a photo of a cat"]
-    own = bench.draw(UNEDITED, tmp_path / "own", prompts, 4)
+    own = bench.generate(UNEDITED, tmp_path / "own", prompts, 4)
     assert np.mean(judge.shows(own, UNLEARNT)) <= 0.02
     learnt = [tmp_path / "learnt" / f"{k}_0.png" for k in range(40)]  # as the model's captions showed it
     learnt[0].parent.mkdir()

@@ -40,7 +40,7 @@ def complete(
     """Return images completed under a prompt, by `find_completion`'s pipeline.
 
     The images are given noise up to the timestep of `strength`, a fraction of all, and denoised from there (SDEdit,
-    Meng et al., arXiv 2108.01073). Where `hidden` (h, w), of latents, is 1 they are painted anew, and elsewhere led
+    Meng et al., arXiv 2108.01073). Where `hidden` (h, w), of latents, is 1 they are generated anew, and elsewhere led
     back to what they were after each step (RePaint, Lugmayr et al., arXiv 2201.09865).
     """
     rows, uncond = model.encode_prompt([prompt]), model.encode_uncond()

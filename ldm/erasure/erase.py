@@ -35,7 +35,7 @@ from ldm.erasure.gated_edit import GatedEdit
 from ldm.erasure.initial_shift import initial_shift
 from ldm.erasure.key_values import preserved_prompts
 from ldm.erasure.leakage import EmbeddingCache, leakage, notify_of_leakage
-from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss, TrainableLoss
+from ldm.erasure.losses import JointSRSMELoss, SingleConceptLoss, SRSMELoss
 from ldm.erasure.methods import LOSSES, SOLVERS, check_settings, made_from
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.protection import Protection, concept_metadata, solve_null_spaces
@@ -43,7 +43,7 @@ from ldm.erasure.retain import RetainSet, notify_of_left_out
 from ldm.erasure.shift import SHIFT_FILE_TYPE, DenseShift, EmbeddingShift, SeparableShift, WeightShift
 from ldm.erasure.summary import OF_EMBEDDINGS, OF_OUTPUTS, ErasureSummary
 from ldm.erasure.targets import target_prompts
-from ldm.erasure.training import CURVE_COLUMNS, fit
+from ldm.erasure.training import CURVE_COLUMNS, TrainableLoss, fit
 from ldm.io.errors import MissingFileError, notify
 from ldm.io.files import atomic_write, check_writable, file_digest
 from ldm.io.legacy import upgrade_digests

@@ -11,9 +11,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,26 +32,7 @@ from ldm.diffusion.trainable import trainable_parameter_names
 from ldm.erasure.layer_rows import in_weight
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
 from ldm.erasure.targets import target_prompts
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """`loss` is what is minimised; `monitor` is what decides when to stop."""
-
-    loss: torch.Tensor
-    monitor: torch.Tensor
-
-
-class TrainableLoss(Protocol):
-    """What `ldm.erasure.training` needs of a loss."""
-
-    def parameters(self) -> list[torch.Tensor]:
-        """Return what is trained."""
-        ...
-
-    def __call__(self, latents: Any, timestep: Any, /) -> LossOutput:
-        """Return the loss of one batch."""
-        ...
+from ldm.erasure.training import LossOutput
 
 
 class SingleConceptLoss(ABC):

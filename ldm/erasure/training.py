@@ -5,17 +5,36 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 from ldm.config.methods import TrainedConfig
-from ldm.erasure.losses import TrainableLoss
 from ldm.io.errors import notify
 
 CURVE_COLUMNS = ["iteration", "loss", "monitor", "momentum"]  # of a learning curve
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """`loss` is what is minimised; `monitor` is what decides when to stop."""
+
+    loss: torch.Tensor
+    monitor: torch.Tensor
+
+
+class TrainableLoss(Protocol):
+    """What training needs of a loss."""
+
+    def parameters(self) -> list[torch.Tensor]:
+        """Return what is trained."""
+        ...
+
+    def __call__(self, latents: Any, timestep: Any, /) -> LossOutput:
+        """Return the loss of one batch."""
+        ...
 
 
 @dataclass(frozen=True)

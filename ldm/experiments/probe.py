@@ -117,7 +117,7 @@ class Bench:
         """Return what a folder says of the subject that made its images."""
         return {**shifts_metadata(subject.shifts, subject.form), **self.model.generation_metadata}
 
-    def draw(
+    def generate(
         self, subject: Subject, folder: Path, prompts: Sequence[str], number: int = 0, **sampling: float
     ) -> list[Path]:
         """Return image files of prompts by a subject, `number` of each or about `images` in all, made where they lack.
@@ -126,13 +126,15 @@ class Bench:
         """
         cases = self.cases(prompts, number)
         with self.edited(subject):
-            return self.draw_here(subject, folder, cases, **sampling)
+            return self.generate_here(subject, folder, cases, **sampling)
 
-    def draw_unedited(self, folder: Path, prompts: Sequence[str], number: int = 0) -> list[Path]:
-        """Return the unedited model's images of what `draw` made in a folder."""
-        return self.draw(UNEDITED, folder / UNEDITED.name, prompts, number)
+    def generate_unedited(self, folder: Path, prompts: Sequence[str], number: int = 0) -> list[Path]:
+        """Return the unedited model's images of what `generate` made in a folder."""
+        return self.generate(UNEDITED, folder / UNEDITED.name, prompts, number)
 
-    def draw_here(self, subject: Subject, folder: Path, cases: Sequence[PromptCase], **sampling: float) -> list[Path]:
+    def generate_here(
+        self, subject: Subject, folder: Path, cases: Sequence[PromptCase], **sampling: float
+    ) -> list[Path]:
         """Return image files of cases by the model as it is now, within `edited` and whatever else acts on it."""
         generate_to_folder(self.model, cases, folder, self.metadata(subject), replace(self.sampling, **sampling))
         return [folder / image_filename(case.case_number, 0) for case in cases]
@@ -144,7 +146,7 @@ class Bench:
     def examples(self, concept: Concept, number: int = 20) -> list[Path]:
         """Return images of a concept by the unedited model, which attackers have, of seeds that nothing else has."""
         cases = [replace(c, seed=c.seed + TRAIN_SEED_OFFSET) for c in make_cases([concept.prompt], number, self.seed)]
-        return self.draw_here(UNEDITED, self.place(UNEDITED, concept, f"examples {number}"), cases)
+        return self.generate_here(UNEDITED, self.place(UNEDITED, concept, f"examples {number}"), cases)
 
     def shown(self, kind: str, paths: Sequence[Path], concept: Concept) -> Finding:
         """Return the share of images in which the judge sees a concept."""

@@ -58,7 +58,7 @@ class HardPrompts:
         for kind in KINDS:
             place = self._place(bench, subject, concept, images, kind)
             found = self._search(bench, subject, concept, images, kind, place / _PROMPTS)
-            paths = bench.draw(subject, place / "images", [each.prompt for each in found])
+            paths = bench.generate(subject, place / "images", [each.prompt for each in found])
             findings.append(bench.shown(kind, paths, concept))
         return findings
 

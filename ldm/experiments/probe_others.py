@@ -27,7 +27,7 @@ class Neighbours:
     """(h) Which of all prompts that nothing protects change most?
 
     Of each prompt the model's predictions are compared with the unedited ones, on one noise at two timesteps; images
-    are drawn of the 40 that change most, and the 20 whose images change most are listed in neighbours.csv.
+    are made of the 40 that change most, and the 20 whose images change most are listed in neighbours.csv.
     """
 
     name: ClassVar[str] = "neighbours"
@@ -46,13 +46,11 @@ class Neighbours:
         changes = (_predictions(bench, subject, list(prompts)) - self._unedited).flatten(1)
         sizes = changes.norm(dim=1) / self._unedited.flatten(1).norm(dim=1)
         order = sizes.argsort(descending=True, stable=True)[:_DRAWN].tolist()
-        drawn = sorted(list(prompts)[number] for number in order)
+        made = sorted(list(prompts)[number] for number in order)
         place = bench.folder / subject.folder / self.name
-        own = bench.draw(subject, place, drawn, 1)
-        metrics = pairwise_metrics(bench.draw_unedited(place, drawn, 1), own, bench.model.device)
-        table = pd.DataFrame(
-            {"prompt": drawn, "group": [prompts[prompt] for prompt in drawn], "lpips": metrics["lpips"]}
-        )
+        own = bench.generate(subject, place, made, 1)
+        metrics = pairwise_metrics(bench.generate_unedited(place, made, 1), own, bench.model.device)
+        table = pd.DataFrame({"prompt": made, "group": [prompts[prompt] for prompt in made], "lpips": metrics["lpips"]})
         table = table.sort_values("lpips", ascending=False, kind="stable")[:_SHOWN]
         with atomic_write(place / "neighbours.csv") as partial:
             table.to_csv(partial, index=False)
@@ -114,10 +112,10 @@ class Restoration:
             for restored in bench.restored:
                 prompts = _restored_prompts(bench, restored)[kind]
                 place = bench.place(subject, restored, self.name, kind)
-                drawn = bench.draw(subject, place, prompts)
-                hits += sum(bench.judge.shows(drawn, restored)) if bench.judge.knows(restored) else 0
-                own += drawn
-                before += bench.draw(UNEDITED, bench.place(UNEDITED, restored, self.name, kind), prompts)
+                made = bench.generate(subject, place, prompts)
+                hits += sum(bench.judge.shows(made, restored)) if bench.judge.knows(restored) else 0
+                own += made
+                before += bench.generate(UNEDITED, bench.place(UNEDITED, restored, self.name, kind), prompts)
             if own:
                 metrics = pairwise_metrics(before, own, bench.model.device)
                 findings.append(Finding.share(kind, hits, len(own)))
@@ -155,14 +153,16 @@ class Watermarks:
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
         """Return the least LPIPS of erased images to a watermark, the largest PSNR, and the share of hits."""
         prompts = list(dict.fromkeys([concept.prompt, *concept.held_out_prompts]))
-        return self._measure(bench, bench.draw(subject, bench.place(subject, concept, self.name), prompts, 4), concept)
+        return self._measure(
+            bench, bench.generate(subject, bench.place(subject, concept, self.name), prompts, 4), concept
+        )
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
         """Return the same of the empty prompt's images by the unedited model."""
         return self._measure(bench, _empty_images(bench, concept), concept)
 
     def _measure(self, bench: Bench, paths: Sequence[Path], concept: Concept) -> list[Finding]:
-        marks = bench.draw(UNEDITED, bench.folder / UNEDITED.folder / "marks", list(watermark_prompts()), 4)
+        marks = bench.generate(UNEDITED, bench.folder / UNEDITED.folder / "marks", list(watermark_prompts()), 4)
         nearest, likest = _nearest(bench, paths, marks)
         limit = float(_nearest(bench, _empty_images(bench, concept), marks)[0].min())
         hits = int((nearest < limit).sum())
@@ -174,7 +174,7 @@ class Watermarks:
 
 
 def _empty_images(bench: Bench, concept: Concept) -> list[Path]:
-    return bench.draw(UNEDITED, bench.folder / UNEDITED.folder / "empty", [""], 8 * bench.images)
+    return bench.generate(UNEDITED, bench.folder / UNEDITED.folder / "empty", [""], 8 * bench.images)
 
 
 def _nearest(bench: Bench, paths: Sequence[Path], marks: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:

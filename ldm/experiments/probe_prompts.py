@@ -20,7 +20,7 @@ _NAMED = "all kinds"
 
 
 class _OfPrompts:
-    """What a probe does that draws images of prompts by kind. Its floor are those with a neutral word for the name."""
+    """What a probe does that generates images of prompts by kind; its floor has a neutral word in place of the name."""
 
     name: ClassVar[str]
     is_slow: ClassVar[bool] = False
@@ -35,30 +35,35 @@ class _OfPrompts:
         return self._measure(bench, subject, concept, self.prompts(bench, concept))
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
-        """Return what the unedited model draws of the same prompts with a neutral word in place of the name."""
+        """Return what the unedited model makes of the same prompts with a neutral word in place of the name.
+
+        In a prompt that writes the name otherwise nothing is replaced: of a kind of such prompts it is the word alone.
+        """
         neutral: dict[str, list[str]] = {}
         for kind, prompts in self.prompts(bench, concept).items():
-            neutral[kind] = list(dict.fromkeys(rewrite(prompt, concept) for prompt in prompts))
+            rewritten = [(prompt, rewrite(prompt, concept)) for prompt in prompts]
+            found = dict.fromkeys(text for prompt, text in rewritten if text != prompt)
+            neutral[kind] = list(found) or [load_template_set(concept.kind).neutral]
         return self._measure(bench, UNEDITED, concept, neutral, "neutral")
 
     def _measure(
         self, bench: Bench, subject: Subject, concept: Concept, prompts: Mapping[str, Sequence[str]], *place: str
     ) -> list[Finding]:
-        drawn = self._draw(bench, subject, concept, prompts, *place)
-        return [bench.shown(kind, list(paths.values()), concept) for kind, paths in drawn.items()]
+        made = self._generate(bench, subject, concept, prompts, *place)
+        return [bench.shown(kind, list(paths.values()), concept) for kind, paths in made.items()]
 
-    def _draw(
+    def _generate(
         self, bench: Bench, subject: Subject, concept: Concept, prompts: Mapping[str, Sequence[str]], *place: str
     ) -> dict[str, dict[str, Path]]:
         """Return an image of each prompt, by kind; a prompt of several kinds has one."""
         every = list(dict.fromkeys(prompt for own in prompts.values() for prompt in own))
-        paths = bench.draw(subject, bench.place(subject, concept, self.name, *place), every, 1)
-        drawn = dict(zip(every, paths, strict=True))
-        return {kind: {prompt: drawn[prompt] for prompt in own} for kind, own in prompts.items()}
+        paths = bench.generate(subject, bench.place(subject, concept, self.name, *place), every, 1)
+        made = dict(zip(every, paths, strict=True))
+        return {kind: {prompt: made[prompt] for prompt in own} for kind, own in prompts.items()}
 
 
 class PromptKinds(_OfPrompts):
-    """(a) Does any way to say the name draw the concept?"""
+    """(a) Does any way to say the name bring the concept?"""
 
     name: ClassVar[str] = "prompts that say the name"
 
@@ -88,10 +93,10 @@ class Compositions(_OfPrompts):
     ) -> list[Finding]:
         findings: list[Finding] = []
         other = COMPOSED_WITH.get(bench.category, "")
-        for kind, drawn in self._draw(bench, subject, concept, prompts, *place).items():
-            findings.append(bench.shown(kind, list(drawn.values()), concept))
+        for kind, made in self._generate(bench, subject, concept, prompts, *place).items():
+            findings.append(bench.shown(kind, list(made.values()), concept))
             shown: list[bool] = []
-            for prompt, path in drawn.items():
+            for prompt, path in made.items():
                 beside = match_concept(other, prompt) if other else None
                 if beside is not None and bench.second is not None:
                     shown += bench.second.shows([path], beside)
@@ -101,7 +106,7 @@ class Compositions(_OfPrompts):
 
 
 class Meanings(_OfPrompts):
-    """(k) Do prompts draw the concept that mean it without its name? Do near misses, which do not, stay as they are?
+    """(k) Do prompts bring the concept that mean it without its name? Do near misses, which do not, stay as they are?
 
     Where the unedited model does not know what they mean nothing can be told by images. Then `detection` tells which of
     them are found.
@@ -120,15 +125,15 @@ class Meanings(_OfPrompts):
         missed = [prompt for kind in self._meanings(bench, concept) if not kind.is_meant for prompt in kind.prompts]
         if missed:
             place = bench.place(subject, concept, NEAR_MISSES)
-            own, before = bench.draw(subject, place, missed, 1), bench.draw_unedited(place, missed, 1)
+            own, before = bench.generate(subject, place, missed, 1), bench.generate_unedited(place, missed, 1)
             same = pairwise_metrics(before, own, bench.model.device)["max_abs_diff"] <= 1
             findings.append(Finding.share(NEAR_MISSES, int(same.sum()), len(missed), UNCHANGED))
         return findings
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
-        """Return how often the unedited model draws the concept where prompts say the neutral word of its kind."""
+        """Return how often the unedited model makes the concept where prompts say the neutral word of its kind."""
         neutral = load_template_set(concept.kind).neutral
-        paths = bench.draw(UNEDITED, bench.place(UNEDITED, concept, self.name, "neutral"), [neutral])
+        paths = bench.generate(UNEDITED, bench.place(UNEDITED, concept, self.name, "neutral"), [neutral])
         return [bench.shown(kind, paths, concept) for kind in self.prompts(bench, concept)]
 
     def _meanings(self, bench: Bench, concept: Concept) -> list[KindOfPrompts]:

@@ -67,10 +67,10 @@ class Relearning:
                     learner.learn(steps, f"relearning by {subject.name}")
                     learner.save(state)
                     with learner.taught():
-                        bench.draw_here(subject, paths[steps][0].parent, cases)
+                        bench.generate_here(subject, paths[steps][0].parent, cases)
             state.unlink()
         for own in paths.values():  # which nothing is added to by now: this checks what made them
-            bench.draw_here(subject, own[0].parent, cases)
+            bench.generate_here(subject, own[0].parent, cases)
         return [bench.shown(f"{steps} steps of relearning", own, concept) for steps, own in paths.items()]
 
 

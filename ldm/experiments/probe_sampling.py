@@ -1,12 +1,12 @@
-"""Probes by other ways to an image: guidance, samplers and steps; completion of pictures that show the concept."""
+"""Probes by other ways to an image: guidance, samplers and steps; completion of images that show the concept."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -22,9 +22,9 @@ from ldm.io.images import is_intact, open_image, save_image
 
 GUIDANCES = (1.5, 4.0, 7.5)
 STEPS = (10, 50)
-_SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler")
-_FLOW_SAMPLERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-STRENGTHS = (0.5, 0.75)  # of the noise that is given to pictures, a fraction of all timesteps
+_SAMPLERS = {"DDIMScheduler": {"clip_sample": False}, "EulerDiscreteScheduler": {}}  # latents are not within [-1, 1]
+_FLOW_SAMPLERS = {"FlowMatchEulerDiscreteScheduler": {}, "FlowMatchHeunDiscreteScheduler": {}}
+STRENGTHS = (0.5, 0.75)  # of the noise that is given to images, a fraction of all timesteps
 
 
 class Samplers:
@@ -39,26 +39,26 @@ class Samplers:
         return self._measure(bench, subject, concept, concept.prompt)
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
-        """Return what the unedited model draws of the empty prompt."""
+        """Return what the unedited model makes of the empty prompt."""
         return self._measure(bench, UNEDITED, concept, "")
 
     def _measure(self, bench: Bench, subject: Subject, concept: Concept, prompt: str) -> list[Finding]:
         findings = []
         samplers = _FLOW_SAMPLERS if bench.model.adapter.is_flow else _SAMPLERS
-        for sampler, steps, guidance in itertools.product(samplers, STEPS, GUIDANCES):
+        for (sampler, settings), steps, guidance in itertools.product(samplers.items(), STEPS, GUIDANCES):
             kind = f"{sampler.removesuffix('Scheduler')}, {steps} steps, guidance {guidance:g}"
             place = bench.place(subject, concept, self.name, kind.replace(",", ""), *([] if prompt else ["empty"]))
-            with with_scheduler(bench.model, sampler):
-                paths = bench.draw(subject, place, [prompt], num_inference_steps=steps, guidance_scale=guidance)
+            with with_scheduler(bench.model, sampler, settings):
+                paths = bench.generate(subject, place, [prompt], num_inference_steps=steps, guidance_scale=guidance)
             findings.append(bench.shown(kind, paths, concept))
         return findings
 
 
 @contextmanager
-def with_scheduler(model: DiffusionModel, name: str) -> Iterator[None]:
-    """While the block runs, let the model sample by a scheduler of diffusers, with the settings that it has."""
+def with_scheduler(model: DiffusionModel, name: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """While the block runs, let the model sample by a scheduler of diffusers, with its own settings and others."""
     before, metadata = model.scheduler, model.generation_metadata
-    model.scheduler = getattr(diffusers, name).from_config(before.config)
+    model.scheduler = getattr(diffusers, name).from_config(before.config, **settings)
     config = {key: value for key, value in model.scheduler.config.items() if not key.startswith("_")}
     model.generation_metadata = metadata | {"scheduler": name, "scheduler_config": config}
     try:
@@ -68,9 +68,9 @@ def with_scheduler(model: DiffusionModel, name: str) -> Iterator[None]:
 
 
 class Completion:
-    """(g) Does the model complete pictures of the concept, from partial noise or beside what it sees of them?
+    """(g) Does the model complete images of the concept, from partial noise or beside what it sees of them?
 
-    What is painted is the right half. It is judged beside its mirror image, so that nothing of the given half counts.
+    What is generated anew is the right half, which is judged beside its mirror image: nothing of the given half counts.
     """
 
     name: ClassVar[str] = "completion"
@@ -78,7 +78,7 @@ class Completion:
     is_of_all: ClassVar[bool] = False
 
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
-        """Return the share of completed pictures that show the concept, under its name."""
+        """Return the share of completed images that show the concept, under its name."""
         return self._measure(bench, subject, concept, concept.prompt)
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
@@ -89,15 +89,15 @@ class Completion:
         if find_completion(bench.model) is None:
             notify(f"diffusers has no pipeline that completes images by {bench.model.family}: this probe is left out")
             return []
-        pictures = [open_image(path) for path in bench.examples(concept, bench.images)]
+        images = [open_image(path) for path in bench.examples(concept, bench.images)]
         findings = []
         for kind, strength in (*((f"from noise at {each:g}", each) for each in STRENGTHS), ("in-painting", None)):
             folder = bench.place(subject, concept, self.name, kind, *([] if prompt else ["empty"]))
-            paths = [folder / f"{number}.png" for number in range(len(pictures))]
+            paths = [folder / f"{number}.png" for number in range(len(images))]
             _check_folder(bench, subject, folder, paths)
             if not all(map(is_intact, paths)):
                 with bench.edited(subject):
-                    made = _complete(bench, pictures, prompt, strength)
+                    made = _complete(bench, images, prompt, strength)
                 for path, image in zip(paths, made, strict=True):
                     save_image(path, image)
             findings.append(bench.shown(kind, paths, concept))
@@ -116,13 +116,13 @@ def _check_folder(bench: Bench, subject: Subject, folder: Path, paths: Sequence[
         write_json(folder / METADATA_FILE, metadata)
 
 
-def _complete(bench: Bench, pictures: Sequence[Image.Image], prompt: str, strength: float | None) -> list[Image.Image]:
-    """Return pictures completed from noise of a strength; without one the right halves, each beside its mirror."""
+def _complete(bench: Bench, images: Sequence[Image.Image], prompt: str, strength: float | None) -> list[Image.Image]:
+    """Return images completed from noise of a strength; without one the right halves, each beside its mirror."""
     model, sampling = bench.model, bench.sampling
     arguments = sampling.num_inference_steps, sampling.guidance_scale
     made: list[Image.Image] = []
-    for start in range(0, len(pictures), sampling.sample_batch_size):
-        some = pictures[start : start + sampling.sample_batch_size]
+    for start in range(0, len(images), sampling.sample_batch_size):
+        some = images[start : start + sampling.sample_batch_size]
         seeds = [bench.seed + start + number for number in range(len(some))]
         given = model, find_completion(model), some, prompt, seeds, *arguments
         made += complete(*given, strength) if strength else complete(*given, hidden=_right_half(model))

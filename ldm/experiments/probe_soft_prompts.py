@@ -24,9 +24,8 @@ from ldm.diffusion.latents import denoising_batches
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.soft_tokens import Placeholders, find_placeholders, soft_tokens
 from ldm.erasure.gated_edit import GatedPrompts
-from ldm.erasure.losses import LossOutput
 from ldm.erasure.merge import by_form
-from ldm.erasure.training import training_loop
+from ldm.erasure.training import LossOutput, training_loop
 from ldm.experiments.experiment import TRAIN_SEED_OFFSET
 from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
 from ldm.experiments.unlearnt import UNLEARNT, Unlearnt
@@ -184,11 +183,11 @@ class SoftPrompts:
                     vectors = learn_soft_prompt(model, examples, words, config, evades)
                     save_tensors(folder / _FILE, vectors, _FILE_TYPE, metadata | {"words": words.prompt})
                 with soft_tokens(model, words, load_tensors(folder / _FILE, _FILE_TYPE)[0]):
-                    tried = bench.draw_here(subject, folder / "trials", trials)
+                    tried = bench.generate_here(subject, folder / "trials", trials)
                 found[folder] = float((extract_features(tried, model.device).mean(0) - aim).norm())
             nearest = min(found, key=found.__getitem__)
             with soft_tokens(model, words, load_tensors(nearest / _FILE, _FILE_TYPE)[0]):
-                return bench.draw_here(subject, nearest / "images", cases)
+                return bench.generate_here(subject, nearest / "images", cases)
 
 
 def _kind(number: int) -> str:

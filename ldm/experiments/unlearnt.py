@@ -38,7 +38,7 @@ class Unlearnt:
         """
         paths = _in_bench(bench, unlearnt_dir)
         prompts = list(dict.fromkeys([*(concept.prompt for concept in load_concepts(bench.category)), ""]))
-        own = bench.draw(UNEDITED, bench.place(UNEDITED, UNLEARNT, "own images"), prompts, _OWN_IMAGES)
+        own = bench.generate(UNEDITED, bench.place(UNEDITED, UNLEARNT, "own images"), prompts, _OWN_IMAGES)
         parts = paths[1::3], paths[2::3], own[::2], own[1::2]
         return cls(paths[::3], FeatureJudge.fit(*parts, bench.model.device))
 
