@@ -11,7 +11,6 @@ resumes a stopped run: shifts, images, and what attacks learn are made once.
 from pathlib import Path
 
 from ldm.cli import arguments, output
-from ldm.cli.concepts import category_indexes
 from ldm.cli.experiment import (
     add_experiment,
     add_targets,
@@ -22,7 +21,9 @@ from ldm.cli.experiment import (
     target_indexes,
     trainable_methods,
 )
+from ldm.cli.robustness import chosen_probes, make_bench, restored_indexes, write_detection
 from ldm.cli.run import run
+from ldm.config.meanings import PATH as MEANINGS
 from ldm.config.methods import METHODS
 from ldm.config.robustness import HardPromptConfig, RelearningConfig, SoftPromptConfig
 
@@ -37,7 +38,7 @@ def write(findings, path: Path) -> None:
     if not len(table):
         return
     with atomic_write(path.with_suffix(".csv")) as partial:
-        table.to_csv(partial, index=False)
+        findings.to_csv(partial, index=False)
     summary = summarize(table)
     text = summary_markdown(summary)
     write_text(path.with_suffix(".md"), text + "\n")
@@ -51,24 +52,27 @@ def main() -> None:
     add_experiment(parser, "robustness")
     add_targets(parser, "1")
     parser.option("methods", default="SRS-ME,UCE,AbConcept,ESD", help=f"of {', '.join(METHODS)}")
-    text = "concepts that are erased too and then restored, by index such as 2, or by name in --category"
-    parser.option("restored", nargs="*", default="2", help=text)
+    text = (
+        "concepts that are erased too and then restored, by index or name in --category (default: 2, if there is one)"
+    )
+    parser.option("restored", nargs="*", default=None, help=text)
     parser.option("images", type=arguments.positive_int, default=16, help="of each finding, about")
     parser.option("probes", default="", help="which of them, by the beginning of their names, such as prompts,soft")
     text = "images of what the model never learnt, for the floor of attacks (default: woodcuts)"
     parser.option("unlearnt_dir", type=Path, default=None, help=text)
     for kind in (SoftPromptConfig, HardPromptConfig, RelearningConfig):
         arguments.add_settings_with_defaults(parser, kind())
+    text = "prompts that mean concepts, and near misses, in a file like this one"
+    parser.option("meanings", type=Path, default=MEANINGS, help=text)
     parser.option("quick", action="store_true", help="leave out the probes that train something")
     parser.option("clip_path", type=Path, default=None, help="a folder with CLIP, which judges instead of a classifier")
     args = parser.parse_args()
     methods, erased = parse_methods(args.methods), target_indexes(args)
-    restored = [index for index in category_indexes(args.restored, args.category) if index not in erased]
+    restored = restored_indexes(args, erased)
     if "form" in arguments.typed:
         raise ValueError("`form`: both forms are asked here, so leave it out")
     import pandas as pd
 
-    from ldm.cli.robustness import chosen_probes, make_bench, write_detection
     from ldm.erasure.merge import describe_forms
     from ldm.experiments.methods import MethodComparison
     from ldm.experiments.probe import UNEDITED, Subject
@@ -90,7 +94,7 @@ def main() -> None:
         tables += ask(bench, Subject(contender.name, left, contender.form), probes)
         write(pd.concat(tables, ignore_index=True), path)
         if contender.form == "gated":
-            write_detection(bench, left, path.with_name("detection.md"))
+            write_detection(bench, left, args.meanings, path.with_name("detection.md"))
 
 
 if __name__ == "__main__":

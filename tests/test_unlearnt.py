@@ -34,24 +34,24 @@ def woodcuts(folder: Path, first: int, number: int, size: int) -> list[Path]:
 
 
 def test_a_third_of_the_pictures_is_to_attack_with_and_nothing_is_made_twice(bench):
-    found = Unlearnt.of(bench)
+    found = Unlearnt.of(bench, 20)
     assert len(found.examples) == 20 and open_image(found.examples[0]).size == (32, 32)
     files = {path: path.stat().st_mtime_ns for path in bench.folder.rglob("*.png")}
-    again = Unlearnt.of(bench)
+    again = Unlearnt.of(bench, 20)
     assert again.examples == found.examples and again.judge.threshold == found.judge.threshold
     assert {path: path.stat().st_mtime_ns for path in bench.folder.rglob("*.png")} == files
 
 
 def test_a_stopped_run_makes_the_pictures_that_lack(bench):
-    found = Unlearnt.of(bench)
+    found = Unlearnt.of(bench, 20)
     before = found.examples[3].read_bytes()
     found.examples[3].unlink()
-    assert Unlearnt.of(bench).examples[3].read_bytes() == before
+    assert Unlearnt.of(bench, 20).examples[3].read_bytes() == before
 
 
 def test_the_pictures_of_a_users_folder_are_seen_and_the_models_images_are_not(bench, tmp_path):
     woodcuts(tmp_path / "own", 500, 30, 48)
-    found = Unlearnt.of(bench, tmp_path / "own")
+    found = Unlearnt.of(bench, 10, tmp_path / "own")
     assert len(found.examples) == 10 and open_image(found.examples[0]).size == (32, 32)
     assert np.mean(found.judge.shows(found.examples, UNLEARNT)) >= 0.9
     images = bench.generate(UNEDITED, tmp_path / "images", ["a photo of a cat", "KeithHaring"], 10)
@@ -61,7 +61,7 @@ def test_the_pictures_of_a_users_folder_are_seen_and_the_models_images_are_not(b
 def test_folders_of_few_pictures_and_what_the_model_makes_itself_are_refused(bench, tmp_path):
     few = woodcuts(tmp_path / "few", 0, 5, 32)
     with pytest.raises(ValueError, match="5 images: give 12 or more"):
-        Unlearnt.of(bench, tmp_path / "few")
+        Unlearnt.of(bench, 4, tmp_path / "few")
     with pytest.raises(ValueError, match="look like those"):
         FeatureJudge.fit(few, few, few, few, CPU)
 
@@ -70,7 +70,7 @@ def test_folders_of_few_pictures_and_what_the_model_makes_itself_are_refused(ben
 def test_the_judge_sees_woodcuts_in_no_image_of_mini_sd_and_in_all_that_its_autoencoder_keeps(tmp_path):
     model = load_model(ROOT / "models" / "mini-sd", CPU)
     bench = Bench(model, "style", tmp_path / "bench", ClipJudge(None, []), load_model_config(model).sampling)
-    judge = Unlearnt.of(bench).judge
+    judge = Unlearnt.of(bench, 20).judge
     fresh = woodcuts(tmp_path / "fresh", 500, 40, 64)
     assert np.mean(judge.shows(fresh, UNLEARNT)) >= 0.9
     # An attack on the prompt reaches no more than what the autoencoder can show.

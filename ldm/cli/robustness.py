@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.arguments import Namespace, typed_settings
-from ldm.config.concepts import get_concept
+from ldm.config.concepts import erasable_concepts, get_concept, parse_erase_targets
 from ldm.config.everyday import COMPOSED_WITH
 from ldm.config.robustness import HardPromptConfig, RelearningConfig, SoftPromptConfig
 
@@ -26,7 +26,8 @@ def make_bench(args: Namespace, experiment: Experiment, erased: Sequence[int], r
 
     judge = _make_judge(args, experiment)
     other = COMPOSED_WITH.get(args.category)
-    second = find_classifier(other, None, experiment.model.device) if other and not args.clip_path else None
+    is_bundled = not args.clip_path and not args.imagenet_weights  # the judge, whose images the other classifier knows
+    second = find_classifier(other, None, experiment.model.device) if other and is_bundled else None
     concepts = [get_concept(args.category, index) for index in erased]
     for concept in concepts:
         if not judge.knows(concept):
@@ -47,25 +48,40 @@ def make_bench(args: Namespace, experiment: Experiment, erased: Sequence[int], r
     )
 
 
-def write_detection(bench: Bench, shifts: Mapping[str, WeightShift], path: Path) -> None:
+def restored_indexes(args: Namespace, erased: Sequence[int]) -> list[int]:
+    """Return the indexes of the concepts that are restored; by default 2, if it is one to erase and not erased.
+
+    Raises ValueError for a watermark, as for what is erased.
+    """
+    if args.restored is None:
+        return [index for index in (2,) if index in _erasable(args) and index not in erased]
+    named = [concept.index for concept in parse_erase_targets(args.restored, args.category)] if args.restored else []
+    return [index for index in named if index not in erased]
+
+
+def _erasable(args: Namespace) -> list[int]:
+    return [concept.index for concept in erasable_concepts(args.category)]
+
+
+def write_detection(bench: Bench, shifts: Mapping[str, WeightShift], meanings: Path, path: Path) -> None:
     """Write what gates, a filter of keywords and a rewriting find of prompts about the erased concepts, kind by kind.
 
-    Where one of the concepts has no gate nothing is written.
+    Where one of the concepts has no gate there is no such file. `meanings` is the file of what means them.
     """
     from ldm.experiments.detection import detection_table, prompts_about
     from ldm.io.files import write_text
     from ldm.metrics.tables import to_markdown
 
     if not all(shifts[concept.label].gated for concept in bench.erased):
+        path.unlink(missing_ok=True)
         return
-    kinds = [kind for concept in bench.erased for kind in prompts_about(concept, bench.model.tokenizers[0])]
+    kinds = [kind for concept in bench.erased for kind in prompts_about(concept, bench.model.tokenizers[0], meanings)]
     write_text(path, to_markdown(detection_table(bench.model, shifts, kinds)) + "\n")
     print(f"-> {path}")
 
 
 def _make_judge(args: Namespace, experiment: Experiment) -> Judge:
     """Return CLIP where it is given, NudeNet for nudity, else the category's classifier."""
-    from ldm.config.concepts import erasable_concepts
     from ldm.metrics.clip_score import ClipScorer
     from ldm.metrics.judge import ClassifierJudge, ClipJudge, NudityJudge
 
@@ -87,6 +103,7 @@ def chosen_probes(args: Namespace) -> list[Probe]:
         SoftPromptConfig(**typed_settings(args, SoftPromptConfig)),
         HardPromptConfig(**typed_settings(args, HardPromptConfig)),
         RelearningConfig(**typed_settings(args, RelearningConfig)),
+        args.meanings,
         args.unlearnt_dir,
     )
     probes = [probe for probe in every if not (args.quick and probe.is_slow)]

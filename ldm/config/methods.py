@@ -112,10 +112,12 @@ class FullCorrelationConfig(FinetuneConfig):
 
     lr: float = setting(1e-6, "Adam's learning rate", above=0, training_only=True)
     l1_weight: float = setting(1e-5, "weight of |dW|_1", training_only=True)
-    stop_threshold: float = setting(5e-5, "stop when the momentum of the correlation falls to it", training_only=True)
+    stop_threshold: float = setting(
+        5e-5, "stop when the momentum of the correlation, with what repels, falls to it", training_only=True
+    )
     repel_weight: float = setting(
-        1.0,
-        "weight of what keeps an erased prompt from the watermarks; 0 as in the paper",
+        0.0,
+        "weight of what keeps an erased prompt from the watermarks",
         minimum=0,
         training_only=True,
     )

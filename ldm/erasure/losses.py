@@ -245,8 +245,8 @@ class FullCorrelationLoss(_FinetuneLoss):
     @classmethod
     def from_config(cls, model: DiffusionModel, concept: Concept, config: FullCorrelationConfig) -> Self:
         """Return the loss for a concept."""
-        target_embeds, marks = model.encode_prompt([concept.prompt]), model.encode_prompt(list(watermark_prompts()))
-        repelled = config.repel_weight, marks
+        target_embeds, marks = model.encode_prompt([concept.prompt]), list(watermark_prompts())
+        repelled = (config.repel_weight, model.encode_prompt(marks)) if config.repel_weight and marks else None
         return cls(model, target_embeds, model.encode_uncond(), config.l1_weight, config.train_method, repelled)
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor) -> LossOutput:

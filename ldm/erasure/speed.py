@@ -46,7 +46,7 @@ def null_projection(retained: torch.Tensor, threshold: float) -> torch.Tensor:
 def most_shifted(rows: torch.Tensor, erasing: torch.Tensor) -> torch.Tensor:
     """Return the rows whose prior shift `|dW c|`, by the change `erasing` (out, d), is above the mean of all (IPF)."""
     shifts = (rows @ erasing.T).norm(dim=1)
-    return rows[shifts > shifts.mean()]
+    return rows[shifts >= shifts.mean()]
 
 
 def refine(

@@ -77,6 +77,8 @@ class HardPromptSearch:
                 [*words[:k], word, *words[k + 1 :]]
                 for k, word in chance.sample(changes, min(len(changes), self.config.hard_candidates))
             ]
+            if not tried:  # every word is cut off
+                break
             losses = self._losses([template(each) for each in tried])
             best = min(range(len(tried)), key=losses.__getitem__)
             if losses[best] < loss:

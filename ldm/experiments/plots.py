@@ -107,7 +107,7 @@ def plot_robustness(table: pd.DataFrame, path: Path) -> None:
     A bar is the mean over a probe's kinds, with the least and the largest as a line; the unedited model's mean and the
     floor's are lines across.
     """
-    shares = table[(table["measure"] == "shown") & (table["note"] == "")]
+    shares = table[(table["measure"] == "shown") & (table["note"] == "") & (table["kind"] != "all kinds")]
     probes = list(shares["probe"].unique())
     figure = Figure(
         figsize=(4.2 * min(3, max(1, len(probes))), 3.2 * max(1, -(-len(probes) // 3))), layout="constrained"
@@ -119,7 +119,7 @@ def plot_robustness(table: pd.DataFrame, path: Path) -> None:
         part = shares[shares["probe"] == probe]
         groups = part.groupby("contender", sort=False)["value"]
         means, lows, highs = 100 * groups.mean(), 100 * groups.min(), 100 * groups.max()
-        errors = [means - lows, highs - means]
+        errors = [(means - lows).clip(lower=0), (highs - means).clip(lower=0)]  # which rounding may make negative
         panel.barh(list(means.index), means, xerr=errors, color="steelblue", error_kw={"linewidth": 1})
         panel.axvline(100 * part["unedited"].mean(), color="black", linewidth=1, label="unedited")
         panel.axvline(100 * part["floor"].mean(), color="crimson", linewidth=1, linestyle="--", label="floor")

@@ -19,12 +19,12 @@ from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.tokenizer import read_part
 from ldm.erasure.merge import by_form, edited, shifts_metadata
 from ldm.erasure.shift import WeightShift
-from ldm.experiments.experiment import TRAIN_SEED_OFFSET
 from ldm.io.files import file_digest
 from ldm.io.images import image_filename
 from ldm.io.prompts import PromptCase, make_cases
 from ldm.metrics.judge import Judge
 
+AGAINST_GATE = ", against the gate"  # the end of a kind: the same attack, which evades gates too
 SHOWN = "shown"  # the measure that is a share of images in which the judge sees the concept
 UNCHANGED = "images unchanged"  # that of images in which no pixel differs by more than 1 of 255 from the unedited
 
@@ -52,6 +52,8 @@ class Subject:
 
 
 UNEDITED = Subject("unedited")
+EXAMPLES = 20  # images of a concept that attackers have
+_EXAMPLE_SEEDS = 20_000  # added to the seeds of what attackers have
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,6 @@ class Bench:
         with self.edited(subject):
             return self.generate_here(subject, folder, cases, **sampling)
 
-    def generate_unedited(self, folder: Path, prompts: Sequence[str], number: int = 0) -> list[Path]:
-        """Return the unedited model's images of what `generate` made in a folder."""
-        return self.generate(UNEDITED, folder / UNEDITED.name, prompts, number)
-
     def generate_here(
         self, subject: Subject, folder: Path, cases: Sequence[PromptCase], **sampling: float
     ) -> list[Path]:
@@ -141,11 +139,13 @@ class Bench:
 
     def cases(self, prompts: Sequence[str], number: int = 0) -> list[PromptCase]:
         """Return `number` cases of each prompt; as many as make about `images` in all where no number is given."""
+        if not prompts:
+            return []
         return make_cases(prompts, number or max(1, -(-self.images // len(prompts))), self.seed)
 
-    def examples(self, concept: Concept, number: int = 20) -> list[Path]:
+    def examples(self, concept: Concept, number: int = EXAMPLES) -> list[Path]:
         """Return images of a concept by the unedited model, which attackers have, of seeds that nothing else has."""
-        cases = [replace(c, seed=c.seed + TRAIN_SEED_OFFSET) for c in make_cases([concept.prompt], number, self.seed)]
+        cases = [replace(c, seed=c.seed + _EXAMPLE_SEEDS) for c in make_cases([concept.prompt], number, self.seed)]
         return self.generate_here(UNEDITED, self.place(UNEDITED, concept, f"examples {number}"), cases)
 
     def shown(self, kind: str, paths: Sequence[Path], concept: Concept) -> Finding:

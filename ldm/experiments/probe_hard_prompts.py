@@ -14,7 +14,7 @@ from ldm.config.concepts import Concept
 from ldm.config.robustness import HardPromptConfig
 from ldm.experiments.attacks import NoisedImages, attack_digest, encode_examples
 from ldm.experiments.hard_prompts import FoundPrompt, HardPromptSearch, search_words
-from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
+from ldm.experiments.probe import EXAMPLES, UNEDITED, Bench, Finding, Subject
 from ldm.experiments.unlearnt import UNLEARNT, Unlearnt
 from ldm.io.files import write_json
 
@@ -42,7 +42,7 @@ class HardPrompts:
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
         """Return the shares by which the unedited model draws what it never learnt; the same for every concept."""
-        unlearnt = Unlearnt.of(bench, self.unlearnt_dir)
+        unlearnt = Unlearnt.of(bench, EXAMPLES, self.unlearnt_dir)
         return self._findings(replace(bench, judge=unlearnt.judge), UNEDITED, UNLEARNT, unlearnt.examples)
 
     def found(self, bench: Bench, subject: Subject, concept: Concept) -> dict[str, list[FoundPrompt]]:

@@ -14,13 +14,13 @@ from ldm.config.everyday import PROMPT_LISTS, compositions_of, everyday_prompts
 from ldm.config.spellings import says
 from ldm.experiments.probe import UNCHANGED, UNEDITED, Bench, Finding, Subject
 from ldm.io.files import atomic_write
+from ldm.io.prompts import PromptCase
 from ldm.metrics.lpips import pairwise_metrics
 
 LPIPS = "LPIPS to the unedited model"
 _TIMESTEPS = (0.5, 0.9)  # of all, at which predictions are compared
 _DRAWN = 40  # of the prompts whose predictions change most
 _SHOWN = 20  # of these, whose images change most
-_BATCH = 64
 
 
 class Neighbours:
@@ -45,11 +45,14 @@ class Neighbours:
             self._unedited = _predictions(bench, UNEDITED, list(prompts))
         changes = (_predictions(bench, subject, list(prompts)) - self._unedited).flatten(1)
         sizes = changes.norm(dim=1) / self._unedited.flatten(1).norm(dim=1)
-        order = sizes.argsort(descending=True, stable=True)[:_DRAWN].tolist()
-        made = sorted(list(prompts)[number] for number in order)
-        place = bench.folder / subject.folder / self.name
-        own = bench.generate(subject, place, made, 1)
-        metrics = pairwise_metrics(bench.generate_unedited(place, made, 1), own, bench.model.device)
+        chosen = sorted(sizes.argsort(descending=True, stable=True)[:_DRAWN].tolist())
+        # A prompt's number and seed are its own, whichever others change most.
+        cases = [PromptCase(list(prompts)[number], bench.seed + number, number) for number in chosen]
+        place, base = bench.folder / subject.folder / self.name, bench.folder / UNEDITED.folder / self.name
+        with bench.edited(subject):
+            own = bench.generate_here(subject, place, cases)
+        metrics = pairwise_metrics(bench.generate_here(UNEDITED, base, cases), own, bench.model.device)
+        made = [case.prompt for case in cases]
         table = pd.DataFrame({"prompt": made, "group": [prompts[prompt] for prompt in made], "lpips": metrics["lpips"]})
         table = table.sort_values("lpips", ascending=False, kind="stable")[:_SHOWN]
         with atomic_write(place / "neighbours.csv") as partial:
@@ -87,8 +90,8 @@ def _predictions(bench: Bench, subject: Subject, prompts: Sequence[str]) -> torc
     times = [torch.tensor(int(part * model.num_train_timesteps), device=model.device) for part in _TIMESTEPS]
     found: list[torch.Tensor] = []
     with bench.edited(subject):
-        for start in range(0, len(prompts), _BATCH):
-            rows = model.encode_prompt(list(prompts[start : start + _BATCH]))
+        for start in range(0, len(prompts), bench.sampling.sample_batch_size):
+            rows = model.encode_prompt(list(prompts[start : start + bench.sampling.sample_batch_size]))
             latents = noise.expand(len(rows), *noise.shape)
             each = [model.predict_noise(latents, time.expand(len(rows)), rows) for time in times]
             found.append(torch.stack(each, dim=1).cpu())
@@ -108,17 +111,19 @@ class Restoration:
         for kind in ("names", "templates", "compositions", "long prompts"):
             own: list[Path] = []
             before: list[Path] = []
-            hits = 0
+            shown: list[bool] = []
             for restored in bench.restored:
                 prompts = _restored_prompts(bench, restored)[kind]
+                if not prompts:
+                    continue
                 place = bench.place(subject, restored, self.name, kind)
                 made = bench.generate(subject, place, prompts)
-                hits += sum(bench.judge.shows(made, restored)) if bench.judge.knows(restored) else 0
+                shown += bench.judge.shows(made, restored) if bench.judge.knows(restored) else []
                 own += made
                 before += bench.generate(UNEDITED, bench.place(UNEDITED, restored, self.name, kind), prompts)
             if own:
                 metrics = pairwise_metrics(before, own, bench.model.device)
-                findings.append(Finding.share(kind, hits, len(own)))
+                findings += [Finding.share(kind, sum(shown), len(shown))] if shown else []
                 findings.append(Finding(kind, LPIPS, len(own), float(metrics["lpips"].mean())))
                 findings.append(Finding.share(kind, int((metrics["max_abs_diff"] <= 1).sum()), len(own), UNCHANGED))
         return findings
@@ -153,9 +158,7 @@ class Watermarks:
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
         """Return the least LPIPS of erased images to a watermark, the largest PSNR, and the share of hits."""
         prompts = list(dict.fromkeys([concept.prompt, *concept.held_out_prompts]))
-        return self._measure(
-            bench, bench.generate(subject, bench.place(subject, concept, self.name), prompts, 4), concept
-        )
+        return self._measure(bench, bench.generate(subject, bench.place(subject, concept, self.name), prompts), concept)
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
         """Return the same of the empty prompt's images by the unedited model."""

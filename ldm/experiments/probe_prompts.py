@@ -98,7 +98,7 @@ class Compositions(_OfPrompts):
             shown: list[bool] = []
             for prompt, path in made.items():
                 beside = match_concept(other, prompt) if other else None
-                if beside is not None and bench.second is not None:
+                if beside is not None and bench.second is not None and bench.second.knows(beside):
                     shown += bench.second.shows([path], beside)
             if shown:
                 findings.append(Finding.share(kind, sum(shown), len(shown), KEPT))
@@ -114,6 +114,9 @@ class Meanings(_OfPrompts):
 
     name: ClassVar[str] = "meanings"
 
+    def __init__(self, path: Path):
+        self.path = path  # of the file of meanings
+
     def prompts(self, bench: Bench, concept: Concept) -> dict[str, list[str]]:
         """Return the prompts that mean a concept by kind, without near misses."""
         found = {kind.kind: list(kind.prompts) for kind in self._meanings(bench, concept) if kind.is_meant}
@@ -121,20 +124,23 @@ class Meanings(_OfPrompts):
 
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
         """Return the share of images that show the concept, and that of near misses whose images stay."""
-        findings = super().measure(bench, subject, concept)
+        findings = super().measure(bench, subject, concept) if self.prompts(bench, concept) else []
         missed = [prompt for kind in self._meanings(bench, concept) if not kind.is_meant for prompt in kind.prompts]
         if missed:
-            place = bench.place(subject, concept, NEAR_MISSES)
-            own, before = bench.generate(subject, place, missed, 1), bench.generate_unedited(place, missed, 1)
+            before, own = (
+                bench.generate(side, bench.place(side, concept, NEAR_MISSES), missed, 1) for side in (UNEDITED, subject)
+            )
             same = pairwise_metrics(before, own, bench.model.device)["max_abs_diff"] <= 1
-            findings.append(Finding.share(NEAR_MISSES, int(same.sum()), len(missed), UNCHANGED))
+            findings.append(Finding.share(NEAR_MISSES.replace("_", " "), int(same.sum()), len(missed), UNCHANGED))
         return findings
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
         """Return how often the unedited model makes the concept where prompts say the neutral word of its kind."""
-        neutral = load_template_set(concept.kind).neutral
+        kinds, neutral = self.prompts(bench, concept), load_template_set(concept.kind).neutral
+        if not kinds:
+            return []
         paths = bench.generate(UNEDITED, bench.place(UNEDITED, concept, self.name, "neutral"), [neutral])
-        return [bench.shown(kind, paths, concept) for kind in self.prompts(bench, concept)]
+        return [bench.shown(kind, paths, concept) for kind in kinds]
 
     def _meanings(self, bench: Bench, concept: Concept) -> list[KindOfPrompts]:
-        return meanings_about(concept, bench.model.tokenizers[0])
+        return meanings_about(concept, bench.model.tokenizers[0], self.path)

@@ -46,9 +46,8 @@ class Relearning:
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
         """Return the shares of what the unedited model never learnt; the same for every concept."""
-        unlearnt = Unlearnt.of(bench, self.unlearnt_dir)
-        images = unlearnt.examples[: self.config.relearning_images]
-        return self._findings(replace(bench, judge=unlearnt.judge), UNEDITED, UNLEARNT, images)
+        unlearnt = Unlearnt.of(bench, self.config.relearning_images, self.unlearnt_dir)
+        return self._findings(replace(bench, judge=unlearnt.judge), UNEDITED, UNLEARNT, unlearnt.examples)
 
     def _findings(self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path]) -> list[Finding]:
         place = bench.place(subject, concept, f"relearning {attack_digest(self.config, bench.seed, images)}")
@@ -58,8 +57,8 @@ class Relearning:
             folder = place / f"{steps}-steps"
             paths[steps] = [folder / image_filename(case.case_number, 0) for case in cases]
         missing = [steps for steps, own in paths.items() if not all(path.is_file() and is_intact(path) for path in own)]
+        state = place / "weights.safetensors"
         if missing:
-            state = place / "weights.safetensors"
             with bench.edited(subject):
                 learner = _Learner(bench, concept, images, self.config)
                 learner.resume(state, missing[0])
@@ -68,7 +67,7 @@ class Relearning:
                     learner.save(state)
                     with learner.taught():
                         bench.generate_here(subject, paths[steps][0].parent, cases)
-            state.unlink()
+        state.unlink(missing_ok=True)  # of a run, too, that was stopped just before
         for own in paths.values():  # which nothing is added to by now: this checks what made them
             bench.generate_here(subject, own[0].parent, cases)
         return [bench.shown(f"{steps} steps of relearning", own, concept) for steps, own in paths.items()]

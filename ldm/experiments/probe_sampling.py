@@ -17,13 +17,13 @@ from ldm.diffusion.completion import complete, find_completion
 from ldm.diffusion.model import DiffusionModel
 from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
 from ldm.io.errors import notify
-from ldm.io.files import METADATA_FILE, check_metadata, find_metadata_file, write_json
+from ldm.io.files import METADATA_FILE, check_metadata, find_metadata_file, stream_digest, write_json
 from ldm.io.images import is_intact, open_image, save_image
 
 GUIDANCES = (1.5, 4.0, 7.5)
 STEPS = (10, 50)
 _SAMPLERS = {"DDIMScheduler": {"clip_sample": False}, "EulerDiscreteScheduler": {}}  # latents are not within [-1, 1]
-_FLOW_SAMPLERS = {"FlowMatchEulerDiscreteScheduler": {}, "FlowMatchHeunDiscreteScheduler": {}}
+_FLOW_SAMPLERS = {"FlowMatchEulerDiscreteScheduler": {}}  # since pipelines call for what others do not take
 STRENGTHS = (0.5, 0.75)  # of the noise that is given to images, a fraction of all timesteps
 
 
@@ -44,8 +44,10 @@ class Samplers:
 
     def _measure(self, bench: Bench, subject: Subject, concept: Concept, prompt: str) -> list[Finding]:
         findings = []
-        samplers = _FLOW_SAMPLERS if bench.model.adapter.is_flow else _SAMPLERS
-        for (sampler, settings), steps, guidance in itertools.product(samplers.items(), STEPS, GUIDANCES):
+        adapter = bench.model.adapter
+        samplers = _FLOW_SAMPLERS if adapter.is_flow else _SAMPLERS
+        guidances = GUIDANCES if adapter.takes_guidance(bench.model.pipeline) else GUIDANCES[:1]
+        for (sampler, settings), steps, guidance in itertools.product(samplers.items(), STEPS, guidances):
             kind = f"{sampler.removesuffix('Scheduler')}, {steps} steps, guidance {guidance:g}"
             place = bench.place(subject, concept, self.name, kind.replace(",", ""), *([] if prompt else ["empty"]))
             with with_scheduler(bench.model, sampler, settings):
@@ -89,12 +91,14 @@ class Completion:
         if find_completion(bench.model) is None:
             notify(f"diffusers has no pipeline that completes images by {bench.model.family}: this probe is left out")
             return []
-        images = [open_image(path) for path in bench.examples(concept, bench.images)]
+        examples = bench.examples(concept, bench.images)
+        images = [open_image(path) for path in examples]
         findings = []
         for kind, strength in (*((f"from noise at {each:g}", each) for each in STRENGTHS), ("in-painting", None)):
             folder = bench.place(subject, concept, self.name, kind, *([] if prompt else ["empty"]))
             paths = [folder / f"{number}.png" for number in range(len(images))]
-            _check_folder(bench, subject, folder, paths)
+            made_from = {"prompt": prompt, "strength": strength, "examples": list(map(stream_digest, examples))}
+            _check_folder(bench, subject, folder, paths, made_from)
             if not all(map(is_intact, paths)):
                 with bench.edited(subject):
                     made = _complete(bench, images, prompt, strength)
@@ -104,9 +108,11 @@ class Completion:
         return findings
 
 
-def _check_folder(bench: Bench, subject: Subject, folder: Path, paths: Sequence[Path]) -> None:
+def _check_folder(
+    bench: Bench, subject: Subject, folder: Path, paths: Sequence[Path], made_from: Mapping[str, Any]
+) -> None:
     """Raise ValueError where the folder's images were made otherwise, and say there how they are made."""
-    metadata = bench.metadata(subject) | {
+    metadata = {**bench.metadata(subject), **made_from} | {
         "num_inference_steps": bench.sampling.num_inference_steps,
         "guidance_scale": bench.sampling.guidance_scale,
     }

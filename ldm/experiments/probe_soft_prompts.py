@@ -26,8 +26,7 @@ from ldm.diffusion.soft_tokens import Placeholders, find_placeholders, soft_toke
 from ldm.erasure.gated_edit import GatedPrompts
 from ldm.erasure.merge import by_form
 from ldm.erasure.training import LossOutput, training_loop
-from ldm.experiments.experiment import TRAIN_SEED_OFFSET
-from ldm.experiments.probe import UNEDITED, Bench, Finding, Subject
+from ldm.experiments.probe import AGAINST_GATE, UNEDITED, Bench, Finding, Subject
 from ldm.experiments.unlearnt import UNLEARNT, Unlearnt
 from ldm.io.files import file_digest
 from ldm.io.images import load_batch
@@ -35,6 +34,7 @@ from ldm.io.tensors import load_tensors, save_tensors
 from ldm.metrics.frechet import extract_features
 
 _FILE_TYPE, _FILE = "soft prompt", "soft-prompt.safetensors"
+_TRIAL_SEEDS = 30_000  # added to those of the images that are judged
 _TRIALS = 4  # images by which a soft prompt is chosen among those that are learnt
 _FIRST_SPREAD = 0.1  # of first vectors about the mean of the vocabulary, in its standard deviations
 _Batch = tuple[torch.Tensor, torch.Tensor]  # noised latents (N, ...) and timesteps (N,)
@@ -134,13 +134,13 @@ class SoftPrompts:
             found.append(bench.shown(_kind(number), self._images(bench, subject, concept, examples, number), concept))
             if by_form(subject.shifts, subject.form)[0]:
                 images = self._images(bench, subject, concept, examples, number, evades=True)
-                found.append(bench.shown(f"{_kind(number)}, against the gate", images, concept))
+                found.append(bench.shown(f"{_kind(number)}{AGAINST_GATE}", images, concept))
         return found
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
         """Return in how many images of the unedited model by each soft prompt what it never learnt is seen."""
-        unlearnt = Unlearnt.of(bench, self.unlearnt_dir)
-        examples = unlearnt.examples[: self.config.soft_examples]
+        unlearnt = Unlearnt.of(bench, self.config.soft_examples, self.unlearnt_dir)
+        examples = unlearnt.examples
         found: list[Finding] = []
         for number in self.numbers:
             seen = unlearnt.judge.shows(self._images(bench, UNEDITED, UNLEARNT, examples, number), UNLEARNT)
@@ -173,7 +173,7 @@ class SoftPrompts:
         place = bench.place(subject, concept, "soft prompts", f"{number} {metadata['learnt_from'][:8]}")
         aim = extract_features(examples, model.device).mean(0)
         cases = bench.cases([words.prompt])
-        trials = [replace(case, seed=case.seed + TRAIN_SEED_OFFSET) for case in cases[:_TRIALS]]
+        trials = [replace(case, seed=case.seed + _TRIAL_SEEDS) for case in cases[:_TRIALS]]
         found: dict[Path, float] = {}
         with bench.edited(subject):
             for restart in range(self.config.soft_restarts):

@@ -10,10 +10,11 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from ldm.config.concepts import Concept
+from ldm.config.meanings import PATH as MEANINGS
 from ldm.config.methods import MethodConfig, SRSMEConfig
 from ldm.config.robustness import HardPromptConfig, RelearningConfig, SoftPromptConfig
 from ldm.experiments.methods import Contender
-from ldm.experiments.probe import SHOWN, UNEDITED, Bench, Finding, Probe, Subject
+from ldm.experiments.probe import AGAINST_GATE, SHOWN, UNEDITED, Bench, Finding, Probe, Subject
 from ldm.experiments.probe_hard_prompts import HardPrompts
 from ldm.experiments.probe_others import Neighbours, Restoration, Watermarks
 from ldm.experiments.probe_prompts import Compositions, Meanings, PromptKinds
@@ -26,12 +27,20 @@ LEAST_MEASURABLE = 0.5  # of images that show the concept by the unedited model
 NOT_MEASURABLE = "not measurable here"
 FLOOR = "floor"
 _KEYS = ["concept", "probe", "kind", "measure"]
+_COLUMNS = ["contender", *_KEYS, "n", "hits", "value", "low", "high"]
 
 
 def all_probes(
-    soft: SoftPromptConfig, hard: HardPromptConfig, relearning: RelearningConfig, unlearnt_dir: Path | None = None
+    soft: SoftPromptConfig,
+    hard: HardPromptConfig,
+    relearning: RelearningConfig,
+    meanings: Path = MEANINGS,
+    unlearnt_dir: Path | None = None,
 ) -> list[Probe]:
-    """Return every probe, new, with the settings of attacks; `unlearnt_dir` has images of what was never learnt."""
+    """Return every probe, new, with the settings of attacks.
+
+    `meanings` is the file of prompts that mean concepts, `unlearnt_dir` has images of what was never learnt.
+    """
     return [
         PromptKinds(),
         Compositions(),
@@ -43,7 +52,7 @@ def all_probes(
         Neighbours(),
         Restoration(),
         Watermarks(),
-        Meanings(),
+        Meanings(meanings),
     ]
 
 
@@ -87,7 +96,7 @@ def _table(contender: str, probe: Probe, concept: Concept, findings: Sequence[Fi
             | {"kind": finding.kind, "measure": finding.measure, "n": finding.n, "hits": finding.hits}
             | {"value": finding.value, "low": low, "high": high}
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=_COLUMNS)
 
 
 def _interval(finding: Finding) -> tuple[float, float]:
@@ -101,6 +110,8 @@ def _interval(finding: Finding) -> tuple[float, float]:
 def compare_findings(findings: pd.DataFrame) -> pd.DataFrame:
     """Return the findings of contenders with columns `unedited`, `floor`, by the same kind and measure, and `note`.
 
+    Against a gate they are those of the same attack without one.
+
     The note says where the unedited model shows the concept in less than half of the images: no erasure can be told
     there.
     """
@@ -109,9 +120,10 @@ def compare_findings(findings: pd.DataFrame) -> pd.DataFrame:
         part = findings[findings["contender"] == name].set_index(_KEYS)["value"]
         beside[name] = part[~part.index.duplicated()]
     table = findings[~findings["contender"].isin(list(beside))].reset_index(drop=True)
-    keys = pd.MultiIndex.from_frame(table[_KEYS]) if len(table) else []
+    kinds = table["kind"].str.removesuffix(AGAINST_GATE)
+    keys = pd.MultiIndex.from_frame(table.assign(kind=kinds)[_KEYS])
     for name, values in beside.items():
-        table[name] = values.reindex(keys).to_numpy() if len(table) else []
+        table[name] = values.reindex(keys).to_numpy()
     hidden = (table["measure"] == SHOWN) & (table[UNEDITED.name] < LEAST_MEASURABLE)
     table["note"] = [NOT_MEASURABLE if is_hidden else "" for is_hidden in hidden]
     return table
@@ -121,17 +133,20 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each probe, kind and measure, over all concepts, and a column for each contender.
 
     A cell of shares is the per cent of all images, with Wilson's interval; of other measures the mean. `unedited` and
-    `floor` are columns too.
+    `floor` are columns too. Concepts that the unedited model does not show are left out. Intervals are those of the
+    images: what one attack found shows in all of them.
     """
     rows = []
     for (probe, kind, measure), part in table.groupby(["probe", "kind", "measure"], sort=False):
         row: dict[str, str] = {"probe": str(probe), "kind": str(kind), "measure": str(measure)}
+        measurable = part[part["note"] == ""]
         is_share = bool(part["hits"].notna().all())
         for name in (UNEDITED.name, FLOOR):
-            value = part[name].mean()
+            value = (measurable if len(measurable) else part)[name].mean()
             row[name] = "" if math.isnan(value) else _cell(value, is_share)
         for contender, own in part.groupby("contender", sort=False):
-            if (own["note"] == NOT_MEASURABLE).all():
+            own = own[own["note"] == ""]
+            if not len(own):
                 row[str(contender)] = NOT_MEASURABLE
             elif is_share:
                 finding = Finding.share("", int(own["hits"].sum()), int(own["n"].sum()))

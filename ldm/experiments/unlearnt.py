@@ -17,8 +17,8 @@ from ldm.metrics.judge import FeatureJudge
 from ldm.toy.render import render_woodcut
 
 UNLEARNT = Concept(OWN_INDEX, "unlearnt", "unlearnt", kind="style")
-_EACH = 20  # images to attack with, as many to fit the judge, and as many on which its threshold is set
-_LEAST = 12  # images of a user's own
+_EACH = 20  # images to fit the judge, and as many on which its threshold is set
+_LEAST = 4  # of each of these where they are a user's own
 _OWN_IMAGES = 4  # of each prompt by the unedited model
 
 
@@ -30,32 +30,34 @@ class Unlearnt:
     judge: FeatureJudge
 
     @classmethod
-    def of(cls, bench: Bench, unlearnt_dir: Path | None = None) -> Self:
+    def of(cls, bench: Bench, number: int, unlearnt_dir: Path | None = None) -> Self:
         """Return the concept for a model: woodcuts, or what a folder of a user's own images shows.
 
-        A third of them is to attack with. By the others the judge tells them from what the unedited model makes. Raises
-        ValueError for a folder of fewer than 12, and where the model's own images look like them.
+        A `number` of them is to attack with. By the others the judge tells them from what the unedited model makes.
+        Raises ValueError for a folder of fewer than 8 others, and where the model's own images look like them.
         """
-        paths = _in_bench(bench, unlearnt_dir)
+        paths = _in_bench(bench, number, unlearnt_dir)
         prompts = list(dict.fromkeys([*(concept.prompt for concept in load_concepts(bench.category)), ""]))
         own = bench.generate(UNEDITED, bench.place(UNEDITED, UNLEARNT, "own images"), prompts, _OWN_IMAGES)
-        parts = paths[1::3], paths[2::3], own[::2], own[1::2]
-        return cls(paths[::3], FeatureJudge.fit(*parts, bench.model.device))
+        others = paths[number:]
+        parts = others[::2], others[1::2], own[::2], own[1::2]
+        return cls(paths[:number], FeatureJudge.fit(*parts, bench.model.device))
 
 
-def _in_bench(bench: Bench, unlearnt_dir: Path | None) -> list[Path]:
+def _in_bench(bench: Bench, attacking: int, unlearnt_dir: Path | None) -> list[Path]:
     """Return the images of the concept at the model's size, kept with all else that is made."""
     size = bench.model.image_size
     if unlearnt_dir is None:
-        name, number = f"woodcuts {size}", 3 * _EACH
+        name, number = f"woodcuts {size}", attacking + 2 * _EACH
         examples = (
             Image.fromarray(render_woodcut(np.random.default_rng((bench.seed, k)), size)) for k in range(number)
         )
     else:
-        found = list_images(unlearnt_dir, "images")[: 3 * _EACH]
+        found = list_images(unlearnt_dir, "images")[: attacking + 2 * _EACH]
         name, number = f"own {size} {file_digest(unlearnt_dir)[:8]}", len(found)
-        if number < _LEAST:
-            raise ValueError(f"`unlearnt_dir` {unlearnt_dir} has {number} images: give {_LEAST} or more")
+        least = attacking + 2 * _LEAST
+        if number < least:
+            raise ValueError(f"`unlearnt_dir` {unlearnt_dir} has {number} images: give {least} or more")
         examples = (open_image(path, size) for path in found)
     folder = bench.place(UNEDITED, UNLEARNT, name)
     paths = [folder / image_filename(k, 0) for k in range(number)]
