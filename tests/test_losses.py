@@ -152,6 +152,24 @@ def test_the_full_correlation_is_its_formula_and_changes_the_output_of_the_empty
     assert not torch.allclose(predict(tiny, "", latents, timestep), edited_uncond, atol=1e-4)
 
 
+def test_what_repels_counts_how_far_a_prompt_goes_towards_a_watermark_and_nothing_away_from_it(tiny):
+    marks = embed(tiny, "CCS 2024")[0]
+    loss = perturb(FullCorrelationLoss(tiny, *embed(tiny, "VanGogh", ""), 0.0, repelled=(2.0, marks)))
+    plain = perturb(FullCorrelationLoss(tiny, *embed(tiny, "VanGogh", ""), 0.0))
+    for weight, own in zip(plain.parameters(), loss.parameters(), strict=True):
+        weight.data.copy_(own.data)
+    added = []
+    for batch in (make_batch(tiny, seed) for seed in range(8)):
+        base = predict(tiny, "", *batch)
+        mark, concept = (predict(tiny, prompt, *batch) - base for prompt in ("CCS 2024", "VanGogh"))
+        edited = predict(tiny, "VanGogh", *batch, loss) - predict(tiny, "", *batch, loss)
+        towards = (edited * mark).mean() / mark.square().mean()
+        expected = 2.0 * towards.relu() * concept.square().mean()
+        added.append((loss(*batch).loss - plain(*batch).loss).item())
+        assert added[-1] == pytest.approx(expected.item(), abs=1e-5)
+    assert max(added) > 0
+
+
 def make_ablating_concepts(model):
     return AblatingConceptsLoss(model, *embed(model, "VanGogh painting", "painting"))
 
