@@ -23,6 +23,8 @@ def main() -> None:
     parser.option("num_shown", type=arguments.positive_int, default=4, help=text)
     text = "concepts of which images are made; of a ledger with more as many of each state"
     parser.option("concepts_shown", type=arguments.positive_int, default=24, help=text)
+    text = "erased concepts of which robustness.py's probes that train nothing are asked, some minutes each"
+    parser.option("num_probed", type=arguments.nonnegative_int, default=0, help=text)
     args = parser.parse_args()
     from ldm.cli import session
     from ldm.cli.reproduce import reproduction_commands
@@ -39,7 +41,7 @@ def main() -> None:
         experiment.only = ["", *ledger.header["protected"], *(concept.prompt for concept in shown)]
     path = args.save_path / "report.html"
     commands = reproduction_commands(ledger, vars(args), load_model_config(experiment.model))
-    write_text(path, render_report(ledger, experiment, args.num_shown, commands, shown))
+    write_text(path, render_report(ledger, experiment, args.num_shown, commands, shown, args.num_probed))
     print(f"-> {path}")
 
 

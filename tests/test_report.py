@@ -21,6 +21,7 @@ from ldm.experiments.experiment import Experiment
 from ldm.experiments.report import choose_shown, render_report
 from ldm.ledger.ledger import HISTORY_FILE, Ledger, make_header
 from ldm.ledger.operations import create_shifts, weights_hash
+from ldm.metrics.classify import classifier_path, load_classifier
 
 SAMPLING = SamplingConfig(num_inference_steps=2, guidance_scale=2.0, sample_batch_size=32)
 
@@ -156,3 +157,20 @@ def test_its_commands_make_the_same_weights_again(ledger, model, script, tmp_pat
             with applied(model.denoiser, list(known.shifts(number).values())):
                 hashes.append(weights_hash(model.denoiser))
         assert hashes[0] == hashes[1]
+
+
+@pytest.mark.slow
+def test_the_page_says_what_the_erasure_is_worth(ledger, model, tmp_path):
+    classifier = load_classifier(classifier_path("style"), CPU)[0]
+    experiment = Experiment(model, "style", tmp_path / "run", classifier, SAMPLING, seeds_per_prompt=1)
+    page = render_report(ledger, experiment, 1, [], num_probed=1)
+    section = page.partition("What the erasure is worth")[2].partition("</section>")[0]
+    assert "Of VanGogh:" in section
+    for text in ("prompts that say the name", "the 20 most changed", "nearer than the empty prompt", "this ledger"):
+        assert text in section
+
+
+def test_probes_without_a_judge_are_refused(ledger, model, tmp_path):
+    experiment = Experiment(model, "style", tmp_path / "run", None, SAMPLING, seeds_per_prompt=1)
+    with pytest.raises(ValueError, match="probes need a classifier that knows an erased concept"):
+        render_report(ledger, experiment, 1, [], num_probed=1)

@@ -26,12 +26,15 @@ from ldm.erasure.merge import by_form, gated_prompts
 from ldm.erasure.shift import EmbeddingShift
 from ldm.experiments.experiment import Experiment
 from ldm.experiments.plots import LinePlot, plot_heatmap, plot_lines, plot_spectrum, plot_timeline
+from ldm.experiments.probe import UNEDITED, Bench, Subject
+from ldm.experiments.robustness import ask, ask_floor, compare_findings, quick_probes, summarize
 from ldm.io.image_grid import image_grid
 from ldm.io.images import image_filename, open_image, save_image
 from ldm.io.prompts import read_prompt_csv
 from ldm.ledger.ledger import Ledger, status_table
 from ldm.ledger.operations import Measure, peak_memory, verify
 from ldm.metrics.compare import summarize_by
+from ldm.metrics.judge import ClassifierJudge
 from ldm.metrics.statuses import prompt_statuses
 from ldm.metrics.tables import format_cell
 
@@ -79,19 +82,26 @@ def choose_shown(ledger: Ledger, most: int) -> list[Concept]:
 
 
 def render_report(
-    ledger: Ledger, experiment: Experiment, num_shown: int, commands: Sequence[str], concepts: Sequence[Concept] = ()
+    ledger: Ledger,
+    experiment: Experiment,
+    num_shown: int,
+    commands: Sequence[str],
+    concepts: Sequence[Concept] = (),
+    num_probed: int = 0,
 ) -> str:
     """Return the page as HTML.
 
     `experiment` generates the images of the original and of the edited model, on the same seeds; `num_shown` of each
     prompt are shown. `commands` are what makes the same ledger again. Images, timeline and leakage are of `concepts`,
-    by default all of the ledger's; its state, its gates and the leakage by group are of all.
+    by default all of the ledger's; its state, its gates and the leakage by group are of all. The probes of robustness
+    that train nothing are asked of `num_probed` erased concepts that the classifier knows.
 
     Raises ValueError for a ledger that `verify` does not accept.
     """
     start, model = time.perf_counter(), experiment.model
     shown = concepts or ledger.concepts
     checks = verify(ledger, model)
+    worth = [_worth_section(ledger, experiment, num_probed)] if num_probed else []
     results = _evaluate(ledger, experiment)
     images = _before_and_after(results, num_shown)
     named = {"prompt": {"": EMPTY_PROMPT_LABEL}}
@@ -120,11 +130,46 @@ def render_report(
         _gates_section(ledger),
         _curves_section(ledger),
         _capacity_section(ledger, experiment),
+        *worth,
         _cost_section(ledger, start),
         Section("Reproduce", "Every digest was recomputed for this page.", [checks], commands=commands),
     ]
     template = Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
     return template.render(title=f"{base_model}: {num_erased} concepts erased", sections=sections, cell=format_cell)
+
+
+def _worth_section(ledger: Ledger, experiment: Experiment, num_probed: int) -> Section:
+    """Return what probes find of the ledger's model. Raises ValueError without a classifier that knows its concepts."""
+    active = ledger.active_shifts()
+    classifier = experiment.classifier
+    judge = ClassifierJudge(classifier) if classifier else None
+    told = [concept for concept in ledger.concepts if judge is not None and judge.knows(concept)]
+    erased = [concept for concept in told if concept.label in active][:num_probed]
+    restored = [each for each in told if ledger.last_shift(each.label) and each.label not in active][:num_probed]
+    if judge is None or not erased:
+        raise ValueError("probes need a classifier that knows an erased concept: give `classifier` one, or no probes")
+    folder = experiment.folder / "robustness"
+    bench = Bench(
+        experiment.model,
+        experiment.category,
+        folder,
+        judge,
+        experiment.sampling,
+        erased,
+        restored,
+        seed=experiment.seed,
+    )
+    probes = quick_probes()
+    subject = Subject("this ledger", ledger.shifts(), experiment.form)
+    tables = [*ask_floor(bench, probes), *ask(bench, UNEDITED, probes), *ask(bench, subject, probes)]
+    text = (
+        f"Of {', '.join(concept.name for concept in erased)}: how often the concept shows by each probe, beside the "
+        "unedited model and a floor, what the same finds where the concept is not asked for. Shares have Wilson's "
+        "interval of 95 %."
+    )
+    return Section(
+        "What the erasure is worth", text, [summarize(compare_findings(pd.concat(tables, ignore_index=True)))]
+    )
 
 
 def _evaluate(ledger: Ledger, experiment: Experiment) -> _Results:

@@ -56,6 +56,12 @@ def all_probes(
     ]
 
 
+def quick_probes() -> list[Probe]:
+    """Return the probes that train nothing."""
+    every = all_probes(SoftPromptConfig(), HardPromptConfig(), RelearningConfig())
+    return [probe for probe in every if not probe.is_slow]
+
+
 def robustness_contenders(methods: Sequence[str], configs: Mapping[str, MethodConfig]) -> list[Contender]:
     """Return the contenders of methods: SRS-ME gated, linear, and trained; each other method once."""
     contenders: list[Contender] = []
