@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
+from ldm.config.methods import METHODS, TrainedConfig
 from ldm.erasure.methods import LOSSES
 from ldm.io.files import SETTINGS_FILE
 
@@ -181,8 +182,9 @@ def copy_repository(copy: Path) -> Path:
         config = OmegaConf.load(path)
         config.sampling.num_inference_steps = 2
         config.evaluation.seeds_per_prompt = config.evaluation.num_training_images = 2
-        for method in config.methods.values():
-            method.max_steps = min(method.get("max_steps", 12), 12)
+        for name, method in config.methods.items():
+            if issubclass(METHODS[name], TrainedConfig):
+                method.max_steps = min(method.get("max_steps", 12), 12)
         OmegaConf.save(config, path)
     return copy
 
