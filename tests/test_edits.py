@@ -79,13 +79,13 @@ def test_a_u_net_without_such_layers_is_refused():
 
 
 def test_embeddings_are_remembered_as_long_as_a_block_runs(tiny, monkeypatch):
-    passes, encode = [], tiny.encode_with_states
+    passes, embed = [], tiny.embed
 
-    def counted(prompts, layers):
+    def counted(prompts):
         passes.extend(prompts)
-        return encode(prompts, layers)
+        return embed(prompts)
 
-    monkeypatch.setattr(tiny, "encode_with_states", counted)
+    monkeypatch.setattr(tiny, "embed", counted)
     before = tiny.embed_prompts(["a dog"])["a dog"]
     with remember_embeddings(tiny):
         once = tiny.embed_prompts(["a dog", "a cat", "a dog"])

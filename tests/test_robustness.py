@@ -174,7 +174,7 @@ def test_probes_find_what_an_unedited_model_leaks(tmp_path):
     sampling = load_model_config(model).sampling
     bench = Bench(model, "style", tmp_path, judges[0], sampling, styles(1), styles(2), judges[1], images=8)
     concept = get_concept("style", 1)
-    for probe, least in ((PromptKinds(), 0.8), (Compositions(), 0.9), (Completion(), 0.9), (Samplers(), 0.9)):
+    for probe, least in ((PromptKinds(), 0.7), (Compositions(), 0.9), (Completion(), 0.9), (Samplers(), 0.9)):
         shown = [each for each in probe.measure(bench, UNEDITED, concept) if each.measure == "shown"]
         floor = [each for each in probe.floor(bench, concept) if each.measure == "shown"]
         shares = [sum(each.hits or 0 for each in side) / sum(each.n for each in side) for side in (shown, floor)]

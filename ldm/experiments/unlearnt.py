@@ -17,7 +17,7 @@ from ldm.metrics.judge import FeatureJudge
 from ldm.toy.render import render_woodcut
 
 UNLEARNT = Concept(OWN_INDEX, "unlearnt", "unlearnt", kind="style")
-_EACH = 20  # images to fit the judge, and as many on which its threshold is set
+_EACH = 40  # images to fit the judge, and as many on which its threshold is set
 _LEAST = 4  # of each of these where they are a user's own
 _OWN_IMAGES = 4  # of each prompt by the unedited model
 
