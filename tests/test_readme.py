@@ -32,6 +32,9 @@ EXPERIMENT = ["--seeds_per_prompt", "1", "--num_training_images", "2", "--save_p
 SMOKE: dict[str, list[str]] = {
     "ablate-init.py": [*EXPERIMENT, "--num_rendered", "4"],
     "artist-cls-train.py": ["--data_dir", "data/smoke"],
+    "robustness.py": shlex.split(
+        "--methods UCE --probes compositions,soft --images 2 --soft_steps 2 --soft_restarts 1"
+    ),
     "compare-methods.py": shlex.split(
         "--methods SRS-ME,FMN --retain_factors 1 --prompts_per_concept 1 --seeds_per_prompt 1 --restored 0-6,8 "
         "--num_training_images 2 --num_inference_steps 2 --set FMN.max_steps=1 SRS-ME.max_steps=1"

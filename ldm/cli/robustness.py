@@ -37,7 +37,7 @@ def make_bench(args: Namespace, experiment: Experiment, erased: Sequence[int], r
     return Bench(
         experiment.model,
         args.category,
-        args.save_path / args.category,
+        args.save_path / args.category / f"{args.images}-images",  # whose seeds are others of another number
         judge,
         experiment.sampling,
         concepts,
