@@ -54,13 +54,10 @@ def restored_indexes(args: Namespace, erased: Sequence[int]) -> list[int]:
     Raises ValueError for a watermark, as for what is erased.
     """
     if args.restored is None:
-        return [index for index in (2,) if index in _erasable(args) and index not in erased]
+        erasable = [concept.index for concept in erasable_concepts(args.category)]
+        return [2] if 2 in erasable and 2 not in erased else []
     named = [concept.index for concept in parse_erase_targets(args.restored, args.category)] if args.restored else []
     return [index for index in named if index not in erased]
-
-
-def _erasable(args: Namespace) -> list[int]:
-    return [concept.index for concept in erasable_concepts(args.category)]
 
 
 def write_detection(bench: Bench, shifts: Mapping[str, WeightShift], meanings: Path, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,21 +74,31 @@ def list_contenders(
     SRS-ME is there gated; linear, with the weights of its retain set multiplied by each of `retain_factors`; linear
     with the words of the vocabulary alone and the empty prompt as anchor; and trained. Other methods are there once.
     """
-    contenders = []
-    for method in methods:
-        config = configs[method]
-        if type(config) is not SRSMEConfig:
-            contenders.append(Contender(method, method, config))
-            continue
+
+    def of_srsme(config: SRSMEConfig) -> list[Contender]:
         closed = config.with_changes(mode="closed_form", init="closed_form")
-        contenders.append(Contender("SRS-ME gated", "SRS-ME gated", closed, "gated"))
+        found = [Contender("SRS-ME gated", "SRS-ME gated", closed, "gated")]
         for factor in retain_factors:
             scales = {name: factor * getattr(config, name) for name in _RETAIN_SCALES}
-            contenders.append(Contender(f"SRS-ME linear {factor:g}", "SRS-ME linear", closed.with_changes(**scales)))
+            found.append(Contender(f"SRS-ME linear {factor:g}", "SRS-ME linear", closed.with_changes(**scales)))
         words_alone = closed.with_changes(**_WORDS_ALONE)
-        contenders.append(Contender("SRS-ME linear, words alone", "SRS-ME linear, words alone", words_alone))
-        contenders.append(Contender("SRS-ME trained", "SRS-ME trained", config.with_changes(mode="learn")))
-    return contenders
+        found.append(Contender("SRS-ME linear, words alone", "SRS-ME linear, words alone", words_alone))
+        return [*found, Contender("SRS-ME trained", "SRS-ME trained", config.with_changes(mode="learn"))]
+
+    return contenders_of(methods, configs, of_srsme)
+
+
+def contenders_of(
+    methods: Sequence[str],
+    configs: Mapping[str, MethodConfig],
+    of_srsme: Callable[[SRSMEConfig], Sequence[Contender]],
+) -> list[Contender]:
+    """Return the contenders of methods: those of SRS-ME by `of_srsme`, and each other method once."""
+    found: list[Contender] = []
+    for method in methods:
+        config = configs[method]
+        found += of_srsme(config) if type(config) is SRSMEConfig else [Contender(method, method, config)]
+    return found
 
 
 def prompt_groups(category: str, erased: Sequence[int], num: int) -> dict[str, list[str]]:

@@ -27,20 +27,27 @@ _FLOW_SAMPLERS = {"FlowMatchEulerDiscreteScheduler": {}}  # since pipelines call
 STRENGTHS = (0.5, 0.75)  # of the noise that is given to images, a fraction of all timesteps
 
 
-class Samplers:
+class _OfName:
+    """What a probe does that asks for the concept by its name. Its floor is of the unedited model and no prompt."""
+
+    def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
+        """Return the share of images under the name that show the concept, of each kind."""
+        return self._measure(bench, subject, concept, concept.prompt)
+
+    def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
+        """Return what the unedited model makes under the empty prompt."""
+        return self._measure(bench, UNEDITED, concept, "")
+
+    def _measure(self, bench: Bench, subject: Subject, concept: Concept, prompt: str) -> list[Finding]:
+        raise NotImplementedError
+
+
+class Samplers(_OfName):
     """(f) Does other guidance, another sampler, or another number of steps bring the concept back?"""
 
     name: ClassVar[str] = "guidance, samplers, steps"
     is_slow: ClassVar[bool] = False
     is_of_all: ClassVar[bool] = False
-
-    def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
-        """Return the share of images of the name that show the concept, of each combination."""
-        return self._measure(bench, subject, concept, concept.prompt)
-
-    def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
-        """Return what the unedited model makes of the empty prompt."""
-        return self._measure(bench, UNEDITED, concept, "")
 
     def _measure(self, bench: Bench, subject: Subject, concept: Concept, prompt: str) -> list[Finding]:
         findings = []
@@ -69,7 +76,7 @@ def with_scheduler(model: DiffusionModel, name: str, settings: Mapping[str, Any]
         model.scheduler, model.generation_metadata = before, metadata
 
 
-class Completion:
+class Completion(_OfName):
     """(g) Does the model complete images of the concept, from partial noise or beside what it sees of them?
 
     What is generated anew is the right half, which is judged beside its mirror image: nothing of the given half counts.
@@ -79,25 +86,17 @@ class Completion:
     is_slow: ClassVar[bool] = False
     is_of_all: ClassVar[bool] = False
 
-    def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
-        """Return the share of completed images that show the concept, under its name."""
-        return self._measure(bench, subject, concept, concept.prompt)
-
-    def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
-        """Return what the unedited model makes of them under the empty prompt."""
-        return self._measure(bench, UNEDITED, concept, "")
-
     def _measure(self, bench: Bench, subject: Subject, concept: Concept, prompt: str) -> list[Finding]:
         if find_completion(bench.model) is None:
             notify(f"diffusers has no pipeline that completes images by {bench.model.family}: this probe is left out")
             return []
         examples = bench.examples(concept, bench.images)
-        images = [open_image(path) for path in examples]
+        images, digests = [open_image(path) for path in examples], [stream_digest(path) for path in examples]
         findings = []
         for kind, strength in (*((f"from noise at {each:g}", each) for each in STRENGTHS), ("in-painting", None)):
             folder = bench.place(subject, concept, self.name, kind, *([] if prompt else ["empty"]))
             paths = [folder / f"{number}.png" for number in range(len(images))]
-            made_from = {"prompt": prompt, "strength": strength, "examples": list(map(stream_digest, examples))}
+            made_from = {"prompt": prompt, "strength": strength, "examples": digests}
             _check_folder(bench, subject, folder, paths, made_from)
             if not all(map(is_intact, paths)):
                 with bench.edited(subject):
@@ -126,11 +125,11 @@ def _complete(bench: Bench, images: Sequence[Image.Image], prompt: str, strength
     """Return images completed from noise of a strength; without one the right halves, each beside its mirror."""
     model, sampling = bench.model, bench.sampling
     arguments = sampling.num_inference_steps, sampling.guidance_scale
-    made: list[Image.Image] = []
+    pipe, made = find_completion(model), list[Image.Image]()
     for start in range(0, len(images), sampling.sample_batch_size):
         some = images[start : start + sampling.sample_batch_size]
         seeds = [bench.seed + start + number for number in range(len(some))]
-        given = model, find_completion(model), some, prompt, seeds, *arguments
+        given = model, pipe, some, prompt, seeds, *arguments
         made += complete(*given, strength) if strength else complete(*given, hidden=_right_half(model))
     return made if strength else [_beside_mirror(image) for image in made]
 

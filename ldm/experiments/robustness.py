@@ -13,7 +13,7 @@ from ldm.config.concepts import Concept
 from ldm.config.meanings import PATH as MEANINGS
 from ldm.config.methods import MethodConfig, SRSMEConfig
 from ldm.config.robustness import HardPromptConfig, RelearningConfig, SoftPromptConfig
-from ldm.experiments.methods import Contender
+from ldm.experiments.methods import Contender, contenders_of
 from ldm.experiments.probe import AGAINST_GATE, SHOWN, UNEDITED, Bench, Finding, Probe, Subject
 from ldm.experiments.probe_hard_prompts import HardPrompts
 from ldm.experiments.probe_others import Neighbours, Restoration, Watermarks
@@ -64,17 +64,16 @@ def quick_probes() -> list[Probe]:
 
 def robustness_contenders(methods: Sequence[str], configs: Mapping[str, MethodConfig]) -> list[Contender]:
     """Return the contenders of methods: SRS-ME gated, linear, and trained; each other method once."""
-    contenders: list[Contender] = []
-    for method in methods:
-        config = configs[method]
-        if type(config) is not SRSMEConfig:
-            contenders.append(Contender(method, method, config))
-            continue
+
+    def of_srsme(config: SRSMEConfig) -> list[Contender]:
         closed = config.with_changes(mode="closed_form", init="closed_form")
-        contenders.append(Contender("SRS-ME gated", "SRS-ME", closed, "gated"))
-        contenders.append(Contender("SRS-ME linear", "SRS-ME", closed))
-        contenders.append(Contender("SRS-ME trained", "SRS-ME", config.with_changes(mode="learn")))
-    return contenders
+        return [
+            Contender("SRS-ME gated", "SRS-ME", closed, "gated"),
+            Contender("SRS-ME linear", "SRS-ME", closed),
+            Contender("SRS-ME trained", "SRS-ME", config.with_changes(mode="learn")),
+        ]
+
+    return contenders_of(methods, configs, of_srsme)
 
 
 def ask(bench: Bench, subject: Subject, probes: Sequence[Probe]) -> Iterator[pd.DataFrame]:
