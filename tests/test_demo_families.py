@@ -21,7 +21,7 @@ from ldm.ledger.operations import create_shifts, weights_hash
 from ldm.ledger.page import build
 
 STEPS = 3
-FEW = GateConfig(gate=True, retain_captions=30, retain_words=10, compositions=5, misspellings=0)
+FEW = GateConfig(gate=True, retain_captions=30, retain_words=10, compositions=5, word_lists=5, misspellings=0)
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,13 @@ def test_a_dense_shift_has_the_effect_of_the_separable_one(tiny):
 def test_of_a_gated_shift_the_map_counts_where_the_gate_fires(tiny):
     shift = SeparableShift.zeros(text_layers(tiny.denoiser), torch.eye(3, tiny.context_dim), 1.0)
     config = GateConfig(
-        retain_captions=20, retain_words=10, compositions=5, misspellings=0, map_ridge=1e-6, max_map_rank=64
+        retain_captions=20,
+        retain_words=10,
+        compositions=5,
+        word_lists=0,
+        misspellings=0,
+        map_ridge=1e-6,
+        max_map_rank=64,
     )
     shift.gated = GateFitter(tiny, [VANGOGH, get_concept("style", 2)], [""], config).fit(VANGOGH)
     assert measure_effect(tiny, VANGOGH, shift, NEUTRAL).mean == 0

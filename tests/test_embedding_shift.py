@@ -139,7 +139,14 @@ def shared(tiny_path, tmp_path_factory):
     """A tiny model, and a folder with the file, the card and the rest of a shift with a gate, in float16."""
     folder = tmp_path_factory.mktemp("shared")
     model = load_model(tiny_path, CPU)
-    few = {"retain_captions": 20, "retain_words": 10, "compositions": 5, "misspellings": 0, "gate": True}
+    few = {
+        "retain_captions": 20,
+        "retain_words": 10,
+        "compositions": 5,
+        "word_lists": 5,
+        "misspellings": 0,
+        "gate": True,
+    }
     shifts = erase(model, "VanGogh", protect="a dog", artifacts_dir=folder / "made", ridge_weight=1e-6, **few)
     export(model, shifts, folder / "out", "shift", save_dtype="float16", rank=1)
     return model, shifts["vangogh"], folder / "out-shift"

@@ -19,7 +19,7 @@ from ldm.erasure.known_states import KnownStates
 from ldm.io.errors import Notice
 from ldm.io.paths import REPO_ROOT
 
-SMALL = GateConfig(retain_captions=150, retain_words=60, compositions=20, misspellings=20)
+SMALL = GateConfig(retain_captions=150, retain_words=60, compositions=20, word_lists=0, misspellings=20)
 RETAINED = ["a village by the sea", "art by Caravaggio2"]
 PICASSO = Concept(0, "Picasso", "Picasso", kind="style")
 
@@ -145,6 +145,34 @@ def test_another_spelling_that_the_gate_of_the_name_tells_is_no_direction_of_it(
     assert (margins(model, edit, ["Picasso Picasso", "art by Picasso Picasso", "art by Picasso"]) > 0).all()
 
 
+def test_lists_of_words_say_a_concept_anywhere_and_count_less_where_its_map_is_fitted(fitter):
+    own, without = fitter.texts.own(PICASSO, 40), fitter.texts.own(PICASSO, 0)
+    listed = [text for text in own.anchors if text not in without.anchors]
+    known = set(fitter.texts.words)
+    assert 20 < len(listed) <= 40  # those that the model reads whole
+    assert all("Picasso" in text and known.issuperset(text.replace("Picasso", "").split()) for text in listed)
+    assert any(text.startswith("Picasso ") for text in listed) and any(text.endswith(" Picasso") for text in listed)
+    assert own.anchors[listed[0]] == listed[0].replace("Picasso", "an artist")
+    weights = dict(zip(own.all, own.weights.tolist(), strict=True))
+    assert {weights[text] for text in listed} == {0.25} and {weights[text] for text in without.all} == {1.0}
+
+
+def test_a_concept_that_no_gate_tells_among_words_has_one_without_lists_and_a_notice(fitter, edit, monkeypatch):
+    monkeypatch.setattr(fitter.texts, "_word_lists", lambda concept, number: ["{} Caravaggio", "a {}"][:number])
+    real = fitter._join_gates
+
+    def join(prepared, *args):
+        if (prepared.own.weights < 1).any():
+            raise InseparableError("planted")
+        return real(prepared, *args)
+
+    monkeypatch.setattr(fitter, "_join_gates", join)
+    monkeypatch.setattr(fitter, "config", replace(SMALL, word_lists=2))
+    with pytest.warns(Notice, match="no gate tells 'Picasso' among words in no order"):
+        found = fitter.fit(PICASSO)
+    assert torch.equal(found.gates["text_encoder"].weights, edit.gates["text_encoder"].weights)
+
+
 def test_a_name_in_lower_case_counts_where_the_tokenizer_tells_it_apart(model):
     class Cased:
         """Tokens that are ASCII letters, as they are written."""
@@ -173,7 +201,7 @@ def test_words_of_a_name_are_none_of_its_negatives_in_either_case(fitter, monkey
     monkeypatch.setattr(fitter.texts, "words", ["Gogh", "gogh", "van", "dog"])
     monkeypatch.setattr(fitter.texts, "rare_words", ["Vincdog", "dogcat"])
     concept = Concept(0, "VanGogh", "VanGogh", ("Vincent van Gogh",), kind="style")
-    own = fitter.texts.own(concept)
+    own = fitter.texts.own(concept, 0)
     left_out = fitter.texts.left_out(
         concept, own, ["Gogh", "gogh", "van", "dog", "Vincdog", "dogcat", "a vincent van gogh"]
     )
@@ -221,11 +249,11 @@ def test_a_fitter_goes_on_with_what_an_earlier_one_knows(model, monkeypatch):
 def test_an_anchor_of_its_own_is_what_a_concepts_prompts_become(model, monkeypatch, fitter, gate_anchor):
     monkeypatch.setattr(fitter.texts, "config", SMALL.with_changes(gate_anchor=gate_anchor))
     own = Concept(0, "a fox", "a fox", ("fox",), kind="object", anchor="a dog")
-    anchors = fitter.texts.own(own).anchors
+    anchors = fitter.texts.own(own, 0).anchors
     expected = {"a fox": "a dog", "fox": "a dog", "a toy fox": "a toy dog", "a fox and a chair": "a dog and a chair"}
     assert {prompt: anchors[prompt] for prompt in expected} == expected
     neutral = {"neutral": "a toy object", "empty": ""}[gate_anchor]
-    assert fitter.texts.own(replace(own, anchor=None)).anchors["a toy fox"] == neutral
+    assert fitter.texts.own(replace(own, anchor=None), 0).anchors["a toy fox"] == neutral
 
 
 def test_the_way_left_is_what_is_missing_along_the_line_to_the_aim():

@@ -38,7 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is not all erased"),  # nor of an artist
     pytest.mark.filterwarnings("ignore:__array__ implementation"),  # diffusers' schedulers, of numpy
 ]
-SMALL = GateConfig(retain_captions=100, retain_words=60, compositions=20, misspellings=20)
+SMALL = GateConfig(retain_captions=100, retain_words=60, compositions=20, word_lists=10, misspellings=20)
 SAYING = ["a painting by Picasso", "Picasso", "art by Picasso"]
 OTHERS = ["", "a photo of a church", "a painting by Cezanne", "a very long caption " * 5, "CCS 2024"]
 
@@ -496,7 +496,9 @@ def xl(tmp_path_factory):
 
 def test_both_encoders_and_the_pooled_embedding_of_xl_are_edited(xl):
     plain = deepcopy(xl)
-    eraser = erased_from(xl, config=GateConfig(retain_captions=40, retain_words=40, compositions=10, misspellings=10))
+    eraser = erased_from(
+        xl, config=GateConfig(retain_captions=40, retain_words=40, compositions=10, word_lists=10, misspellings=10)
+    )
     settings = {"num_images_per_prompt": 2, "do_classifier_free_guidance": True}
     prompts, negative = ["a photo of a church", "art by Picasso", ""], ["Picasso", "", "a car"]
     before = encode(plain, prompts, negative_prompt=negative, **settings)

@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:VanGogh. other prompts come within"),
     pytest.mark.filterwarnings("ignore:__array__ implementation"),  # diffusers' schedulers, of numpy
 ]
-SMALL = GateConfig(retain_captions=40, retain_words=40, compositions=10, misspellings=10)
+SMALL = GateConfig(retain_captions=40, retain_words=40, compositions=10, word_lists=10, misspellings=10)
 SAYING, OTHER, KEPT = "VanGogh", "a photo of a church", "Cezanne"
 _MASKED = ("pixart-alpha", "pixart-sigma", "sana", "auraflow", "lumina2")
 _FEW_TOKENS = 40  # that Sana reads in these tests, of 300

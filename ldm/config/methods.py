@@ -235,6 +235,9 @@ class GateConfig(Settings):
     retain_captions: int = setting(1500, "everyday captions that trip no gate", minimum=1)
     retain_words: int = setting(750, "words of the vocabulary that trip no gate", minimum=1)
     compositions: int = setting(80, "everyday captions with the concept in them that trip it", minimum=0)
+    word_lists: int = setting(
+        240, "lists of the vocabulary's words with the concept among them that trip it", minimum=0
+    )
     misspellings: int = setting(60, "misspelt names of each concept that may trip it", minimum=0)
     misspelling_clearance: float = setting(
         0.35, "how far above every other prompt a misspelt name has to be, in units of the concept's distance", above=0

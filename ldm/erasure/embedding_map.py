@@ -145,3 +145,15 @@ def join_maps(maps: Sequence[EmbeddingMap]) -> EmbeddingMap:
         gram += turned.T @ own @ turned
         cross += each.outputs @ each.gram @ turned
     return EmbeddingMap(torch.linalg.solve(gram, cross.T).T, directions, gram, penalty)
+
+
+def mean_distance_left(before: torch.Tensor, after: torch.Tensor, aims: torch.Tensor) -> float:
+    """Return how much of the way to their aims is left for prompts, on average: 0 for none, 1 for all of it.
+
+    Of a prompt with embedding e that becomes e' and should become y, all (N, rows, d), it is `<y - e', y - e> / |y -
+    e|^2`. Those that should not change do not count; where none should, it is 1.
+    """
+    way, remaining = (aims - before).flatten(1).double(), (aims - after).flatten(1).double()
+    lengths = way.square().sum(1)
+    left = (way * remaining).sum(1)[lengths > 0] / lengths[lengths > 0]
+    return float(left.mean()) if len(left) else 1.0

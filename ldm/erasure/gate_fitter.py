@@ -17,7 +17,7 @@ from ldm.diffusion.batches import States, encode_in_batches, join_states
 from ldm.diffusion.text_encoder import PromptEncoder
 from ldm.diffusion.text_states import LAST_STATE, text_encoder_layers
 from ldm.diffusion.tokenizer import align_tokens
-from ldm.erasure.embedding_map import EmbeddingMap, fit_map
+from ldm.erasure.embedding_map import EmbeddingMap, fit_map, mean_distance_left
 from ldm.erasure.gate import Gate, GateTask, NoGateError, Positives, fit_gates, join_gates, without_needless
 from ldm.erasure.gate_prompts import GatePrompts, OwnPrompts, check_rare, evenly, with_plurals
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
@@ -118,18 +118,18 @@ class GateFitter:
         Those of a few concepts are fitted together, which is faster and gives the same.
         """
         for start in range(0, len(concepts), _CONCEPTS_AT_ONCE):
-            yield from self._fit_some(concepts[start : start + _CONCEPTS_AT_ONCE])
+            yield from self._fit_some(concepts[start : start + _CONCEPTS_AT_ONCE], self.config.word_lists)
 
     def maps(self, concept: Concept) -> dict[str, EmbeddingMap]:
         """Return the maps of a concept that no gate of this encoder may tell, for another one's. Raises as `fit`."""
-        own = self.texts.own(self.texts.without_shared(with_plurals(concept)))
+        own = self.texts.own(self.texts.without_shared(with_plurals(concept)), self.config.word_lists)
         return self._fit_maps(own, self._embed(own.all, {})[0])
 
-    def _fit_some(self, concepts: Sequence[Concept]) -> list[GatedEdit | ValueError]:
+    def _fit_some(self, concepts: Sequence[Concept], word_lists: int) -> list[GatedEdit | ValueError]:
         prepared: list[_Prepared | ValueError] = []
         for concept in concepts:
             try:
-                prepared.append(self._prepare(self.texts.without_shared(with_plurals(concept))))
+                prepared.append(self._prepare(self.texts.without_shared(with_plurals(concept)), word_lists))
             except ValueError as error:
                 prepared.append(error)
         tasks = [each.tasks for each in prepared if isinstance(each, _Prepared)]
@@ -137,7 +137,7 @@ class GateFitter:
         for name, negatives in self.negatives.items():
             fitted[name] = iter(fit_gates([own[name] for own in tasks], negatives, self.config.gate_position))
         edits: list[GatedEdit | ValueError] = []
-        for each in prepared:
+        for concept, each in zip(concepts, prepared, strict=True):
             if isinstance(each, ValueError):
                 edits.append(each)
                 continue
@@ -145,16 +145,23 @@ class GateFitter:
             try:
                 gates = {name: self._join_gates(each, name, found) for name, found in own.items()}
             except InseparableError as error:
-                edits.append(error)
+                edits.append(self._fit_without_lists(concept) if word_lists else error)
                 continue
             edit = GatedEdit(gates, self.layers, each.maps)
             edits.append(replace(edit, report=self._report(each.concept, each.own, edit, each.misspelt)))
         return edits
 
-    def _prepare(self, concept: Concept) -> _Prepared:
+    def _fit_without_lists(self, concept: Concept) -> GatedEdit | ValueError:
+        """Return what `_fit_some` does of a concept that no gate tells among words in no order."""
+        [found] = self._fit_some([concept], word_lists=0)
+        if isinstance(found, GatedEdit):
+            notify(f"no gate tells '{concept.prompt}' among words in no order: such prompts may not be erased")
+        return found
+
+    def _prepare(self, concept: Concept, word_lists: int) -> _Prepared:
         """Return what the gates of a concept are fitted on, and its maps. Raises ValueError as `fit` does."""
         check_rare(concept, self.texts.captions)
-        own = self.texts.own(concept)
+        own = self.texts.own(concept, word_lists)
         embeds, states = self._embed(own.all, self.layers)
         alike = self._encode_rows(self.texts.lookalikes(concept))
         left_out = self.texts.left_out(concept, own, self.texts.negatives)
@@ -201,7 +208,7 @@ class GateFitter:
         gates: dict[int, list[tuple[Gate, float]]] = {layer: [] for layer in tried}
         for concept in concepts:
             try:
-                own = self.texts.own(concept)
+                own = self.texts.own(concept, self.config.word_lists)
             except ValueError:  # longer than the model reads
                 continue
             rows = self._encode_rows(own.all, {name: tried})
@@ -321,11 +328,13 @@ class GateFitter:
                 torch.cat([rows[positions, columns] for rows, positions in zip(found, kept, strict=True)])
                 for found in (embeds, aims)
             )
-            counts = torch.cat([row_counts(positions, number) for positions in kept])
+            counts = torch.cat(
+                [weight * row_counts(rows, number) for weight, rows in zip(own.weights, kept, strict=True)]
+            )
             maps["tokens"] = fit_map(targets, goals, *settings, counts, config.max_map_rank).rounded()
         if "pooled" in streams:
             before, after = (found[:, -1, streams["pooled"][1]] for found in (embeds, aims))
-            maps["pooled"] = fit_map(before, after, *settings, most=config.max_map_rank).rounded()
+            maps["pooled"] = fit_map(before, after, *settings, own.weights, config.max_map_rank).rounded()
         return maps
 
     def _aims(self, prompts: Iterable[str], anchors: Mapping[str, str]) -> torch.Tensor:
@@ -392,18 +401,6 @@ def misses_report(margins: torch.Tensor) -> dict[str, Any]:
 def _several(layers: Mapping[str, int | Collection[int]]) -> dict[str, Collection[int]]:
     """Return the layers of each text encoder, where it may have one alone."""
     return {name: [found] if isinstance(found, int) else found for name, found in layers.items()}
-
-
-def mean_distance_left(before: torch.Tensor, after: torch.Tensor, aims: torch.Tensor) -> float:
-    """Return how much of the way to their aims is left for prompts, on average: 0 for none, 1 for all of it.
-
-    Of a prompt with embedding e that becomes e' and should become y, all (N, rows, d), it is `<y - e', y - e> / |y -
-    e|^2`. Those that should not change do not count; where none should, it is 1.
-    """
-    way, remaining = (aims - before).flatten(1).double(), (aims - after).flatten(1).double()
-    lengths = way.square().sum(1)
-    left = (way * remaining).sum(1)[lengths > 0] / lengths[lengths > 0]
-    return float(left.mean()) if len(left) else 1.0
 
 
 def rate(count: int, total: int) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Collection, Mapping, Sequence
@@ -29,18 +30,24 @@ _NUM_COMPOSED = 4  # captions with another concept's names in them
 _NUM_NAMESAKES = 20  # of them, for one whose last name others have
 _MAX_SHOWN = 5  # shared names in a notice
 _NUM_MODIFIED = 180  # captions that have prompt modifiers too, each other ones
+_MAX_LISTED = 6  # words of a list
+_LIST_WEIGHT = 0.25  # of a list where a map is fitted: what becomes of sentences matters more
 _OTHER_SURNAMES = 2  # after parts of the names of concepts that are not erased
 _SURNAMES = ("Miller", "Jones", "Silva", "Petrov", "Larsen", "Kim", "Rossi", "Novak")  # of people who are no concept
 
 
 @dataclass(frozen=True)
 class OwnPrompts:
-    """The prompts that say a concept as (prompt, name), the misspelt ones apart, and the anchor prompt of each."""
+    """The prompts that say a concept as (prompt, name), the misspelt ones apart, and the anchor prompt of each.
+
+    In the order of `all` are where each prompt's name ends, (N,), and how much it counts where a map is fitted, (N,).
+    """
 
     plain: list[tuple[str, str]]
     misspelt: list[tuple[str, str]]
     anchors: dict[str, str]
-    last_tokens: torch.Tensor  # (N,), where each prompt's name ends, in the order of `all`
+    last_tokens: torch.Tensor
+    weights: torch.Tensor
 
     @property
     def all(self) -> list[str]:
@@ -105,6 +112,15 @@ class GatePrompts:
             made.append(_modified(prompt, rng.randrange(_NUM_MODIFIED)) if modified else prompt)
         return made
 
+    def _word_lists(self, concept: Concept, number: int) -> list[str]:
+        """Return templates that are words of the vocabulary, in no order, with a concept's name anywhere among them."""
+        rng, made = random.Random(f"lists {concept.name}"), list[str]()
+        for _ in range(number):
+            words = rng.sample(self.words, min(rng.randint(2, _MAX_LISTED), len(self.words)))
+            words.insert(rng.randint(0, len(words)), "{}")
+            made.append(" ".join(words))
+        return made
+
     def without_shared(self, concept: Concept) -> Concept:
         """Return a concept without the other names of it that are other concepts' last names too."""
         shared = {name.lower() for name in self.shared}
@@ -112,8 +128,8 @@ class GatePrompts:
             concept, aliases=tuple(alias for alias in concept.aliases if without_article(alias).lower() not in shared)
         )
 
-    def own(self, concept: Concept) -> OwnPrompts:
-        """Return the prompts that say a concept, as far as the model reads all of them."""
+    def own(self, concept: Concept, word_lists: int) -> OwnPrompts:
+        """Return the prompts that say a concept, as far as the model reads all of them, and so many lists of words."""
         tokenizer, kind = self.tokenizer, load_template_set(concept.kind)
         rng = random.Random(f"compositions {concept.name}")
         templates = [*kind.templates, *concept.templates]
@@ -125,27 +141,29 @@ class GatePrompts:
             modified = _modified(template, rng.randrange(_NUM_MODIFIED))
             is_read = read_part(tokenizer, fill_phrase(modified, spelling)) is None
             said.append((modified if number % 2 and is_read else template, spelling))
+        lists = list(zip(self._word_lists(concept, word_lists), itertools.cycle(spellings), strict=False))
         wrong = [text for spelling in spellings for text in misspellings(spelling)]
         wrong = [text for text in dict.fromkeys(wrong) if not says(text, concept.spellings)]
         rng.shuffle(wrong)
         wrong = wrong[: self.config.misspellings]
         misspelt = [(templates[number % len(templates)], text) for number, text in enumerate(wrong)]
         anchors: dict[str, str] = {}
-        groups: list[dict[str, str]] = [{}, {}]
-        for group, pairs in zip(groups, (said, misspelt), strict=True):
+        groups: list[dict[str, str]] = [{}, {}, {}]
+        for group, pairs in zip(groups, (said, lists, misspelt), strict=True):
             for template, name in pairs:
                 prompt = fill_phrase(template, name)
                 if prompt not in anchors and read_part(tokenizer, prompt) is None:
                     group[prompt] = name
                     anchors[prompt] = self.anchor(concept, template)
-        if not groups[0]:
+        if not groups[0]:  # as of lists some are shorter
             raise ValueError(
                 f"'{concept.prompt}' is longer than the model's {tokenizer.model_max_length} tokens: give the "
                 "concept a shorter name"
             )
-        plain, wrongly = list(groups[0].items()), list(groups[1].items())
+        plain, wrongly = [*groups[0].items(), *groups[1].items()], list(groups[2].items())
         positions = [last_token(tokenizer, prompt, without_article(name)) or 0 for prompt, name in (*plain, *wrongly)]
-        return OwnPrompts(plain, wrongly, anchors, torch.tensor(positions))
+        weights = [_LIST_WEIGHT if prompt in groups[1] else 1.0 for prompt, _ in (*plain, *wrongly)]
+        return OwnPrompts(plain, wrongly, anchors, torch.tensor(positions), torch.tensor(weights))
 
     def anchor(self, concept: Concept, template: str) -> str:
         """Return what the prompt becomes that says a concept in a template."""
