@@ -22,7 +22,7 @@ OWN = [
 
 def test_a_style_has_the_kinds_and_prompts_that_a_suite_needs():
     kinds = name_kinds(VANGOGH)
-    assert len(kinds) == 25 and 150 <= sum(map(len, kinds.values())) <= 170
+    assert len(kinds) == 26 and 155 <= sum(map(len, kinds.values())) <= 180
     assert kinds[ALONE] == ["VanGogh"] and "Vincent van Gogh" in kinds[OTHER_SPELLINGS]
     assert "a church, how VanGogh would do it" in kinds["composition"] and "(VanGogh:1.3)" in kinds["weights"]
     assert kinds == name_kinds(VANGOGH)
