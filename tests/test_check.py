@@ -142,6 +142,16 @@ def test_clip_scores_are_torchmetrics(tmp_path, clip_path):
         assert score == pytest.approx(expected.item(), abs=1e-3)
 
 
+def test_an_image_is_embedded_once_for_all_prompts(tmp_path, clip_path, monkeypatch):
+    paths = [tmp_path / f"{k}.png" for k in range(3)]
+    for k, path in enumerate(paths):
+        Image.new("RGB", (32, 32), (80 * k, 30, 200 - 60 * k)).save(path)
+    scorer, prompts, seen = ClipScorer.load(clip_path, CPU), ["a cat", "VanGogh", "a church by Picasso"], []
+    pairs = torch.stack([scorer(paths, [prompt] * 3) for prompt in prompts], dim=1)
+    scorer.network.vision_model.register_forward_hook(lambda *call: seen.append(len(call[2].pooler_output)))
+    assert torch.allclose(scorer.with_each(paths, prompts), pairs, atol=1e-4) and seen == [3]
+
+
 def test_a_prompt_longer_than_clip_reads_has_a_score(tmp_path, clip_path):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     assert ClipScorer.load(clip_path, CPU)([tmp_path / "red.png"], ["a painting by VanGogh " * 20]).isfinite().all()

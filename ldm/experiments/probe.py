@@ -91,6 +91,7 @@ class Bench:
     second: Judge | None = None
     images: int = 16
     seed: int = 2024
+    shared: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)  # what several probes take
 
     def place(self, subject: Subject, concept: Concept, *names: str) -> Path:
         """Return the folder, or the file, in which something of a subject and a concept is kept."""
