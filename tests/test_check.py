@@ -1,14 +1,12 @@
 """A check of an erasure by images: which prompts it takes, what it measures, and its CLIP scores."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-from conftest import CPU, MIXTURE_WEIGHTS
+from conftest import CPU
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from ldm.config.methods import SamplingConfig
 from ldm.diffusion.load import load_model
@@ -17,26 +15,8 @@ from ldm.erasure.shift import SeparableShift
 from ldm.experiments.check import CheckRequest, check_erasure, choose_prompts
 from ldm.io.errors import Notice
 from ldm.metrics.clip_score import ClipScorer
-from ldm.toy.captions import build_tokenizer
 
 SAMPLING = SamplingConfig(num_inference_steps=2, guidance_scale=1.5)
-
-
-@pytest.fixture(scope="module")
-def clip_path(tmp_path_factory) -> Path:
-    """Return the folder of a tiny random CLIP model and its processor."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = build_tokenizer(folder / "tokenizer", 16, MIXTURE_WEIGHTS)
-    layers = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    names = ("eos_token_id", "bos_token_id", "pad_token_id")
-    text = layers | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
-    text |= {name: getattr(tokenizer, name) for name in names}
-    vision = layers | {"image_size": 32, "patch_size": 8}
-    torch.manual_seed(5)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
