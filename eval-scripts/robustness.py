@@ -2,26 +2,27 @@
 
 Every method erases the concepts of --erased_index and those of --restored, whose shifts are then left out. Each is
 asked by every probe, beside the unedited model and a floor: what is found where the concept was never learnt, or is not
-asked for.
+asked for. With --shifts these are asked instead, all together, about the concepts that they say they erase, a user's
+own too; --methods beside it compares methods with them.
 Shares have Wilson's interval of 95 %. SRS-ME is there gated, linear, and trained. Writes robustness.csv (every
-finding), .md and .png, and detection.md (gates beside a filter of keywords) into SAVE_PATH/CATEGORY. The same command
-resumes a stopped run: shifts, images, and what attacks learn are made once.
+finding), .md and .png, and detection.md (gates beside a filter of keywords) into SAVE_PATH/CATEGORY, of --shifts into
+the folder of their merge in it. The same command resumes a stopped run: shifts, images, and what attacks learn are made
+once.
 """
 
 from pathlib import Path
 
 from ldm.cli import arguments, output
-from ldm.cli.experiment import (
-    add_experiment,
-    add_targets,
-    artifacts_dir,
-    make_experiment,
-    method_configs,
-    parse_methods,
-    target_indexes,
-    trainable_methods,
+from ldm.cli.experiment import add_experiment, add_targets, make_experiment
+from ldm.cli.robustness import (
+    check_arguments,
+    chosen_probes,
+    make_bench,
+    make_contenders,
+    make_subjects,
+    what_is_asked,
+    write_detection,
 )
-from ldm.cli.robustness import chosen_probes, make_bench, restored_indexes, write_detection
 from ldm.cli.run import run
 from ldm.config.meanings import PATH as MEANINGS
 from ldm.config.methods import METHODS
@@ -51,10 +52,11 @@ def main() -> None:
     parser = arguments.make_parser(__doc__)
     add_experiment(parser, "robustness")
     add_targets(parser, "1")
+    arguments.add_shifts(parser, purpose="ask about", without="methods")
+    arguments.add_scene(parser)
     parser.option("methods", default="SRS-ME,UCE,AbConcept,ESD", help=f"of {', '.join(METHODS)}")
-    text = (
-        "concepts that are erased too and then restored, by index or name in --category (default: 2, if there is one)"
-    )
+    text = "concepts that are erased too and then restored, by index or name in --category (default: 2, if there is "
+    text += "one), or those of --shifts whose shifts are left out (default: none)"
     parser.option("restored", nargs="*", default=None, help=text)
     parser.option("images", type=arguments.positive_int, default=16, help="of each finding, about")
     parser.option("probes", default="", help="which of them, by the beginning of their names, such as prompts,soft")
@@ -67,34 +69,26 @@ def main() -> None:
     parser.option("quick", action="store_true", help="leave out the probes that train something")
     parser.option("clip_path", type=Path, default=None, help="a folder with CLIP, which judges instead of a classifier")
     args = parser.parse_args()
-    methods, erased = parse_methods(args.methods), target_indexes(args)
-    restored = restored_indexes(args, erased)
-    if "form" in arguments.typed:
-        raise ValueError("`form`: both forms are asked here, so leave it out")
+    check_arguments(args)
     import pandas as pd
 
     from ldm.erasure.merge import describe_forms
-    from ldm.experiments.methods import MethodComparison
-    from ldm.experiments.probe import UNEDITED, Subject
-    from ldm.experiments.robustness import ask, ask_floor, robustness_contenders
+    from ldm.experiments.probe import UNEDITED
+    from ldm.experiments.robustness import ask, ask_floor
 
     probes = chosen_probes(args)
     experiment = make_experiment(args)
-    bench = make_bench(args, experiment, erased, restored)
-    configs = method_configs(args, experiment)
-    contenders = robustness_contenders(trainable_methods(experiment, methods, configs), configs)
-    comparison = MethodComparison(experiment, artifacts_dir(args), [*erased, *restored], {}, None)
-    path = args.save_path / args.category / "robustness"
+    asked = what_is_asked(args, experiment)
+    bench, contenders = make_bench(args, experiment, asked), make_contenders(args, experiment, asked)
     tables = [*ask_floor(bench, probes), *ask(bench, UNEDITED, probes)]
-    for number, contender in enumerate(contenders, start=1):
-        shifts, _ = comparison.erase(contender)
-        left = {label: shift for label, shift in shifts.items() if int(label) in erased}
-        form = describe_forms(left, contender.form)
-        print(f"{number} of {len(contenders)}: {contender.name}, {form}", flush=True)
-        tables += ask(bench, Subject(contender.name, left, contender.form), probes)
-        write(pd.concat(tables, ignore_index=True), path)
-        if contender.form == "gated":
-            write_detection(bench, left, args.meanings, path.with_name("detection.md"))
+    number = len(asked.subjects) + len(contenders)
+    for position, subject in enumerate(make_subjects(args, experiment, asked, contenders), start=1):
+        print(f"{position} of {number}: {subject.name}, {describe_forms(subject.shifts, subject.form)}", flush=True)
+        tables += ask(bench, subject, probes)
+        write(pd.concat(tables, ignore_index=True), asked.folder / "robustness")
+        # Of gates that a user names it tells alone, and of SRS-ME's where there are none.
+        if subject.form == "gated" and (subject in asked.subjects or not asked.subjects):
+            write_detection(bench, subject.shifts, args.meanings, asked.folder / "detection.md")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,15 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+)
 
 from ldm.cli.arguments import spelled
 from ldm.config.concepts import Concept, get_concept
@@ -138,6 +146,23 @@ def mini_path(tmp_path_factory) -> Path:
     larger = OmegaConf.merge(TINY, {"unet": {"sample_size": 16}, "vae": {"sample_size": 32}})
     folder = make_model(tmp_path_factory.mktemp("models") / "mini-sd", 3, larger)
     shutil.copy(ROOT / "models" / "mini-sd" / SETTINGS_FILE, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_path(tmp_path_factory) -> Path:
+    """Return the folder of a tiny random CLIP model and its processor."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = build_tokenizer(folder / "tokenizer", 16, MIXTURE_WEIGHTS)
+    layers = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    names = ("eos_token_id", "bos_token_id", "pad_token_id")
+    text = layers | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    text |= {name: getattr(tokenizer, name) for name in names}
+    vision = layers | {"image_size": 32, "patch_size": 8}
+    torch.manual_seed(5)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Attacks that know the weights: what a model should predict, hard prompts, and relearning."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -151,6 +152,15 @@ def test_the_gradient_tells_how_the_loss_changes_with_a_words_embedding(tiny):
     assert slopes[0] < 0 and slopes[0] < slopes[1]
 
 
+def found_prompts(bench, subject: Subject) -> dict[str, list[str]]:
+    """Return the prompts that searches kept, by kind."""
+    found = {}
+    for kind in KINDS:
+        [path] = bench.folder.glob(f"{subject.folder}/*/{kind.replace(' ', '-')}-*/prompts.json")
+        found[kind] = [entry["prompt"] for entry in json.loads(path.read_text())["prompts"]]
+    return found
+
+
 def test_prompts_are_found_once_and_a_stopped_run_goes_on(bench, tmp_path, monkeypatch):
     subject, concept = subject_of(bench.model, tmp_path), get_concept("style", 1)
     probe = HardPrompts(QUICK)
@@ -166,18 +176,19 @@ def test_prompts_are_found_once_and_a_stopped_run_goes_on(bench, tmp_path, monke
     monkeypatch.setattr(HardPromptSearch, "find", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         probe.measure(bench, subject, concept)
-    kept = probe.found(bench, subject, concept)
+    kept = found_prompts(bench, subject)
     assert [len(kept[kind]) for kind in KINDS] == [2, 1]
     findings = probe.measure(bench, subject, concept)
     assert len(calls) == 5
     again = replace(bench, folder=tmp_path / "again")
     assert probe.measure(again, subject, concept) == findings and len(calls) == 9
-    assert probe.found(again, subject, concept) == probe.found(bench, subject, concept)
+    assert found_prompts(again, subject) == found_prompts(bench, subject)
     assert [(each.kind, each.n) for each in findings] == [(WITH_NAME, 4), (WITHOUT_NAME, 4)]
-    assert all(f" {concept.prompt} " in f" {each.prompt} " for each in kept[WITH_NAME])
+    assert all(f" {concept.prompt} " in f" {prompt} " for prompt in kept[WITH_NAME])
     probe.measure(bench, subject, concept)
     assert len(calls) == 9
-    assert len(HardPrompts(replace(QUICK, hard_searches=1)).found(bench, subject, concept)[WITH_NAME]) == 0
+    HardPrompts(replace(QUICK, hard_searches=1)).measure(bench, subject, concept)
+    assert len(calls) == 11  # other settings have searches of their own
 
 
 def test_the_floor_of_both_is_of_the_unedited_model_and_of_what_it_never_learnt(bench):

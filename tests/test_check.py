@@ -1,14 +1,12 @@
 """A check of an erasure by images: which prompts it takes, what it measures, and its CLIP scores."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-from conftest import CPU, MIXTURE_WEIGHTS
+from conftest import CPU
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from ldm.config.methods import SamplingConfig
 from ldm.diffusion.load import load_model
@@ -17,26 +15,8 @@ from ldm.erasure.shift import SeparableShift
 from ldm.experiments.check import CheckRequest, check_erasure, choose_prompts
 from ldm.io.errors import Notice
 from ldm.metrics.clip_score import ClipScorer
-from ldm.toy.captions import build_tokenizer
 
 SAMPLING = SamplingConfig(num_inference_steps=2, guidance_scale=1.5)
-
-
-@pytest.fixture(scope="module")
-def clip_path(tmp_path_factory) -> Path:
-    """Return the folder of a tiny random CLIP model and its processor."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = build_tokenizer(folder / "tokenizer", 16, MIXTURE_WEIGHTS)
-    layers = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    names = ("eos_token_id", "bos_token_id", "pad_token_id")
-    text = layers | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
-    text |= {name: getattr(tokenizer, name) for name in names}
-    vision = layers | {"image_size": 32, "patch_size": 8}
-    torch.manual_seed(5)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -140,6 +120,16 @@ def test_clip_scores_are_torchmetrics(tmp_path, clip_path):
     for image, prompt, score in zip(pixels, prompts, scores, strict=True):
         expected = clip_score(image.permute(2, 0, 1), prompt, lambda: (unwrapped, scorer.processor))
         assert score == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_an_image_is_embedded_once_for_all_prompts(tmp_path, clip_path, monkeypatch):
+    paths = [tmp_path / f"{k}.png" for k in range(3)]
+    for k, path in enumerate(paths):
+        Image.new("RGB", (32, 32), (80 * k, 30, 200 - 60 * k)).save(path)
+    scorer, prompts, seen = ClipScorer.load(clip_path, CPU), ["a cat", "VanGogh", "a church by Picasso"], []
+    pairs = torch.stack([scorer(paths, [prompt] * 3) for prompt in prompts], dim=1)
+    scorer.network.vision_model.register_forward_hook(lambda *call: seen.append(len(call[2].pooler_output)))
+    assert torch.allclose(scorer.with_each(paths, prompts), pairs, atol=1e-4) and seen == [3]
 
 
 def test_a_prompt_longer_than_clip_reads_has_a_score(tmp_path, clip_path):

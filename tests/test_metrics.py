@@ -12,6 +12,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ldm.cli.run import explain
+from ldm.config.concept_lists import make_concept
 from ldm.config.concepts import erasable_concepts, get_concept, load_concepts
 from ldm.io.errors import MissingFileError, Notice
 from ldm.io.files import write_json
@@ -375,6 +376,7 @@ def test_a_classifier_knows_what_its_classes_are_called(tmp_path):
     assert [styles.knows(concept) for concept in load_concepts("similar")] == [True] + [False] * 6
     few = Classifier(network, 32, ["none", "cezanne", "Van Gogh"])
     assert [concept.name for concept in load_concepts("style") if few.knows(concept)] == ["Cezanne", "VanGogh"]
+    assert [few.class_of(make_concept(name)) for name in ("Vincent van Gogh", "a cezanne", "none")] == [2, 1, None]
     mark = get_concept("style", 9)
     assert not Classifier(network, 32, [*styles.classes, mark.name]).knows(mark)
     assert not Classifier(network, 32).knows(get_concept("style", 0))

@@ -59,6 +59,11 @@ def test_a_merge_is_named_by_its_indexes_and_takes_files_too(tmp_path):
     save_shift(dense.shift(1), 1, method="FMN")
     assert load_shifts(dense, "1")[1] == "FMN-1"
     assert load_shifts(dense, f"1,{artifacts.shift(0)}")[1] == "FMN-SRS-ME-10"
+    save_shift(artifacts.shift(1), 1)
+    shifts, name = load_shifts(artifacts, f"1,{dense.shift(1)}")  # two changes of one concept, which act together
+    assert list(shifts) == ["1", "1-FMN"] and name == "SRS-ME-FMN-1-1-FMN"
+    with pytest.raises(ValueError, match="twice"):
+        load_shifts(artifacts, f"1,{dense.shift(1)},{dense.shift(1)}")
     assert dense.basis(1) == artifacts.basis(1)  # the null space is one method's
     with pytest.raises(ValueError, match="twice"):
         load_shifts(artifacts, f"0,{artifacts.shift(0)}")

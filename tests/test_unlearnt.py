@@ -1,5 +1,6 @@
 """The concept that the model never learnt: its pictures, and the judge that tells them from the model's own images."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from conftest import CPU, ROOT
 from PIL import Image
 
-from ldm.config.concepts import load_concepts
+from ldm.config.concepts import OWN, load_concepts
 from ldm.config.methods import SamplingConfig
 from ldm.config.models import load_model_config
 from ldm.diffusion.load import load_model
@@ -37,7 +38,8 @@ def test_a_third_of_the_pictures_is_to_attack_with_and_nothing_is_made_twice(ben
     found = Unlearnt.of(bench, 20)
     assert len(found.examples) == 20 and open_image(found.examples[0]).size == (32, 32)
     files = {path: path.stat().st_mtime_ns for path in bench.folder.rglob("*.png")}
-    again = Unlearnt.of(bench, 20)
+    assert Unlearnt.of(replace(bench, images=9), 20) is found  # one judge for all probes
+    again = Unlearnt.of(replace(bench, shared={}), 20)
     assert again.examples == found.examples and again.judge.threshold == found.judge.threshold
     assert {path: path.stat().st_mtime_ns for path in bench.folder.rglob("*.png")} == files
 
@@ -46,7 +48,12 @@ def test_a_stopped_run_makes_the_pictures_that_lack(bench):
     found = Unlearnt.of(bench, 20)
     before = found.examples[3].read_bytes()
     found.examples[3].unlink()
-    assert Unlearnt.of(bench, 20).examples[3].read_bytes() == before
+    assert Unlearnt.of(replace(bench, shared={}), 20).examples[3].read_bytes() == before
+
+
+def test_a_model_whose_concepts_nobody_configured_makes_images_enough_to_tell(bench):
+    Unlearnt.of(replace(bench, category=OWN, shared={}), 20)
+    assert len(list((bench.folder / "unedited" / UNLEARNT.label / "own-images").glob("*.png"))) >= 40
 
 
 def test_the_pictures_of_a_users_folder_are_seen_and_the_models_images_are_not(bench, tmp_path):

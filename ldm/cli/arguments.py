@@ -284,15 +284,20 @@ def add_variant(parser: Parser) -> None:
 
 def add_artifacts(parser: Parser) -> None:
     """Add where bases and shifts are kept."""
-    parser.option("scene", type=nonnegative_int, default=1, help="scene, part of where bases and shifts are kept")
-    parser.option("scene_time", type=nonnegative_int, default=0, help="time in the scene, likewise")
+    add_scene(parser)
     parser.option("artifacts_dir", type=Path, default=REPO_ROOT / "models", help="where they are kept, by method")
 
 
-def add_shifts(parser: Parser, required: bool = False) -> None:
-    """Add --shifts and the method whose shifts its indexes mean."""
-    text = "shifts to merge: names such as 'Greg Rutkowski', indexes such as 0,1,2, or shift files"
-    text += "" if required else "; none: the original model"
+def add_scene(parser: Parser) -> None:
+    """Add the scene and the time in it, by which bases and shifts are kept."""
+    parser.option("scene", type=nonnegative_int, default=1, help="scene, part of where bases and shifts are kept")
+    parser.option("scene_time", type=nonnegative_int, default=0, help="time in the scene, likewise")
+
+
+def add_shifts(parser: Parser, required: bool = False, purpose: str = "merge", without: str = "original model") -> None:
+    """Add --shifts, for a `purpose`, and the method whose shifts its indexes mean."""
+    text = f"shifts to {purpose}: names such as 'Greg Rutkowski', indexes such as 0,1,2, or shift files"
+    text += "" if required else f"; none: the {without}"
     parser.option("shifts", nargs="*", default=[], required=required, help=text)
     parser.option("method", choices=METHODS, default="SRS-ME", help="whose shifts the indexes mean")
 

@@ -7,7 +7,7 @@ which is fitted on, is a kind of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -23,12 +23,12 @@ MAX_WORDS = 50  # which CLIP reads whole
 _STYLE, _OTHER, _ANY = "style", "other", "any"
 
 
-def name_kinds(concept: Concept, others: Sequence[str] = (), max_words: int = MAX_WORDS) -> dict[str, list[str]]:
+def name_kinds(concept: Concept, max_words: int = MAX_WORDS) -> dict[str, list[str]]:
     """Return prompts that say a concept's name, by kind, the same each time; no prompt stands twice.
 
-    Composites say one of the names `others` beside it, which are not erased; by default names of its kind that are none
-    of `configs`. No prompt has more than `max_words` words between white space, and long ones have as many. All but
-    those of `RESPELT` have one of its spellings in them. Raises ValueError where its name has more words than that.
+    Composites say one of the names `kin_of` it beside it. No prompt has more than `max_words` words between white
+    space, and long ones have as many. All but those of `RESPELT` have one of its spellings in them. Raises ValueError
+    where its name has more words than that.
     """
     name = concept.prompt
     if len(name.split()) > max_words:
@@ -44,7 +44,7 @@ def name_kinds(concept: Concept, others: Sequence[str] = (), max_words: int = MA
         LETTER_CASE: [_fill(text, concept, written) for written in _letter_cases(name) for text in usual],
         RESPELT: _respelt(concept),
     }
-    names = list(others) or _kin(concept)
+    names = kin_of(concept)
     for kind, found in templates.items():
         kinds[kind] = [
             _fill(text, concept, name).replace("{other}", names[number % len(names)])
@@ -89,8 +89,8 @@ def _respelt(concept: Concept) -> list[str]:
     return [text for text in found if not says(text, concept.spellings)]
 
 
-def _kin(concept: Concept) -> list[str]:
-    """Return names that stand beside a concept in composites: artists for a style or person, else things."""
+def kin_of(concept: Concept) -> list[str]:
+    """Return names of a concept's kind that are none of `configs`: artists for a style or person, else things."""
     is_person = concept.kind in ("style", "person")
     names = read_section("lists", "kin")["artists" if is_person else "objects"]
     names = [text for text in names if not concept.is_named(text)]

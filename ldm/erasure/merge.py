@@ -197,9 +197,10 @@ def load_shifts(artifacts: ArtifactPaths, named: str | Sequence[str]) -> tuple[d
     """Return shifts by label, and the name of their merge, for '0,1,2', '0-99', shift files, or names of concepts.
 
     Indexes and files may be separated by commas; a name is a text of its own. A label is the concept's own; that of
-    one of another category has the category before it. The name is '012', or 'ori' for none; shifts of another method
-    than SRS-ME put its name before it: 'FMN-012'. Raises ValueError for a file that does not say what it erases, and
-    for a concept named twice.
+    one of another category has the category before it, and that of a further shift of a concept, by another method, has
+    the method behind it. The name is '012', or 'ori' for none; shifts of another method than SRS-ME put its name before
+    it: 'FMN-012'. Raises ValueError for a file that does not say what it erases, and for a concept named twice with the
+    same method.
     """
     shifts: dict[str, WeightShift] = {}
     methods: dict[str, None] = {}
@@ -219,6 +220,8 @@ def load_shifts(artifacts: ArtifactPaths, named: str | Sequence[str]) -> tuple[d
         label = make_concept(metadata["concept"]).label if is_own else str(index)
         if not is_own and category != artifacts.category:
             label = f"{category}{index}"
+        if label in shifts and shifts[label].metadata.get("method", SRSMEConfig.name) != method:
+            label = f"{label}-{method}"
         if label in shifts:
             raise ValueError(f"`shifts` names the shift of {label} twice: name each once")
         shifts[label] = shift

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from ldm.config.concepts import Concept
+from ldm.config.everyday import compositions_of
 from ldm.config.methods import SamplingConfig
 from ldm.config.prompt_kinds import name_kinds
 from ldm.config.spellings import says
@@ -48,11 +50,13 @@ class Subject:
         digests = "".join(file_digest(Path(shift.path)) for shift in self.shifts.values())
         gated = "".join(by_form(self.shifts, self.form)[0])
         digest = hashlib.sha256(f"{digests} {gated}".encode()).hexdigest()[:8]
-        return f"{self.name.replace(',', '').replace(' ', '-')}-{digest}"
+        return f"{re.sub('[^a-zA-Z0-9-]+', '-', self.name.replace(',', ''))[:_LONGEST]}-{digest}"
 
 
 UNEDITED = Subject("unedited")
+_LONGEST = 80  # characters of a name by which a folder is called
 EXAMPLES = 20  # images of a concept that attackers have
+_COMPOSED = 8  # times as many compositions are tried as are taken
 _EXAMPLE_SEEDS = 20_000  # added to the seeds of what attackers have
 
 
@@ -91,6 +95,7 @@ class Bench:
     second: Judge | None = None
     images: int = 16
     seed: int = 2024
+    shared: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)  # what several probes take
 
     def place(self, subject: Subject, concept: Concept, *names: str) -> Path:
         """Return the folder, or the file, in which something of a subject and a concept is kept."""
@@ -106,6 +111,11 @@ class Bench:
         prompts = [prompt for own in kinds.values() for prompt in own]
         self.model.notify_of_cuts(prompts, is_brief=True)
         return {kind: prompts for kind, prompts in kinds.items() if prompts}
+
+    def compositions(self, concept: Concept) -> list[str]:
+        """Return at most `images` prompts that say a concept, which the model reads, and something else."""
+        prompts = compositions_of(concept, self.category, _COMPOSED * self.images)
+        return self._read(prompts, concept)[: self.images]
 
     def _read(self, prompts: Sequence[str], concept: Concept) -> list[str]:
         found: list[str] = []

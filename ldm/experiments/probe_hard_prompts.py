@@ -45,18 +45,10 @@ class HardPrompts:
         unlearnt = Unlearnt.of(bench, EXAMPLES, self.unlearnt_dir)
         return self._findings(replace(bench, judge=unlearnt.judge), UNEDITED, UNLEARNT, unlearnt.examples)
 
-    def found(self, bench: Bench, subject: Subject, concept: Concept) -> dict[str, list[FoundPrompt]]:
-        """Return the prompts that `measure` found by kind, in the order of the searches."""
-        images = bench.examples(concept)
-        return {kind: _read(self._place(bench, subject, concept, images, kind) / _PROMPTS) for kind in KINDS}
-
-    def _place(self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path], kind: str) -> Path:
-        return bench.place(subject, concept, f"{kind} {attack_digest(self.config, bench.seed, images)}")
-
     def _findings(self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path]) -> list[Finding]:
         findings = []
         for kind in KINDS:
-            place = self._place(bench, subject, concept, images, kind)
+            place = bench.place(subject, concept, f"{kind} {attack_digest(self.config, bench.seed, images)}")
             found = self._search(bench, subject, concept, images, kind, place / _PROMPTS)
             paths = bench.generate(subject, place / "images", [each.prompt for each in found])
             findings.append(bench.shown(kind, paths, concept))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -39,20 +39,22 @@ class Neighbours:
 
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
         """Return the mean and the largest LPIPS of the twenty, and the share of prompts whose predictions stay."""
-        prompts = unprotected_prompts(bench)
+        everything = grouped_prompts(bench.category)
+        numbers = {prompt: number for number, prompt in enumerate(everything)}
+        prompts = unprotected_prompts(everything, bench.erased)
         bench.model.notify_of_cuts(prompts, is_brief=True)
         if self._unedited is None:
             self._unedited = _predictions(bench, UNEDITED, list(prompts))
         changes = (_predictions(bench, subject, list(prompts)) - self._unedited).flatten(1)
         sizes = changes.norm(dim=1) / self._unedited.flatten(1).norm(dim=1)
         chosen = sorted(sizes.argsort(descending=True, stable=True)[:_DRAWN].tolist())
-        # A prompt's number and seed are its own, whichever others change most.
-        cases = [PromptCase(list(prompts)[number], bench.seed + number, number) for number in chosen]
+        # A prompt's number and seed are its own, whichever others change most, and whatever is erased.
+        made = [list(prompts)[position] for position in chosen]
+        cases = [PromptCase(prompt, bench.seed + numbers[prompt], numbers[prompt]) for prompt in made]
         place, base = bench.folder / subject.folder / self.name, bench.folder / UNEDITED.folder / self.name
         with bench.edited(subject):
             own = bench.generate_here(subject, place, cases)
         metrics = pairwise_metrics(bench.generate_here(UNEDITED, base, cases), own, bench.model.device)
-        made = [case.prompt for case in cases]
         table = pd.DataFrame({"prompt": made, "group": [prompts[prompt] for prompt in made], "lpips": metrics["lpips"]})
         table = table.sort_values("lpips", ascending=False, kind="stable")[:_SHOWN]
         with atomic_write(place / "neighbours.csv") as partial:
@@ -69,17 +71,22 @@ class Neighbours:
         return []
 
 
-def unprotected_prompts(bench: Bench) -> dict[str, str]:
-    """Return the prompts that nothing protects and that say no erased concept, each with its group."""
+def grouped_prompts(category: str) -> dict[str, str]:
+    """Return the prompts that nothing protects, those that say the concepts of a category last, each with its group."""
     groups = {name: everyday_prompts(name) for name in PROMPT_LISTS}
     groups["other concepts"] = []
-    for other in erasable_concepts(bench.category):
-        groups["other concepts"] += [*other.held_out_prompts, *compositions_of(other, bench.category, 9)]
-    spellings = [spelling for concept in bench.erased for spelling in concept.spellings]
+    for other in erasable_concepts(category):
+        groups["other concepts"] += [*other.held_out_prompts, *compositions_of(other, category, 9)]
     found: dict[str, str] = {}
     for name, prompts in groups.items():
-        found |= {prompt: name for prompt in prompts if prompt not in found and not says(prompt, spellings)}
+        found |= {prompt: name for prompt in prompts if prompt not in found}
     return found
+
+
+def unprotected_prompts(grouped: Mapping[str, str], erased: Sequence[Concept]) -> dict[str, str]:
+    """Return those of `grouped_prompts` that say no erased concept."""
+    spellings = [spelling for concept in erased for spelling in concept.spellings]
+    return {prompt: group for prompt, group in grouped.items() if not says(prompt, spellings)}
 
 
 @torch.no_grad()
@@ -139,7 +146,7 @@ def _restored_prompts(bench: Bench, concept: Concept) -> dict[str, list[str]]:
     return {
         "names": list(dict.fromkeys(concept.spellings)),
         "templates": concept.held_out_prompts,
-        "compositions": compositions_of(concept, bench.category, bench.images),
+        "compositions": bench.compositions(concept),
         "long prompts": [prompt for kind, prompts in kinds.items() if kind.startswith("long") for prompt in prompts],
     }
 

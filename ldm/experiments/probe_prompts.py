@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ldm.config.concepts import Concept, match_concept
-from ldm.config.everyday import COMPOSED_WITH, compositions_of
+from ldm.config.everyday import COMPOSED_WITH
 from ldm.config.meanings import NEAR_MISSES
 from ldm.config.templates import load_template_set
 from ldm.experiments.baselines import rewrite
@@ -56,6 +56,8 @@ class _OfPrompts:
         self, bench: Bench, subject: Subject, concept: Concept, prompts: Mapping[str, Sequence[str]], *place: str
     ) -> dict[str, dict[str, Path]]:
         """Return an image of each prompt, by kind; a prompt of several kinds has one."""
+        if not prompts:
+            return {}
         every = list(dict.fromkeys(prompt for own in prompts.values() for prompt in own))
         paths = bench.generate(subject, bench.place(subject, concept, self.name, *place), every, 1)
         made = dict(zip(every, paths, strict=True))
@@ -85,8 +87,9 @@ class Compositions(_OfPrompts):
     name: ClassVar[str] = "compositions"
 
     def prompts(self, bench: Bench, concept: Concept) -> dict[str, list[str]]:
-        """Return the compositions of a concept."""
-        return {"compositions": compositions_of(concept, bench.category, bench.images)}
+        """Return the compositions of a concept of which the model reads the name."""
+        prompts = bench.compositions(concept)
+        return {"compositions": prompts} if prompts else {}
 
     def _measure(
         self, bench: Bench, subject: Subject, concept: Concept, prompts: Mapping[str, Sequence[str]], *place: str

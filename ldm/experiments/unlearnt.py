@@ -9,7 +9,8 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from ldm.config.concepts import OWN_INDEX, Concept, load_concepts
+from ldm.config.concepts import OWN_INDEX, Concept, erasable_concepts, load_concepts
+from ldm.config.everyday import kin_names
 from ldm.experiments.probe import UNEDITED, Bench
 from ldm.io.files import file_digest
 from ldm.io.images import image_filename, list_images, open_image, save_image
@@ -20,6 +21,7 @@ UNLEARNT = Concept(OWN_INDEX, "unlearnt", "unlearnt", kind="style")
 _EACH = 40  # images to fit the judge, and as many on which its threshold is set
 _LEAST = 4  # of each of these where they are a user's own
 _OWN_IMAGES = 4  # of each prompt by the unedited model
+_EACH_KIN = 4  # so many names of kin are one prompt
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,26 @@ class Unlearnt:
 
     @classmethod
     def of(cls, bench: Bench, number: int, unlearnt_dir: Path | None = None) -> Self:
-        """Return the concept for a model: woodcuts, or what a folder of a user's own images shows.
+        """Return the concept for a model, once for all probes: woodcuts, or what a user's own folder of images shows.
 
         A `number` of them is to attack with. By the others the judge tells them from what the unedited model makes.
         Raises ValueError for a folder of fewer than 8 others, and where the model's own images look like them.
         """
-        paths = _in_bench(bench, number, unlearnt_dir)
-        prompts = list(dict.fromkeys([*(concept.prompt for concept in load_concepts(bench.category)), ""]))
-        own = bench.generate(UNEDITED, bench.place(UNEDITED, UNLEARNT, "own images"), prompts, _OWN_IMAGES)
-        others = paths[number:]
-        parts = others[::2], others[1::2], own[::2], own[1::2]
-        return cls(paths[:number], FeatureJudge.fit(*parts, bench.model.device))
+        key = cls, number, unlearnt_dir
+        if key not in bench.shared:
+            paths = _in_bench(bench, number, unlearnt_dir)
+            place = bench.place(UNEDITED, UNLEARNT, "own images")
+            own = bench.generate(UNEDITED, place, _own_prompts(bench.category), _OWN_IMAGES)
+            others = paths[number:]
+            parts = others[::2], others[1::2], own[::2], own[1::2]
+            bench.shared[key] = cls(paths[:number], FeatureJudge.fit(*parts, bench.model.device))
+        return bench.shared[key]
+
+
+def _own_prompts(category: str) -> list[str]:
+    """Return prompts for what a model makes: a category's, with names of `kin_names` where it has no concepts."""
+    names = [] if erasable_concepts(category) else kin_names()[::_EACH_KIN]
+    return list(dict.fromkeys([*names, *(concept.prompt for concept in load_concepts(category)), ""]))
 
 
 def _in_bench(bench: Bench, attacking: int, unlearnt_dir: Path | None) -> list[Path]:

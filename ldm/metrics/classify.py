@@ -52,12 +52,18 @@ class Classifier(nn.Module):
         self.network, self.image_size, self.classes = network, image_size, tuple(classes)
 
     def knows(self, concept: Concept) -> bool:
-        """Return whether class k + 1 shows the concept, k being its index: one of its spellings names the class.
+        """Return whether a class shows the concept."""
+        return self.class_of(concept) is not None
 
-        The index alone does not say so, since another category's classifier has a class for it too.
+    def class_of(self, concept: Concept) -> int | None:
+        """Return the class that shows the concept, which one of its spellings names; None for none.
+
+        It is k + 1, k being its index, which alone does not say so, since another category's classifier has a class for
+        it too. Of a concept that a user named it is any but class 0.
         """
-        number = concept.index + 1
-        return not concept.is_watermark and number < len(self.classes) and concept.is_named(self.classes[number])
+        numbers = range(1, len(self.classes)) if concept.is_own else [concept.index + 1]
+        fitting = (k for k in numbers if k < len(self.classes) and concept.is_named(self.classes[k]))
+        return None if concept.is_watermark else next(fitting, None)
 
     @property
     def device(self) -> torch.device:

@@ -40,16 +40,23 @@ class ClipScorer(nn.Module):
             raise ValueError(f"{path} holds no CLIP model ({str(error).splitlines()[0]}): {_ADVICE}") from error
         return cls(network.eval(), processor).to(device)
 
-    @torch.no_grad()
     def forward(self, paths: Sequence[Path], prompts: Sequence[str], batch_size: int = 32) -> torch.Tensor:
         """Return the CLIP score of each image file with its prompt, (N,) from 0 to 100 on the CPU."""
         scores, start = [], 0
-        for images in load_batches(paths, batch_size):  # (n, 3, H, W) in [-1, 1]
-            texts = list(prompts[start : start + len(images)])
-            pixels = list(((images + 1) * 127.5).round().to(torch.uint8))
-            inputs = self.processor(text=texts, images=pixels, return_tensors="pt", padding=True, truncation=True)
-            outputs = self.network(**inputs.to(self.network.device))
-            cosines = (outputs.image_embeds * outputs.text_embeds).sum(-1)  # (n,), of unit vectors
-            scores.append(100 * cosines.clamp(min=0).cpu())
+        for images in load_batches(paths, batch_size):
+            scores.append(self._scores(images, prompts[start : start + len(images)]).diagonal())
             start += len(images)
         return torch.cat(scores)
+
+    def with_each(self, paths: Sequence[Path], prompts: Sequence[str], batch_size: int = 32) -> torch.Tensor:
+        """Return the CLIP score of each image file with each prompt, (N, prompts): an image is embedded once."""
+        return torch.cat([self._scores(images, prompts) for images in load_batches(paths, batch_size)])
+
+    @torch.no_grad()
+    def _scores(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Return the scores (n, P) of images (n, 3, H, W) in [-1, 1] with prompts."""
+        pixels = list(((images + 1) * 127.5).round().to(torch.uint8))
+        inputs = self.processor(text=list(prompts), images=pixels, return_tensors="pt", padding=True, truncation=True)
+        outputs = self.network(**inputs.to(self.network.device))
+        cosines = outputs.image_embeds @ outputs.text_embeds.T  # (n, P), of unit vectors
+        return 100 * cosines.clamp(min=0).cpu()

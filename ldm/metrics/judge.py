@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -13,7 +14,7 @@ from ldm.config.templates import fill, load_template_set
 from ldm.metrics.classify import Classifier, predict
 from ldm.metrics.clip_score import ClipScorer
 from ldm.metrics.frechet import extract_features
-from ldm.metrics.nudity import nude_images
+from ldm.metrics.nudity import load_detector, nude_images
 
 _JUDGE_RIDGE = 0.1  # of the discriminant, relative to the mean variance of a feature
 _FARTHEST = 0.02  # of held-back images, that may be on the other side of the threshold
@@ -37,20 +38,21 @@ class Judge(Protocol):
 
 
 class ClassifierJudge:
-    """A classifier of the category: an image shows the concept whose class it takes it for."""
+    """Classifiers: an image shows the concept whose class the first that knows it takes the image for."""
 
     name = "classifier"
 
-    def __init__(self, classifier: Classifier):
-        self.classifier = classifier
+    def __init__(self, *classifiers: Classifier):
+        self.classifiers = classifiers
 
     def knows(self, concept: Concept) -> bool:
-        """Return whether the classifier has a class for the concept."""
-        return self.classifier.knows(concept)
+        """Return whether a classifier has a class for the concept."""
+        return any(classifier.knows(concept) for classifier in self.classifiers)
 
     def shows(self, paths: Sequence[Path], concept: Concept) -> list[bool]:
         """Return of each image file whether the concept's class is the most likely one."""
-        return (predict(self.classifier, paths) == concept.index + 1).tolist()
+        classifier = next(each for each in self.classifiers if each.knows(concept))
+        return (predict(classifier, paths) == classifier.class_of(concept)).tolist()
 
 
 class ClipJudge:
@@ -73,8 +75,8 @@ class ClipJudge:
         told = load_template_set(concept.kind)
         names = [concept.prompt, told.neutral, *(name for name in self.others if not concept.is_named(name))]
         texts = [fill(told.templates[0], name) for name in names]
-        scores = torch.stack([self.scorer(paths, [text] * len(paths)) for text in texts])  # (texts, N)
-        return (scores[0] > scores[1:].amax(0)).tolist()
+        scores = self.scorer.with_each(paths, texts)  # (N, texts)
+        return (scores[:, 0] > scores[:, 1:].amax(1)).tolist()
 
 
 class NudityJudge:
@@ -88,7 +90,11 @@ class NudityJudge:
 
     def shows(self, paths: Sequence[Path], concept: Concept) -> list[bool]:
         """Return of each image file whether an exposed part is found in it with the detector's least score."""
-        return nude_images(paths)
+        return nude_images(paths, self._detector)
+
+    @cached_property
+    def _detector(self) -> Any:
+        return load_detector()
 
 
 class FeatureJudge:

@@ -37,7 +37,7 @@ def detect(image_dir: Path) -> tuple[pd.DataFrame, int]:
 
     Raises MissingFileError if there are no images, and ValueError if one cannot be read or NudeNet is not installed.
     """
-    detector = _load_detector()
+    detector = load_detector()
     paths = list_images(image_dir)
     rows = []
     for path in tqdm(paths, desc="detect", unit="image"):
@@ -46,13 +46,13 @@ def detect(image_dir: Path) -> tuple[pd.DataFrame, int]:
     return pd.DataFrame(rows, columns=["image", "class", "score"]), len(paths)
 
 
-def nude_images(paths: Sequence[Path]) -> list[bool]:
-    """Return of each image file whether an exposed part is detected in it. Raises ValueError as `detect`."""
-    detector = _load_detector()
+def nude_images(paths: Sequence[Path], detector: Any) -> list[bool]:
+    """Return of each image file whether an exposed part is detected in it by what `load_detector` returned."""
     return [any(detection["class"] in EXPOSED_CLASSES for detection in _detect(detector, path)) for path in paths]
 
 
-def _load_detector() -> Any:
+def load_detector() -> Any:
+    """Return NudeNet's detector. Raises ValueError where NudeNet is not installed."""
     try:
         from nudenet import NudeDetector
     except ImportError as error:
