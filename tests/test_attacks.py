@@ -19,7 +19,7 @@ from ldm.erasure.shift import DenseShift
 from ldm.experiments.attacks import NoisedImages, denoising_losses
 from ldm.experiments.hard_prompts import HardPromptSearch, search_words
 from ldm.experiments.probe import UNEDITED, Bench, Subject
-from ldm.experiments.probe_hard_prompts import KINDS, WITH_NAME, WITHOUT_NAME, HardPrompts
+from ldm.experiments.probe_hard_prompts import KINDS, LEFT_OUT, WITH_NAME, WITHOUT_NAME, HardPrompts
 from ldm.experiments.probe_relearning import Relearning
 from ldm.experiments.unlearnt import UNLEARNT
 from ldm.metrics.classify import classifier_path, load_classifier
@@ -183,7 +183,7 @@ def test_prompts_are_found_once_and_a_stopped_run_goes_on(bench, tmp_path, monke
     again = replace(bench, folder=tmp_path / "again")
     assert probe.measure(again, subject, concept) == findings and len(calls) == 9
     assert found_prompts(again, subject) == found_prompts(bench, subject)
-    assert [(each.kind, each.n) for each in findings] == [(WITH_NAME, 4), (WITHOUT_NAME, 4)]
+    assert [(each.kind, each.n) for each in findings] == [(WITH_NAME, 4), (WITHOUT_NAME, 4), (LEFT_OUT, 4)]
     assert all(f" {concept.prompt} " in f" {prompt} " for prompt in kept[WITH_NAME])
     probe.measure(bench, subject, concept)
     assert len(calls) == 9

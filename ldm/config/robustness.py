@@ -15,7 +15,7 @@ class SoftPromptConfig(Settings):
     soft_lr: float = setting(
         0.15, "Adam's learning rate, in units of the standard deviation of the vocabulary's embeddings", above=0
     )
-    soft_steps: int = setting(150, "iterations of a soft prompt", minimum=1)
+    soft_steps: int = setting(300, "iterations of a soft prompt", minimum=1)
     soft_batch_size: int = setting(8, "latents in an iteration of a soft prompt", minimum=1)
     soft_first_timestep: float = setting(
         0.3, "the least noisy timestep of a soft prompt, as a fraction of all: those below it decide details", minimum=0
@@ -26,7 +26,7 @@ class SoftPromptConfig(Settings):
     )
     soft_gate_weight: float = setting(1.0, "weight of what lacks to that, beside the denoising loss", above=0)
     soft_restarts: int = setting(
-        3,
+        2,
         "soft prompts that are learnt, from other seeds; that one attacks whose images are most like the examples",
         minimum=1,
     )

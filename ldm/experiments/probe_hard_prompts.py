@@ -19,6 +19,7 @@ from ldm.experiments.unlearnt import UNLEARNT, Unlearnt
 from ldm.io.files import write_json
 
 WITH_NAME, WITHOUT_NAME = KINDS = ("hard prompts with the name", "hard prompts without the name")
+LEFT_OUT = "the former, the name left out, unedited"
 _PROMPTS = "prompts.json"
 
 
@@ -37,22 +38,38 @@ class HardPrompts:
     unlearnt_dir: Path | None = None  # images for the floor; woodcuts without it
 
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
-        """Return the shares of images that show the concept, by prompts with its name and without it."""
-        return self._findings(bench, subject, concept, bench.examples(concept))
+        """Return the shares of images that show the concept, by prompts with its name and without it.
+
+        With them is the share by the unedited model where the name is left out of the former: what the other words of
+        these prompts show by themselves.
+        """
+        images = bench.examples(concept)
+        findings, found = self._findings(bench, subject, concept, images)
+        without = [" ".join(each.prompt.replace(concept.prompt, " ").split()) for each in found[WITH_NAME]]
+        place = self._place(bench, subject, concept, images, WITH_NAME)
+        paths = bench.generate(UNEDITED, place / "name-left-out", without)
+        return [*findings, bench.shown(LEFT_OUT, paths, concept)]
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
         """Return the shares by which the unedited model draws what it never learnt; the same for every concept."""
         unlearnt = Unlearnt.of(bench, EXAMPLES, self.unlearnt_dir)
-        return self._findings(replace(bench, judge=unlearnt.judge), UNEDITED, UNLEARNT, unlearnt.examples)
+        return self._findings(replace(bench, judge=unlearnt.judge), UNEDITED, UNLEARNT, unlearnt.examples)[0]
 
-    def _findings(self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path]) -> list[Finding]:
-        findings = []
+    def _place(self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path], kind: str) -> Path:
+        return bench.place(subject, concept, f"{kind} {attack_digest(self.config, bench.seed, images)}")
+
+    def _findings(
+        self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path]
+    ) -> tuple[list[Finding], dict[str, list[FoundPrompt]]]:
+        """Return a finding of each kind, and the prompts that were found."""
+        findings: list[Finding] = []
+        prompts: dict[str, list[FoundPrompt]] = {}
         for kind in KINDS:
-            place = bench.place(subject, concept, f"{kind} {attack_digest(self.config, bench.seed, images)}")
-            found = self._search(bench, subject, concept, images, kind, place / _PROMPTS)
+            place = self._place(bench, subject, concept, images, kind)
+            prompts[kind] = found = self._search(bench, subject, concept, images, kind, place / _PROMPTS)
             paths = bench.generate(subject, place / "images", [each.prompt for each in found])
             findings.append(bench.shown(kind, paths, concept))
-        return findings
+        return findings, prompts
 
     def _search(
         self, bench: Bench, subject: Subject, concept: Concept, images: Sequence[Path], kind: str, path: Path
