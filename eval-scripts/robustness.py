@@ -79,6 +79,7 @@ def main() -> None:
     probes = chosen_probes(args)
     experiment = make_experiment(args)
     asked = what_is_asked(args, experiment)
+    (asked.folder / "detection.md").unlink(missing_ok=True)  # of a run that asked of gates
     bench, contenders = make_bench(args, experiment, asked), make_contenders(args, experiment, asked)
     tables = [*ask_floor(bench, probes), *ask(bench, UNEDITED, probes)]
     number = len(asked.subjects) + len(contenders)

@@ -18,10 +18,11 @@ from ldm.diffusion.tokenizer import vocabulary_words
 from ldm.erasure.shift import DenseShift
 from ldm.experiments.attacks import NoisedImages, denoising_losses
 from ldm.experiments.hard_prompts import HardPromptSearch, search_words
-from ldm.experiments.probe import UNEDITED, Bench, Subject
-from ldm.experiments.probe_hard_prompts import KINDS, LEFT_OUT, WITH_NAME, WITHOUT_NAME, HardPrompts
+from ldm.experiments.probe import SHOWN, UNEDITED, Bench, Subject
+from ldm.experiments.probe_hard_prompts import BY_WORDS, KINDS, WITH_NAME, WITHOUT_NAME, HardPrompts
 from ldm.experiments.probe_relearning import Relearning
 from ldm.experiments.unlearnt import UNLEARNT
+from ldm.io.prompts import read_prompt_csv
 from ldm.metrics.classify import classifier_path, load_classifier
 from ldm.metrics.judge import ClassifierJudge
 
@@ -183,7 +184,11 @@ def test_prompts_are_found_once_and_a_stopped_run_goes_on(bench, tmp_path, monke
     again = replace(bench, folder=tmp_path / "again")
     assert probe.measure(again, subject, concept) == findings and len(calls) == 9
     assert found_prompts(again, subject) == found_prompts(bench, subject)
-    assert [(each.kind, each.n) for each in findings] == [(WITH_NAME, 4), (WITHOUT_NAME, 4), (LEFT_OUT, 4)]
+    assert [(each.kind, each.n) for each in findings] == [(WITH_NAME, 4), (WITHOUT_NAME, 4), (WITH_NAME, 4)]
+    assert findings[-1].measure == BY_WORDS
+    [folder] = bench.folder.rglob("name-left-out")
+    without = [case.prompt for case in read_prompt_csv(folder / "prompts.csv")]
+    assert len(without) == 4 and not any(concept.is_named(text) or "gogh" in text.lower() for text in without)
     assert all(f" {concept.prompt} " in f" {prompt} " for prompt in kept[WITH_NAME])
     probe.measure(bench, subject, concept)
     assert len(calls) == 9
@@ -241,7 +246,8 @@ def test_a_model_that_erased_nothing_draws_the_concept_by_every_attack_that_name
     bench = Bench(model, "style", tmp_path / "bench", ClassifierJudge(classifier), sampling, images=8)
     concept = get_concept("style", 1)
     quick = HardPromptConfig(hard_searches=2, hard_iterations=2, hard_candidates=16, hard_noised_images=4)
-    found = {each.kind: each.value for each in HardPrompts(quick).measure(bench, UNEDITED, concept)}
+    findings = HardPrompts(quick).measure(bench, UNEDITED, concept)
+    found = {each.kind: each.value for each in findings if each.measure == SHOWN}
     assert found[WITH_NAME] >= 0.8 and found[WITHOUT_NAME] <= 0.4
     relearnt = Relearning(RelearningConfig())
     assert min(each.value for each in relearnt.measure(bench, UNEDITED, concept)) >= 0.9

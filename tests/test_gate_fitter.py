@@ -13,7 +13,8 @@ from ldm.config.templates import fill, load_template_set
 from ldm.diffusion.load import load_model
 from ldm.diffusion.tokenizer import align_tokens, last_token
 from ldm.erasure import gate, gate_fitter, gate_prompts
-from ldm.erasure.gate_fitter import GateFitter, InseparableError, mean_distance_left, rate
+from ldm.erasure.embedding_map import mean_distance_left
+from ldm.erasure.gate_fitter import GateFitter, InseparableError, rate
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.known_states import KnownStates
 from ldm.io.errors import Notice
@@ -171,6 +172,7 @@ def test_a_concept_that_no_gate_tells_among_words_has_one_without_lists_and_a_no
     with pytest.warns(Notice, match="no gate tells 'Picasso' among words in no order"):
         found = fitter.fit(PICASSO)
     assert torch.equal(found.gates["text_encoder"].weights, edit.gates["text_encoder"].weights)
+    assert found.report["word_lists"] == 0 and "word_lists" not in edit.report
 
 
 def test_a_name_in_lower_case_counts_where_the_tokenizer_tells_it_apart(model):

@@ -15,9 +15,10 @@ from PIL import Image
 
 from ldm.cli.reproduce import reproduction_commands
 from ldm.config import concepts as concept_lists
-from ldm.config.methods import complete_settings
+from ldm.config.methods import GateConfig, complete_settings
 from ldm.config.models import ModelConfig, bundled_config, read_model_config, read_yaml
 from ldm.diffusion.load import load_model
+from ldm.erasure.methods import made_from
 from ldm.erasure.null_space import NullSpaceBasis
 from ldm.erasure.shift import DenseShift, SeparableShift, WeightShift
 from ldm.io.files import file_digest, read_dir_metadata
@@ -382,3 +383,10 @@ def test_what_is_upgraded_twice_is_upgraded_once(old):
             "data_digest"
         ]
     )
+
+
+def test_a_gate_of_an_older_file_was_fitted_without_lists_of_words():
+    older = {name: value for name, value in GateConfig(word_lists=0).to_dict().items() if name != "word_lists"}
+    assert made_from({"gate_config": GateConfig(word_lists=0).to_dict()}, {"gate_config": older}, "SRS-ME")
+    assert not made_from({"gate_config": GateConfig().to_dict()}, {"gate_config": older}, "SRS-ME")
+    assert made_from({"gate_config": GateConfig().to_dict()}, {}, "SRS-ME")  # of a file that does not say it

@@ -35,7 +35,7 @@ def add_experiment(parser: Parser, folder: str) -> None:
     """Add what is erased and how, and what `add_evaluation` adds."""
     habits.add_json(parser)
     arguments.add_category(parser)
-    text = "where shifts are kept (default: SAVE_PATH/shifts)"
+    text = "where shifts are kept (default: SAVE_PATH/shifts; of --shifts of robustness.py: models)"
     parser.option("artifacts_dir", type=Path, default=None, help=text)
     parser.option("set", nargs="*", default=[], help="changes of the methods' settings, such as FMN.lr=1e-2")
     parser.option("seed", type=arguments.nonnegative_int, default=0, help="of the erasures")

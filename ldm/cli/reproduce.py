@@ -12,7 +12,7 @@ from typing import Any
 from ldm.cli.arguments import MODEL_ARGUMENTS
 from ldm.config.concept_lists import make_concept, names_file
 from ldm.config.concepts import Concept
-from ldm.config.methods import METHODS, MethodConfig, SRSMEConfig, complete_settings
+from ldm.config.methods import METHODS, MethodConfig, SRSMEConfig, complete_gate_settings, complete_settings
 from ldm.config.models import ModelConfig, bundled_config
 from ldm.config.templates import with_article
 from ldm.erasure.effect import LEAST_EFFECT, judged_form, least_effect_met
@@ -156,7 +156,8 @@ def _method_flags(ledger: Ledger, record: Mapping[str, Any]) -> list[str]:
     method, metadata = record["method"], ledger.load(record).metadata
     settings = _settings(ledger, record) | dict(record.get("null_space", {}))
     if issubclass(METHODS[method], SRSMEConfig):
-        settings |= metadata.get("gate_config", {"gate": False})
+        gate = metadata.get("gate_config")
+        settings |= complete_gate_settings(gate) if gate else {"gate": False}
     flags = ["--method", method]
     for name, value in settings.items():
         if isinstance(value, bool):

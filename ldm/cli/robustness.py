@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from ldm.config.concepts import (
 from ldm.config.everyday import COMPOSED_WITH
 from ldm.config.prompt_kinds import kin_of
 from ldm.config.robustness import HardPromptConfig, RelearningConfig, SoftPromptConfig
+from ldm.config.templates import without_article
 from ldm.io.paths import REPO_ROOT, ArtifactPaths
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def _of_shifts(args: Namespace, experiment: Experiment) -> Asked:
     from ldm.erasure.merge import load_shifts
     from ldm.erasure.portable import take_shifts
     from ldm.experiments.named_shifts import NamedShifts
+    from ldm.io.files import file_digest
 
     place = args.artifacts_dir or REPO_ROOT / "models", args.method, experiment.model.name, args.category
     shifts, name = load_shifts(ArtifactPaths(*place, args.scene, args.scene_time), args.shifts)
@@ -97,7 +100,10 @@ def _of_shifts(args: Namespace, experiment: Experiment) -> Asked:
             f"`methods` erase the concepts of one category, and these are not of one ({erased[0].name}): leave "
             "`methods` out, and give the shifts of other methods to `shifts` in runs of their own"
         )
-    folder = args.save_path / named.category / name
+    inputs = [experiment.model.digest, *(file_digest(Path(shift.path)) for shift in shifts.values())]
+    inputs += [concept.label for concept in restored]
+    digest = hashlib.sha256(" ".join(inputs).encode()).hexdigest()[:8]  # so that no other run's tables are overwritten
+    folder = args.save_path / named.category / f"{name}-{digest}"
     return Asked(named.category, erased, restored, methods, folder, named.subjects(restored))
 
 
@@ -185,7 +191,7 @@ def _make_judge(args: Namespace, experiment: Experiment, asked: Asked) -> Judge:
     if args.clip_path:
         others = [concept.prompt for concept in erasable_concepts(asked.category)]
         for concept in () if others else (*asked.erased, *asked.restored):  # of concepts that nobody configured
-            others += [concept.prompt, *kin_of(concept)]
+            others += [concept.prompt, *map(without_article, kin_of(concept))]
         return ClipJudge(ClipScorer.load(args.clip_path, experiment.model.device), list(dict.fromkeys(others)))
     nudity = NudityJudge()
     if all(map(nudity.knows, asked.erased)):

@@ -184,6 +184,11 @@ def complete_settings(method: str, written: Mapping[str, Any]) -> dict[str, Any]
     return {entry.name: entry.default for entry in entries if not entry.metadata["training_only"]} | dict(written)
 
 
+def complete_gate_settings(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a gate's settings as its file says them, with what acted before they had a name."""
+    return {"word_lists": 0} | dict(written)
+
+
 @dataclass(frozen=True)
 class NullSpaceConfig(Settings):
     """How the null space of the protected prompts is found."""

@@ -156,6 +156,7 @@ class GateFitter:
         [found] = self._fit_some([concept], word_lists=0)
         if isinstance(found, GatedEdit):
             notify(f"no gate tells '{concept.prompt}' among words in no order: such prompts may not be erased")
+            return replace(found, report={**found.report, "word_lists": 0})
         return found
 
     def _prepare(self, concept: Concept, word_lists: int) -> _Prepared:
@@ -208,7 +209,7 @@ class GateFitter:
         gates: dict[int, list[tuple[Gate, float]]] = {layer: [] for layer in tried}
         for concept in concepts:
             try:
-                own = self.texts.own(concept, self.config.word_lists)
+                own = self.texts.own(concept, word_lists=0)
             except ValueError:  # longer than the model reads
                 continue
             rows = self._encode_rows(own.all, {name: tried})

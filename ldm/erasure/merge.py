@@ -32,7 +32,7 @@ from ldm.diffusion.text_model import TextModel
 from ldm.erasure.gated_edit import GatedEdit, GatedPrompts
 from ldm.erasure.layer_rows import as_rows, in_weight
 from ldm.erasure.shift import SHIFT_FILE_TYPE, EmbeddingShift, WeightShift
-from ldm.io.errors import MissingFileError
+from ldm.io.errors import MissingFileError, notify
 from ldm.io.paths import SHIFT_SUFFIX, ArtifactPaths, merge_name
 from ldm.io.tensors import read_metadata
 
@@ -221,6 +221,7 @@ def load_shifts(artifacts: ArtifactPaths, named: str | Sequence[str]) -> tuple[d
         if not is_own and category != artifacts.category:
             label = f"{category}{index}"
         if label in shifts and shifts[label].metadata.get("method", SRSMEConfig.name) != method:
+            notify(f"{path} and another method's shift of {label} act together, and go further than either")
             label = f"{label}-{method}"
         if label in shifts:
             raise ValueError(f"`shifts` names the shift of {label} twice: name each once")

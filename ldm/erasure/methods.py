@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ldm.config.methods import MethodConfig, SRSMEConfig, complete_settings
+from ldm.config.methods import MethodConfig, SRSMEConfig, complete_gate_settings, complete_settings
 from ldm.diffusion.model import DiffusionModel
 from ldm.diffusion.text_model import TextModel
 from ldm.erasure.key_values import check_key_values
@@ -64,6 +64,9 @@ def made_from(inputs: Mapping[str, Any], existing: Mapping[str, Any], method: st
         if key == "config":
             config = existing.get("config", {})
             if not isinstance(config, dict) or not value.items() <= complete_settings(method, config).items():
+                return False
+        elif key == "gate_config" and isinstance(existing.get(key), dict):
+            if complete_gate_settings(existing[key]) != value:
                 return False
         elif key not in left_out and existing.get(key) != value:
             return False

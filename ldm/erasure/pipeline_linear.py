@@ -136,7 +136,7 @@ class LinearPipelineEraser(PipelineEraser):
 
     def _measure(self, model: PipelineModel, concept: Concept, merged: Weights) -> dict[str, float]:
         """Return how much the outputs of a concept's held-out prompts change, and how much of the way to their anchors'
-        is left, as `gate_fitter.mean_distance_left` says it of embeddings: here it is of the text layers' outputs.
+        is left, as `embedding_map.mean_distance_left` says it of embeddings: here it is of the text layers' outputs.
         """
         base, tokenizer, neutral = self._weights.base(), model.tokenizers[0], load_template_set(concept.kind).neutral
         anchors = target_prompts(concept, self.config, tokenizer)

@@ -19,7 +19,7 @@ from ldm.experiments.unlearnt import UNLEARNT, Unlearnt
 from ldm.io.files import write_json
 
 WITH_NAME, WITHOUT_NAME = KINDS = ("hard prompts with the name", "hard prompts without the name")
-LEFT_OUT = "the former, the name left out, unedited"
+BY_WORDS = "shown by the other words alone"  # a measure: by the unedited model, the name left out
 _PROMPTS = "prompts.json"
 
 
@@ -40,15 +40,16 @@ class HardPrompts:
     def measure(self, bench: Bench, subject: Subject, concept: Concept) -> list[Finding]:
         """Return the shares of images that show the concept, by prompts with its name and without it.
 
-        With them is the share by the unedited model where the name is left out of the former: what the other words of
-        these prompts show by themselves.
+        With them is the share by the unedited model where all that says the name is left out of the former: what the
+        other words of these prompts show alone.
         """
         images = bench.examples(concept)
         findings, found = self._findings(bench, subject, concept, images)
-        without = [" ".join(each.prompt.replace(concept.prompt, " ").split()) for each in found[WITH_NAME]]
+        free = set(search_words(bench.model.tokenizers[0], concept))  # which say no part of the name
+        without = [" ".join(word for word in each.prompt.split() if word in free) for each in found[WITH_NAME]]
         place = self._place(bench, subject, concept, images, WITH_NAME)
-        paths = bench.generate(UNEDITED, place / "name-left-out", without)
-        return [*findings, bench.shown(LEFT_OUT, paths, concept)]
+        shown = bench.judge.shows(bench.generate(UNEDITED, place / "name-left-out", without), concept)
+        return [*findings, Finding.share(WITH_NAME, sum(shown), len(shown), BY_WORDS)]
 
     def floor(self, bench: Bench, concept: Concept) -> list[Finding]:
         """Return the shares by which the unedited model draws what it never learnt; the same for every concept."""
